@@ -1,0 +1,76 @@
+"""A bundle on disk: finding its files, and checking that they are the ones that were written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from ..errors import BundleError
+from .manifest import MANIFEST_NAME, Component, Manifest, decode
+
+HASH_CHUNK = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An exported checkpoint: a folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, root: str | Path, *, hashes: bool = False) -> Bundle:
+        """Open a bundle and check it.
+
+        Args:
+            root: the bundle's folder.
+            hashes: also read every file and compare its SHA-256, which takes seconds a gigabyte.
+
+        Raises:
+            BundleError: no bundle there, an invalid manifest, or a file that is missing, shortened or altered.
+        """
+        root = Path(root)
+        try:
+            text = (root / MANIFEST_NAME).read_bytes()
+        except OSError as error:
+            hint = "make one with `hypersd export --ckpt NAME`"
+            raise BundleError(f"{root} is not a bundle: it has no readable {MANIFEST_NAME}; {hint}") from error
+        bundle = cls(root, decode(text, str(root / MANIFEST_NAME)))
+        for name in bundle.manifest.files:
+            bundle._check_file(name, hashes)
+        return bundle
+
+    def path(self, name: str) -> Path:
+        """The full path of a file that the manifest lists; one that leaves the folder is refused."""
+        path = self.root / name
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path} leads out of the bundle {self.root}: copy the bundle with its files, not links")
+        return path
+
+    def component(self, name: str) -> Component:
+        """The named network's entry."""
+        try:
+            return self.manifest.components[name]
+        except KeyError:
+            has = ", ".join(sorted(self.manifest.components))
+            raise BundleError(f"{self.root} has no component {name!r}, it has {has}; export it again") from None
+
+    def _check_file(self, name: str, hashes: bool) -> None:
+        record, path = self.manifest.files[name], self.path(name)
+        again = "export or copy the bundle again"
+        if not path.is_file():
+            raise BundleError(f"{path} is missing from the bundle: {again}")
+        if (size := path.stat().st_size) != record.size:
+            raise BundleError(f"{path} has {size} bytes, the manifest says {record.size}: {again}")
+        if hashes and (digest := sha256_file(path)) != record.sha256:
+            raise BundleError(f"{path} was altered: SHA-256 {digest[:12]}…, expected {record.sha256[:12]}…: {again}")

@@ -1,0 +1,48 @@
+"""What every engine is: named tensors in, named tensors out, whatever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from .manifest import TensorSpec
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+
+
+class Engine(Protocol):
+    """A network that is ready to run.
+
+    ``run`` takes one contiguous tensor per input, on ``device``, in the dtypes and shapes of ``inputs``. The tensors
+    it returns are the engine's own buffers: they hold until the same thread runs the engine again at the same shapes,
+    and are never shared between threads. Copy what has to last longer.
+    """
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    device: torch.device
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the network once."""
+        ...
+
+
+def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not what the engine ``name`` takes, saying expected and received.
+
+    Raises:
+        EngineError: an input is missing or unknown, or has another dtype or a shape outside the range.
+    """
+    if feeds.keys() != specs.keys():
+        raise EngineError(f"{name}: expected the inputs {sorted(specs)}, received {sorted(feeds)}")
+    for key, spec in specs.items():
+        tensor = feeds[key]
+        if tensor.dtype != TORCH_DTYPES[spec.dtype] or not spec.accepts(tuple(tensor.shape)):
+            received = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            raise EngineError(f"{name}: input {key!r} expected {spec}, received {received}")
+        if not tensor.is_contiguous():
+            raise EngineError(f"{name}: input {key!r} is not contiguous: call .contiguous() on it")

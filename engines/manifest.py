@@ -1,0 +1,213 @@
+"""What a bundle says of itself: the schema of ``bundle.json``, its reading and its writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from ..errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+
+DType = Literal["float32", "float16", "int64"]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Immutable, and nothing in the file that the schema does not know."""
+
+
+class Range(_Record, kw_only=True):
+    """A dimension that may vary: its smallest, its usual and its largest extent."""
+
+    name: str
+    min: Positive
+    opt: Positive
+    max: Positive
+
+    def __post_init__(self) -> None:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.name}: expected min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+
+    def __str__(self) -> str:
+        return str(self.opt) if self.min == self.max else f"{self.min}..{self.max}"
+
+    def scaled(self, factor: int, name: str) -> Range:
+        """The range of a dimension that is ``factor`` times this one."""
+        return Range(name=name, min=self.min * factor, opt=self.opt * factor, max=self.max * factor)
+
+    def divided(self, factor: int, name: str) -> Range:
+        """The range of a dimension that is a ``factor``-th of this one, as latents are of pixels."""
+        return Range(name=name, min=self.min // factor, opt=self.opt // factor, max=self.max // factor)
+
+
+Dim = Positive | Range
+
+
+def dim_range(dim: int | Range) -> Range:
+    """Any dimension as a range; a fixed one has three equal ends."""
+    return dim if isinstance(dim, Range) else Range(name="fixed", min=dim, opt=dim, max=dim)
+
+
+class TensorSpec(_Record, kw_only=True):
+    """Name apart, all that an engine promises of one input or output."""
+
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of ``shape`` lies inside every range."""
+        if len(shape) != len(self.shape):
+            return False
+        ranges = (dim_range(dim) for dim in self.shape)
+        return all(wide.min <= extent <= wide.max for extent, wide in zip(shape, ranges, strict=True))
+
+
+class Component(_Record, kw_only=True):
+    """One network of the bundle.
+
+    ``key`` is the hash of all that its ONNX file was made from: two components of one key are interchangeable.
+    """
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    files: tuple[str, ...]
+    key: Sha256
+
+    @property
+    def onnx(self) -> str:
+        """The ONNX file, relative to the bundle; the other files are its external data."""
+        return self.files[0]
+
+
+class FileRecord(_Record, kw_only=True):
+    """A file of the bundle, as it was written."""
+
+    size: Size
+    sha256: Sha256
+
+
+class SourceFile(_Record, kw_only=True):
+    """A weight file that the bundle was made from: its place on the Hub, or on the exporting machine."""
+
+    filename: str
+    size: Size
+    sha256: Sha256
+    repo: str | None = None
+    revision: str | None = None
+    path: str | None = None
+
+
+class Origin(_Record, kw_only=True):
+    """Where the parts came from, enough to load them again with diffusers (``hypersd verify``).
+
+    Attributes:
+        base: a Hub repository, a folder in diffusers layout or a single-file checkpoint.
+        revision: the commit of ``base`` if it is on the Hub.
+        variant: ``"fp16"`` if the half-precision weight files were taken.
+        vae: where the VAE was taken from if not from ``base``.
+        lora_scale: what the LoRA was scaled with before it was fused; None without a LoRA.
+        weights: for each component the files that its weights came from.
+    """
+
+    base: str
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None
+    vae_revision: str | None = None
+    lora_scale: float | None = None
+    weights: dict[str, tuple[SourceFile, ...]]
+
+
+class SamplerSettings(_Record, kw_only=True):
+    """How the checkpoint wants to be sampled; what a call leaves out comes from here."""
+
+    kind: Literal["ddim", "tcd", "lcm"]
+    num_inference_steps: Positive
+    allowed_steps: tuple[Positive, ...]
+    timesteps: tuple[Size, ...] | None = None
+    eta: float
+    guidance_scale: float
+
+
+class VaeSettings(_Record, kw_only=True):
+    """``scaling_factor`` divides the latents before they are decoded; ``spatial`` is pixels per latent."""
+
+    scaling_factor: float
+    spatial: Positive = 8
+    latent_channels: Positive = 4
+    tiny: bool = False
+
+
+class PictureShapes(_Record, kw_only=True):
+    """Pictures per call of a network, and their size in pixels."""
+
+    batch: Range
+    height: Range
+    width: Range
+
+
+class Manifest(_Record, kw_only=True):
+    """The whole of ``bundle.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    checkpoint: str
+    family: Literal["sd15", "sdxl"]
+    precision: Literal["fp16", "fp32"]
+    opset: Positive
+    shapes: PictureShapes
+    sampler: SamplerSettings
+    scheduler: dict[str, Any]
+    vae: VaeSettings
+    force_zeros_for_empty_prompt: bool
+    components: dict[str, Component]
+    files: dict[str, FileRecord]
+    origin: Origin
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            check_relative(name)
+        named = {file for component in self.components.values() for file in component.files}
+        if unlisted := sorted(named - self.files.keys()):
+            raise ValueError(f"component files without a record: {', '.join(unlisted)}")
+
+
+def check_relative(name: str) -> None:
+    """Refuse a file name that could lead out of the bundle's folder, on any system."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        raise ValueError(f"file name {name!r} leads out of the bundle")
+
+
+def encode(manifest: msgspec.Struct) -> bytes:
+    """The manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode(text: bytes, where: str) -> Manifest:
+    """Read a manifest, strictly.
+
+    Raises:
+        BundleError: not JSON, of another schema version, with unknown or missing keys, or with bad values.
+    """
+    try:
+        version = json.loads(text)["schema_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BundleError(f"{where} is not a bundle manifest: expected JSON with a schema_version") from error
+    if version != SCHEMA_VERSION:
+        hint = "upgrade hypersd" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
+        raise BundleError(f"{where} has schema version {version!r}, this hypersd reads {SCHEMA_VERSION}: {hint}")
+    try:
+        return msgspec.json.decode(text, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{where} is not a valid manifest: {error}; export the bundle again") from error

@@ -1,0 +1,152 @@
+"""Networks run by ONNX Runtime, on the CPU or on a CUDA device: the only module that imports onnxruntime."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..errors import BundleError, EngineError
+from .engine import check_feeds
+from .manifest import Component
+
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` becomes the first CUDA device if both torch and ONNX Runtime can use it, else the CPU."""
+    has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if str(device) == "auto":
+        return torch.device("cuda", 0) if has_cuda and torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise EngineError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise EngineError(f"ONNX Runtime runs on cpu or cuda here, not on {device.type}")
+    if not has_cuda:
+        raise EngineError(f"the installed onnxruntime {ort.__version__} has no CUDA provider: {CUDA_HINT}")
+    if not torch.cuda.is_available():
+        raise EngineError("torch finds no CUDA device: check the driver, or use device='cpu'")
+    return torch.device("cuda", device.index or 0)
+
+
+class _Binding:
+    """One thread's buffers at one set of shapes, and where ONNX Runtime was told to find them."""
+
+    def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
+        self.io = session.io_binding()
+        self.device = device
+        self.outputs: dict[str, Tensor] = {}
+        self._addresses: dict[str, int] = {}
+
+    def bind_inputs(self, feeds: Mapping[str, Tensor]) -> None:
+        """Tell ONNX Runtime of the inputs whose address is new."""
+        for name, tensor in feeds.items():
+            address = tensor.data_ptr()
+            if self._addresses.get(name) != address:
+                self.io.bind_input(name, *self._place(tensor), tuple(tensor.shape), address)
+                self._addresses[name] = address
+
+    def run_first(self, session: ort.InferenceSession) -> None:
+        """Let ONNX Runtime find the outputs' shapes, then keep buffers of those shapes for the runs to come."""
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            self.io.bind_output(name, self.device.type, self.device.index or 0)
+        session.run_with_iobinding(self.io)
+        values = self.io.get_outputs()
+        self.outputs = {
+            name: torch.from_numpy(value.numpy().copy()).to(self.device)
+            for name, value in zip(names, values, strict=True)
+        }
+        for name, tensor in self.outputs.items():
+            self.io.bind_output(name, *self._place(tensor), tuple(tensor.shape), tensor.data_ptr())
+
+    def _place(self, tensor: Tensor) -> tuple[str, int, type]:
+        return self.device.type, self.device.index or 0, NUMPY_DTYPES[tensor.dtype]
+
+
+class OnnxRuntimeEngine:
+    """A component's ONNX graph in an ONNX Runtime session.
+
+    Safe to call from several threads: the session is shared, the output buffers belong to the calling thread. They
+    are allocated at the first call with given shapes and reused by every later one (see :class:`.engine.Engine`).
+    """
+
+    def __init__(
+        self, name: str, path: Path, component: Component, device: torch.device, threads: int | None = None
+    ) -> None:
+        self.name = name
+        self.inputs = component.inputs
+        self.outputs = component.outputs
+        self.device = device
+        self._session = _make_session(path, device, threads or available_cores())
+        self._check_graph(path)
+        self._local = threading.local()
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.
+
+        Raises:
+            EngineError: the inputs are not those of the graph, or ONNX Runtime failed.
+        """
+        check_feeds(self.name, self.inputs, feeds)
+        bindings = self._local.__dict__.setdefault("bindings", {})
+        key = tuple(tensor.shape for tensor in feeds.values())
+        binding = bindings.get(key)
+        is_first = binding is None
+        if is_first:
+            binding = _Binding(self._session, self.device)
+        binding.bind_inputs(feeds)
+        if self.device.type == "cuda":  # ONNX Runtime has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            if is_first:
+                binding.run_first(self._session)
+                bindings[key] = binding
+            else:
+                self._session.run_with_iobinding(binding.io)
+        except Exception as error:  # onnxruntime's exceptions share no base class but this
+            raise EngineError(f"{self.name}: ONNX Runtime failed: {_one_line(error)}") from error
+        return binding.outputs
+
+    def _check_graph(self, path: Path) -> None:
+        """The graph's names must be the manifest's, else the bundle was put together by hand."""
+        graph = {node.name for node in [*self._session.get_inputs(), *self._session.get_outputs()]}
+        manifest = self.inputs.keys() | self.outputs.keys()
+        if graph != manifest:
+            raise BundleError(f"{path} has the tensors {sorted(graph)}, the manifest says {sorted(manifest)}")
+
+
+def _make_session(path: Path, device: torch.device, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what fails is raised, and said once
+    providers: list = ["CPUExecutionProvider"]
+    if device.type == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {_one_line(error)}") from error
+    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise EngineError(f"ONNX Runtime could not start its CUDA provider, its libraries are missing: {CUDA_HINT}")
+    return session
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,53 @@
+"""The errors that users meet. Each message is one line: what was wrong, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class HyperSDError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(HyperSDError):
+    """The input was wrong and the user can mend it: the command line ends with exit code 2."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """The named checkpoint is not known."""
+
+
+class DownloadError(UserError):
+    """The Hub refused or has not got what was asked for."""
+
+
+class NetworkError(DownloadError):
+    """The Hub could not be reached: not the user's input, so the command line ends with exit code 1."""
+
+    exit_code = 1
+
+
+class WeightsError(UserError):
+    """A weight file is missing, damaged, of another format or of another model."""
+
+
+class BundleError(UserError):
+    """A bundle is missing, damaged, altered or written by another version."""
+
+
+class RequestError(UserError, ValueError):
+    """An argument is out of its range. Also a ValueError, as library callers expect."""
+
+
+class EngineError(HyperSDError):
+    """An engine cannot be made or run on this machine."""
+
+
+class ExportError(HyperSDError):
+    """An exported network failed its checks."""
+
+
+class DiskFullError(UserError):
+    """The disk filled up while writing."""

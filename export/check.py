@@ -1,0 +1,134 @@
+"""Is an exported file the network that it was traced from?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ExportError
+from .networks import Network, random_inputs, ranges
+
+CHECK_SEED = 1  # not the inputs that were traced
+LARGE_CONSTANT = 4096
+
+# Largest error allowed, as a part of the reference's largest value, and its root mean square as a part of the
+# reference's. float16 has 11 bits: each of a deep network's sums is off by up to 5e-4 of its size, in another order in
+# each library.
+TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (5e-2, 1e-2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs, and what the torch module makes of them."""
+
+    extents: dict[str, int]
+    inputs: list[Tensor]
+    expected: list[Tensor]
+
+
+def reference_cases(network: Network, vocabulary: int) -> list[Case]:
+    """Run the torch module at both ends of every range (once if nothing varies).
+
+    They are run before the graph is, so that module and graph need not be in memory together.
+    """
+    cases = []
+    for seed, extents in enumerate(_ends(network), start=CHECK_SEED):
+        inputs = random_inputs(network.inputs, extents, seed, vocabulary)
+        with torch.no_grad():
+            outputs = network.module(*inputs)
+        expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        cases.append(Case(extents, inputs, expected))
+    return cases
+
+
+def _ends(network: Network) -> Iterator[dict[str, int]]:
+    varying = ranges([*network.inputs.values()])
+    yield {name: extent.min for name, extent in varying.items()}
+    if varying:
+        yield {name: extent.max for name, extent in varying.items()}
+
+
+def check_graph(path: Path, dtype: str) -> None:
+    """Run ONNX's own checker, and see that every node's types agree and no weight kept a wider type.
+
+    Raises:
+        ExportError: what is wrong with the file.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except Exception as error:  # onnx raises several unrelated classes
+        raise ExportError(f"{path} is not valid ONNX: {' '.join(str(error).split())}") from error
+    if dtype == "float16":
+        wide = [
+            tensor.name
+            for tensor in model.graph.initializer
+            if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) > LARGE_CONSTANT
+        ]
+        if wide:
+            raise ExportError(f"{path}: weights stayed float32 in a float16 graph: {', '.join(sorted(wide)[:10])}")
+
+
+def check_outputs(path: Path, network_inputs: list[str], cases: list[Case]) -> float:
+    """Run the file on ONNX Runtime's CPU provider and compare it with the torch module.
+
+    Returns:
+        The largest error over all cases and outputs, as a part of the reference's largest value.
+
+    Raises:
+        ExportError: an output differs, or ONNX Runtime cannot run the file.
+    """
+    session = _session(path)
+    worst = 0.0
+    for case in cases:
+        feeds = {name: tensor.numpy() for name, tensor in zip(network_inputs, case.inputs, strict=True)}
+        try:
+            actual = session.run(None, feeds)
+        except Exception as error:  # onnxruntime's exceptions share no base class but this
+            raise ExportError(f"{path} does not run at {case.extents}: {' '.join(str(error).split())}") from error
+        names = [output.name for output in session.get_outputs()]
+        for name, array, expected in zip(names, actual, case.expected, strict=True):
+            worst = max(worst, _compare(f"{path}: {name} at {case.extents or 'its shape'}", array, expected))
+    return worst
+
+
+def _compare(what: str, array: np.ndarray, expected: Tensor) -> float:
+    largest_allowed, rms_allowed = TOLERANCES[str(expected.dtype).removeprefix("torch.")]
+    reference = expected.float().numpy()
+    actual = array.astype(np.float32)
+    if actual.shape != reference.shape:
+        raise ExportError(f"{what} has the shape {actual.shape}, torch gave {reference.shape}")
+    if not np.isfinite(actual).all():
+        raise ExportError(f"{what} is not finite: try --precision fp32")
+    error = actual - reference
+    scale, rms_scale = np.abs(reference).max(), np.sqrt(np.mean(reference**2))
+    largest = float(np.abs(error).max() / scale)
+    rms = float(np.sqrt(np.mean(error**2)) / rms_scale)
+    if largest > largest_allowed or rms > rms_allowed:
+        raise ExportError(
+            f"{what} differs from torch by {largest:.1e} at most and {rms:.1e} in the mean, "
+            f"allowed are {largest_allowed:.0e} and {rms_allowed:.0e}"
+        )
+    return largest
+
+
+def _session(path: Path):
+    """A session that runs the file as it is: nothing is fused, and the weights stay in the file's mapping."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise ExportError(f"{path} cannot be loaded by ONNX Runtime: {' '.join(str(error).split())}") from error

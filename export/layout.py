@@ -1,0 +1,221 @@
+"""Models in diffusers layout, wherever they lie: a Hub repository, a local folder, or one file beside its configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..engines.bundle import sha256_file
+from ..engines.manifest import SourceFile
+from ..errors import WeightsError
+from .hub import DownloadProgress, fetch_optional
+
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
+SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt files can run code): convert them"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A file on this machine; ``repo`` and ``revision`` say where on the Hub it came from, if it did."""
+
+    path: Path
+    filename: str
+    repo: str | None = None
+    revision: str | None = None
+
+    def record(self) -> SourceFile:
+        """What the manifest says of it, with the SHA-256 of its contents."""
+        return SourceFile(
+            filename=self.filename,
+            size=self.path.stat().st_size,
+            sha256=self._sha256(),
+            repo=self.repo,
+            revision=self.revision,
+            path=None if self.repo else str(self.path.resolve()),
+        )
+
+    def _sha256(self) -> str:
+        # The Hub's cache names a large file by its SHA-256, which was checked when it came.
+        blob = self.path.resolve().name
+        return blob if self.repo and SHA256.fullmatch(blob) else sha256_file(self.path)
+
+
+class Files(Protocol):
+    """The files of a model in diffusers layout, wherever they are."""
+
+    name: str
+    revision: str | None
+
+    def find(self, filename: str) -> Found | None:
+        """The file, or None if there is none of that name."""
+        ...
+
+
+@dataclasses.dataclass
+class HubRepo:
+    """A repository on the Hub, pinned to the commit of the first file that was fetched from it."""
+
+    name: str
+    revision: str | None = None
+    progress: DownloadProgress | None = None
+
+    def find(self, filename: str) -> Found | None:
+        file = fetch_optional(self.name, filename, revision=self.revision, progress=self.progress)
+        if file is None:
+            return None
+        self.revision = file.revision
+        return Found(file.path, filename, self.name, file.revision)
+
+
+@dataclasses.dataclass
+class LocalFolder:
+    """A folder in diffusers layout."""
+
+    root: Path
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.root.resolve())
+
+    def find(self, filename: str) -> Found | None:
+        path = self.root / filename
+        return Found(path, filename) if path.is_file() else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One network before it is loaded.
+
+    Attributes:
+        name: the component's folder in diffusers layout (``unet``, ``text_encoder_2``).
+        folder: a local folder that holds its ``config.json``.
+        config: that configuration.
+        weights: its weight files; more than one if they are sharded.
+        variant: ``"fp16"`` if these are the half-precision files.
+        single_file: whether the weights are a whole model in one file, in the original Stable Diffusion's key names.
+        replaced: whether the weights are not the base's but a file of Hyper-SD's.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    weights: tuple[Found, ...]
+    variant: str | None = None
+    single_file: bool = False
+    replaced: bool = False
+
+
+class Base(Protocol):
+    """A whole model whose parts can be asked for by name.
+
+    Attributes:
+        location: what to give to ``--base`` to get the same model again.
+        files: its configuration and tokenizer files.
+    """
+
+    location: str
+    files: Files
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        """The named network; ``variant="fp16"`` asks for its half-precision weight files."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusersBase:
+    """A repository or folder with one folder a network."""
+
+    files: Files
+
+    @property
+    def location(self) -> str:
+        return self.files.name
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        folder = f"{name}/" if name else ""
+        config = get_file(self.files, f"{folder}config.json")
+        stem = folder + ("model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
+        for candidate in (variant,) if variant else (None, "fp16"):
+            if weights := _find_weights(self.files, f"{stem}.{candidate}" if candidate else stem):
+                return Part(
+                    name=name or "vae",
+                    folder=config.path.parent,
+                    config=read_json(config),
+                    weights=weights,
+                    variant=candidate,
+                )
+        wanted = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+        raise WeightsError(f"{self.files.name} has no {wanted}: {SAFETENSORS_HINT}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleFileBase:
+    """One file that holds every network, in the original Stable Diffusion's key names.
+
+    It brings weights only; ``files`` is a repository of the same family, for configuration and tokenizer.
+    """
+
+    file: Found
+    files: Files
+
+    @property
+    def location(self) -> str:
+        return str(self.file.path.resolve())
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        config = get_file(self.files, f"{name}/config.json")
+        return Part(
+            name=name, folder=config.path.parent, config=read_json(config), weights=(self.file,), single_file=True
+        )
+
+
+def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
+    """A folder if there is one of that name, else a Hub repository."""
+    if Path(location).is_dir():
+        return LocalFolder(Path(location))
+    if REPO_ID.fullmatch(location) and not location.startswith("."):
+        return HubRepo(location, revision, progress)
+    raise WeightsError(f"{option} {location!r} is neither a folder nor the name of a Hub repository (owner/name)")
+
+
+def get_file(files: Files, filename: str) -> Found:
+    """The named file, which must be there."""
+    if (found := files.find(filename)) is None:
+        raise WeightsError(f"{files.name} has no {filename}: expected a model in diffusers layout")
+    return found
+
+
+def read_json(found: Found) -> dict[str, Any]:
+    """A JSON object from a configuration file."""
+    try:
+        value = json.loads(found.path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{found.path} is not JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{found.path} holds no JSON object: download it again")
+    return value
+
+
+def tokenizer_folder(files: Files, name: str) -> Path:
+    """The local folder of a CLIP tokenizer, all its files fetched."""
+    found = [file for filename in TOKENIZER_FILES if (file := files.find(f"{name}/{filename}"))]
+    if not {"vocab.json", "tokenizer.json"} & {file.path.name for file in found}:
+        raise WeightsError(f"{files.name} has no {name}/vocab.json: expected a model in diffusers layout")
+    return found[0].path.parent
+
+
+def _find_weights(files: Files, stem: str) -> tuple[Found, ...]:
+    """The weight file of that stem, or the shards that its index names; empty if there is neither."""
+    if whole := files.find(f"{stem}.safetensors"):
+        return (whole,)
+    if (index := files.find(f"{stem}.safetensors.index.json")) is None:
+        return ()
+    folder = stem.rpartition("/")[0]
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    return tuple(get_file(files, f"{folder}/{name}" if folder else name) for name in names)

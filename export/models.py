@@ -1,0 +1,189 @@
+"""Loading networks in the bundle's precision, one at a time, with no second copy of their weights in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from .layout import Found, Part
+from .lora import Lora, describe_keys, open_lora
+from .safetensors_file import SafetensorsFile
+
+TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_unet(part: Part, lora: Found | None, family: str, lora_scale: float, dtype: torch.dtype) -> nn.Module:
+    """A UNet with the LoRA fused into it.
+
+    The weights are read one at a time, fused in float32 and rounded once to ``dtype``, so that memory holds one copy of
+    the UNet in ``dtype`` and little besides.
+
+    Returns:
+        A ``diffusers.UNet2DConditionModel`` in evaluation mode.
+
+    Raises:
+        WeightsError: keys are left over or missing in the weights or in the LoRA.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(part.config)
+    _check_unet(unet, part)
+    opened = open_lora(lora.path, layer_names(unet), family, lora_scale) if lora else None
+    _fill(unet, _unet_tensors(part, unet), opened, dtype, part)
+    return unet.eval().requires_grad_(False)
+
+
+def layer_names(unet: nn.Module) -> list[str]:
+    """Paths of the layers that a LoRA can change."""
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _check_unet(unet: Any, part: Part) -> None:
+    config = unet.config
+    unsupported = {
+        "time_cond_proj_dim": config.time_cond_proj_dim,
+        "class_embed_type": config.class_embed_type,
+        "encoder_hid_dim_type": config.encoder_hid_dim_type,
+    }
+    if used := sorted(name for name, value in unsupported.items() if value is not None):
+        raise WeightsError(f"{part.folder}: a UNet with {', '.join(used)} is not a Stable Diffusion base: take another")
+    if config.in_channels != 4:
+        raise WeightsError(f"{part.folder}: the UNet takes {config.in_channels} channels, expected 4 (no inpainting)")
+
+
+def _unet_tensors(part: Part, unet: Any) -> Iterator[tuple[str, Tensor]]:
+    if part.single_file:
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+        # The converted entries are still views of the mapped file: nothing is copied here.
+        checkpoint = dict(SafetensorsFile(part.weights[0].path).tensors())
+        yield from convert_ldm_unet_checkpoint(checkpoint, unet.config).items()
+        return
+    for found in part.weights:
+        yield from SafetensorsFile(found.path).tensors()
+
+
+def _fill(
+    unet: nn.Module, tensors: Iterator[tuple[str, Tensor]], lora: Lora | None, dtype: torch.dtype, part: Part
+) -> None:
+    """Replace every parameter on the meta device by its weight."""
+    expected = dict(unet.named_parameters())
+    seen = set()
+    for name, tensor in tensors:
+        seen.add(name)
+        if name not in expected:
+            continue
+        if tensor.shape != expected[name].shape:
+            raise WeightsError(
+                f"{part.weights[0].path}: {name} has the shape {list(tensor.shape)}, "
+                f"the UNet's configuration says {list(expected[name].shape)}: these weights are another model's"
+            )
+        weight = lora.fuse(name, tensor) if lora else tensor
+        module, _, leaf = name.rpartition(".")
+        setattr(unet.get_submodule(module), leaf, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
+    if seen != expected.keys():
+        raise WeightsError(
+            f"{part.weights[0].path} does not fit the UNet's configuration: {describe_keys(seen, set(expected))}"
+        )
+
+
+def load_text_encoder(part: Part, dtype: torch.dtype) -> nn.Module:
+    """A CLIP text encoder; SDXL's second comes with its projection.
+
+    Returns:
+        ``transformers.CLIPTextModel`` or ``CLIPTextModelWithProjection``, in evaluation mode.
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    cls = CLIPTextModelWithProjection if part.name == "text_encoder_2" else CLIPTextModel
+    if part.single_file:
+        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+
+        checkpoint = dict(SafetensorsFile(part.weights[0].path).tensors())
+        with _quiet():
+            model = create_diffusers_clip_model_from_ldm(
+                cls,
+                checkpoint,
+                subfolder=part.name,
+                config=str(part.folder.parent),
+                torch_dtype=dtype,
+                local_files_only=True,
+            )
+    else:
+        model = _from_pretrained(cls, part, dtype=dtype)
+    # sdpa is what diffusers runs, and what torch exports as one Attention node
+    model.set_attn_implementation("sdpa")
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def load_vae(part: Part, dtype: torch.dtype) -> nn.Module:
+    """``diffusers.AutoencoderKL``, or ``AutoencoderTiny`` for TAESD, in evaluation mode."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    cls = AutoencoderTiny if is_tiny(part) else AutoencoderKL
+    if part.single_file:
+        with _quiet():
+            vae = cls.from_single_file(
+                str(part.weights[0].path), config=str(part.folder), torch_dtype=dtype, local_files_only=True
+            )
+    else:
+        vae = _from_pretrained(cls, part, torch_dtype=dtype)
+    if getattr(vae.config, "latents_mean", None) is not None:
+        raise WeightsError(f"{part.folder}: a VAE with latents_mean is not Stable Diffusion's: take another --vae")
+    return vae.eval().requires_grad_(False)
+
+
+def is_tiny(part: Part) -> bool:
+    """Whether the part is a TAESD decoder."""
+    return part.config.get("_class_name") == "AutoencoderTiny"
+
+
+def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
+    """Load from the part's folder; weights that are missing would be random, so they are an error."""
+    try:
+        with _quiet():
+            model, info = cls.from_pretrained(
+                str(part.folder),
+                variant=part.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **dtype,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{part.folder} cannot be loaded as a {cls.__name__}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ())))
+    if missing:
+        raise WeightsError(f"{part.weights[0].path} lacks weights of a {cls.__name__}: {json.dumps(missing[:30])}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and reports from the libraries: progress is the caller's to show."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for module, _ in levels:
+        module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

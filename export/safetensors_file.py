@@ -1,0 +1,52 @@
+"""Reading big safetensors files tensor by tensor without keeping what was read in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import WeightsError
+
+# Pages that were read through the file's mapping count as this process's memory until it is unmapped.
+REMAP_BYTES = 1 << 28
+
+
+class SafetensorsFile:
+    """An open ``.safetensors`` file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes_read = 0
+        self._open()
+        self.names: tuple[str, ...] = tuple(self._file.keys())
+
+    def _open(self) -> None:
+        try:
+            self._file = safe_open(str(self.path), framework="pt", device="cpu")
+        except OSError as error:
+            raise WeightsError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise WeightsError(
+                f"{self.path} is not a whole safetensors file ({error}): download it again, or convert it"
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored. It is a view of the file: convert or clone it before long."""
+        if self._bytes_read > REMAP_BYTES:
+            self._open()
+            self._bytes_read = 0
+        tensor = self._file.get_tensor(name)
+        self._bytes_read += tensor.nbytes
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, in the file's order."""
+        for name in self.names:
+            yield name, self.read(name)

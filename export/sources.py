@@ -1,0 +1,173 @@
+"""Finding all that one export reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+from .checkpoints import BASE_REPOS, FAMILY_NAMES, FIXED_VAE_REPO, HYPER_SD_REPO, TINY_VAE_REPOS, Checkpoint
+from .hub import DownloadProgress, fetch
+from .layout import (
+    SAFETENSORS_HINT,
+    Base,
+    DiffusersBase,
+    Found,
+    HubRepo,
+    Part,
+    SingleFileBase,
+    get_file,
+    open_files,
+    read_json,
+    tokenizer_folder,
+)
+from .safetensors_file import SafetensorsFile
+
+ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What the user says of the sources; None takes the checkpoint's own."""
+
+    base: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    lora: str | None = None
+    vae: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """All that one export reads, on this machine.
+
+    Attributes:
+        base: where the base model is, as ``--base`` takes it.
+        base_revision: its commit, if it is on the Hub.
+        tokenizers: folders by name (``tokenizer``, ``tokenizer_2``).
+        parts: networks by name (``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``).
+        vae: where the VAE was taken from if not from the base.
+        lora: the LoRA to fuse, if the checkpoint is one.
+    """
+
+    base: str
+    base_revision: str | None
+    model_index: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    tokenizers: dict[str, Path]
+    parts: dict[str, Part]
+    vae: str | None
+    vae_revision: str | None
+    lora: Found | None
+
+    @property
+    def weights(self) -> dict[str, tuple[Found, ...]]:
+        """Every weight file by what it is for."""
+        files = {name: part.weights for name, part in self.parts.items()}
+        return files | ({"lora": (self.lora,)} if self.lora else {})
+
+
+def find_sources(
+    checkpoint: Checkpoint, options: SourceOptions, precision: str, progress: DownloadProgress | None = None
+) -> Sources:
+    """Find every file that the export needs, downloading what is not here yet.
+
+    Args:
+        checkpoint: which of the Hyper-SD files.
+        options: what replaces the checkpoint's own base, LoRA or VAE.
+        precision: ``"fp16"`` or ``"fp32"``; SDXL in fp16 takes the repaired VAE.
+        progress: told about downloads.
+
+    Raises:
+        WeightsError: a file is missing, damaged or of another family of models.
+        DownloadError: the Hub could not give a file.
+    """
+    base = _open_base(checkpoint, options, progress)
+    model_index = read_json(get_file(base.files, "model_index.json"))
+    _check_family(model_index, checkpoint, base.location)
+    encoders = ENCODERS[checkpoint.family]
+    parts = {name: base.part(name, options.variant) for name in encoders}
+    hyper_file = _hyper_file(checkpoint, options.lora, progress)
+    if checkpoint.kind == "unet":
+        config = get_file(base.files, "unet/config.json")
+        parts["unet"] = Part(
+            name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,), replaced=True
+        )
+    else:
+        parts["unet"] = base.part("unet", options.variant)
+    vae = _open_vae(checkpoint, options.vae, precision, progress)
+    parts["vae"] = _vae_part(vae) if vae else base.part("vae", options.variant)
+    sources = Sources(
+        base=base.location,
+        base_revision=base.files.revision if isinstance(base, DiffusersBase) else None,
+        model_index=model_index,
+        scheduler_config=read_json(get_file(base.files, "scheduler/scheduler_config.json")),
+        tokenizers={
+            name: tokenizer_folder(base.files, name)
+            for name in (n.replace("text_encoder", "tokenizer") for n in encoders)
+        },
+        parts=parts,
+        vae=vae.location if vae else None,
+        vae_revision=vae.files.revision if vae else None,
+        lora=hyper_file if checkpoint.kind == "lora" else None,
+    )
+    for files in sources.weights.values():
+        for file in files:
+            SafetensorsFile(file.path)  # refuse a damaged file now, not after minutes of work
+    return sources
+
+
+def tokenizer_name(encoder: str) -> str:
+    """The tokenizer that goes with a text encoder (``text_encoder_2`` to ``tokenizer_2``)."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Base:
+    location = options.base or checkpoint.base
+    if not (path := Path(location)).is_file():
+        return DiffusersBase(open_files(location, options.revision, progress, "--base"))
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"--base {location}: {SAFETENSORS_HINT}")
+    return SingleFileBase(Found(path, path.name), HubRepo(checkpoint.base, None, progress))
+
+
+def _hyper_file(checkpoint: Checkpoint, lora: str | None, progress: DownloadProgress | None) -> Found:
+    """The Hyper-SD file itself: the Hub's, or the local one that ``--lora`` names."""
+    if lora is None:
+        file = fetch(HYPER_SD_REPO, checkpoint.filename, progress=progress)
+        return Found(file.path, checkpoint.filename, HYPER_SD_REPO, file.revision)
+    path = Path(lora)
+    if not path.is_file():
+        raise WeightsError(f"--lora {lora!r} is not a file: expected a local .safetensors file in place of the Hub's")
+    return Found(path, path.name)
+
+
+def _open_vae(
+    checkpoint: Checkpoint, vae: str | None, precision: str, progress: DownloadProgress | None
+) -> DiffusersBase | None:
+    """The VAE that replaces the base's, if any does."""
+    if vae == "tiny":
+        return DiffusersBase(HubRepo(TINY_VAE_REPOS[checkpoint.family], None, progress))
+    if vae is not None:
+        return DiffusersBase(open_files(vae, None, progress, "--vae"))
+    if checkpoint.family == "sdxl" and precision == "fp16":  # SDXL's own overflows in half precision
+        return DiffusersBase(HubRepo(FIXED_VAE_REPO, None, progress))
+    return None
+
+
+def _vae_part(vae: DiffusersBase) -> Part:
+    """A repository of only a VAE has its files at the top; of a whole model, in ``vae/``."""
+    return vae.part("" if vae.files.find("config.json") else "vae")
+
+
+def _check_family(model_index: dict[str, Any], checkpoint: Checkpoint, base: str) -> None:
+    pipelines = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
+    class_name = model_index.get("_class_name")
+    found = pipelines.get(str(class_name))
+    if found != checkpoint.family:
+        wanted = FAMILY_NAMES[checkpoint.family]
+        raise WeightsError(
+            f"{base} holds a {FAMILY_NAMES.get(found or '', class_name)} model, {checkpoint.name} needs {wanted}: "
+            f"take a --base of {wanted}, such as {BASE_REPOS[checkpoint.family]}"
+        )
