@@ -1,0 +1,24 @@
+"""From a Hyper-SD checkpoint to a bundle: checkpoint table, weights, LoRA fusing, tracing, checks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["CHECKPOINTS", "ExportOptions", "export_bundle"]
+
+if TYPE_CHECKING:
+    from .checkpoints import CHECKPOINTS
+    from .exporter import ExportOptions, export_bundle
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: the checkpoint table is wanted without torch and diffusers."""
+    if name == "CHECKPOINTS":
+        from .checkpoints import CHECKPOINTS
+
+        return CHECKPOINTS
+    if name in __all__:
+        from . import exporter
+
+        return getattr(exporter, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

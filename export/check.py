@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError
-from .networks import Network, random_inputs, ranges
+from .networks import Network
 
 CHECK_SEED = 1  # not the inputs that were traced
 LARGE_CONSTANT = 4096
@@ -27,34 +27,37 @@ class Case:
     """Inputs, and what the torch module makes of them."""
 
     extents: dict[str, int]
-    inputs: list[Tensor]
+    inputs: dict[str, Tensor]
     expected: list[Tensor]
 
 
-def reference_cases(network: Network, vocabulary: int) -> list[Case]:
+def reference_cases(network: Network) -> list[Case]:
     """Run the torch module at both ends of every range (once if nothing varies).
 
     They are run before the graph is, so that module and graph need not be in memory together.
     """
     cases = []
     for seed, extents in enumerate(_ends(network), start=CHECK_SEED):
-        inputs = random_inputs(network.inputs, extents, seed, vocabulary)
+        inputs = dict(zip(network.inputs, network.random_inputs(extents, seed), strict=True))
         with torch.no_grad():
-            outputs = network.module(*inputs)
+            outputs = network.module(*inputs.values())
         expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         cases.append(Case(extents, inputs, expected))
     return cases
 
 
 def _ends(network: Network) -> Iterator[dict[str, int]]:
-    varying = ranges([*network.inputs.values()])
-    yield {name: extent.min for name, extent in varying.items()}
-    if varying:
-        yield {name: extent.max for name, extent in varying.items()}
+    yield {name: extent.min for name, extent in network.ranges.items()}
+    if network.ranges:
+        yield {name: extent.max for name, extent in network.ranges.items()}
 
 
-def check_graph(path: Path, dtype: str) -> None:
+def check_graph(path: Path, weight_bytes: int) -> None:
     """Run ONNX's own checker, and see that every node's types agree and no weight kept a wider type.
+
+    Args:
+        path: the ONNX file.
+        weight_bytes: 2 for a float16 graph, 4 for a float32 one.
 
     Raises:
         ExportError: what is wrong with the file.
@@ -67,7 +70,7 @@ def check_graph(path: Path, dtype: str) -> None:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # onnx raises several unrelated classes
         raise ExportError(f"{path} is not valid ONNX: {' '.join(str(error).split())}") from error
-    if dtype == "float16":
+    if weight_bytes == 2:
         wide = [
             tensor.name
             for tensor in model.graph.initializer
@@ -77,7 +80,7 @@ def check_graph(path: Path, dtype: str) -> None:
             raise ExportError(f"{path}: weights stayed float32 in a float16 graph: {', '.join(sorted(wide)[:10])}")
 
 
-def check_outputs(path: Path, network_inputs: list[str], cases: list[Case]) -> float:
+def check_outputs(path: Path, cases: list[Case]) -> float:
     """Run the file on ONNX Runtime's CPU provider and compare it with the torch module.
 
     Returns:
@@ -89,7 +92,7 @@ def check_outputs(path: Path, network_inputs: list[str], cases: list[Case]) -> f
     session = _session(path)
     worst = 0.0
     for case in cases:
-        feeds = {name: tensor.numpy() for name, tensor in zip(network_inputs, case.inputs, strict=True)}
+        feeds = {name: tensor.numpy() for name, tensor in case.inputs.items()}
         try:
             actual = session.run(None, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base class but this

@@ -6,7 +6,6 @@ Input and output names follow the layout that optimum exports (see the ONNX cont
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,11 +21,41 @@ DTYPE_NAMES = {torch.float16: "float16", torch.float32: "float32"}
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A module whose positional arguments are its inputs, in the order of ``inputs``."""
+    """A module whose positional arguments are its inputs, in the order of ``inputs``.
+
+    ``vocabulary`` is the number of tokens, where the input is tokens.
+    """
 
     module: nn.Module
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
+    vocabulary: int = 1
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """Every dimension that varies, by name."""
+        specs = [*self.inputs.values(), *self.outputs.values()]
+        return {dim.name: dim for spec in specs for dim in spec.shape if isinstance(dim, Range)}
+
+    def random_inputs(self, extents: dict[str, int], seed: int) -> list[Tensor]:
+        """Inputs like those of real calls: unit-variance latents and embeddings, valid tokens and timesteps.
+
+        Args:
+            extents: the extent of every dimension that varies, by name.
+            seed: decides the values.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return [self._random_input(name, spec, extents, generator) for name, spec in self.inputs.items()]
+
+    def _random_input(self, name: str, spec: TensorSpec, extents: dict[str, int], generator: torch.Generator) -> Tensor:
+        shape = [dim if isinstance(dim, int) else extents[dim.name] for dim in spec.shape]
+        if spec.dtype == "int64":
+            return torch.randint(self.vocabulary, shape, generator=generator)
+        if name == "timestep":
+            return torch.randint(1000, shape, generator=generator).float()
+        if name == "time_ids":
+            return torch.randint(8, 1024, shape, generator=generator).to(getattr(torch, spec.dtype))
+        return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
 
 
 class TextEncoder(nn.Module):
@@ -97,14 +126,14 @@ class VaeDecoder(nn.Module):
 
 
 def text_encoder_network(name: str, family: str, encoder: Any, shapes: PictureShapes) -> Network:
-    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, and ``text_embeds [B,P]`` of SDXL's second."""
+    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``; SDXL's second also to ``text_embeds [B,P]``."""
     dtype = DTYPE_NAMES[encoder.dtype]
     batch = _dim(shapes.batch)
     outputs = {"hidden_states": _spec(dtype, batch, TOKENS, encoder.config.hidden_size)}
     if pooled := name == "text_encoder_2":
         outputs["text_embeds"] = _spec(dtype, batch, encoder.config.projection_dim)
     module = TextEncoder(encoder) if family == "sd15" else PenultimateTextEncoder(encoder, pooled)
-    return Network(module, {"input_ids": _spec("int64", batch, TOKENS)}, outputs)
+    return Network(module, {"input_ids": _spec("int64", batch, TOKENS)}, outputs, encoder.config.vocab_size)
 
 
 def unet_network(unet: Any, shapes: PictureShapes, guided: bool, latent_scale: int) -> Network:
@@ -158,32 +187,3 @@ def _latents(dtype: Any, batch: int | Range, shapes: PictureShapes, scale: int) 
 def _dim(extent: Range) -> int | Range:
     """A range of one value is a fixed dimension."""
     return extent.opt if extent.min == extent.max else extent
-
-
-def random_inputs(specs: dict[str, TensorSpec], extents: dict[str, int], seed: int, vocabulary: int) -> list[Tensor]:
-    """Inputs like those of real calls: unit-variance latents and embeddings, valid tokens and timesteps.
-
-    Args:
-        specs: the network's inputs.
-        extents: the extent of every dimension that varies, by name.
-        seed: decides the values.
-        vocabulary: number of tokens.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(name: str, spec: TensorSpec) -> Tensor:
-        shape = [dim if isinstance(dim, int) else extents[dim.name] for dim in spec.shape]
-        if spec.dtype == "int64":
-            return torch.randint(vocabulary, shape, generator=generator)
-        if name == "timestep":
-            return torch.randint(1000, shape, generator=generator).float()
-        if name == "time_ids":
-            return torch.randint(8, 1024, shape, generator=generator).to(getattr(torch, spec.dtype))
-        return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
-
-    return [make(name, spec) for name, spec in specs.items()]
-
-
-def ranges(specs: Sequence[TensorSpec]) -> dict[str, Range]:
-    """Every dimension that varies, by name."""
-    return {dim.name: dim for spec in specs for dim in spec.shape if isinstance(dim, Range)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,9 +43,9 @@ class SafetensorsFile:
         self._bytes_read += tensor.nbytes
         return tensor
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
+    def elements(self) -> Iterator[int]:
+        """The number of elements of every tensor, without reading any."""
+        return (math.prod(self._file.get_slice(name).get_shape()) for name in self.names)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by name, in the file's order."""

@@ -13,27 +13,26 @@ import torch
 from torch.export import Dim
 
 from ..engines.manifest import Range, TensorSpec
-from .networks import Network, random_inputs, ranges
+from .networks import Network
 
 OPSET = 23  # the first that keeps Attention whole; GroupNormalization is typed as its input since 21
 TRACE_SEED = 0
 
 
-def trace(network: Network, path: Path, vocabulary: int) -> list[Path]:
+def trace(network: Network, path: Path) -> list[Path]:
     """Export a network with torch's dynamo exporter, weights beside the graph as external data.
 
     Args:
         network: what to export.
         path: the ``.onnx`` file to write; its folder must exist.
-        vocabulary: number of tokens, for the example input of a text encoder.
 
     Returns:
         The files written, the graph first.
     """
     import onnx_ir as ir
 
-    extents = {name: _trace_extent(extent, i) for i, (name, extent) in enumerate(_all_ranges(network).items())}
-    example = random_inputs(network.inputs, extents, TRACE_SEED, vocabulary)
+    extents = {name: _trace_extent(extent, i) for i, (name, extent) in enumerate(network.ranges.items())}
+    example = network.random_inputs(extents, TRACE_SEED)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             network.module,
@@ -53,10 +52,6 @@ def trace(network: Network, path: Path, vocabulary: int) -> list[Path]:
     data = path.with_name(path.name + "_data")
     ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
     return [path, data] if data.exists() else [path]
-
-
-def _all_ranges(network: Network) -> dict[str, Range]:
-    return ranges([*network.inputs.values(), *network.outputs.values()])
 
 
 def _trace_extent(extent: Range, index: int) -> int:
@@ -98,7 +93,7 @@ def _drop_traces(model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter: it prints and warns about itself (torchvision, its own deprecations), not about the model."""
+    """Silence the exporter, which prints and warns about itself (torchvision, deprecations) and not about the model."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,0 +1,262 @@
+"""From a Hyper-SD checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from ..engines.bundle import Bundle
+from ..engines.manifest import (
+    Component,
+    FileRecord,
+    Manifest,
+    Origin,
+    SamplerSettings,
+    SourceFile,
+    VaeSettings,
+)
+from ..errors import RequestError, UserError
+from .check import check_graph, check_outputs, reference_cases
+from .checkpoints import Checkpoint, find_checkpoint
+from .layout import Found
+from .models import is_tiny
+from .progress import ExportProgress
+from .recipes import Recipe, latent_scale, make_recipes, tool_versions
+from .safetensors_file import SafetensorsFile
+from .scheduler import scheduler_constants
+from .shapes import ShapeOptions, picture_shapes
+from .sources import SourceOptions, Sources, find_sources
+from .tokenizer import write_tokenizer
+from .trace import OPSET, trace
+from .workspace import Workspace, check_space
+
+BYTES = {"fp16": 2, "fp32": 4}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export, besides which checkpoint and where to.
+
+    Attributes:
+        sources: what replaces the checkpoint's own base, LoRA or VAE.
+        shapes: picture sizes and batch.
+        precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
+        lora_scale: factor on top of the LoRA's own alpha/rank.
+        replace: replace a bundle that was made from other inputs.
+    """
+
+    sources: SourceOptions = SourceOptions()
+    shapes: ShapeOptions = ShapeOptions()
+    precision: Literal["fp16", "fp32"] = "fp16"
+    lora_scale: float = 1.0
+    replace: bool = False
+
+
+def export_bundle(
+    checkpoint: str,
+    out: str | Path | None = None,
+    options: ExportOptions | None = None,
+    progress: ExportProgress | None = None,
+) -> Bundle:
+    """Export a checkpoint, or open the bundle if it is there already, made from the same inputs.
+
+    Args:
+        checkpoint: a name that ``hypersd list`` shows.
+        out: the bundle's folder; ``bundles/NAME`` if not given.
+        options: everything else.
+        progress: told what happens.
+
+    Raises:
+        UserError: an argument or a source is wrong; nothing was written.
+        ExportError: an exported network is not the one it was traced from.
+    """
+    entry = find_checkpoint(checkpoint)
+    options = options or ExportOptions()
+    progress = progress or ExportProgress()
+    _check_options(entry, options)
+    out = Path(out) if out is not None else Path("bundles") / entry.name
+    sources = find_sources(entry, options.sources, options.precision, progress.downloads)
+    return _Export(entry, sources, options, progress).run(out)
+
+
+def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
+    if options.precision not in BYTES:
+        raise RequestError(f"precision {options.precision!r} is not known: expected fp16 or fp32")
+    if not math.isfinite(options.lora_scale) or abs(options.lora_scale) > 10:
+        raise RequestError(f"lora_scale {options.lora_scale} is out of range: expected -10 to 10, usually 1")
+    if entry.kind == "unet" and options.lora_scale != 1.0:
+        raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
+
+
+class _Export:
+    """One export, its inputs resolved."""
+
+    def __init__(self, entry: Checkpoint, sources: Sources, options: ExportOptions, progress: ExportProgress) -> None:
+        self.entry = entry
+        self.sources = sources
+        self.options = options
+        self.progress = progress
+        self.shapes = picture_shapes(options.shapes, _default_size(sources))
+        self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)
+        self.recipes = make_recipes(entry, sources, self.records, self.shapes, options.precision, options.lora_scale)
+
+    def run(self, out: Path) -> Bundle:
+        on_wait = lambda: self.progress.note(f"another export is writing {out}: waiting for it to end")  # noqa: E731
+        with Workspace.open(out, on_wait) as workspace:
+            if bundle := self._finished(out):
+                self.progress.note(f"{out} is done already, made from the same inputs")
+                return bundle
+            components = self._components(workspace)
+            for name, folder in self.sources.tokenizers.items():
+                write_tokenizer(folder, workspace.root / name)
+            return workspace.publish(lambda files: self._manifest(components, files), replace=self.options.replace)
+
+    def _finished(self, out: Path) -> Bundle | None:
+        """The bundle at ``out`` if it is the one that this export would make."""
+        if not out.exists():
+            return None
+        if not (out / "bundle.json").exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not a bundle: choose another --out")
+        if not (out / "bundle.json").exists():
+            return None
+        try:
+            bundle = Bundle.load(out)
+        except UserError:
+            if self.options.replace:
+                return None
+            raise
+        wanted = self._manifest(bundle.manifest.components, bundle.manifest.files)
+        keys = {recipe.name: recipe.key for recipe in self.recipes}
+        if wanted == bundle.manifest and keys == {n: c.key for n, c in bundle.manifest.components.items()}:
+            return bundle
+        if not self.options.replace:
+            raise UserError(
+                f"{out} holds a bundle made from other inputs or settings: choose another --out, or --replace it"
+            )
+        return None
+
+    def _components(self, workspace: Workspace) -> dict[str, Component]:
+        done = {name: c for name, c in workspace.resume().items() if c.key in {r.key for r in self.recipes}}
+        for recipe in self.recipes:
+            if recipe.name not in done and (reused := workspace.reuse(recipe.name, recipe.key)):
+                done[recipe.name] = reused
+                self.progress.note(f"{recipe.name} taken from a bundle beside this one, made from the same inputs")
+        missing = [recipe for recipe in self.recipes if recipe.name not in done]
+        check_space(workspace.root, self._space(missing))
+        for recipe in missing:
+            done[recipe.name] = self._make(recipe, workspace)
+        return {recipe.name: done[recipe.name] for recipe in self.recipes}
+
+    def _space(self, recipes: list[Recipe]) -> int:
+        """Bytes that the components' weights will take on disk."""
+        sizes = {
+            file.path: sum(SafetensorsFile(file.path).elements()) * BYTES[recipe.precision]
+            for recipe in recipes
+            for file in self.sources.parts[recipe.part].weights
+        }
+        return sum(sizes.values())
+
+    def _make(self, recipe: Recipe, workspace: Workspace) -> Component:
+        """Load, trace and check one network. The module is let go before its graph is run: one copy in memory."""
+        with workspace.component_folder(recipe.name) as folder:
+            with _Stage(self.progress, f"{recipe.name}: load"):
+                network = recipe.load()
+            with _Stage(self.progress, f"{recipe.name}: run in torch"):
+                cases = reference_cases(network)
+            with _Stage(self.progress, f"{recipe.name}: trace to ONNX"):
+                files = trace(network, folder / "model.onnx")
+            inputs, outputs = network.inputs, network.outputs
+            del network
+            gc.collect()
+            with _Stage(self.progress, f"{recipe.name}: check on ONNX Runtime") as stage:
+                check_graph(files[0], BYTES[recipe.precision])
+                stage.note = f"largest error {check_outputs(files[0], cases):.1e} of full scale"
+            component = Component(
+                inputs=inputs,
+                outputs=outputs,
+                files=tuple(file.relative_to(workspace.root).as_posix() for file in files),
+                key=recipe.key,
+            )
+            workspace.finish_component(recipe.name, component)
+        return component
+
+    def _manifest(self, components: dict[str, Component], files: dict[str, FileRecord]) -> Manifest:
+        entry, sources, options = self.entry, self.sources, self.options
+        vae = sources.parts["vae"]
+        return Manifest(
+            checkpoint=entry.name,
+            family=entry.family,
+            precision=options.precision,
+            opset=OPSET,
+            shapes=self.shapes,
+            sampler=SamplerSettings(
+                kind=entry.sampler,
+                num_inference_steps=entry.allowed_steps[0],
+                allowed_steps=entry.allowed_steps,
+                timesteps=entry.timesteps,
+                eta=entry.eta,
+                guidance_scale=entry.guidance_scale,
+            ),
+            scheduler=scheduler_constants(entry.sampler, sources.scheduler_config),
+            vae=VaeSettings(
+                scaling_factor=_scaling_factor(vae.config, is_tiny(vae)),
+                spatial=latent_scale(sources),
+                tiny=is_tiny(vae),
+            ),
+            force_zeros_for_empty_prompt=bool(sources.model_index.get("force_zeros_for_empty_prompt", True)),
+            components=components,
+            files=files,
+            origin=Origin(
+                base=sources.base,
+                revision=sources.base_revision,
+                variant=sources.parts["text_encoder"].variant,
+                vae=sources.vae,
+                vae_revision=sources.vae_revision,
+                lora_scale=options.lora_scale if sources.lora else None,
+                weights=self.records,
+            ),
+            versions=tool_versions(),
+        )
+
+
+class _Stage:
+    """Tells the progress of a stage's begin and end, with the seconds it took."""
+
+    def __init__(self, progress: ExportProgress, name: str) -> None:
+        self.progress = progress
+        self.name = name
+        self.note = ""
+
+    def __enter__(self) -> _Stage:
+        self.progress.start(self.name)
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.progress.finish(self.name, time.perf_counter() - self._began, self.note, ok=kind is None)
+
+
+def _records(sources: Sources) -> dict[str, tuple[SourceFile, ...]]:
+    """The manifest's records of all weight files; each file is hashed once."""
+    cache: dict[Found, SourceFile] = {}
+
+    def record(found: Found) -> SourceFile:
+        if found not in cache:
+            cache[found] = found.record()
+        return cache[found]
+
+    return {name: tuple(map(record, files)) for name, files in sources.weights.items()}
+
+
+def _default_size(sources: Sources) -> int:
+    """Pixels of a side that the base was trained for, as diffusers takes it: from the UNet's sample_size."""
+    size = sources.parts["unet"].config.get("sample_size") or 64
+    return (size if isinstance(size, int) else size[0]) * latent_scale(sources)
+
+
+def _scaling_factor(config: dict[str, Any], tiny: bool) -> float:
+    return float(config.get("scaling_factor", 1.0 if tiny else 0.18215))  # diffusers' defaults

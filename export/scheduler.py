@@ -1,0 +1,39 @@
+"""The sampler's constants, as diffusers derives them from the base's scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What changes a step; diffusers' configurations hold more.
+CONSTANTS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "clip_sample",
+    "clip_sample_range",
+    "set_alpha_to_one",
+    "steps_offset",
+    "prediction_type",
+    "thresholding",
+    "timestep_spacing",
+    "rescale_betas_zero_snr",
+    "original_inference_steps",
+    "timestep_scaling",
+)
+
+
+def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that ``SCHEDULER.from_config(base)`` gives, as Hyper-SD's model card makes it.
+
+    Args:
+        kind: ``"ddim"`` (trailing), ``"tcd"`` or ``"lcm"``.
+        base_config: the base's ``scheduler_config.json``.
+    """
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+
+    scheduler_class = {"ddim": DDIMScheduler, "tcd": TCDScheduler, "lcm": LCMScheduler}[kind]
+    trailing = {"timestep_spacing": "trailing"} if kind == "ddim" else {}
+    config = scheduler_class.from_config(dict(base_config), **trailing).config
+    return {key: config[key] for key in CONSTANTS if key in config}

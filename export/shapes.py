@@ -1,0 +1,85 @@
+"""Which picture sizes and batches a bundle is made for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..engines.manifest import PictureShapes, Range
+from ..errors import RequestError
+
+SMALLEST, LARGEST = 64, 4096  # pixels of a side
+MULTIPLE = 8  # pixels per latent
+LARGEST_BATCH = 64
+DIMS = ("batch", "height", "width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """What the user says of the shapes; None takes the base's own size, and one picture.
+
+    Attributes:
+        dynamic: dimensions that may vary, as (min, opt, max). ``{}`` lets all vary over the default ranges.
+    """
+
+    batch: int | None = None
+    height: int | None = None
+    width: int | None = None
+    dynamic: dict[str, tuple[int, int, int]] | None = None
+
+
+def picture_shapes(options: ShapeOptions, default_size: int) -> PictureShapes:
+    """The bundle's shapes.
+
+    Args:
+        options: what the user said.
+        default_size: the side of the square that the base was trained for, in pixels.
+
+    Raises:
+        RequestError: a size or batch is out of range, or not a multiple of 8.
+    """
+    usual = {
+        "batch": 1 if options.batch is None else options.batch,
+        "height": default_size if options.height is None else options.height,
+        "width": default_size if options.width is None else options.width,
+    }
+    spans = {name: (extent, extent, extent) for name, extent in usual.items()}
+    if options.dynamic is not None:
+        spans |= options.dynamic or {name: _default_span(name, extent) for name, extent in usual.items()}
+    return PictureShapes(**{name: _range(name, *spans[name]) for name in DIMS})
+
+
+def _default_span(name: str, usual: int) -> tuple[int, int, int]:
+    """One to four pictures; half to one and a half times the usual size."""
+    if name == "batch":
+        return 1, usual, max(4, usual)
+    return max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE), usual, usual * 3 // 2 // MULTIPLE * MULTIPLE
+
+
+def parse_dynamic(text: str) -> tuple[str, tuple[int, int, int]]:
+    """``height=512:768:1024`` as a name and (min, opt, max).
+
+    Raises:
+        RequestError: it is not of that form.
+    """
+    name, _, span = text.partition("=")
+    parts = span.split(":")
+    if name not in DIMS or len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        raise RequestError(f"--dynamic {text!r}: expected batch, height or width as NAME=MIN:OPT:MAX")
+    low, usual, high = map(int, parts)
+    return name, (low, usual, high)
+
+
+def _range(name: str, low: int, usual: int, high: int) -> Range:
+    least, most = (1, LARGEST_BATCH) if name == "batch" else (SMALLEST, LARGEST)
+    for extent in (low, usual, high):
+        if not least <= extent <= most:
+            raise RequestError(f"{name} {extent} is out of range: expected {least} to {most}")
+        if name != "batch" and extent % MULTIPLE:
+            raise RequestError(f"{name} {extent} is not a multiple of {MULTIPLE}: take {_nearest(extent)}")
+    if not low <= usual <= high:
+        raise RequestError(f"{name} {low}:{usual}:{high}: expected MIN <= OPT <= MAX")
+    return Range(name=name, min=low, opt=usual, max=high)
+
+
+def _nearest(extent: int) -> int:
+    return max(SMALLEST, round(extent / MULTIPLE) * MULTIPLE)

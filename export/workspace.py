@@ -1,0 +1,193 @@
+"""Writing a bundle so that a kill at any moment leaves either no bundle or a whole one.
+
+Everything is written to a hidden sibling of the output, ``.NAME.partial``, which is renamed when it is whole. Finished
+components are noted there, so that a second run goes on where the first one stopped; and a component that a bundle
+beside the output already has, made from the same inputs, is linked instead of made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ..engines.bundle import Bundle, sha256_file
+from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, encode
+from ..errors import BundleError, DiskFullError, HyperSDError, UserError
+
+PROGRESS_NAME = "progress.json"
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The components of an unfinished bundle that are whole, and their files' hashes."""
+
+    components: dict[str, Component]
+    files: dict[str, FileRecord]
+
+
+class Workspace:
+    """The unfinished bundle of one output folder, held by one process at a time."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.root = out.parent / f".{out.name}.partial"
+        self._finished = Finished({}, {})
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, out: Path, on_wait: Callable[[], None]) -> Iterator[Workspace]:
+        """Take the output's lock, waiting for another export of it to end (``on_wait`` is told).
+
+        Raises:
+            DiskFullError: the disk filled up; what was written is deleted, so that it is not full because of us.
+            UserError: the output's place cannot be written.
+        """
+        import filelock
+
+        workspace = cls(out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(out.parent / f".{out.name}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                on_wait()
+                lock.acquire()
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from error
+        try:
+            yield workspace
+        except BaseException as error:
+            if _is_disk_full(error):
+                shutil.rmtree(workspace.root, ignore_errors=True)
+                raise DiskFullError(
+                    f"the disk of {out.parent} is full: free some space or choose another --out; nothing was kept"
+                ) from error
+            if workspace.root.exists() and not workspace._finished.components:
+                shutil.rmtree(workspace.root, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+
+    def resume(self) -> dict[str, Component]:
+        """Keep the finished components of an earlier run, delete what it left unfinished, and return them."""
+        self.root.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self._finished = msgspec.json.decode((self.root / PROGRESS_NAME).read_bytes(), type=Finished)
+        if any(not self._is_whole(name, record) for name, record in self._finished.files.items()):
+            self._finished = Finished({}, {})
+        for path in self.root.iterdir():
+            if path.is_dir() and path.name not in self._finished.components:
+                shutil.rmtree(path)
+        return dict(self._finished.components)
+
+    def _is_whole(self, name: str, record: FileRecord) -> bool:
+        path = self.root / name
+        return path.is_file() and path.stat().st_size == record.size
+
+    @contextlib.contextmanager
+    def component_folder(self, name: str) -> Iterator[Path]:
+        """A new folder for a component's files, deleted again if it does not get finished."""
+        folder = self.root / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def finish_component(self, name: str, component: Component) -> None:
+        """Note that a component's files are whole."""
+        self._note(name, component, {file: self._record(file) for file in component.files})
+
+    def reuse(self, name: str, key: str) -> Component | None:
+        """Link a component of the same key from a bundle beside the output, if there is one."""
+        for bundle in self._neighbours():
+            component = bundle.manifest.components.get(name)
+            if component is None or component.key != key:
+                continue
+            with self.component_folder(name):
+                for file in component.files:
+                    _link(bundle.path(file), self.root / file)
+                self._note(name, component, {file: bundle.manifest.files[file] for file in component.files})
+            return component
+        return None
+
+    def _neighbours(self) -> Iterator[Bundle]:
+        for manifest in sorted(self.out.parent.glob(f"*/{MANIFEST_NAME}")):
+            with contextlib.suppress(BundleError):
+                yield Bundle.load(manifest.parent)
+
+    def publish(self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], replace: bool) -> Bundle:
+        """Write the manifest and rename the whole folder to its final name."""
+        (self.root / PROGRESS_NAME).unlink(missing_ok=True)
+        names = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+        known = self._finished.files
+        manifest = make_manifest(
+            {name: known.get(name) or self._record(name) for name in names if name != MANIFEST_NAME}
+        )
+        self._write(MANIFEST_NAME, encode(manifest))
+        if replace and self.out.exists():
+            old = self.out.parent / f".{self.out.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+            self.root.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self.root.rename(self.out)
+        return Bundle.load(self.out)
+
+    def _note(self, name: str, component: Component, files: dict[str, FileRecord]) -> None:
+        self._finished = Finished({**self._finished.components, name: component}, {**self._finished.files, **files})
+        self._write(PROGRESS_NAME, encode(self._finished))
+
+    def _record(self, name: str) -> FileRecord:
+        path = self.root / name
+        return FileRecord(size=path.stat().st_size, sha256=sha256_file(path))
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file of which a reader sees all or nothing."""
+        temporary = self.root / f".{name}.tmp"
+        temporary.write_bytes(content)
+        temporary.replace(self.root / name)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Say that the disk is too small before anything is written to it.
+
+    Raises:
+        DiskFullError: less than ``needed`` bytes are free.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskFullError(
+            f"the bundle needs about {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: "
+            "free some space or choose another --out"
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk is at the bottom of an error; libraries wrap it in errors of their own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return not isinstance(error, HyperSDError)
+        if "No space left on device" in str(cause):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

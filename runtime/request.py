@@ -1,0 +1,164 @@
+"""What a call asks for, checked against what the bundle can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..engines import Manifest
+from ..engines.manifest import Range
+from ..errors import RequestError
+
+LARGEST_GUIDANCE = 50.0
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call, everything decided.
+
+    Attributes:
+        prompts: one for each picture to draw before ``num_images_per_prompt``.
+        negative_prompts: as many, or None if none were given.
+        num_inference_steps: steps of the sampler's own schedule; None with ``timesteps``.
+        timesteps: custom ones; None with ``num_inference_steps``.
+        guidance_scale: above 1 for classifier-free guidance.
+        seeds: one, or one for each picture.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] | None
+    num_inference_steps: int | None
+    timesteps: tuple[int, ...] | None
+    eta: float
+    guidance_scale: float
+    height: int
+    width: int
+    num_images_per_prompt: int
+    seeds: tuple[int, ...] | None
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def batch(self) -> int:
+        """Number of pictures."""
+        return len(self.prompts) * self.num_images_per_prompt
+
+
+def make_request(
+    manifest: Manifest,
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str | Sequence[str] | None,
+    num_inference_steps: int | None,
+    timesteps: Sequence[int] | None,
+    eta: float | None,
+    guidance_scale: float | None,
+    height: int | None,
+    width: int | None,
+    num_images_per_prompt: int,
+    seed: int | Sequence[int] | None,
+    force: bool,
+) -> Request:
+    """Fill in what a call left out from the manifest, and check the rest.
+
+    Raises:
+        RequestError: an argument is out of range, or the checkpoint was not distilled for so many steps.
+    """
+    prompts = _prompts(prompt)
+    sampler = manifest.sampler
+    if num_inference_steps is None and timesteps is None:
+        num_inference_steps = sampler.num_inference_steps
+    steps = _check_steps(manifest, num_inference_steps, timesteps, force)
+    if timesteps is None and sampler.timesteps is not None and steps == len(sampler.timesteps):
+        timesteps = sampler.timesteps
+    images = _whole("num_images_per_prompt", num_images_per_prompt, 1, 1024)
+    return Request(
+        prompts=prompts,
+        negative_prompts=_negative_prompts(negative_prompt, prompts),
+        num_inference_steps=None if timesteps is not None else steps,
+        timesteps=None if timesteps is None else tuple(timesteps),
+        eta=sampler.eta if eta is None else _real("eta", eta, 0.0, 1.0),
+        guidance_scale=sampler.guidance_scale
+        if guidance_scale is None
+        else _real("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
+        height=_side(manifest, manifest.shapes.height, height),
+        width=_side(manifest, manifest.shapes.width, width),
+        num_images_per_prompt=images,
+        seeds=_seeds(seed, len(prompts) * images),
+    )
+
+
+def _prompts(prompt: Any) -> tuple[str, ...]:
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, (list, tuple)) else ()
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise RequestError(f"prompt: expected a string or a list of strings, got {prompt!r}")
+    return prompts
+
+
+def _negative_prompts(negative: Any, prompts: tuple[str, ...]) -> tuple[str, ...] | None:
+    if negative is None:
+        return None
+    negatives = (negative,) * len(prompts) if isinstance(negative, str) else _prompts(negative)
+    if len(negatives) != len(prompts):
+        raise RequestError(f"negative_prompt: expected one or {len(prompts)}, as prompts, got {len(negatives)}")
+    return negatives
+
+
+def _check_steps(
+    manifest: Manifest, num_inference_steps: int | None, timesteps: Sequence[int] | None, force: bool
+) -> int:
+    """The number of steps, if the checkpoint was distilled for it."""
+    steps = len(timesteps) if timesteps is not None else _whole("num_inference_steps", num_inference_steps, 1, 1000)
+    if timesteps is not None and num_inference_steps not in (None, steps):
+        raise RequestError(f"num_inference_steps {num_inference_steps} and {steps} timesteps: give one of the two")
+    allowed = sorted(manifest.sampler.allowed_steps)
+    if steps not in allowed and not force:
+        named = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 2 else " or ".join(map(str, allowed))
+        raise RequestError(
+            f"{manifest.checkpoint} was not distilled for {steps} steps: expected {named}; force=True (--force) draws anyway"
+        )
+    return steps
+
+
+def _side(manifest: Manifest, allowed: Range, extent: int | None) -> int:
+    if extent is None:
+        return allowed.opt
+    multiple = manifest.vae.spatial
+    _whole(allowed.name, extent, 1, 1 << 16)
+    if extent % multiple:
+        nearest = max(multiple, round(extent / multiple) * multiple)
+        raise RequestError(f"{allowed.name} {extent} is not a multiple of {multiple}: take {nearest}")
+    if not allowed.min <= extent <= allowed.max:
+        raise RequestError(
+            f"{allowed.name} {extent} is outside this bundle's {allowed}: "
+            f"export one with --{allowed.name} {extent}, or with --dynamic"
+        )
+    return extent
+
+
+def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
+    if seed is None:
+        return None
+    seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
+    if isinstance(seed, (list, tuple)) and len(seeds) != batch:
+        raise RequestError(f"seed: expected one, or {batch}, as pictures, got {len(seeds)}")
+    return tuple(_whole("seed", one, 0, LARGEST_SEED) for one in seeds)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise RequestError(f"{name} {value!r} is out of range: expected a whole number from {least} to {most}")
+    return value
+
+
+def _real(name: str, value: Any, least: float, most: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise RequestError(f"{name} {value!r}: expected a number from {least:g} to {most:g}")
+    if not least <= value <= most:
+        raise RequestError(f"{name} {value:g} is out of range: expected {least:g} to {most:g}")
+    return float(value)

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Lints, type-checks and tests the package. Makes .venv the first time; later runs need no network.
+#
+#   scripts/test.sh                     ruff, pyright and the whole suite
+#   scripts/test.sh tests/runtime -x    pytest alone, with these arguments; paths are from the repository root
+#
+# PYTHON names the interpreter that makes .venv. With CI=true a check that cannot run is a failure.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+# pyright is a Node program that its Python package fetches on first use.
+type_check() {
+    local log=".venv/pyright.log"
+    export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+    if "$VENV_PYTHON" -m pyright --version >"$log" 2>&1; then
+        "$VENV_PYTHON" -m pyright
+    elif [[ "${CI:-}" == true ]]; then
+        tail -n 20 "$log" >&2
+        return 1
+    else
+        warn "types were not checked: pyright could not be fetched (offline? its words: $ROOT/$log)."
+    fi
+}
+
+set_up export,dev
+
+if (($# == 0)); then
+    failed=()
+    say "ruff check"
+    "$VENV_PYTHON" -m ruff check . || failed+=("ruff check")
+    say "ruff format --check"
+    "$VENV_PYTHON" -m ruff format --check . || failed+=("ruff format --check")
+    say "pyright"
+    type_check || failed+=("pyright")
+    if ((${#failed[@]})); then
+        die "failed: $(printf '%s; ' "${failed[@]}")tests were not run."
+    fi
+    say "pytest"
+fi
+exec "$VENV_PYTHON" -m pytest "$@"
