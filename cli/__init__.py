@@ -1,0 +1,92 @@
+"""The command ``hypersd``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import HyperSDError
+
+#: subcommands and the modules that hold them, in the order that --help shows
+COMMANDS = ("list", "export", "info", "generate", "verify")
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends bad usage with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line. Commands import what they need when they run, so that this is quick."""
+    parser = _Parser(prog="hypersd", description="Draw with Hyper-SD in one to eight steps.")
+    parser.add_argument("--version", action="version", version=f"hypersd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f".{name}", __name__)
+        summary = (module.__doc__ or name).strip().split("\n")[0]
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 done, 2 the user's input was wrong, 130 interrupted, 1 anything else.
+    """
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as error:
+        return int(error.code or 0)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            args.run(args)
+            return 0
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED, args.debug)
+        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except HyperSDError as error:
+            return _fail(str(error), error.exit_code, args.debug)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "hypersd":
+                raise
+            needed = f"{error.name} is not installed: pip install 'hypersd[export]'"
+            return _fail(needed, 2, args.debug)
+        except Exception as error:
+            return _fail(f"{type(error).__name__}: {error} (a bug? --debug shows where)", 1, args.debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(
+        f"hypersd: error: {' '.join(message.split())}" if code != INTERRUPTED else f"hypersd: {message}",
+        file=sys.stderr,
+    )
+    return code
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"hypersd: warning: {' '.join(str(message).split())}", file=sys.stderr)

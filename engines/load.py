@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..errors import EngineError
 from .bundle import Bundle
 from .engine import Engine
@@ -10,7 +12,7 @@ from .null import NullEngine
 BACKENDS = ("auto", "onnxruntime", "null")
 
 
-def load_engines(bundle: Bundle, backend: str = "auto", device: str = "auto") -> dict[str, Engine]:
+def load_engines(bundle: Bundle, backend: str = "auto", device: str = "auto") -> Mapping[str, Engine]:
     """Make every network of a bundle ready to run.
 
     Args:

@@ -23,7 +23,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Immutable, and nothing in the file that the schema does not know."""
 
 
-class Range(_Record, kw_only=True):
+class Range(_Record, frozen=True, kw_only=True):
     """A dimension that may vary: its smallest, its usual and its largest extent."""
 
     name: str
@@ -55,7 +55,7 @@ def dim_range(dim: int | Range) -> Range:
     return dim if isinstance(dim, Range) else Range(name="fixed", min=dim, opt=dim, max=dim)
 
 
-class TensorSpec(_Record, kw_only=True):
+class TensorSpec(_Record, frozen=True, kw_only=True):
     """Name apart, all that an engine promises of one input or output."""
 
     dtype: DType
@@ -72,7 +72,7 @@ class TensorSpec(_Record, kw_only=True):
         return all(wide.min <= extent <= wide.max for extent, wide in zip(shape, ranges, strict=True))
 
 
-class Component(_Record, kw_only=True):
+class Component(_Record, frozen=True, kw_only=True):
     """One network of the bundle.
 
     ``key`` is the hash of all that its ONNX file was made from: two components of one key are interchangeable.
@@ -89,14 +89,14 @@ class Component(_Record, kw_only=True):
         return self.files[0]
 
 
-class FileRecord(_Record, kw_only=True):
+class FileRecord(_Record, frozen=True, kw_only=True):
     """A file of the bundle, as it was written."""
 
     size: Size
     sha256: Sha256
 
 
-class SourceFile(_Record, kw_only=True):
+class SourceFile(_Record, frozen=True, kw_only=True):
     """A weight file that the bundle was made from: its place on the Hub, or on the exporting machine."""
 
     filename: str
@@ -107,7 +107,7 @@ class SourceFile(_Record, kw_only=True):
     path: str | None = None
 
 
-class Origin(_Record, kw_only=True):
+class Origin(_Record, frozen=True, kw_only=True):
     """Where the parts came from, enough to load them again with diffusers (``hypersd verify``).
 
     Attributes:
@@ -128,7 +128,7 @@ class Origin(_Record, kw_only=True):
     weights: dict[str, tuple[SourceFile, ...]]
 
 
-class SamplerSettings(_Record, kw_only=True):
+class SamplerSettings(_Record, frozen=True, kw_only=True):
     """How the checkpoint wants to be sampled; what a call leaves out comes from here."""
 
     kind: Literal["ddim", "tcd", "lcm"]
@@ -139,7 +139,7 @@ class SamplerSettings(_Record, kw_only=True):
     guidance_scale: float
 
 
-class VaeSettings(_Record, kw_only=True):
+class VaeSettings(_Record, frozen=True, kw_only=True):
     """``scaling_factor`` divides the latents before they are decoded; ``spatial`` is pixels per latent."""
 
     scaling_factor: float
@@ -148,7 +148,7 @@ class VaeSettings(_Record, kw_only=True):
     tiny: bool = False
 
 
-class PictureShapes(_Record, kw_only=True):
+class PictureShapes(_Record, frozen=True, kw_only=True):
     """Pictures per call of a network, and their size in pixels."""
 
     batch: Range
@@ -156,7 +156,7 @@ class PictureShapes(_Record, kw_only=True):
     width: Range
 
 
-class Manifest(_Record, kw_only=True):
+class Manifest(_Record, frozen=True, kw_only=True):
     """The whole of ``bundle.json``."""
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,10 +104,10 @@ def check_outputs(path: Path, cases: list[Case]) -> float:
     return worst
 
 
-def _compare(what: str, array: np.ndarray, expected: Tensor) -> float:
+def _compare(what: str, array: Any, expected: Tensor) -> float:
     largest_allowed, rms_allowed = TOLERANCES[str(expected.dtype).removeprefix("torch.")]
     reference = expected.float().numpy()
-    actual = array.astype(np.float32)
+    actual = np.asarray(array, np.float32)
     if actual.shape != reference.shape:
         raise ExportError(f"{what} has the shape {actual.shape}, torch gave {reference.shape}")
     if not np.isfinite(actual).all():

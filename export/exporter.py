@@ -23,8 +23,9 @@ from ..errors import RequestError, UserError
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
 from .layout import Found
-from .models import is_tiny
-from .progress import ExportProgress
+from .libraries import quiet
+from .models import check_unet_sources, is_tiny
+from .progress import ExportProgress, Silent
 from .recipes import Recipe, latent_scale, make_recipes, tool_versions
 from .safetensors_file import SafetensorsFile
 from .scheduler import scheduler_constants
@@ -49,8 +50,8 @@ class ExportOptions:
         replace: replace a bundle that was made from other inputs.
     """
 
-    sources: SourceOptions = SourceOptions()
-    shapes: ShapeOptions = ShapeOptions()
+    sources: SourceOptions = dataclasses.field(default_factory=SourceOptions)
+    shapes: ShapeOptions = dataclasses.field(default_factory=ShapeOptions)
     precision: Literal["fp16", "fp32"] = "fp16"
     lora_scale: float = 1.0
     replace: bool = False
@@ -76,11 +77,13 @@ def export_bundle(
     """
     entry = find_checkpoint(checkpoint)
     options = options or ExportOptions()
-    progress = progress or ExportProgress()
+    progress = progress or Silent()
     _check_options(entry, options)
     out = Path(out) if out is not None else Path("bundles") / entry.name
-    sources = find_sources(entry, options.sources, options.precision, progress.downloads)
-    return _Export(entry, sources, options, progress).run(out)
+    with quiet():
+        sources = find_sources(entry, options.sources, options.precision, progress.downloads)
+        check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
+        return _Export(entry, sources, options, progress).run(out)
 
 
 def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
@@ -105,8 +108,9 @@ class _Export:
         self.recipes = make_recipes(entry, sources, self.records, self.shapes, options.precision, options.lora_scale)
 
     def run(self, out: Path) -> Bundle:
-        on_wait = lambda: self.progress.note(f"another export is writing {out}: waiting for it to end")  # noqa: E731
-        with Workspace.open(out, on_wait) as workspace:
+        with Workspace.open(
+            out, lambda: self.progress.note(f"waiting for another export to {out} to end")
+        ) as workspace:
             if bundle := self._finished(out):
                 self.progress.note(f"{out} is done already, made from the same inputs")
                 return bundle

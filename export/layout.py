@@ -48,8 +48,11 @@ class Found:
 class Files(Protocol):
     """The files of a model in diffusers layout, wherever they are."""
 
-    name: str
-    revision: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
 
     def find(self, filename: str) -> Found | None:
         """The file, or None if there is none of that name."""
@@ -114,13 +117,16 @@ class Part:
 class Base(Protocol):
     """A whole model whose parts can be asked for by name.
 
-    Attributes:
-        location: what to give to ``--base`` to get the same model again.
-        files: its configuration and tokenizer files.
+    ``files`` holds its configuration and tokenizer.
     """
 
-    location: str
-    files: Files
+    @property
+    def files(self) -> Files: ...
+
+    @property
+    def location(self) -> str:
+        """What to give to ``--base`` to get the same model again."""
+        ...
 
     def part(self, name: str, variant: str | None = None) -> Part:
         """The named network; ``variant="fp16"`` asks for its half-precision weight files."""

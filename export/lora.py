@@ -69,6 +69,8 @@ def open_lora(path: Path, modules: Iterable[str], family: str, scale: float = 1.
     check_family(path, present, family)
     keys = {name: PREFIX + name.replace(".", "_") for name in modules if name.startswith(COVERED_BLOCKS)}
     expected = {f"{key}.{part}" for key in keys.values() for part in PARTS}
+    if not any(key.startswith(PREFIX) for key in present):
+        raise WeightsError(f"{path} is no LoRA with kohya keys ({PREFIX}….lora_down.weight), it has {min(present)}")
     if present != expected:
         raise WeightsError(f"{path} does not fit the base's UNet: {describe_keys(present, expected)}")
     return Lora(file, keys, scale)
@@ -97,6 +99,4 @@ def describe_keys(present: set[str], expected: set[str]) -> str:
         if keys:
             listed = ", ".join(sorted(keys)[:LISTED_KEYS]) + (", …" if len(keys) > LISTED_KEYS else "")
             parts.append(f"{len(keys)} {what}: {listed}")
-    if not any(key.startswith(PREFIX) for key in present):
-        parts.append(f"expected kohya keys such as {PREFIX}….lora_down.weight")
     return "; ".join(parts)

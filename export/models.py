@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from .layout import Found, Part
+from .libraries import first_line, quiet
 from .lora import Lora, describe_keys, open_lora
 from .safetensors_file import SafetensorsFile
 
@@ -30,14 +30,24 @@ def load_unet(part: Part, lora: Found | None, family: str, lora_scale: float, dt
     Raises:
         WeightsError: keys are left over or missing in the weights or in the LoRA.
     """
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(part.config)
-    _check_unet(unet, part)
+    unet = _empty_unet(part)
     opened = open_lora(lora.path, layer_names(unet), family, lora_scale) if lora else None
     _fill(unet, _unet_tensors(part, unet), opened, dtype, part)
     return unet.eval().requires_grad_(False)
+
+
+def check_unet_sources(part: Part, lora: Found | None, family: str) -> None:
+    """See from the files' headers alone that UNet and LoRA fit each other, before any time is spent.
+
+    Raises:
+        WeightsError: as :func:`load_unet`, but for single files, whose key names are only known after conversion.
+    """
+    unet = _empty_unet(part)
+    if lora is not None:
+        open_lora(lora.path, layer_names(unet), family)
+    if not part.single_file:
+        seen = {name for found in part.weights for name in SafetensorsFile(found.path).names}
+        _check_keys(part, seen, unet)
 
 
 def layer_names(unet: nn.Module) -> list[str]:
@@ -45,7 +55,17 @@ def layer_names(unet: nn.Module) -> list[str]:
     return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
-def _check_unet(unet: Any, part: Part) -> None:
+def _empty_unet(part: Part) -> Any:
+    """The UNet of a configuration, without weights."""
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(part.config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise WeightsError(
+            f"{part.folder / 'config.json'} is not a UNet's configuration: {first_line(error)}"
+        ) from error
     config = unet.config
     unsupported = {
         "time_cond_proj_dim": config.time_cond_proj_dim,
@@ -56,6 +76,7 @@ def _check_unet(unet: Any, part: Part) -> None:
         raise WeightsError(f"{part.folder}: a UNet with {', '.join(used)} is not a Stable Diffusion base: take another")
     if config.in_channels != 4:
         raise WeightsError(f"{part.folder}: the UNet takes {config.in_channels} channels, expected 4 (no inpainting)")
+    return unet
 
 
 def _unet_tensors(part: Part, unet: Any) -> Iterator[tuple[str, Tensor]]:
@@ -88,9 +109,14 @@ def _fill(
         weight = lora.fuse(name, tensor) if lora else tensor
         module, _, leaf = name.rpartition(".")
         setattr(unet.get_submodule(module), leaf, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
-    if seen != expected.keys():
+    _check_keys(part, seen, unet)
+
+
+def _check_keys(part: Part, seen: set[str], unet: nn.Module) -> None:
+    expected = {name for name, _ in unet.named_parameters()}
+    if seen != expected:
         raise WeightsError(
-            f"{part.weights[0].path} does not fit the UNet's configuration: {describe_keys(seen, set(expected))}"
+            f"{part.weights[0].path} does not fit the UNet's configuration: {describe_keys(seen, expected)}"
         )
 
 
@@ -107,7 +133,7 @@ def load_text_encoder(part: Part, dtype: torch.dtype) -> nn.Module:
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
         checkpoint = dict(SafetensorsFile(part.weights[0].path).tensors())
-        with _quiet():
+        with quiet():
             model = create_diffusers_clip_model_from_ldm(
                 cls,
                 checkpoint,
@@ -127,14 +153,13 @@ def load_vae(part: Part, dtype: torch.dtype) -> nn.Module:
     """``diffusers.AutoencoderKL``, or ``AutoencoderTiny`` for TAESD, in evaluation mode."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    cls = AutoencoderTiny if is_tiny(part) else AutoencoderKL
     if part.single_file:
-        with _quiet():
-            vae = cls.from_single_file(
+        with quiet():
+            vae: Any = AutoencoderKL.from_single_file(
                 str(part.weights[0].path), config=str(part.folder), torch_dtype=dtype, local_files_only=True
             )
     else:
-        vae = _from_pretrained(cls, part, torch_dtype=dtype)
+        vae = _from_pretrained(AutoencoderTiny if is_tiny(part) else AutoencoderKL, part, torch_dtype=dtype)
     if getattr(vae.config, "latents_mean", None) is not None:
         raise WeightsError(f"{part.folder}: a VAE with latents_mean is not Stable Diffusion's: take another --vae")
     return vae.eval().requires_grad_(False)
@@ -148,7 +173,7 @@ def is_tiny(part: Part) -> bool:
 def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
     """Load from the part's folder; weights that are missing would be random, so they are an error."""
     try:
-        with _quiet():
+        with quiet():
             model, info = cls.from_pretrained(
                 str(part.folder),
                 variant=part.variant,
@@ -158,32 +183,8 @@ def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
                 **dtype,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{part.folder} cannot be loaded as a {cls.__name__}: {_first_line(error)}") from error
+        raise WeightsError(f"{part.folder} cannot be loaded as a {cls.__name__}: {first_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise WeightsError(f"{part.weights[0].path} lacks weights of a {cls.__name__}: {json.dumps(missing[:30])}")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports from the libraries: progress is the caller's to show."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    for module, _ in levels:
-        module.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -126,7 +126,7 @@ class VaeDecoder(nn.Module):
 
 
 def text_encoder_network(name: str, family: str, encoder: Any, shapes: PictureShapes) -> Network:
-    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``; SDXL's second also to ``text_embeds [B,P]``."""
+    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, SDXL's second also ``text_embeds [B,P]``."""
     dtype = DTYPE_NAMES[encoder.dtype]
     batch = _dim(shapes.batch)
     outputs = {"hidden_states": _spec(dtype, batch, TOKENS, encoder.config.hidden_size)}

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from .hub import DownloadProgress
 
 
-class ExportProgress:
-    """Told what happens; this one says nothing. The command line's shows it."""
+class ExportProgress(Protocol):
+    """Told what happens."""
 
-    #: told about downloads
-    downloads: DownloadProgress | None = None
+    @property
+    def downloads(self) -> DownloadProgress | None:
+        """Told about downloads."""
+        ...
 
     def start(self, stage: str) -> None:
         """A stage begins."""
+        ...
 
     def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
         """The stage ended, well or not."""
+        ...
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    downloads = None
+
+    def start(self, stage: str) -> None:
+        pass
+
+    def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass

@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim
@@ -66,12 +67,12 @@ def _trace_extent(extent: Range, index: int) -> int:
     return min(wanted, extent.max)
 
 
-def _dynamic_dims(spec: TensorSpec) -> dict[int, object] | None:
+def _dynamic_dims(spec: TensorSpec) -> dict[int, Any] | None:
     dims = {axis: Dim.AUTO for axis, dim in enumerate(spec.shape) if isinstance(dim, Range)}
     return dims or None
 
 
-def _name_dims(values: list, specs: dict[str, TensorSpec]) -> None:
+def _name_dims(values: Sequence[Any], specs: dict[str, TensorSpec]) -> None:
     """Give the graph's ends the manifest's shapes, with the names of what varies."""
     import onnx_ir as ir
 

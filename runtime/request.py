@@ -120,7 +120,8 @@ def _check_steps(
     if steps not in allowed and not force:
         named = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 2 else " or ".join(map(str, allowed))
         raise RequestError(
-            f"{manifest.checkpoint} was not distilled for {steps} steps: expected {named}; force=True (--force) draws anyway"
+            f"{manifest.checkpoint} was not distilled for {steps} steps: expected {named}; "
+            "force=True (--force) draws anyway"
         )
     return steps
 

@@ -36,7 +36,7 @@ make_repos() {
     say "Making tiny random weights in place of the real ones"
     rm -rf "$REPOS" "$REPOS.partial" "$BUNDLE"
     mkdir -p "$OUT"
-    run python scripts/make_tiny_repos.py "$REPOS.partial"
+    TRANSFORMERS_VERBOSITY=error "$VENV_PYTHON" scripts/make_tiny_repos.py "$REPOS.partial" >/dev/null
     mv "$REPOS.partial" "$REPOS"
     touch "$REPOS"
 }

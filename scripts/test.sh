@@ -9,7 +9,7 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-# pyright is a Node program that its Python package fetches on first use.
+# pyright runs on Node: the one on PATH, else one that its Python package downloads.
 type_check() {
     local log=".venv/pyright.log"
     export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
@@ -19,7 +19,7 @@ type_check() {
         tail -n 20 "$log" >&2
         return 1
     else
-        warn "types were not checked: pyright could not be fetched (offline? its words: $ROOT/$log)."
+        warn "types were not checked: pyright found no Node and could not fetch one (its words: $ROOT/$log)."
     fi
 }
 

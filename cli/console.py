@@ -1,0 +1,88 @@
+"""What commands print with: results to stdout, progress and remarks to stderr; bars on a terminal only."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+PIPE_WIDTH = 200  # columns where there is no terminal, so that a table's row stays one line
+
+
+def out() -> Console:
+    """The console of a command's results."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def err() -> Console:
+    """The console of progress and remarks."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else PIPE_WIDTH, highlight=False)
+
+
+@contextlib.contextmanager
+def step_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of ``total`` steps; what is given advances it by one."""
+    console = err()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda: bar.advance(task)
+
+
+class DownloadBar:
+    """Shows one download at a time (:class:`hypersd.export.hub.DownloadProgress`)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+
+    def start(self, filename: str, total: int | None) -> None:
+        self.finish()
+        if not self._console.is_terminal:
+            self._console.print(f"download {filename}" + (f" ({total / 1e6:,.1f} MB)" if total else ""), markup=False)
+            return
+        columns = (TextColumn("download {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task(filename, total=total)
+        self._bar.start()
+
+    def advance(self, n: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, n)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class StageLines:
+    """Shows an export's stages: a spinner while one runs, a line with its seconds when it is done.
+
+    It is what :class:`hypersd.export.progress.ExportProgress` asks for.
+    """
+
+    def __init__(self) -> None:
+        self._console = err()
+        self.downloads = DownloadBar(self._console)
+        self._spinner: Progress | None = None
+
+    def start(self, stage: str) -> None:
+        if self._console.is_terminal:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._spinner = Progress(*columns, console=self._console, transient=True)
+            self._spinner.add_task(stage)
+            self._spinner.start()
+
+    def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+        if ok:
+            self._console.print(f"{stage:<40} {seconds:6.1f} s  {note}".rstrip(), markup=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)

@@ -1,0 +1,106 @@
+"""Draw pictures from a bundle.
+
+Writes PNG files that carry their settings, and with --count above 1 a contact sheet of all. Picture i has seed SEED+i.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The bundle, the prompt, and what differs from the checkpoint's own settings."""
+    parser.add_argument("bundle", type=Path, help="the folder that `hypersd export` wrote")
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="default: CHECKPOINT-SEED.png")
+    parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
+    parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="custom timesteps, descending")
+    parser.add_argument("--eta", type=float, help="0..1, stochasticity")
+    parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
+    parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
+    parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
+    parser.add_argument("--backend", default="auto", choices=["auto", "onnxruntime"], help="default: auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the pictures one by one, write them, and print seconds by stage."""
+    import secrets
+    import time
+
+    from ..errors import RequestError
+    from .console import err, out, step_bar
+    from .pictures import check_output, contact_sheet, numbered, parse_size, write_png
+
+    width, height = parse_size(args.size) if args.size else (None, None)
+    if not 1 <= args.count <= 1000:
+        raise RequestError(f"--count {args.count} is out of range: expected 1 to 1000")
+    check_output(args.output)
+    began = time.perf_counter()
+    from ..runtime import Pipeline
+
+    pipe = Pipeline.load(args.bundle, backend=args.backend, device=args.device)
+    load_seconds = time.perf_counter() - began
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    settings = {
+        "negative_prompt": args.negative_prompt,
+        "num_inference_steps": args.steps,
+        "timesteps": args.timesteps,
+        "eta": args.eta,
+        "guidance_scale": args.guidance,
+        "height": height,
+        "width": width,
+    }
+    output = args.output or Path(f"{pipe.manifest.checkpoint}-{seed}.png")
+    console, images, paths = out(), [], []
+    err().print(f"{pipe.manifest.checkpoint} on {pipe.device}, loaded in {load_seconds:.2f} s", markup=False)
+    for i in range(args.count):
+        with step_bar(f"picture {i + 1} of {args.count}", _steps(pipe, args)) as advance:
+
+            def on_step(*_: object, advance=advance) -> None:
+                advance()
+
+            result = pipe(args.prompt, seed=seed + i, force=args.force, callback_on_step_end=on_step, **settings)
+        path = numbered(output, i, args.count)
+        write_png(path, result.images[0], _metadata(pipe, args.prompt, seed + i, settings))
+        stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
+        console.print(f"{path}  seed {seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
+        images.append(result.images[0])
+        paths.append(path)
+    if args.count > 1:
+        sheet = output.with_name(f"{output.stem}-sheet.png")
+        write_png(sheet, contact_sheet(images, [f"seed {seed + i}" for i in range(args.count)]), {})
+        console.print(f"{sheet}  all {args.count}", markup=False, soft_wrap=True)
+
+
+def _steps(pipe, args: argparse.Namespace) -> int:
+    return len(args.timesteps) if args.timesteps else args.steps or pipe.manifest.sampler.num_inference_steps
+
+
+def _metadata(pipe, prompt: str, seed: int, settings: dict) -> dict:
+    """All that is needed to draw the picture again, with the manifest's values where the user gave none."""
+    manifest = pipe.manifest
+    sampler, shapes = manifest.sampler, manifest.shapes
+    usual = {
+        "num_inference_steps": sampler.num_inference_steps,
+        "timesteps": sampler.timesteps,
+        "eta": sampler.eta,
+        "guidance_scale": sampler.guidance_scale,
+        "height": shapes.height.opt,
+        "width": shapes.width.opt,
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {
+        "checkpoint": manifest.checkpoint,
+        "base": manifest.origin.base,
+        "precision": manifest.precision,
+        "sampler": sampler.kind,
+        "prompt": prompt,
+        "seed": seed,
+        **usual,
+        **given,
+    }
