@@ -49,5 +49,9 @@ class ExportError(HyperSDError):
     """An exported network failed its checks."""
 
 
+class VerifyError(HyperSDError):
+    """A bundle's pictures are not those of diffusers."""
+
+
 class DiskFullError(UserError):
     """The disk filled up while writing."""

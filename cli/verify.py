@@ -1,13 +1,72 @@
-"""Compare a bundle's pictures with diffusers' own, stage by stage."""
+"""Compare a bundle's pictures with diffusers' own, stage by stage.
+
+Loads with diffusers what the bundle was made of, draws the same prompts and seeds with both, and prints how far text,
+each step's latents, decoder and picture are apart. Writes each pair side by side with its difference: ours, diffusers',
+the difference at full contrast. Ends with exit code 1 where a picture is further off than the threshold.
+"""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    """Which bundle, which prompts, and how close is close enough."""
+    parser.add_argument("bundle", type=Path, help="the folder that `hypersd export` wrote")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: two)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the pairs (default: BUNDLE-verify)")
 
 
 def run(args: argparse.Namespace) -> None:
-    pass
+    """Compare, print, write, judge."""
+    import dataclasses
+
+    from ..engines.bundle import Bundle
+
+    bundle = Bundle.load(args.bundle)
+    from .. import verify
+    from ..export.checkpoints import find_checkpoint
+    from .console import DownloadBar, err, out
+    from .pictures import write_png
+
+    find_checkpoint(bundle.manifest.checkpoint)
+    threshold = verify.THRESHOLDS[bundle.manifest.precision]
+    if args.min_psnr is not None:
+        threshold = dataclasses.replace(threshold, psnr=args.min_psnr)
+    folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
+    console, comparisons = out(), []
+    prompts = args.prompt or verify.PROMPTS
+    for comparison in verify.verify_bundle(bundle, prompts, args.seed, args.steps, DownloadBar(err())):
+        path, pair = verify.side_by_side(comparison, folder, len(comparisons))
+        write_png(path, pair, {"prompt": comparison.prompt, "seed": comparison.seed})
+        console.print(f"\n{comparison.prompt!r}, seed {comparison.seed}: {path}", markup=False, soft_wrap=True)
+        console.print(_table(comparison))
+        comparisons.append(comparison)
+    verify.check_thresholds(comparisons, threshold)
+    console.print(
+        f"all {len(comparisons)} pictures are diffusers' own: at least {threshold.psnr:g} dB, "
+        f"largest error at most {threshold.largest:g} of full scale",
+        markup=False,
+    )
+
+
+def _table(comparison):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("stage", "PSNR dB", "SSIM", "mean error", "largest error"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for difference in comparison.differences:
+        table.add_row(
+            difference.stage,
+            f"{difference.psnr:.1f}",
+            "" if difference.ssim is None else f"{difference.ssim:.6f}",
+            f"{difference.mean:.1e}",
+            f"{difference.largest:.1e}",
+        )
+    return table

@@ -29,13 +29,25 @@ ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What the user says of the sources; None takes the checkpoint's own."""
+    """What the user says of the sources; None takes the checkpoint's own.
+
+    Attributes:
+        base: a Hub repository, a folder in diffusers layout, or a single ``.safetensors`` file.
+        revision: branch, tag or commit of ``base``.
+        variant: ``"fp16"`` for the base's half-precision weight files.
+        lora: a local file in place of the Hyper-SD file on the Hub.
+        lora_revision: branch, tag or commit of that file on the Hub.
+        vae: a Hub repository or folder, or ``"tiny"`` for TAESD.
+        vae_revision: branch, tag or commit of ``vae``.
+    """
 
     base: str | None = None
     revision: str | None = None
     variant: str | None = None
     lora: str | None = None
+    lora_revision: str | None = None
     vae: str | None = None
+    vae_revision: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +100,7 @@ def find_sources(
     _check_family(model_index, checkpoint, base.location)
     encoders = ENCODERS[checkpoint.family]
     parts = {name: base.part(name, options.variant) for name in encoders}
-    hyper_file = _hyper_file(checkpoint, options.lora, progress)
+    hyper_file = _hyper_file(checkpoint, options, progress)
     if checkpoint.kind == "unet":
         config = get_file(base.files, "unet/config.json")
         parts["unet"] = Part(
@@ -96,7 +108,7 @@ def find_sources(
         )
     else:
         parts["unet"] = base.part("unet", options.variant)
-    vae = _open_vae(checkpoint, options.vae, precision, progress)
+    vae = _open_vae(checkpoint, options, precision, progress)
     parts["vae"] = _vae_part(vae) if vae else base.part("vae", options.variant)
     sources = Sources(
         base=base.location,
@@ -132,28 +144,31 @@ def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: Downloa
     return SingleFileBase(Found(path, path.name), HubRepo(checkpoint.base, None, progress))
 
 
-def _hyper_file(checkpoint: Checkpoint, lora: str | None, progress: DownloadProgress | None) -> Found:
+def _hyper_file(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Found:
     """The Hyper-SD file itself: the Hub's, or the local one that ``--lora`` names."""
-    if lora is None:
-        file = fetch(HYPER_SD_REPO, checkpoint.filename, progress=progress)
+    if options.lora is None:
+        file = fetch(HYPER_SD_REPO, checkpoint.filename, revision=options.lora_revision, progress=progress)
         return Found(file.path, checkpoint.filename, HYPER_SD_REPO, file.revision)
-    path = Path(lora)
+    path = Path(options.lora)
     if not path.is_file():
-        raise WeightsError(f"--lora {lora!r} is not a file: expected a local .safetensors file in place of the Hub's")
+        raise WeightsError(
+            f"--lora {options.lora!r} is not a file: expected a local .safetensors file in place of the Hub's"
+        )
     return Found(path, path.name)
 
 
 def _open_vae(
-    checkpoint: Checkpoint, vae: str | None, precision: str, progress: DownloadProgress | None
+    checkpoint: Checkpoint, options: SourceOptions, precision: str, progress: DownloadProgress | None
 ) -> DiffusersBase | None:
     """The VAE that replaces the base's, if any does."""
-    if vae == "tiny":
-        return DiffusersBase(HubRepo(TINY_VAE_REPOS[checkpoint.family], None, progress))
-    if vae is not None:
-        return DiffusersBase(open_files(vae, None, progress, "--vae"))
-    if checkpoint.family == "sdxl" and precision == "fp16":  # SDXL's own overflows in half precision
-        return DiffusersBase(HubRepo(FIXED_VAE_REPO, None, progress))
-    return None
+    location = options.vae
+    if location == "tiny":
+        location = TINY_VAE_REPOS[checkpoint.family]
+    if location is None and checkpoint.family == "sdxl" and precision == "fp16":
+        location = FIXED_VAE_REPO  # SDXL's own overflows in half precision
+    if location is None:
+        return None
+    return DiffusersBase(open_files(location, options.vae_revision, progress, "--vae"))
 
 
 def _vae_part(vae: DiffusersBase) -> Part:

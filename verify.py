@@ -1,0 +1,279 @@
+"""Does a bundle draw diffusers' pictures? Both draw the same prompts from the same seeds, compared stage by stage.
+
+The judge is diffusers, in the bundle's precision: it loads what the manifest says the bundle was made of, fuses the
+LoRA with peft and runs its own pipeline. Only the reading of the base's weight files is shared with the exporter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .engines import Bundle, Manifest
+from .engines.manifest import SourceFile
+from .errors import VerifyError, WeightsError
+from .export.checkpoints import find_checkpoint
+from .export.hub import DownloadProgress
+from .export.libraries import quiet
+from .export.models import TORCH_DTYPES, load_text_encoder, load_unet, load_vae
+from .export.sources import SourceOptions, Sources, find_sources
+from .runtime import Pipeline
+
+PROMPTS = ("a photo of a cat", "a red car in front of a blue house")
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """What a bundle's pictures must reach: ``psnr`` in dB; ``largest`` as a part of full scale."""
+
+    psnr: float
+    largest: float
+
+
+# Measured on tiny and on full-size models: fp32 lies at 100 dB and above; in fp16 diffusers and ONNX Runtime round
+# differently, and sampling carries that on from step to step.
+THRESHOLDS = {"fp32": Threshold(psnr=60.0, largest=2e-3), "fp16": Threshold(psnr=30.0, largest=0.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one stage's result is from diffusers'.
+
+    Attributes:
+        stage: ``text``, ``step 1`` and so on, ``decode`` (of diffusers' own latents) or ``picture``.
+        psnr: peak signal-to-noise ratio in dB; the peak is full scale for pictures, the reference's span elsewhere.
+        ssim: structural similarity, of what has rows and columns.
+        mean: mean error, in parts of the peak.
+        largest: largest error, in parts of the peak.
+    """
+
+    stage: str
+    psnr: float
+    ssim: float | None
+    mean: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One prompt and seed."""
+
+    prompt: str
+    seed: int
+    differences: tuple[Difference, ...]
+    ours: Image.Image
+    theirs: Image.Image
+
+    @property
+    def picture(self) -> Difference:
+        return self.differences[-1]
+
+
+def load_reference(manifest: Manifest, progress: DownloadProgress | None = None) -> Any:
+    """diffusers' pipeline of what a bundle was made of.
+
+    Raises:
+        WeightsError: a source has changed since the export.
+        DownloadError: a source cannot be had any more.
+    """
+    checkpoint = find_checkpoint(manifest.checkpoint)
+    with quiet():
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+        from transformers import CLIPTokenizer
+
+        sources = find_sources(checkpoint, _source_options(manifest), manifest.precision, progress)
+        _check_unchanged(manifest, sources)
+        dtype = TORCH_DTYPES[manifest.precision]
+        encoders = [name for name in sources.parts if name.startswith("text_encoder")]
+        modules: dict[str, Any] = {name: load_text_encoder(sources.parts[name], dtype) for name in encoders}
+        modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
+        # The base without the LoRA, for diffusers to fuse; in float32, because it is to be rounded once.
+        modules["unet"] = load_unet(sources.parts["unet"], None, checkpoint.family, 1.0, torch.float32)
+        modules["vae"] = load_vae(sources.parts["vae"], dtype)
+        modules["scheduler"] = _scheduler(manifest, sources)
+        if manifest.family == "sdxl":
+            zeros = manifest.force_zeros_for_empty_prompt
+            pipe: Any = StableDiffusionXLPipeline(**modules, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+        else:
+            nothing: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+            pipe = StableDiffusionPipeline(**modules, **nothing, requires_safety_checker=False)
+        if sources.lora is not None:
+            pipe.load_lora_weights(str(sources.lora.path.parent), weight_name=sources.lora.path.name)
+            pipe.fuse_lora(lora_scale=manifest.origin.lora_scale)
+            pipe.unload_lora_weights()
+        pipe.unet.to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _source_options(manifest: Manifest) -> SourceOptions:
+    origin = manifest.origin
+    hyper_file = origin.weights["lora" if "lora" in origin.weights else "unet"][0]
+    return SourceOptions(
+        base=origin.base,
+        revision=origin.revision,
+        variant=origin.variant,
+        lora=hyper_file.path,
+        lora_revision=hyper_file.revision,
+        vae=origin.vae,
+        vae_revision=origin.vae_revision,
+    )
+
+
+def _check_unchanged(manifest: Manifest, sources: Sources) -> None:
+    for part, files in sources.weights.items():
+        recorded: Sequence[SourceFile] = manifest.origin.weights.get(part, ())
+        if [file.record().sha256 for file in files] != [record.sha256 for record in recorded]:
+            names = ", ".join(str(file.path) for file in files)
+            raise WeightsError(f"{names} changed since the bundle was exported: export it again")
+
+
+def _scheduler(manifest: Manifest, sources: Sources) -> Any:
+    """The scheduler that the model card makes, from the base's configuration and not from the manifest's constants."""
+    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+
+    config = dict(sources.scheduler_config)
+    if manifest.sampler.kind == "ddim":
+        return DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    return {"tcd": TCDScheduler, "lcm": LCMScheduler}[manifest.sampler.kind].from_config(config)
+
+
+def compare(pipe: Pipeline, reference: Any, prompt: str, seed: int, steps: int | None = None) -> Comparison:
+    """Draw one picture with both and compare every stage.
+
+    Args:
+        pipe: the bundle's pipeline.
+        reference: diffusers' pipeline (:func:`load_reference`).
+        prompt: what to draw.
+        seed: of the noise.
+        steps: number of steps; the manifest's if not given.
+    """
+    differences = list(_compare_text(pipe, reference, prompt))
+    ours, our_steps = _draw_ours(pipe, prompt, seed, steps)
+    theirs, their_steps = _draw_theirs(pipe.manifest, reference, prompt, seed, steps)
+    for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
+        differences.append(_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
+    decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
+    differences.append(_difference("decode", _rows_last(decoded), theirs, peak=1.0))
+    differences.append(_difference("picture", ours, theirs, peak=1.0))
+    return Comparison(prompt, seed, tuple(differences), _image(ours), _image(theirs))
+
+
+def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Difference]:
+    ours = pipe.encode_prompt([prompt])
+    with torch.no_grad():
+        theirs = reference.encode_prompt(
+            prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    yield _difference("text", _array(ours.hidden_states), _array(theirs[0]))
+    if ours.text_embeds is not None:
+        yield _difference("pooled text", _array(ours.text_embeds), _array(theirs[2]))
+
+
+def _draw_ours(pipe: Pipeline, prompt: str, seed: int, steps: int | None) -> tuple[np.ndarray, list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> None:
+        seen.append(tensors["latents"].clone())
+
+    result = pipe(prompt, num_inference_steps=steps, seed=seed, output_type="np", callback_on_step_end=keep)
+    return result.images[0], seen
+
+
+def _draw_theirs(
+    manifest: Manifest, reference: Any, prompt: str, seed: int, steps: int | None
+) -> tuple[np.ndarray, list[Tensor]]:
+    sampler = manifest.sampler
+    seen: list[Tensor] = []
+
+    def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors["latents"].clone())
+        return {}
+
+    schedule: dict[str, Any] = {"num_inference_steps": steps or sampler.num_inference_steps}
+    if sampler.timesteps and schedule["num_inference_steps"] == len(sampler.timesteps):
+        schedule = {"timesteps": list(sampler.timesteps)}
+    result = reference(
+        prompt,
+        **schedule,
+        eta=sampler.eta,
+        guidance_scale=sampler.guidance_scale,
+        height=manifest.shapes.height.opt,
+        width=manifest.shapes.width.opt,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type="np",
+        callback_on_step_end=keep,
+    )
+    return result.images[0], seen
+
+
+def _difference(stage: str, ours: np.ndarray, theirs: np.ndarray, peak: float | None = None) -> Difference:
+    """Compare two arrays [H, W, C], or others, which then have no structural similarity."""
+    from skimage.metrics import structural_similarity
+
+    peak = peak or float(np.ptp(theirs)) or 1.0
+    error = np.abs(ours.astype(np.float64) - theirs) / peak
+    power = float(np.mean(error**2))
+    ssim = None
+    if ours.ndim == 3 and min(ours.shape[:2]) >= 7:  # skimage's window
+        ssim = float(cast(Any, structural_similarity(ours, theirs, data_range=peak, channel_axis=-1)))
+    psnr = float("inf") if power == 0 else -10 * float(np.log10(power))
+    return Difference(stage, psnr, ssim, float(error.mean()), float(error.max()))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()[0]
+
+
+def _rows_last(tensor: Tensor) -> np.ndarray:
+    """The first picture of [B, C, H, W] as [H, W, C]."""
+    return np.ascontiguousarray(_array(tensor).transpose(1, 2, 0))
+
+
+def _image(array: np.ndarray) -> Image.Image:
+    return Image.fromarray((array * 255).round().astype(np.uint8))
+
+
+def verify_bundle(
+    bundle: Bundle,
+    prompts: Sequence[str] = PROMPTS,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: DownloadProgress | None = None,
+) -> Iterator[Comparison]:
+    """Compare one picture a prompt; picture i has the seed ``seed + i``."""
+    pipe = Pipeline.load(bundle.root)
+    reference = load_reference(bundle.manifest, progress)
+    for i, prompt in enumerate(prompts):
+        yield compare(pipe, reference, prompt, seed + i, steps)
+
+
+def check_thresholds(comparisons: Sequence[Comparison], threshold: Threshold) -> None:
+    """See that every picture is close enough.
+
+    Raises:
+        VerifyError: one is not; the message names the worst.
+    """
+    worst = min(comparisons, key=lambda comparison: comparison.picture.psnr)
+    found = worst.picture
+    if found.psnr < threshold.psnr or max(c.picture.largest for c in comparisons) > threshold.largest:
+        raise VerifyError(
+            f"seed {worst.seed} is at {found.psnr:.1f} dB with a largest error of {found.largest:.1e}, expected at "
+            f"least {threshold.psnr:g} dB and at most {threshold.largest:.0e}: these are not diffusers' pictures"
+        )
+
+
+def side_by_side(comparison: Comparison, folder: Path, index: int) -> tuple[Path, Image.Image]:
+    """Ours, diffusers' and their difference, brought up to full contrast, in one picture."""
+    ours, theirs = (np.asarray(image, np.int16) for image in (comparison.ours, comparison.theirs))
+    error = np.abs(ours - theirs)
+    amplified = (error * (255 / max(1, error.max()))).astype(np.uint8)
+    row = np.concatenate([ours.astype(np.uint8), theirs.astype(np.uint8), amplified], axis=1)
+    return folder / f"pair-{index}.png", Image.fromarray(row)
