@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -64,8 +66,9 @@ def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
         image.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kind = DiskFullError if error.errno == 28 else UserError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kind = DiskFullError if error.errno == errno.ENOSPC else UserError
         raise kind(f"{path} cannot be written: {error.strerror or error}; choose another -o") from error
 
 

@@ -79,9 +79,8 @@ install_packages() {
     torch="$(grep -E '^torch==' constraints.txt)"
     : >"$PIP_LOG"
     "$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || "$VENV_PYTHON" -m ensurepip >>"$PIP_LOG" 2>&1 || return 1
-    say "Installing $torch (the first time this is the longest wait)"
+    say "Installing $torch and hypersd[$1] (the first time this takes minutes)"
     run_pip "$torch" || return 1
-    say "Installing hypersd[$1]"
     run_pip -e ".[$1]"
 }
 

@@ -1,0 +1,294 @@
+"""The command line as a person meets it: results, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hypersd.cli import main
+from hypersd.export.checkpoints import CHECKPOINTS
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``fails(*argv)``: run a command that must end with one line on stderr and exit code 2; returns that line."""
+
+    def run(*argv: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in argv]) == code
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if "loaded in" not in line]
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("hypersd")
+        assert captured.out == ""
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def export_arguments(tiny_repos: Path) -> list[str]:
+    """What exports a tiny SD1.5 checkpoint from local files."""
+    base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-1step-lora.safetensors"
+    return ["export", "--ckpt", "Hyper-SD15-1step-lora", "--base", str(base), "--lora", str(lora)]
+
+
+def test_list_names_every_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row is one line with base, steps and sampler."""
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for checkpoint in CHECKPOINTS:
+        (row,) = [line.split() for line in lines if checkpoint.name in line.split()]
+        assert checkpoint.base in row
+        assert checkpoint.sampler in row
+
+
+def test_info_tells_what_is_in_a_bundle(sdxl_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings, networks with their tensors, sizes; --hashes reads every file."""
+    assert main(["info", str(sdxl_bundle), "--hashes"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("Hyper-SDXL-1step-lora", "tcd", "64 x 64", "text_encoder_2", "time_ids float32[1, 6]", "SHA-256"):
+        assert expected in text
+
+
+def test_generate_writes_a_picture_with_its_settings(
+    sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is a PNG of the right size; its metadata hold all that is needed to draw it again, in any script."""
+    prompt = 'a "cat" 猫 😀\nin two lines'
+    output = tmp_path / "new" / "cat.png"
+    assert (
+        main(["generate", str(sd15_bundle), prompt, "--steps", "4", "--eta", "0.3", "--seed", "9", "-o", str(output)])
+        == 0
+    )
+    with Image.open(output) as image:
+        assert image.format == "PNG"
+        assert image.size == (64, 64)
+        settings = json.loads(image.info["hypersd"])
+    expected = {"prompt": prompt, "seed": 9, "num_inference_steps": 4, "eta": 0.3, "guidance_scale": 0.0, "width": 64}
+    assert expected.items() <= settings.items()
+    out = capsys.readouterr().out
+    for stage in ("tokenize", "encode", "denoise", "decode", "convert", "total"):
+        assert stage in out
+    assert [path.name for path in output.parent.iterdir()] == ["cat.png"], "no temporary file stays"
+
+
+def test_count_makes_a_contact_sheet_of_single_pictures(sd15_bundle: Path, tmp_path: Path) -> None:
+    """Picture i of --count is the picture of seed SEED+i alone; the sheet shows all."""
+    several, alone = tmp_path / "several.png", tmp_path / "alone.png"
+    assert main(["generate", str(sd15_bundle), "a cat", "--seed", "3", "--count", "3", "-o", str(several)]) == 0
+    assert main(["generate", str(sd15_bundle), "a cat", "--seed", "5", "-o", str(alone)]) == 0
+    names = sorted(path.name for path in tmp_path.glob("several*"))
+    assert names == ["several-0.png", "several-1.png", "several-2.png", "several-sheet.png"]
+    last = Image.open(tmp_path / "several-2.png")
+    assert last.tobytes() == Image.open(alone).tobytes()
+    sheet = Image.open(tmp_path / "several-sheet.png")
+    assert sheet.width > 2 * 64
+    assert sheet.crop((4, 4, 68, 68)).tobytes() == Image.open(tmp_path / "several-0.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "9"], "1 to 8"),
+        (["--steps", "0"], "1 to 1000"),
+        (["--steps", "x"], "invalid int"),
+        (["--eta", "1.5"], "0 to 1"),
+        (["--eta", "nan"], "0 to 1"),
+        (["--guidance", "-1"], "0 to 50"),
+        (["--guidance", "inf"], "0 to 50"),
+        (["--seed", "-1"], "0 to"),
+        (["--seed", str(2**64)], "0 to"),
+        (["--count", "0"], "1 to 1000"),
+        (["--size", "64x60"], "multiple of 8"),
+        (["--size", "128x64"], "--width 128"),
+        (["--size", "big"], "WIDTHxHEIGHT"),
+        (["--timesteps", "5", "10"], "descending"),
+        (["--device", "tpu"], "cpu"),
+        (["-o", "picture.bmp"], ".png"),
+        (["--nonsense"], "--help"),
+    ],
+)
+def test_bad_arguments_of_generate(
+    arguments: list[str], expected: str, sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch
+) -> None:
+    """Each ends with one line that names what was expected; no picture is written."""
+    monkeypatch.chdir(tmp_path)
+    code = 1 if "--device" in arguments else 2
+    assert expected in fails("generate", sd15_bundle, "a cat", *arguments, code=code)
+    assert not list(tmp_path.iterdir())
+
+
+def test_force_draws_with_other_steps(sd15_bundle: Path, tmp_path: Path) -> None:
+    """--force lets steps through that the checkpoint was not distilled for."""
+    assert main(["generate", str(sd15_bundle), "a cat", "--steps", "9", "--force", "-o", str(tmp_path / "a.png")]) == 0
+
+
+def test_empty_and_long_prompts(sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty prompt is one; a long one is cut off with a one-line warning that names what was cut."""
+    assert main(["generate", str(sd15_bundle), "", "-o", str(tmp_path / "empty.png")]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main(["generate", str(sd15_bundle), "cat " * 80 + "猫", "-o", str(tmp_path / "long.png")]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "猫" in warning
+
+
+def test_a_bundle_that_is_none(tmp_path: Path, fails: Callable[..., str]) -> None:
+    """A missing folder, an empty one and a file are answered with what makes a bundle."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name in ("missing", "empty", "file"):
+        for command in (["info"], ["generate"], ["verify"]):
+            words = [*command, tmp_path / name, *(["a cat"] if command == ["generate"] else [])]
+            assert "hypersd export" in fails(*words)
+
+
+def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    """A missing, shortened or altered file and a newer manifest are said before anything is drawn."""
+    bundle = tmp_path / "bundle"
+    data = bundle / "unet/model.onnx_data"
+
+    def fresh() -> None:
+        shutil.rmtree(bundle, ignore_errors=True)
+        shutil.copytree(sd15_bundle, bundle)
+
+    fresh()
+    data.unlink()
+    assert "missing" in fails("generate", bundle, "a cat")
+    fresh()
+    data.write_bytes(data.read_bytes()[:-1])
+    assert "bytes" in fails("generate", bundle, "a cat")
+    fresh()
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    assert "altered" in fails("info", bundle, "--hashes")
+    fresh()
+    manifest = bundle / "bundle.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    assert "upgrade hypersd" in fails("generate", bundle, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--ckpt", "Hyper-SDLX-1step-lora"], "Hyper-SDXL-1step-lora"),
+        (["--ckpt", "sd-turbo"], "hypersd list"),
+        (["--height", "100"], "multiple of 8"),
+        (["--width", "8"], "64 to 4096"),
+        (["--batch", "0"], "1 to 64"),
+        (["--dynamic", "depth=1:2:3"], "MIN:OPT:MAX"),
+        (["--dynamic", "height=128:64:256"], "MIN <= OPT <= MAX"),
+        (["--precision", "int8"], "fp16"),
+        (["--lora-scale", "nan"], "lora_scale"),
+        (["--base", "no/such/folder"], "--base"),
+        (["--lora", "missing.safetensors"], "--lora"),
+    ],
+)
+def test_bad_arguments_of_export(
+    arguments: list[str], expected: str, export_arguments: list[str], tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """Each ends with one line before anything is written."""
+    out = tmp_path / "bundles" / "one"
+    assert expected in fails(*export_arguments, "--out", out, *arguments)
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "random", "empty", "pickle"])
+def test_damaged_lora(damage: str, export_arguments: list[str], tmp_path: Path, fails: Callable[..., str]) -> None:
+    """A weight file that is not a whole safetensors file is named, whatever it is instead."""
+    lora = Path(export_arguments[-1])
+    content = {
+        "truncated": lora.read_bytes()[:-100],
+        "random": bytes(range(256)) * 40,
+        "empty": b"",
+        "pickle": b"\x80\x02}q\x00.",
+    }[damage]
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(content)
+    assert str(bad) in fails(*export_arguments[:-1], bad, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_of_the_other_family(
+    export_arguments: list[str], tiny_repos: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """It is recognised as what it is, before minutes are spent."""
+    lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SDXL-1step-lora.safetensors"
+    line = fails(*export_arguments[:-1], lora, "--out", tmp_path / "out")
+    assert "LoRA for SDXL" in line
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--debug adds where an error came from."""
+    assert main(["info", str(tmp_path), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not the user's input is told apart, in one line as well."""
+    from hypersd.engines.bundle import Bundle
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Bundle, "load", broken)
+    assert main(["info", "somewhere"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself."""
+    for words in (
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("list", "export", "info", "generate", "verify")),
+    ):
+        assert main(words) == 0
+        assert len(capsys.readouterr().out) > 10
+
+
+def test_a_picture_that_cannot_be_written(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    """A folder where a file stands is said, and nothing stays behind."""
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails("generate", sd15_bundle, "a cat", "-o", tmp_path / "file" / "cat.png")
+
+
+def test_the_script_is_the_command(tmp_path: Path) -> None:
+    """``python scripts/export.py`` is ``hypersd export``, from any folder."""
+    command = [sys.executable, str(REPO / "scripts/export.py"), "--ckpt", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "hypersd list" in done.stderr
+
+
+def test_verify_passes_and_fails(
+    sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    """The bundle's pictures are diffusers' own; with another schedule in the manifest they are not, and it says so."""
+    arguments = ["--prompt", "a cat", "--steps", "4", "--out", str(tmp_path / "pairs")]
+    assert main(["verify", str(sd15_bundle), *arguments]) == 0
+    out = capsys.readouterr().out
+    for stage in ("text", "step 1", "step 4", "decode", "picture"):
+        assert stage in out
+    assert Image.open(tmp_path / "pairs/pair-0.png").size == (3 * 64, 64)
+
+    altered = tmp_path / "altered"
+    shutil.copytree(sd15_bundle, altered)
+    manifest = json.loads((altered / "bundle.json").read_text())
+    manifest["scheduler"]["beta_end"] = 0.02
+    (altered / "bundle.json").write_text(json.dumps(manifest))
+    assert main(["verify", str(altered), *arguments]) == 1
+    assert "not diffusers' pictures" in capsys.readouterr().err

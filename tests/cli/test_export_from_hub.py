@@ -1,0 +1,153 @@
+"""``hypersd export`` and what follows as a person runs it: processes, a Hub on loopback, signals, a full disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub
+
+from hypersd.engines import Bundle
+
+NAME = "Hyper-SDXL-1step-lora"
+
+
+@pytest.fixture
+def hub(tiny_repos: Path) -> Iterator[LoopbackHub]:
+    with LoopbackHub(tiny_repos) as server:
+        yield server
+
+
+def hypersd(*words: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, its output in pipes."""
+    command = [sys.executable, "-m", "hypersd.cli", *map(str, words)]
+    merged = {**os.environ, "HF_HUB_OFFLINE": "0", **env}
+    return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=300)
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The single line that a failed command ended with."""
+    assert done.returncode == code, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stderr
+    return line
+
+
+def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Path) -> None:
+    """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, picture."""
+    env = hub.environment(tmp_path / "cache")
+    hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
+    done = hypersd("export", "--ckpt", NAME, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "\r" not in done.stderr
+    assert "\x1b" not in done.stderr + done.stdout, "no bar and no colour in a pipe"
+    unet = "stable-diffusion-xl-base-1.0/unet/diffusion_pytorch_model.safetensors"
+    downloads = [r for r in hub.requests if r.cdn and r.method == "GET" and r.path.endswith(unet)]
+    assert len(downloads) == 2, "the download that was cut was taken up again (byte ranges: tests/export/test_hub.py)"
+
+    bundle = Bundle.load(tmp_path / "bundles" / NAME, hashes=True)
+    assert bundle.manifest.precision == "fp16"
+    origin = bundle.manifest.origin
+    assert origin.base == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert origin.revision == hub.commit("stabilityai/stable-diffusion-xl-base-1.0")
+    assert origin.vae == "madebyollin/sdxl-vae-fp16-fix", "SDXL's own VAE overflows in fp16"
+    assert origin.weights["lora"][0].repo == "ByteDance/Hyper-SD"
+
+    offline = {**env, "HF_HUB_OFFLINE": "1"}
+    hub.forget_requests()
+    again = hypersd("export", "--ckpt", f"{NAME}.safetensors", cwd=tmp_path, env=offline)
+    assert again.returncode == 0, again.stderr
+    assert "done already" in again.stderr
+    drawn = hypersd(
+        "generate", f"bundles/{NAME}", "a photo of a cat", "--seed", 0, "-o", "cat.png", cwd=tmp_path, env=offline
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
+    verified = hypersd("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
+    assert verified.returncode == 0, verified.stderr
+    assert not hub.requests, "offline means offline"
+
+
+def test_the_hub_says_no(hub: LoopbackHub, tiny_repos: Path, tmp_path: Path) -> None:
+    """401, 404 of a repository and of a file, no network: each is one clear line."""
+    env = hub.environment(tmp_path / "cache")
+    hub.gated.add("stabilityai/stable-diffusion-xl-base-1.0")
+    line = one_line(hypersd("export", "--ckpt", NAME, cwd=tmp_path, env=env), 2)
+    assert "401" in line
+    assert "HF_TOKEN" in line
+    line = one_line(hypersd("export", "--ckpt", NAME, "--base", "nobody/nothing", cwd=tmp_path, env=env), 2)
+    assert "nobody/nothing" in line
+    line = one_line(hypersd("export", "--ckpt", NAME, "--base", "madebyollin/taesd", cwd=tmp_path, env=env), 2)
+    assert "model_index.json" in line
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = {**env, "HF_ENDPOINT": f"http://127.0.0.1:{unused.getsockname()[1]}"}
+        line = one_line(hypersd("export", "--ckpt", NAME, cwd=tmp_path, env=closed), 1)
+    assert "HF_ENDPOINT" in line
+    assert not list(tmp_path.rglob("bundle.json"))
+
+
+def local_export(tiny_repos: Path) -> list[str]:
+    base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-2steps-lora.safetensors"
+    return ["export", "--ckpt", "Hyper-SD15-2steps-lora", "--base", str(base), "--lora", str(lora), "--out", "bundle"]
+
+
+def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends with 130 and one line, leaves no bundle and no half component; the next run goes on from there."""
+    command = [sys.executable, "-m", "hypersd.cli", *local_export(tiny_repos)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("vae_decoder: load"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert rest.splitlines()[-1].startswith("hypersd: interrupted")
+    assert "Traceback" not in rest
+    assert not (tmp_path / "bundle").exists()
+    unfinished = {path.parent.name for path in tmp_path.rglob("model.onnx")}
+    assert unfinished == {"text_encoder"}, "only what is whole stays"
+
+    done = hypersd(*local_export(tiny_repos), cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "text_encoder: trace" not in done.stderr
+    assert "unet: trace" in done.stderr
+    Bundle.load(tmp_path / "bundle", hashes=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    for _ in range(20):
+        if subprocess.run(["umount", str(folder)], capture_output=True).returncode == 0:
+            break
+        time.sleep(0.2)
+
+
+def test_full_disk(tiny_repos: Path, tmp_path: Path, small_disk: Path) -> None:
+    """A disk that is too small is said in one line, and nothing is left on it but an empty lock."""
+    words = [*local_export(tiny_repos)[:-1], str(small_disk / "bundle")]
+    line = one_line(hypersd(*words, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"}), 2)
+    assert "free" in line
+    assert not [path for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size]

@@ -1,0 +1,414 @@
+"""The manifest: what is written is read back, and everything else is refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hypersd.engines.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    Range,
+    TensorSpec,
+    check_relative,
+    decode,
+    dim_range,
+    encode,
+)
+from hypersd.errors import BundleError
+
+WHERE = "some/bundle.json"
+HASH = "0123456789abcdef" * 4
+MANIFEST: dict[str, Any] = {
+    "schema_version": 1,
+    "checkpoint": "Hyper-SD15-1step-lora",
+    "family": "sd15",
+    "precision": "fp32",
+    "opset": 23,
+    "shapes": {
+        "batch": {"name": "batch", "min": 1, "opt": 1, "max": 2},
+        "height": {"name": "height", "min": 64, "opt": 64, "max": 128},
+        "width": {"name": "width", "min": 64, "opt": 64, "max": 64},
+    },
+    "sampler": {
+        "kind": "tcd",
+        "num_inference_steps": 1,
+        "allowed_steps": [1, 2, 4],
+        "timesteps": None,
+        "eta": 1.0,
+        "guidance_scale": 0.0,
+    },
+    "scheduler": {"beta_start": 0.00085, "trained_betas": None},
+    "vae": {"scaling_factor": 0.18215, "spatial": 8, "latent_channels": 4, "tiny": False},
+    "force_zeros_for_empty_prompt": False,
+    "components": {
+        "unet": {
+            "inputs": {
+                "sample": {
+                    "dtype": "float32",
+                    "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8],
+                }
+            },
+            "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8]}},
+            "files": ["unet/model.onnx", "unet/model.onnx_data"],
+            "key": HASH,
+        }
+    },
+    "files": {
+        "unet/model.onnx": {"size": 3, "sha256": HASH},
+        "unet/model.onnx_data": {"size": 0, "sha256": HASH},
+    },
+    "origin": {
+        "base": "a/b",
+        "revision": None,
+        "variant": None,
+        "vae": None,
+        "vae_revision": None,
+        "lora_scale": 1.0,
+        "weights": {
+            "unet": [
+                {"filename": "x.safetensors", "size": 9, "sha256": HASH, "repo": "a/b", "revision": None, "path": None}
+            ]
+        },
+    },
+    "versions": {"hypersd": "0.1.0"},
+}
+DELETE = object()
+
+
+def text(manifest: Any) -> bytes:
+    return json.dumps(manifest).encode()
+
+
+def changed(*keys: str | int, to: Any) -> dict[str, Any]:
+    """A copy of the good manifest with one value replaced, added or (``DELETE``) removed."""
+    manifest = copy.deepcopy(MANIFEST)
+    place: Any = manifest
+    for key in keys[:-1]:
+        place = place[key]
+    if to is DELETE:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = to
+    return manifest
+
+
+def refusal(raw: bytes) -> str:
+    """The message with which ``decode`` refuses a manifest."""
+    with pytest.raises(BundleError) as caught:
+        decode(raw, WHERE)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "\r" not in message
+    assert message.startswith(WHERE)
+    return message
+
+
+def test_what_is_written_is_read_back() -> None:
+    """Protects the format: nothing is lost or changed on the way to the disk and back."""
+    manifest = decode(text(MANIFEST), WHERE)
+    assert json.loads(encode(manifest)) == MANIFEST
+    assert decode(encode(manifest), WHERE) == manifest
+    assert encode(decode(encode(manifest), WHERE)) == encode(manifest)
+
+
+def test_optional_fields_may_be_absent() -> None:
+    """Protects what the schema calls optional: an absent key is its default, not an error."""
+    assert decode(text(changed("sampler", "timesteps", to=DELETE)), WHERE).sampler.timesteps is None
+    assert decode(text(changed("origin", "lora_scale", to=DELETE)), WHERE).origin.lora_scale is None
+
+
+@given(
+    low=st.integers(1, 10**6), more=st.integers(0, 10**6), most=st.integers(0, 10**6), factor=st.integers(1, 64)
+)
+def test_ranges_keep_their_order(low: int, more: int, most: int, factor: int) -> None:
+    """Protects every shape: ordered extents make a range, also scaled and divided, and disordered ones are refused."""
+    dim = Range(name="height", min=low, opt=low + more, max=low + more + most)
+    scaled = dim.scaled(factor, "pixels")
+    assert scaled.divided(factor, "height") == dim
+    assert dim_range(low) == Range(name="fixed", min=low, opt=low, max=low)
+    if more or most:
+        with pytest.raises(ValueError, match="min <= opt <= max"):
+            Range(name="height", min=dim.max, opt=dim.opt, max=dim.min)
+
+
+def test_tensor_specs_accept_what_lies_in_range() -> None:
+    """Protects the input check of every engine: rank, fixed extents and both ends of a range."""
+    spec = TensorSpec(dtype="float32", shape=(Range(name="batch", min=2, opt=2, max=4), 3))
+    assert [spec.accepts((n, 3)) for n in range(1, 6)] == [False, True, True, True, False]
+    assert not spec.accepts((2, 4))
+    assert not spec.accepts((2,))
+    assert not spec.accepts((2, 3, 1))
+    assert str(spec) == "float32[2..4, 3]"
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 1000, 10**30])
+def test_a_newer_schema_version_asks_for_an_upgrade(version: int) -> None:
+    """A bundle of tomorrow says so, whatever else it holds: its other keys are not even looked at."""
+    message = refusal(text({"schema_version": version, "of": "tomorrow"}))
+    assert str(version) in message
+    assert f"reads {SCHEMA_VERSION}" in message
+    assert "upgrade hypersd" in message
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", 0.5, None, [1], {}, "a\nb"])
+def test_other_schema_versions_ask_for_an_export(version: Any) -> None:
+    """An older version, or one of a strange type, cannot be mended by an upgrade."""
+    message = refusal(text(changed("schema_version", to=version)))
+    assert repr(version) in message
+    assert "export it again" in message
+
+
+@pytest.mark.parametrize("version", [True, 1.0])
+def test_what_only_equals_the_version_is_refused(version: Any) -> None:
+    """Python's 1 == True == 1.0 must not pass for a version."""
+    assert "schema_version" in refusal(text(changed("schema_version", to=version)))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"7",
+        b'"schema_version"',
+        b"{}",
+        b'{"schema": 1}',
+        b"\x00\xff\xfe\x80binary",
+        b"\x7fELF" * 100,
+        b"[" * 200_000,
+        text(MANIFEST)[:-1],
+        text(MANIFEST) + b"}",
+        text(MANIFEST).replace(b"0.18215", b"NaN"),
+        text(MANIFEST).replace(b"0.18215", b"-Infinity"),
+        text(MANIFEST).replace(b"0.18215", b"1e999"),
+        text(MANIFEST).replace(b'"a/b"', b'"\\ud800"'),
+        text(MANIFEST).replace(b'"a/b"', b'"\xff"'),
+        text(MANIFEST).replace(b"23", b"9" * 5000),
+        text(MANIFEST).replace(b"0.00085", b"[" * 20_000 + b"]" * 20_000),
+        text(MANIFEST).decode().encode("utf-16"),
+        b"\xef\xbb\xbf" + text(MANIFEST),
+    ],
+    ids=lambda raw: repr(raw[:12]) + str(len(raw)),
+)
+def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
+    """Garbage, half a file, Python's own JSON dialect and JSON bombs all end as a refusal."""
+    refusal(raw)
+
+
+@pytest.mark.parametrize(
+    "place", [(), ("shapes",), ("shapes", "batch"), ("sampler",), ("vae",), ("components", "unet"), ("origin",)]
+)
+def test_unknown_keys_are_refused_by_name(place: tuple[str, ...]) -> None:
+    """A setting that this version does not know must not be ignored: it would draw another picture without a word."""
+    assert "`surprise`" in refusal(text(changed(*place, "surprise", to=1)))
+
+
+def test_an_unknown_key_with_a_line_break_stays_on_one_line() -> None:
+    """The message quotes the file: what the file holds must not break the line."""
+    assert "surprise" in refusal(text(changed("surprise\nsecond line\r\n", to=1)))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("checkpoint",),
+        ("shapes",),
+        ("shapes", "batch", "opt"),
+        ("sampler", "kind"),
+        ("vae", "scaling_factor"),
+        ("force_zeros_for_empty_prompt",),
+        ("components", "unet", "files"),
+        ("components", "unet", "inputs", "sample", "dtype"),
+        ("files", "unet/model.onnx", "sha256"),
+        ("origin", "base"),
+        ("origin", "weights", "unet", 0, "size"),
+    ],
+    ids=str,
+)
+def test_missing_keys_are_refused_by_name(keys: tuple[str | int, ...]) -> None:
+    """Nothing that the runtime needs has a silent default."""
+    assert f"`{keys[-1]}`" in refusal(text(changed(*keys, to=DELETE)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("opset",), True),
+        (("opset",), "23"),
+        (("opset",), 23.5),
+        (("opset",), 0),
+        (("files", "unet/model.onnx", "size"), -1),
+        (("files", "unet/model.onnx", "size"), True),
+        (("files", "unet/model.onnx", "size"), None),
+        (("files", "unet/model.onnx", "sha256"), HASH.upper()),
+        (("files", "unet/model.onnx", "sha256"), HASH + "\n"),
+        (("files", "unet/model.onnx", "sha256"), HASH[1:]),
+        (("files",), []),
+        (("family",), "sd3"),
+        (("precision",), "int8"),
+        (("sampler", "kind"), "euler"),
+        (("sampler", "eta"), "1"),
+        (("sampler", "eta"), True),
+        (("sampler", "allowed_steps"), [0]),
+        (("sampler", "allowed_steps"), 1),
+        (("sampler", "timesteps"), [-1]),
+        (("force_zeros_for_empty_prompt",), 0),
+        (("vae", "spatial"), 0),
+        (("components", "unet", "inputs", "sample", "dtype"), "bfloat16"),
+        (("components", "unet", "inputs", "sample", "shape"), [0]),
+        (("components", "unet", "inputs", "sample", "shape"), [True]),
+        (("components", "unet", "inputs", "sample", "shape"), ["batch"]),
+        (("components", "unet", "key"), ""),
+        (("origin", "weights"), None),
+        (("versions", "hypersd"), 1),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused(keys: tuple[str | int, ...], value: Any) -> None:
+    """No value is coerced: a bool is no number, a number no string, a size not negative, a digest 64 hex digits."""
+    refusal(text(changed(*keys, to=value)))
+
+
+@pytest.mark.parametrize("extents", [(3, 2, 4), (2, 5, 4), (4, 3, 2), (2, 1, 2)])
+def test_disordered_ranges_are_refused(extents: tuple[int, int, int]) -> None:
+    """A range must hold its own usual extent, in the picture's shapes and in a tensor's alike."""
+    wrong = dict(zip(("min", "opt", "max"), extents, strict=True), name="batch\nx")
+    assert "min <= opt <= max" in refusal(text(changed("shapes", "batch", to=wrong)))
+    assert "min <= opt <= max" in refusal(text(changed("components", "unet", "inputs", "sample", "shape", 0, to=wrong)))
+
+
+@pytest.mark.parametrize("files", [["unet/other.onnx"], ["unet/model.onnx", "unet/other\n.bin"]])
+def test_component_files_without_a_record_are_refused(files: list[str]) -> None:
+    """Every file that is loaded has a size and a digest to hold it to."""
+    assert "other" in refusal(text(changed("components", "unet", "files", to=files)))
+
+
+@pytest.mark.parametrize("files", [[], ["unet/model.onnx", "unet/model.onnx"]], ids=["none", "twice"])
+def test_a_component_has_one_onnx_file_and_names_each_file_once(files: list[str]) -> None:
+    """A component without an ONNX file cannot be loaded, and one file is not two: both are mistakes of the writer."""
+    refusal(text(changed("components", "unet", "files", to=files)))
+
+
+def with_file(name: str) -> bytes:
+    return text(changed("files", to={**MANIFEST["files"], name: {"size": 1, "sha256": HASH}}))
+
+
+parts = st.text(st.characters(exclude_characters="/\\:\0", exclude_categories=("Cs", "Cc")), min_size=1, max_size=8)
+folders = st.lists(parts.filter(lambda part: part != ".."), max_size=3)
+
+
+@given(before=folders, after=folders)
+def test_parent_folders_are_refused(before: list[str], after: list[str]) -> None:
+    """Protects everything outside the bundle: no '..', however deep in the name."""
+    assert "leads out" in refusal(with_file("/".join([*before, "..", *after])))
+
+
+@given(names=folders, prefix=st.sampled_from(["/", "//", "///", "C:", "c:/", "C:\\", "\\", "\\\\host\\", "file:///"]))
+def test_absolute_paths_are_refused_on_any_system(names: list[str], prefix: str) -> None:
+    """A bundle written on one system is read on another: roots, drive letters and shares of all of them are refused."""
+    assert "leads out" in refusal(with_file(prefix + "/".join(names)))
+
+
+@given(before=st.text(max_size=5), after=st.text(max_size=5), bad=st.sampled_from(["\\", "\0", ":"]))
+def test_separators_of_other_systems_are_refused(before: str, after: str, bad: str) -> None:
+    """Backslash, NUL and colon (drives, alternate data streams) have no place in a bundle's names."""
+    assert "leads out" in refusal(with_file(before + bad + after))
+
+
+def test_the_empty_name_is_refused() -> None:
+    """The empty name would be the bundle's folder itself."""
+    assert "leads out" in refusal(with_file(""))
+
+
+@given(names=folders.filter(bool))
+def test_plain_names_pass(names: list[str]) -> None:
+    """The check refuses what leads out and not what is merely unusual."""
+    check_relative("/".join(names))
+
+
+# Fuzzing
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["..", "/etc/passwd", "a\nb", "\ud800", HASH, "float32", "sd15"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """The path of every value inside a JSON value."""
+    if not isinstance(value, dict | list):
+        return [path]
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return [path, *(place for key, inner in items for place in places(inner, (*path, key)))]
+
+
+PLACES = [place for place in places(MANIFEST) if place]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """The good manifest with one to three values replaced, removed or renamed, then perhaps a few bytes changed."""
+    manifest = copy.deepcopy(MANIFEST)
+    for _ in range(draw(st.integers(1, 3))):
+        *inside, last = draw(st.sampled_from(PLACES))
+        place: Any = manifest
+        try:
+            for key in inside:
+                place = place[key]
+            kind = draw(st.sampled_from(["replace", "delete", "add", "rename"]))
+            if kind == "replace":
+                place[last] = draw(junk)
+            elif kind == "delete":
+                del place[last]
+            elif kind == "add":
+                place[draw(st.text(max_size=8))] = draw(junk)
+            else:
+                place[draw(st.text(max_size=8))] = place.pop(last)
+        except (LookupError, TypeError, AttributeError):
+            continue  # an earlier change took this place away
+    raw = bytearray(text(manifest))
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
+        at = draw(st.integers(0, len(raw) - 1))
+        raw[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+    return bytes(raw)
+
+
+def read_or_refuse(raw: bytes) -> None:
+    try:
+        manifest = decode(raw, WHERE)
+    except BundleError as error:
+        assert "\n" not in str(error)
+        assert "\r" not in str(error)
+    else:
+        assert isinstance(manifest, Manifest)
+        assert decode(encode(manifest), WHERE) == manifest
+        for component in manifest.components.values():
+            assert component.onnx in manifest.files
+
+
+@given(raw=mutated())
+@example(raw=text(changed("scheduler", "x", to=float("nan"))))
+@example(raw=text(changed("components", "unet", "files", to=[])))
+def test_mutations_are_read_or_refused(raw: bytes) -> None:
+    """Whatever is done to a manifest, the answer is a manifest or a BundleError of one line, never another exception."""
+    read_or_refuse(raw)
+
+
+@given(raw=st.binary(max_size=200) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
+def test_noise_is_read_or_refused(raw: bytes) -> None:
+    """The same for bytes that were never a manifest."""
+    read_or_refuse(raw)

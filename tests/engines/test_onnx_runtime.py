@@ -1,0 +1,381 @@
+"""The ONNX Runtime engine: right numbers from buffers that are reused, in any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hypersd.engines import Bundle, load_engines
+from hypersd.engines import onnx_runtime as module
+from hypersd.engines.engine import TORCH_DTYPES
+from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
+from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
+from hypersd.errors import BundleError, EngineError
+
+CPU = torch.device("cpu")
+ROWS, COLUMNS = (Range(name=name, min=1, opt=2, max=8) for name in ("rows", "columns"))
+
+
+def write_model(path: Path, nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any]) -> OnnxRuntimeEngine:
+    """An engine of a hand-made graph; ``inputs`` and ``outputs`` are shapes, floats all."""
+
+    def describe(name: str, shape: tuple[Any, ...]) -> onnx.ValueInfoProto:
+        named = [dim.name if isinstance(dim, Range) else dim for dim in shape]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, named)
+
+    graph = helper.make_graph(
+        nodes, "g", [describe(*item) for item in inputs.items()], [describe(*item) for item in outputs.items()]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return OnnxRuntimeEngine("net", path, component(inputs, outputs), CPU)
+
+
+def component(inputs: dict[str, Any], outputs: dict[str, Any]) -> Component:
+    def specs(shapes: dict[str, Any]) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(dtype="float32", shape=shape) for name, shape in shapes.items()}
+
+    return Component(inputs=specs(inputs), outputs=specs(outputs), files=("net.onnx",), key="0" * 64)
+
+
+@pytest.fixture
+def add(tmp_path: Path) -> OnnxRuntimeEngine:
+    """out [rows, columns] = a [rows, columns] + the transpose of b [columns, rows], all sizes 1 to 8."""
+    nodes = [helper.make_node("Transpose", ["b"], ["t"]), helper.make_node("Add", ["a", "t"], ["out"])]
+    return write_model(tmp_path / "add.onnx", nodes, {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}, {"out": (ROWS, COLUMNS)})
+
+
+def random_feeds(specs: Mapping[str, TensorSpec], seed: int) -> dict[str, Tensor]:
+    """Inputs at the usual extents."""
+    generator = torch.Generator().manual_seed(seed)
+    feeds = {}
+    for name, spec in specs.items():
+        shape = [dim_range(dim).opt for dim in spec.shape]
+        if spec.dtype == "int64":
+            feeds[name] = torch.randint(0, 500, shape, generator=generator)
+        else:
+            feeds[name] = torch.randn(shape, generator=generator).to(TORCH_DTYPES[spec.dtype])
+    return feeds
+
+
+def plain_run(path: Path, feeds: Mapping[str, Tensor], names: list[str]) -> dict[str, np.ndarray]:
+    """The same graph as anyone runs it: a session, arrays in, arrays out."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    values = session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
+    return dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_dynamic"])
+def test_outputs_are_those_of_a_plain_session(family: str, request: pytest.FixtureRequest) -> None:
+    """Binding changes where the numbers lie and not the numbers: every network, fp32, fp16 and int64 tensors.
+
+    Run twice with different inputs, because the second run takes another way through the engine.
+    """
+    bundle = Bundle.load(request.getfixturevalue(f"{family}_bundle"))
+    for name, engine in load_engines(bundle, "onnxruntime", "cpu").items():
+        for seed in (0, 1, 2):
+            feeds = random_feeds(engine.inputs, seed)
+            ours = engine.run(feeds)
+            theirs = plain_run(bundle.path(bundle.component(name).onnx), feeds, list(engine.outputs))
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                assert np.isfinite(value).all()
+                assert value.std() > 0, "a constant output would prove nothing"
+                assert ours[key].numpy().dtype == value.dtype
+                np.testing.assert_allclose(ours[key].numpy(), value, rtol=1e-6, atol=1e-6, err_msg=f"{name} {key}")
+
+
+def test_outputs_do_not_depend_on_other_shapes(add: OnnxRuntimeEngine) -> None:
+    """Runs at one shape leave no trace in those at another, in whatever order they come."""
+    for rows, columns, seed in [(2, 3, 0), (3, 2, 1), (2, 3, 2), (8, 8, 3), (1, 1, 4), (3, 2, 5), (2, 3, 6)]:
+        torch.manual_seed(seed)
+        a, b = torch.randn(rows, columns), torch.randn(columns, rows)
+        assert torch.equal(add.run({"a": a, "b": b})["out"], a + b.T)
+
+
+def test_the_order_of_the_feeds_does_not_matter(add: OnnxRuntimeEngine) -> None:
+    """Inputs go by name: the same list of shapes under exchanged names is not the same request."""
+    a, b = torch.ones(2, 3), torch.ones(3, 2)
+    assert add.run({"a": a, "b": b})["out"].shape == (2, 3)
+    assert add.run({"b": a, "a": b})["out"].shape == (3, 2)
+
+
+def test_buffers_are_reused_at_the_same_shapes(add: OnnxRuntimeEngine) -> None:
+    """The contract of ``Engine.run``: the same buffer at the same shapes, another one at others, kept for later."""
+    small, large = ({"a": torch.randn(n, n), "b": torch.randn(n, n)} for n in (2, 4))
+    first = add.run(small)["out"].data_ptr()
+    other = add.run(large)["out"].data_ptr()
+    assert first != other
+    for _ in range(3):
+        fresh = {name: tensor.clone() for name, tensor in small.items()}  # at other addresses
+        assert add.run(fresh)["out"].data_ptr() == first
+        assert add.run(large)["out"].data_ptr() == other
+
+
+def test_outputs_follow_inputs_changed_in_place_and_moved(add: OnnxRuntimeEngine) -> None:
+    """An input's address may stay or change between calls, and its old memory may be gone: the values count."""
+    a, b = torch.zeros(2, 2), torch.zeros(2, 2)
+    for i in range(20):
+        a.fill_(i)
+        assert add.run({"a": a, "b": b})["out"].eq(i).all()
+        assert add.run({"a": torch.full((2, 2), i + 0.5), "b": b})["out"].eq(i + 0.5).all()
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the torch operations that run inside, allocations among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_later_runs_allocate_and_copy_nothing(sd15_bundle: Path) -> None:
+    """The hot path: no torch operation at all, and no growth of Python's heap over 200 runs."""
+    engine = load_engines(Bundle.load(sd15_bundle), "onnxruntime", "cpu")["vae_decoder"]
+    feeds = [random_feeds(engine.inputs, seed) for seed in range(4)]  # alternating addresses
+    with CountOps() as first:
+        engine.run(feeds[0])
+    assert first.ops, "the counter counts: the first run does allocate"
+    for one in feeds:
+        engine.run(one)
+    with CountOps() as counter:
+        for _ in range(3):
+            engine.run(feeds[1])
+    assert not counter.ops
+    tracemalloc.start()
+    try:
+        for i in range(50):
+            engine.run(feeds[i % 4])
+        before, _ = tracemalloc.get_traced_memory()
+        for i in range(200):
+            engine.run(feeds[i % 4])
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 200 * 8, "not even one pointer a run may be kept"
+
+
+# Refusals
+
+
+def good(engine: OnnxRuntimeEngine) -> dict[str, Tensor]:
+    return {"a": torch.zeros(2, 3), "b": torch.zeros(3, 2)}
+
+
+BAD_FEEDS = {
+    "missing": (lambda feeds: feeds.pop("b"), ["['a', 'b']", "['a']"]),
+    "unknown": (lambda feeds: feeds.update(c=feeds["a"]), ["['a', 'b']", "['a', 'b', 'c']"]),
+    "none": (lambda feeds: feeds.clear(), ["['a', 'b']", "[]"]),
+    "dtype": (lambda feeds: feeds.update(a=feeds["a"].half()), ["'a'", "float32[1..8, 1..8]", "float16[2, 3]"]),
+    "integers": (lambda feeds: feeds.update(b=feeds["b"].long()), ["'b'", "float32[1..8, 1..8]", "int64[3, 2]"]),
+    "rank": (lambda feeds: feeds.update(a=feeds["a"][0]), ["'a'", "float32[1..8, 1..8]", "float32[3]"]),
+    "too large": (lambda feeds: feeds.update(a=torch.zeros(9, 3)), ["'a'", "1..8", "float32[9, 3]"]),
+    "empty": (lambda feeds: feeds.update(a=torch.zeros(0, 3)), ["'a'", "1..8", "float32[0, 3]"]),
+    "strided": (lambda feeds: feeds.update(a=torch.zeros(3, 2).T), ["'a'", "contiguous"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "parts"), BAD_FEEDS.values(), ids=BAD_FEEDS)
+def test_bad_inputs_are_refused_with_expected_and_received(add: OnnxRuntimeEngine, spoil: Any, parts: list[str]) -> None:
+    """ONNX Runtime is given raw addresses: a wrong tensor would be read as if it were right, so none gets that far.
+
+    Checked on the first run and on a later one.
+    """
+    for _ in range(2):
+        feeds = good(add)
+        spoil(feeds)
+        with pytest.raises(EngineError) as caught:
+            add.run(feeds)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert message.startswith("net: ")
+        assert [part for part in parts if part not in message] == []
+        assert add.run(good(add))["out"].shape == (2, 3)
+
+
+def test_what_fails_inside_onnx_runtime_is_one_line_and_leaves_the_engine_usable(add: OnnxRuntimeEngine) -> None:
+    """Shapes that each lie in range but do not fit together: only ONNX Runtime finds out."""
+    with pytest.raises(EngineError, match=r"^net: ONNX Runtime failed: ") as caught:
+        add.run({"a": torch.ones(2, 3), "b": torch.ones(4, 5)})
+    assert "\n" not in str(caught.value)
+    a, b = torch.randn(2, 3), torch.randn(3, 2)
+    assert torch.equal(add.run({"a": a, "b": b})["out"], a + b.T)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x0a\x12\xff\xff\xff\xff\x0f"], ids=repr)
+def test_a_corrupt_file_is_a_bundle_error_of_one_line(tmp_path: Path, content: bytes) -> None:
+    """ONNX Runtime's own exceptions, some of many lines, do not get through."""
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    with pytest.raises(BundleError) as caught:
+        OnnxRuntimeEngine("net", path, component({"a": (1,)}, {"out": (1,)}), CPU)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_a_bundle_error_of_one_line(tmp_path: Path) -> None:
+    """The file may vanish between the bundle's check and the session."""
+    with pytest.raises(BundleError) as caught:
+        OnnxRuntimeEngine("net", tmp_path / "gone.onnx", component({"a": (1,)}, {"out": (1,)}), CPU)
+    assert "gone.onnx" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# Threads
+
+
+def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
+    """Four threads hammer one engine with inputs of their own: each gets its own answers, in buffers of its own."""
+    engine = load_engines(Bundle.load(sd15_bundle), "onnxruntime", "cpu")["text_encoder"]
+    feeds = [random_feeds(engine.inputs, seed) for seed in range(4)]
+    expected = [engine.run(one)["hidden_states"].clone() for one in feeds]
+    assert not torch.allclose(expected[0], expected[1])
+    start, end = threading.Barrier(4), threading.Barrier(4)
+
+    def hammer(i: int) -> int:
+        start.wait(60)
+        for _ in range(100):
+            output = engine.run(feeds[i])["hidden_states"]
+            torch.testing.assert_close(output, expected[i], rtol=1e-5, atol=1e-6)
+        end.wait(60)  # all threads are alive here, so equal addresses would be one buffer
+        torch.testing.assert_close(output, expected[i], rtol=1e-5, atol=1e-6)
+        return output.data_ptr()
+
+    with ThreadPoolExecutor(4) as pool:
+        addresses = list(pool.map(hammer, range(4)))
+    assert len({*addresses, engine.run(feeds[0])["hidden_states"].data_ptr()}) == 5
+
+
+@pytest.fixture
+def session_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The thread counts that sessions are made with."""
+    counts: list[int] = []
+    make = ort.InferenceSession
+
+    def record(path: str, options: ort.SessionOptions, **kwargs: Any) -> ort.InferenceSession:
+        counts.append(options.intra_op_num_threads)
+        return make(path, options, **kwargs)
+
+    monkeypatch.setattr(module.ort, "InferenceSession", record)
+    return counts
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's CPU affinity")
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_threads_follow_the_cores(
+    cores: int, monkeypatch: pytest.MonkeyPatch, session_threads: list[int], sd15_bundle: Path
+) -> None:
+    """In a container the machine's cores are not ours: ONNX Runtime's own guess would be too many threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    load_engines(Bundle.load(sd15_bundle), "onnxruntime", "cpu")
+    assert session_threads == [cores] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's CPU affinity")
+def test_a_process_pinned_to_one_core_gets_no_thread_pool(sd15_bundle: Path) -> None:
+    """The same seen from outside: pinned to one core, an engine adds no thread to the process."""
+    program = f"""if True:
+        import os
+        os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+        from hypersd.engines import Bundle, load_engines, onnx_runtime
+        def count():
+            return len(os.listdir("/proc/self/task"))
+        before = count()
+        engines = load_engines(Bundle.load({str(sd15_bundle)!r}), "onnxruntime", "cpu")
+        print(count() - before)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"
+
+
+# Devices
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cuda:x", "gpu", "CUDA0", "cpu:-1", None, 2.5])
+def test_unknown_devices_are_refused_with_those_there_are(device: Any) -> None:
+    """A misspelt device names the ones that exist."""
+    with pytest.raises(EngineError, match="expected auto, cpu, cuda or cuda:N") as caught:
+        resolve_device(device)
+    assert repr(device) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
+def test_devices_that_only_torch_knows_are_refused(device: str) -> None:
+    """Torch would make tensors there, ONNX Runtime would not find them."""
+    with pytest.raises(EngineError, match=f"not on {device}"):
+        resolve_device(device)
+
+
+def test_cuda_without_its_provider_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commonest mistake, the CPU build of onnxruntime on a GPU machine, is never a silent fall back to the CPU."""
+    monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cuda:1", torch.device("cuda")):
+        with pytest.raises(EngineError, match="onnxruntime-gpu") as caught:
+            resolve_device(device)
+        assert "\n" not in str(caught.value)
+    assert resolve_device("auto") == CPU
+
+
+def test_cuda_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu on a machine without a GPU: refused if asked for, passed over if the choice is ours."""
+    monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="no CUDA device"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == CPU
+
+
+def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has to ask for the GPU; a bare "cuda" means the first."""
+    monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda", 0)
+    assert resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert resolve_device("cpu") == CPU
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, add: Any, tmp_path: Path) -> None:
+    """ONNX Runtime drops a provider that will not start and goes on: that must not pass for the GPU."""
+    real = ort.InferenceSession
+    monkeypatch.setattr(
+        module.ort, "InferenceSession", lambda path, options, providers: real(path, options, ["CPUExecutionProvider"])
+    )
+    shapes = {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}
+    with pytest.raises(EngineError, match="CUDA provider"):
+        OnnxRuntimeEngine(
+            "net", tmp_path / "add.onnx", component(shapes, {"out": (ROWS, COLUMNS)}), torch.device("cuda", 0)
+        )
+
+
+@pytest.mark.parametrize("backend", ["", "onnx", "tensorrt5", "ONNXRUNTIME"])
+def test_unknown_backends_are_refused_with_those_there_are(backend: str, sd15_bundle: Path) -> None:
+    """A misspelt backend names the ones that exist."""
+    with pytest.raises(EngineError) as caught:
+        load_engines(Bundle.load(sd15_bundle), backend)
+    assert repr(backend) in str(caught.value)
+    assert "auto, onnxruntime" in str(caught.value)

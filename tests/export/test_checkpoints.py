@@ -1,0 +1,84 @@
+"""The checkpoint table against Hyper-SD's model card, and how names are looked up."""
+
+from __future__ import annotations
+
+import pytest
+
+from hypersd.errors import CheckpointError
+from hypersd.export.checkpoints import CHECKPOINTS, find_checkpoint
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+# name: (family, base, kind, sampler, allowed steps with the default first, timesteps, eta, guidance)
+CARD = {
+    "Hyper-SD15-1step-lora": ("sd15", SD15, "lora", "tcd", (1, 2, 3, 4, 5, 6, 7, 8), None, 1.0, 0.0),
+    "Hyper-SD15-2steps-lora": ("sd15", SD15, "lora", "ddim", (2,), None, 0.0, 0.0),
+    "Hyper-SD15-4steps-lora": ("sd15", SD15, "lora", "ddim", (4,), None, 0.0, 0.0),
+    "Hyper-SD15-8steps-lora": ("sd15", SD15, "lora", "ddim", (8,), None, 0.0, 0.0),
+    "Hyper-SD15-8steps-CFG-lora": ("sd15", SD15, "lora", "ddim", (8,), None, 0.0, 5.0),
+    "Hyper-SD15-12steps-CFG-lora": ("sd15", SD15, "lora", "ddim", (12,), None, 0.0, 5.0),
+    "Hyper-SDXL-1step-lora": ("sdxl", SDXL, "lora", "tcd", (1, 2, 3, 4, 5, 6, 7, 8), None, 1.0, 0.0),
+    "Hyper-SDXL-2steps-lora": ("sdxl", SDXL, "lora", "ddim", (2,), None, 0.0, 0.0),
+    "Hyper-SDXL-4steps-lora": ("sdxl", SDXL, "lora", "ddim", (4,), None, 0.0, 0.0),
+    "Hyper-SDXL-8steps-lora": ("sdxl", SDXL, "lora", "ddim", (8,), None, 0.0, 0.0),
+    "Hyper-SDXL-8steps-CFG-lora": ("sdxl", SDXL, "lora", "ddim", (8,), None, 0.0, 5.0),
+    "Hyper-SDXL-12steps-CFG-lora": ("sdxl", SDXL, "lora", "ddim", (12,), None, 0.0, 5.0),
+    "Hyper-SDXL-1step-Unet": ("sdxl", SDXL, "unet", "lcm", (1,), (800,), 0.0, 0.0),
+}
+
+
+def test_every_row_says_what_the_model_card_says() -> None:
+    """The table holds exactly the 13 published SD1.5 and SDXL files, each with the card's settings, once."""
+    rows = {
+        c.name: (c.family, c.base, c.kind, c.sampler, c.allowed_steps, c.timesteps, c.eta, c.guidance_scale)
+        for c in CHECKPOINTS
+    }
+    assert rows == CARD
+    assert len(CHECKPOINTS) == len(CARD) == 13
+
+
+def test_files_are_named_as_on_the_hub() -> None:
+    """Each entry's file is its name with .safetensors: that is what is asked of the Hub, letter case included."""
+    assert {c.filename for c in CHECKPOINTS} == {f"{name}.safetensors" for name in CARD}
+
+
+def test_guided_are_the_cfg_files_and_no_others() -> None:
+    """Only the CFG LoRAs get graphs that hold each picture twice, and negative prompts."""
+    assert {c.name for c in CHECKPOINTS if c.is_guided} == {name for name in CARD if "-CFG-" in name}
+
+
+@pytest.mark.parametrize("name", CARD)
+@pytest.mark.parametrize("spell", [str, str.lower, str.upper, "{}.safetensors".format, "  {} ".format])
+def test_names_are_found_in_every_spelling(name: str, spell) -> None:
+    """With or without the suffix, in any letter case, with blanks around: the same entry."""
+    assert find_checkpoint(spell(name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("Hyper-SDXL-1steps-lora", "Hyper-SDXL-1step-lora"),
+        ("hyper-sd15-4step-lora", "Hyper-SD15-4steps-lora"),
+        ("Hyper-SDXL-1step-unet.safetensor", "Hyper-SDXL-1step-Unet"),
+        ("Hyper-SD15-8step-cfg-lora", "Hyper-SD15-8steps-CFG-lora"),
+        ("HyperSDXL 2steps lora", "Hyper-SDXL-2steps-lora"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(wrong: str, nearest: str) -> None:
+    """The name meant is among those offered, in its true spelling, in one line that repeats what was typed."""
+    with pytest.raises(CheckpointError) as error:
+        find_checkpoint(wrong)
+    message = str(error.value)
+    assert nearest in message
+    assert repr(wrong) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("wrong", ["", "   ", ".safetensors", "qwertz", "../etc/passwd", "Схема", "x" * 10_000])
+def test_a_name_like_no_other_points_to_the_list(wrong: str) -> None:
+    """Nothing is offered where nothing is near: the message says where the names are."""
+    with pytest.raises(CheckpointError, match="hypersd list") as error:
+        find_checkpoint(wrong)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
