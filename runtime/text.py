@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..engines import Engine
 from ..errors import BundleError
 from .batching import run_rows
 
+LONGEST_SHOWN = 200  # characters of a text in a warning
 ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
 
@@ -31,23 +32,16 @@ class ClipTokenizer:
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"{path} is not a tokenizer ({error}): export the bundle again") from error
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids [B, 77], int64. Warns of text that is cut off, and names it."""
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """Token ids [B, 77], int64, and what was cut off from texts that are too long."""
         encodings = self._tokenizer.encode_batch(list(texts))
-        for encoding in encodings:
-            if encoding.overflowing:
-                ids = [i for part in encoding.overflowing for i in part.ids]
-                self._warn(self._tokenizer.decode(ids, skip_special_tokens=True), len(encoding.ids))
-        return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+        cut = [[i for part in encoding.overflowing for i in part.ids] for encoding in encodings]
+        return ids, [self._decode(rest) for rest in cut if rest]
 
-    @staticmethod
-    def _warn(cut: str, limit: int) -> None:
-        shown = cut if len(cut) <= 200 else f"{cut[:200]}…"
-        warnings.warn(
-            f"the prompt is longer than the {limit} tokens that CLIP takes; cut off: {shown!r}",
-            TruncationWarning,
-            stacklevel=6,
-        )
+    def _decode(self, ids: list[int]) -> str:
+        """The text of some tokens. CLIP marks the end of a word in the token; transformers shows a space for it."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +56,7 @@ class TextEmbeddings:
     hidden_states: Tensor
     text_embeds: Tensor | None
 
-    def map(self, change) -> TextEmbeddings:
+    def map(self, change: Callable[[Tensor], Tensor]) -> TextEmbeddings:
         """Both tensors changed in the same way."""
         return TextEmbeddings(
             change(self.hidden_states), None if self.text_embeds is None else change(self.text_embeds)
@@ -84,11 +78,14 @@ class TextConditioner:
         self._engines = engines
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids [B, 77] for each text encoder, by its name."""
-        with warnings.catch_warnings():
-            # SDXL's two tokenizers cut at the same place: say it once
-            warnings.simplefilter("once", TruncationWarning) if len(self._tokenizers) > 1 else None
-            return {ENCODERS[name]: tokenizer(texts) for name, tokenizer in self._tokenizers.items()}
+        """Token ids [B, 77] for each text encoder, by its name. Warns of text that is cut off, and names it."""
+        ids, all_cut = {}, {}
+        for name, tokenizer in self._tokenizers.items():
+            ids[ENCODERS[name]], cut = tokenizer(texts)
+            all_cut |= dict.fromkeys(cut)  # SDXL's two tokenizers cut at the same place: say it once
+        for text in all_cut:
+            _warn_of_truncation(text)
+        return ids
 
     def encode(self, input_ids: Mapping[str, Tensor]) -> TextEmbeddings:
         """Run the text encoders. The tensors are the caller's to keep."""
@@ -100,3 +97,9 @@ class TextConditioner:
             pooled = outputs.get("text_embeds")
         joined = torch.cat(hidden, dim=-1)  # copies, so that the engines' buffers are free again
         return TextEmbeddings(joined, None if pooled is None else pooled.clone())
+
+
+def _warn_of_truncation(cut: str) -> None:
+    shown = cut if len(cut) <= LONGEST_SHOWN else f"{cut[:LONGEST_SHOWN]}…"
+    message = f"the prompt is longer than the 77 tokens that CLIP takes; cut off: {shown!r}"
+    warnings.warn(message, TruncationWarning, stacklevel=6)  # shown at the call of the pipeline

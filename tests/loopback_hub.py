@@ -115,7 +115,8 @@ class LoopbackHub:
 
     @property
     def cdn_url(self) -> str:
-        return f"http://127.0.0.1:{self._cdn.server_port}"
+        # another host name, so that clients see another origin also where they compare only names
+        return f"http://localhost:{self._cdn.server_port}"
 
     def environment(self, cache_dir: Path | str) -> dict[str, str]:
         """What a process needs in its environment to use this Hub, a cache of its own, and nothing of the user's."""
@@ -136,8 +137,8 @@ class LoopbackHub:
             "http_proxy": "",
             "ALL_PROXY": "",
             "all_proxy": "",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
         }
 
     def commit(self, repo_id: str) -> str:

@@ -188,7 +188,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "weight": (torch.randn(out, inner, *kernel, generator=generator) * spread).to(draw(types)),
         "down": torch.randn(rank, inner, *kernel, generator=generator).to(lora_type),
         "up": torch.randn(out, rank, *[1] * len(kernel), generator=generator).to(lora_type),
-        "alpha": torch.full(alpha_shape, draw(st.floats(0.01, 256, width=32))).to(lora_type),
+        "alpha": torch.full(alpha_shape, draw(st.floats(2.0**-6, 256, width=32))).to(lora_type),
         "scale": draw(st.floats(-10, 10)),
     }
 
