@@ -20,7 +20,7 @@ LARGE_CONSTANT = 4096
 # Largest error allowed, as a part of the reference's largest value, and its root mean square as a part of the
 # reference's. float16 has 11 bits: each of a deep network's sums is off by up to 5e-4 of its size, in another order in
 # each library.
-TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (5e-2, 1e-2)}
+TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (2e-2, 5e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +125,19 @@ def _compare(what: str, array: Any, expected: Tensor) -> float:
 
 
 def _session(path: Path):
-    """A session that runs the file as it is: nothing is fused, and the weights stay in the file's mapping."""
+    """A session that runs the file as it is: nothing is fused, and the weights stay in the file's mapping.
+
+    A float16 weight is cast to float32 where the CPU provider has no float16 kernel: by default all casts run first,
+    and a second copy of the model is in memory. Ordered by priority each runs before its use, and without an arena its
+    memory is free again after it (SDXL's UNet at 1024x1024: 1.7 GB instead of 8.5 GB).
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 4
     try:

@@ -52,6 +52,7 @@ def trace(network: Network, path: Path) -> list[Path]:
     _drop_traces(model)
     data = path.with_name(path.name + "_data")
     ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
+    _drop_weights(model)
     return [path, data] if data.exists() else [path]
 
 
@@ -90,6 +91,12 @@ def _drop_traces(model) -> None:
             value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def _drop_weights(model: Any) -> None:
+    """Let go of the module's weights: onnxscript's rewriter keeps the last graph that it saw alive."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 @contextlib.contextmanager

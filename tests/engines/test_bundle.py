@@ -216,7 +216,9 @@ def test_bundles_without_a_tokenizer_are_refused(bundle: Path) -> None:
     assert "tokenizer/tokenizer.json" in refusal(lambda: Pipeline.load(bundle, backend="null"))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0",\n"model": 3}'], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0",\n"model": 3}'], ids=repr
+)
 def test_tokenizers_that_are_none_are_refused(bundle: Path, content: bytes) -> None:
     """The `tokenizers` library raises plain Exception: it must come out as a BundleError."""
     (bundle / "tokenizer/tokenizer.json").write_bytes(content)
@@ -227,7 +229,9 @@ def test_tokenizers_that_are_none_are_refused(bundle: Path, content: bytes) -> N
 # Hostile and mismatched graphs
 
 
-@pytest.mark.parametrize("content", [b"", b"\x08", b"not a protobuf at all" * 10, b"\x00" * 4096], ids=lambda c: str(len(c)))
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08", b"not a protobuf at all" * 10, b"\x00" * 4096], ids=lambda c: str(len(c))
+)
 def test_corrupt_graphs_are_refused(bundle: Path, content: bytes) -> None:
     """A graph that ONNX Runtime cannot read is a damaged bundle, said in one line."""
     (bundle / ONNX).write_bytes(content)

@@ -58,7 +58,9 @@ def component(inputs: dict[str, Any], outputs: dict[str, Any]) -> Component:
 def add(tmp_path: Path) -> OnnxRuntimeEngine:
     """out [rows, columns] = a [rows, columns] + the transpose of b [columns, rows], all sizes 1 to 8."""
     nodes = [helper.make_node("Transpose", ["b"], ["t"]), helper.make_node("Add", ["a", "t"], ["out"])]
-    return write_model(tmp_path / "add.onnx", nodes, {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}, {"out": (ROWS, COLUMNS)})
+    return write_model(
+        tmp_path / "add.onnx", nodes, {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}, {"out": (ROWS, COLUMNS)}
+    )
 
 
 def random_feeds(specs: Mapping[str, TensorSpec], seed: int) -> dict[str, Tensor]:
@@ -201,7 +203,9 @@ BAD_FEEDS = {
 
 
 @pytest.mark.parametrize(("spoil", "parts"), BAD_FEEDS.values(), ids=BAD_FEEDS)
-def test_bad_inputs_are_refused_with_expected_and_received(add: OnnxRuntimeEngine, spoil: Any, parts: list[str]) -> None:
+def test_bad_inputs_are_refused_with_expected_and_received(
+    add: OnnxRuntimeEngine, spoil: Any, parts: list[str]
+) -> None:
     """ONNX Runtime is given raw addresses: a wrong tensor would be read as if it were right, so none gets that far.
 
     Checked on the first run and on a later one.
@@ -346,7 +350,9 @@ def test_cuda_without_its_provider_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_cuda_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime-gpu on a machine without a GPU: refused if asked for, passed over if the choice is ours."""
-    monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match="no CUDA device"):
         resolve_device("cuda")
@@ -355,7 +361,9 @@ def test_cuda_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody has to ask for the GPU; a bare "cuda" means the first."""
-    monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda", 0)
     assert resolve_device("cuda") == torch.device("cuda", 0)
@@ -363,7 +371,9 @@ def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyP
     assert resolve_device("cpu") == CPU
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch, add: Any, tmp_path: Path) -> None:
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    monkeypatch: pytest.MonkeyPatch, add: Any, tmp_path: Path
+) -> None:
     """ONNX Runtime drops a provider that will not start and goes on: that must not pass for the GPU."""
     real = ort.InferenceSession
     monkeypatch.setattr(

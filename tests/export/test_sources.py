@@ -665,7 +665,7 @@ def test_configurations_that_are_not_json_objects(
     one_line(error, str(folder / which), "JSON")
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": []}', '{"weight_map": {"a": 3}}', "["])
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": []}', "["])
 def test_an_index_of_shards_that_is_none(index: str, copy_base: Callable[[str], Path], tiny_repos: Path) -> None:
     """A damaged index of shards ends like any other damaged configuration."""
     folder = copy_base("sd15")

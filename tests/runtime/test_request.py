@@ -140,14 +140,18 @@ def test_steps_not_distilled_for_are_refused_with_those_allowed(steps: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("allowed", "named", "left_out"),
-    [([4], "expected 4;", []), ([8, 4], "expected 4 or 8;", []), ([1, 2, 8], "8", ["1 to 8"]), ([2, 3, 4], "2", [])],
+    ("allowed", "named"), [([4], "expected 4;"), ([8, 4], "expected 4 or 8;"), ([3, 2, 4], "expected 2 to 4;")]
 )
-def test_the_allowed_steps_are_named_truly(allowed: list[int], named: str, left_out: list[str]) -> None:
-    """The message must not promise steps that the checkpoint refuses: "1 to 8" is no name for 1, 2 and 8."""
-    message = refusal(of=manifest(allowed_steps=allowed, num_inference_steps=allowed[0]), num_inference_steps=9)
-    assert named in message
-    assert [text for text in left_out if text in message] == []
+def test_the_allowed_steps_are_named(allowed: list[int], named: str) -> None:
+    """One, two or a run of step counts, in order."""
+    assert named in refusal(of=manifest(allowed_steps=allowed), num_inference_steps=9)
+
+
+def test_no_step_is_promised_that_is_refused() -> None:
+    """The message must not promise 3 steps to who may take 1, 2 or 8."""
+    message = refusal(of=manifest(allowed_steps=[1, 2, 8]), num_inference_steps=9)
+    assert "1 to 8" not in message
+    assert [n for n in "128" if n not in message.partition("expected")[2]] == []
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 1.0, 2.5, "2", True, [2], float("nan")])
@@ -185,7 +189,7 @@ def test_numbers_out_of_range_are_refused_with_the_range(name: str, value: Any) 
     """Both ends are named; nan, infinity, text and integers beyond any float are no numbers here."""
     message = refusal(**{name: value})
     assert name in message
-    assert f"from 0 to {1 if name == 'eta' else 50}" in message or f"0 to {1 if name == 'eta' else 50}" in message
+    assert f"0 to {1 if name == 'eta' else 50}" in message
 
 
 @pytest.mark.parametrize(("name", "most"), [("eta", 1.0), ("guidance_scale", LARGEST_GUIDANCE)])
@@ -234,7 +238,7 @@ def test_picture_counts_out_of_range_are_refused(count: Any) -> None:
     assert "from 1 to 1024" in message
 
 
-@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 0.0, "0", True, [True], ["x"], [-1], [[0]], 10**5000])
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 0.0, "0", True, [True], ["x"], [-1], [[0]], 10**400])
 def test_seeds_out_of_range_are_refused(seed: Any) -> None:
     """What torch's generator would take differently, or not at all."""
     message = refusal(seed=seed)
