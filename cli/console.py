@@ -82,7 +82,7 @@ class StageLines:
             self._spinner.stop()
             self._spinner = None
         if ok:
-            self._console.print(f"{stage:<40} {seconds:6.1f} s  {note}".rstrip(), markup=False)
+            self._console.print(f"{stage:<36} {seconds:7.1f} s  {note}".rstrip(), markup=False)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -80,6 +80,8 @@ def export_bundle(
     progress = progress or Silent()
     _check_options(entry, options)
     out = Path(out) if out is not None else Path("bundles") / entry.name
+    if out.name in ("", ".."):  # "." and such, beside which nothing can be named
+        out = out.resolve()
     with quiet():
         sources = find_sources(entry, options.sources, options.precision, progress.downloads)
         check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
@@ -178,7 +180,7 @@ class _Export:
             gc.collect()
             with _Stage(self.progress, f"{recipe.name}: check on ONNX Runtime") as stage:
                 check_graph(files[0], BYTES[recipe.precision])
-                stage.note = f"largest error {check_outputs(files[0], cases):.1e} of full scale"
+                stage.note = f"error at most {check_outputs(files[0], cases):.0e}"
             component = Component(
                 inputs=inputs,
                 outputs=outputs,

@@ -43,16 +43,19 @@ def trace(network: Network, path: Path) -> list[Path]:
             input_names=list(network.inputs),
             output_names=list(network.outputs),
             dynamic_shapes=tuple(_dynamic_dims(spec) for spec in network.inputs.values()),
+            optimize=False,
             verbose=False,
         )
-    assert program is not None  # None only comes back from the exporter that writes the file itself
+        assert program is not None  # None only comes back from the exporter that writes the file itself
+        weights = list(program.model.graph.initializers.values())
+        program.optimize()
     model = program.model
     _name_dims(model.graph.inputs, network.inputs)
     _name_dims(model.graph.outputs, network.outputs)
     _drop_traces(model)
     data = path.with_name(path.name + "_data")
     ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
-    _drop_weights(model)
+    _drop_weights([*weights, *model.graph.initializers.values()])
     return [path, data] if data.exists() else [path]
 
 
@@ -93,9 +96,9 @@ def _drop_traces(model) -> None:
     model.graph.metadata_props.clear()
 
 
-def _drop_weights(model: Any) -> None:
+def _drop_weights(initializers: list[Any]) -> None:
     """Let go of the module's weights: onnxscript's rewriter keeps the last graph that it saw alive."""
-    for value in model.graph.initializers.values():
+    for value in initializers:
         value.const_value = None
 
 

@@ -85,7 +85,7 @@ class Pipeline:
             opened.component(name)
         return cls(opened.manifest, load_engines(opened, backend, device), tokenizers)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],

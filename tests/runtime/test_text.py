@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,34 +211,31 @@ def test_the_warning_points_at_the_callers_line(family: str, null_pipes: dict[st
     assert warning.filename == __file__
 
 
-def test_threads_leave_the_warning_filters_alone() -> None:
+def test_threads_leave_the_warning_filters_alone(sdxl_bundle: Path) -> None:
     """``warnings.catch_warnings`` is not safe in threads: two calls that overlap must not leave its filters behind.
 
     The two calls are held so that the first to enter is the first to leave.
     """
     entered = {"a": threading.Event(), "b": threading.Event()}
     leave = {"a": threading.Event(), "b": threading.Event()}
+    real = ClipTokenizer(sdxl_bundle / "tokenizer/tokenizer.json")
 
-    class Slow:
-        """A tokenizer that takes its time: enters, then waits to be let go."""
+    def slow(texts: Sequence[str]) -> Any:
+        entered[texts[0]].set()
+        assert leave[texts[0]].wait(30)
+        return real(texts)
 
-        def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
-            entered[texts[0]].set()
-            assert leave[texts[0]].wait(30)
-            return torch.zeros(1, 77, dtype=torch.int64), []
-
-    slow: Any = Slow()
-    conditioner = TextConditioner({"tokenizer": slow, "tokenizer_2": slow}, {})
-    threads = [threading.Thread(target=conditioner.tokenize, args=([name],), daemon=True) for name in ("a", "b")]
-    with warnings.catch_warnings():
+    tokenizer: Any = slow
+    conditioner = TextConditioner({"tokenizer": tokenizer, "tokenizer_2": tokenizer}, {})
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
         before = list(warnings.filters)
-        for thread, name in zip(threads, ("a", "b"), strict=True):
-            thread.start()
+        calls = {}
+        for name in ("a", "b"):
+            calls[name] = pool.submit(conditioner.tokenize, [name])
             assert entered[name].wait(30)
-        leave["a"].set()
-        threads[0].join(30)
-        leave["b"].set()
-        threads[1].join(30)
+        for name in ("a", "b"):
+            leave[name].set()
+            calls[name].result(30)
         assert warnings.filters == before
 
 

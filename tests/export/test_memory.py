@@ -1,0 +1,48 @@
+"""Peak memory of an export stays near one copy of the network: nothing keeps a second one alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hypersd.engines.manifest import PictureShapes, Range
+from hypersd.export.checkpoints import find_checkpoint
+from hypersd.export.models import load_unet
+from hypersd.export.networks import unet_network
+from hypersd.export.safetensors_file import SafetensorsFile
+from hypersd.export.sources import SourceOptions, find_sources
+from hypersd.export.trace import trace
+
+
+def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOptions], tmp_path: Path) -> None:
+    """The module is gone before its graph is run (onnxscript's rewriter kept the last graph, and so all weights)."""
+    checkpoint = find_checkpoint("Hyper-SD15-1step-lora")
+    sources = find_sources(checkpoint, source_options(checkpoint.name), "fp32")
+    one = {
+        name: Range(name=name, min=extent, opt=extent, max=extent)
+        for name, extent in (("batch", 1), ("height", 64), ("width", 64))
+    }
+    unet = load_unet(sources.parts["unet"], sources.lora, "sd15", 1.0, torch.float16)
+    network = unet_network(unet, PictureShapes(**one), guided=False, latent_scale=8)
+    weights = [weakref.ref(parameter) for parameter in unet.parameters()]
+    trace(network, tmp_path / "model.onnx")
+    assert all(weight() is not None for weight in weights), "the test's own references count"
+    del unet, network
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
+
+
+def test_what_was_read_from_a_file_is_unmapped(tiny_repos: Path, monkeypatch) -> None:
+    """A big file is opened again and again, so that its pages do not add up in this process."""
+    path = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5/unet/diffusion_pytorch_model.safetensors"
+    opened = []
+    open_file = SafetensorsFile._open
+    monkeypatch.setattr(SafetensorsFile, "_open", lambda self: (opened.append(1), open_file(self)))
+    monkeypatch.setattr("hypersd.export.safetensors_file.REMAP_BYTES", 1_000_000)
+    total = sum(tensor.nbytes for _, tensor in SafetensorsFile(path).tensors())
+    assert total > 3_000_000
+    assert len(opened) >= 3
