@@ -42,7 +42,7 @@ class Bundle:
         root = Path(root)
         try:
             text = (root / MANIFEST_NAME).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             hint = "make one with `hypersd export --ckpt NAME`"
             raise BundleError(f"{root} is not a bundle: it has no readable {MANIFEST_NAME}; {hint}") from error
         bundle = cls(root, decode(text, str(root / MANIFEST_NAME)))
@@ -53,7 +53,11 @@ class Bundle:
     def path(self, name: str) -> Path:
         """The full path of a file that the manifest lists; one that leaves the folder is refused."""
         path = self.root / name
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise BundleError(f"{path} cannot be followed: export or copy the bundle again") from error
+        if not inside:
             raise BundleError(f"{path} leads out of the bundle {self.root}: copy the bundle with its files, not links")
         return path
 
@@ -68,9 +72,13 @@ class Bundle:
     def _check_file(self, name: str, hashes: bool) -> None:
         record, path = self.manifest.files[name], self.path(name)
         again = "export or copy the bundle again"
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:  # a name too long for this system
+            size = None
+        if size is None:
             raise BundleError(f"{path} is missing from the bundle: {again}")
-        if (size := path.stat().st_size) != record.size:
+        if size != record.size:
             raise BundleError(f"{path} has {size} bytes, the manifest says {record.size}: {again}")
         if hashes and (digest := sha256_file(path)) != record.sha256:
             raise BundleError(f"{path} was altered: SHA-256 {digest[:12]}…, expected {record.sha256[:12]}…: {again}")

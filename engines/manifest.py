@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 
 DType = Literal["float32", "float16", "int64"]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -80,8 +80,12 @@ class Component(_Record, frozen=True, kw_only=True):
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
-    files: tuple[str, ...]
+    files: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     key: Sha256
+
+    def __post_init__(self) -> None:
+        if len(set(self.files)) != len(self.files):
+            raise ValueError(f"files named twice: {', '.join(self.files)}")
 
     @property
     def onnx(self) -> str:
@@ -187,6 +191,8 @@ def check_relative(name: str) -> None:
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
         raise ValueError(f"file name {name!r} leads out of the bundle")
+    if not name.isprintable():
+        raise ValueError(f"file name {name!r} holds characters that cannot be shown")
 
 
 def encode(manifest: msgspec.Struct) -> bytes:
@@ -202,12 +208,13 @@ def decode(text: bytes, where: str) -> Manifest:
     """
     try:
         version = json.loads(text)["schema_version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BundleError(f"{where} is not a bundle manifest: expected JSON with a schema_version") from error
     if version != SCHEMA_VERSION:
         hint = "upgrade hypersd" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
         raise BundleError(f"{where} has schema version {version!r}, this hypersd reads {SCHEMA_VERSION}: {hint}")
     try:
         return msgspec.json.decode(text, type=Manifest)
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{where} is not a valid manifest: {error}; export the bundle again") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise BundleError(f"{where} is not a valid manifest: {reason}; export the bundle again") from error

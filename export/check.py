@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ExportError
+from ..engines.onnx_runtime import make_plain_session
+from ..errors import BundleError, ExportError
 from .networks import Network
 
 CHECK_SEED = 1  # not the inputs that were traced
@@ -71,14 +72,16 @@ def check_graph(path: Path, weight_bytes: int) -> None:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # onnx raises several unrelated classes
         raise ExportError(f"{path} is not valid ONNX: {' '.join(str(error).split())}") from error
-    if weight_bytes == 2:
+    wider = {onnx.TensorProto.DOUBLE: "float64"} | ({onnx.TensorProto.FLOAT: "float32"} if weight_bytes == 2 else {})
+    for kind, name in wider.items():
         wide = [
             tensor.name
             for tensor in model.graph.initializer
-            if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) > LARGE_CONSTANT
+            if tensor.data_type == kind and np.prod(tensor.dims) > LARGE_CONSTANT
         ]
         if wide:
-            raise ExportError(f"{path}: weights stayed float32 in a float16 graph: {', '.join(sorted(wide)[:10])}")
+            graph = f"float{8 * weight_bytes}"
+            raise ExportError(f"{path}: weights stayed {name} in a {graph} graph: {', '.join(sorted(wide)[:10])}")
 
 
 def check_outputs(path: Path, cases: list[Case]) -> float:
@@ -90,7 +93,10 @@ def check_outputs(path: Path, cases: list[Case]) -> float:
     Raises:
         ExportError: an output differs, or ONNX Runtime cannot run the file.
     """
-    session = _session(path)
+    try:
+        session = make_plain_session(path)
+    except BundleError as error:
+        raise ExportError(str(error)) from error
     worst = 0.0
     for case in cases:
         feeds = {name: tensor.numpy() for name, tensor in case.inputs.items()}
@@ -107,6 +113,8 @@ def check_outputs(path: Path, cases: list[Case]) -> float:
 def _compare(what: str, array: Any, expected: Tensor) -> float:
     largest_allowed, rms_allowed = TOLERANCES[str(expected.dtype).removeprefix("torch.")]
     reference = expected.float().numpy()
+    if not np.isfinite(reference).all():
+        raise ExportError(f"{what} is not finite in torch: try --precision fp32")
     actual = np.asarray(array, np.float32)
     if actual.shape != reference.shape:
         raise ExportError(f"{what} has the shape {actual.shape}, torch gave {reference.shape}")
@@ -122,25 +130,3 @@ def _compare(what: str, array: Any, expected: Tensor) -> float:
             f"allowed are {largest_allowed:.0e} and {rms_allowed:.0e}"
         )
     return largest
-
-
-def _session(path: Path):
-    """A session that runs the file as it is: nothing is fused, and the weights stay in the file's mapping.
-
-    A float16 weight is cast to float32 where the CPU provider has no float16 kernel: by default all casts run first,
-    and a second copy of the model is in memory. Ordered by priority each runs before its use, and without an arena its
-    memory is free again after it (SDXL's UNet at 1024x1024: 1.7 GB instead of 8.5 GB).
-    """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class but this
-        raise ExportError(f"{path} cannot be loaded by ONNX Runtime: {' '.join(str(error).split())}") from error

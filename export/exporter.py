@@ -93,6 +93,7 @@ def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
         raise RequestError(f"precision {options.precision!r} is not known: expected fp16 or fp32")
     if not math.isfinite(options.lora_scale) or abs(options.lora_scale) > 10:
         raise RequestError(f"lora_scale {options.lora_scale} is out of range: expected -10 to 10, usually 1")
+    picture_shapes(options.shapes, 512)  # what is wrong with them is wrong at every default size
     if entry.kind == "unet" and options.lora_scale != 1.0:
         raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
 
@@ -106,6 +107,7 @@ class _Export:
         self.options = options
         self.progress = progress
         self.shapes = picture_shapes(options.shapes, _default_size(sources))
+        self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
         self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)
         self.recipes = make_recipes(entry, sources, self.records, self.shapes, options.precision, options.lora_scale)
 
@@ -116,9 +118,10 @@ class _Export:
             if bundle := self._finished(out):
                 self.progress.note(f"{out} is done already, made from the same inputs")
                 return bundle
-            components = self._components(workspace)
+            done = self._resume(workspace)
             for name, folder in self.sources.tokenizers.items():
                 write_tokenizer(folder, workspace.root / name)
+            components = self._components(workspace, done)
             return workspace.publish(lambda files: self._manifest(components, files), replace=self.options.replace)
 
     def _finished(self, out: Path) -> Bundle | None:
@@ -145,8 +148,17 @@ class _Export:
             )
         return None
 
-    def _components(self, workspace: Workspace) -> dict[str, Component]:
-        done = {name: c for name, c in workspace.resume().items() if c.key in {r.key for r in self.recipes}}
+    def _resume(self, workspace: Workspace) -> dict[str, Component]:
+        """The components that an earlier run finished from the same inputs."""
+        keys = {recipe.name: recipe.key for recipe in self.recipes}
+        done = workspace.resume()
+        for name in [name for name, component in done.items() if keys.get(name) != component.key]:
+            workspace.discard(name)
+            del done[name]
+        return done
+
+    def _components(self, workspace: Workspace, done: dict[str, Component]) -> dict[str, Component]:
+        """Every component: what is done, what a bundle beside this one has, and the rest made now."""
         for recipe in self.recipes:
             if recipe.name not in done and (reused := workspace.reuse(recipe.name, recipe.key)):
                 done[recipe.name] = reused
@@ -207,7 +219,7 @@ class _Export:
                 eta=entry.eta,
                 guidance_scale=entry.guidance_scale,
             ),
-            scheduler=scheduler_constants(entry.sampler, sources.scheduler_config),
+            scheduler=self.scheduler,
             vae=VaeSettings(
                 scaling_factor=_scaling_factor(vae.config, is_tiny(vae)),
                 spatial=latent_scale(sources),

@@ -148,7 +148,7 @@ class DiffusersBase:
         config = get_file(self.files, f"{folder}config.json")
         stem = folder + ("model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
         for candidate in (variant,) if variant else (None, "fp16"):
-            if weights := _find_weights(self.files, f"{stem}.{candidate}" if candidate else stem):
+            if weights := _find_weights(self.files, stem, candidate):
                 return Part(
                     name=name or "vae",
                     folder=config.path.parent,
@@ -183,7 +183,7 @@ class SingleFileBase:
 
 def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
     """A folder if there is one of that name, else a Hub repository."""
-    if Path(location).is_dir():
+    if location and Path(location).is_dir():
         return LocalFolder(Path(location))
     if REPO_ID.fullmatch(location) and not location.startswith("."):
         return HubRepo(location, revision, progress)
@@ -216,12 +216,16 @@ def tokenizer_folder(files: Files, name: str) -> Path:
     return found[0].path.parent
 
 
-def _find_weights(files: Files, stem: str) -> tuple[Found, ...]:
+def _find_weights(files: Files, stem: str, variant: str | None) -> tuple[Found, ...]:
     """The weight file of that stem, or the shards that its index names; empty if there is neither."""
-    if whole := files.find(f"{stem}.safetensors"):
+    dotted = f".{variant}" if variant else ""
+    if whole := files.find(f"{stem}{dotted}.safetensors"):
         return (whole,)
-    if (index := files.find(f"{stem}.safetensors.index.json")) is None:
+    if (index := files.find(f"{stem}.safetensors.index{dotted}.json")) is None:
         return ()
     folder = stem.rpartition("/")[0]
-    names = sorted(set(read_json(index)["weight_map"].values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index.path} is not an index of weight files: download it again")
+    names = sorted(set(weight_map.values()))
     return tuple(get_file(files, f"{folder}/{name}" if folder else name) for name in names)

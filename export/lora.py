@@ -7,6 +7,7 @@ section 4.1). It is computed in float32, whatever the files hold, and the sum is
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,19 +37,30 @@ class Lora:
     keys: dict[str, str]
     scale: float
 
+    def check_shapes(self, module: str, weight: tuple[int, ...]) -> None:
+        """See from the file's header that the layer of a module adds to a weight of that shape.
+
+        Raises:
+            WeightsError: it does not.
+        """
+        down, up, alpha = (self.file.shape(f"{self.keys[module]}.{part}") for part in PARTS)
+        rank = down[0] if down else 0
+        fits = rank > 0 and down[1:] == weight[1:] and up == (weight[0], rank, *[1] * (len(weight) - 2))
+        if not fits or math.prod(alpha) != 1:
+            raise WeightsError(
+                f"{self.file.path}: the layer {module} adds {list(up)} x {list(down)} (alpha {list(alpha)}) to a "
+                f"weight of {list(weight)}: this LoRA was made for another base"
+            )
+
     def fuse(self, name: str, weight: Tensor) -> Tensor:
         """The parameter ``name`` with its LoRA layer added, in float32; other parameters come back as they are."""
         module = name.removesuffix(".weight")
         if module == name or module not in self.keys:
             return weight
+        self.check_shapes(module, tuple(weight.shape))
         down, up, alpha = (self.file.read(f"{self.keys[module]}.{part}").float() for part in PARTS)
         rank = down.shape[0]
         delta = up.flatten(1) @ down.flatten(1)  # [out, rank] @ [rank, in * kernel]
-        if up.shape[0] != weight.shape[0] or delta.numel() != weight.numel():
-            raise WeightsError(
-                f"{self.file.path}: the layer {module} adds {list(up.shape)} x {list(down.shape)} to a weight of "
-                f"{list(weight.shape)}: this LoRA was made for another base"
-            )
         return weight.float() + delta.view(weight.shape) * (self.scale * alpha.item() / rank)
 
 
@@ -70,7 +82,9 @@ def open_lora(path: Path, modules: Iterable[str], family: str, scale: float = 1.
     keys = {name: PREFIX + name.replace(".", "_") for name in modules if name.startswith(COVERED_BLOCKS)}
     expected = {f"{key}.{part}" for key in keys.values() for part in PARTS}
     if not any(key.startswith(PREFIX) for key in present):
-        raise WeightsError(f"{path} is no LoRA with kohya keys ({PREFIX}….lora_down.weight), it has {min(present)}")
+        raise WeightsError(
+            f"{path} is no LoRA with kohya keys ({PREFIX}….lora_down.weight), it has {min(present, default='none')}"
+        )
     if present != expected:
         raise WeightsError(f"{path} does not fit the base's UNet: {describe_keys(present, expected)}")
     return Lora(file, keys, scale)
@@ -79,13 +93,13 @@ def open_lora(path: Path, modules: Iterable[str], family: str, scale: float = 1.
 def check_family(path: Path, keys: set[str], family: str) -> None:
     """Refuse a LoRA that was made for another family of models, recognised by blocks that only one family has."""
     marks = {
-        "FLUX": "single_transformer_blocks",
-        "SD3": "transformer.",
-        "SD1.5": "lora_unet_down_blocks_0_attentions_",  # SDXL has no attention at full resolution
-        "SDXL": "_transformer_blocks_1_",  # SD1.5 has one transformer block in a place
+        "FLUX": ("single_transformer_blocks", "lora_unet_single_blocks_", "lora_unet_double_blocks_"),
+        "SD3": ("transformer.", "lora_unet_joint_blocks_"),
+        "SD1.5": ("lora_unet_down_blocks_0_attentions_",),  # SDXL has no attention at full resolution
+        "SDXL": ("_transformer_blocks_1_",),  # SD1.5 has one transformer block in a place
     }
     expected = FAMILY_NAMES[family]
-    found = next((name for name, mark in marks.items() if any(mark in key for key in keys)), expected)
+    found = next((name for name, some in marks.items() if any(mark in key for key in keys for mark in some)), expected)
     if found != expected:
         raise WeightsError(
             f"{path} is a LoRA for {found}, the base is {expected}: take one for {expected}, or its own --base"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +46,15 @@ def check_unet_sources(part: Part, lora: Found | None, family: str) -> None:
     """
     unet = _empty_unet(part)
     if lora is not None:
-        open_lora(lora.path, layer_names(unet), family)
+        opened = open_lora(lora.path, layer_names(unet), family)
+        for module in opened.keys:
+            opened.check_shapes(module, tuple(unet.get_submodule(module).weight.shape))
     if not part.single_file:
-        seen = {name for found in part.weights for name in SafetensorsFile(found.path).names}
-        _check_keys(part, seen, unet)
+        files = [SafetensorsFile(found.path) for found in part.weights]
+        _check_keys(part, {name for file in files for name in file.names}, unet)
+        for file in files:
+            for name in file.names:
+                _check_shape(file.path, name, file.shape(name), tuple(unet.get_parameter(name).shape))
 
 
 def layer_names(unet: nn.Module) -> list[str]:
@@ -85,7 +92,9 @@ def _unet_tensors(part: Part, unet: Any) -> Iterator[tuple[str, Tensor]]:
 
         # The converted entries are still views of the mapped file: nothing is copied here.
         checkpoint = dict(SafetensorsFile(part.weights[0].path).tensors())
-        yield from convert_ldm_unet_checkpoint(checkpoint, unet.config).items()
+        with _explained(part, "UNet2DConditionModel"):
+            converted = convert_ldm_unet_checkpoint(checkpoint, unet.config)
+        yield from converted.items()
         return
     for found in part.weights:
         yield from SafetensorsFile(found.path).tensors()
@@ -101,15 +110,19 @@ def _fill(
         seen.add(name)
         if name not in expected:
             continue
-        if tensor.shape != expected[name].shape:
-            raise WeightsError(
-                f"{part.weights[0].path}: {name} has the shape {list(tensor.shape)}, "
-                f"the UNet's configuration says {list(expected[name].shape)}: these weights are another model's"
-            )
+        _check_shape(part.weights[0].path, name, tuple(tensor.shape), tuple(expected[name].shape))
         weight = lora.fuse(name, tensor) if lora else tensor
         module, _, leaf = name.rpartition(".")
         setattr(unet.get_submodule(module), leaf, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
     _check_keys(part, seen, unet)
+
+
+def _check_shape(path: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise WeightsError(
+            f"{path}: {name} has the shape {list(shape)}, the UNet's configuration says {list(expected)}: "
+            "these weights are another model's"
+        )
 
 
 def _check_keys(part: Part, seen: set[str], unet: nn.Module) -> None:
@@ -133,7 +146,7 @@ def load_text_encoder(part: Part, dtype: torch.dtype) -> nn.Module:
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
         checkpoint = dict(SafetensorsFile(part.weights[0].path).tensors())
-        with quiet():
+        with quiet(), _explained(part, cls.__name__):
             model = create_diffusers_clip_model_from_ldm(
                 cls,
                 checkpoint,
@@ -142,6 +155,8 @@ def load_text_encoder(part: Part, dtype: torch.dtype) -> nn.Module:
                 torch_dtype=dtype,
                 local_files_only=True,
             )
+        if lost := sorted(name for name, weight in model.named_parameters() if weight.is_meta):
+            raise WeightsError(f"{part.weights[0].path} lacks weights of a {cls.__name__}: {json.dumps(lost[:30])}")
     else:
         model = _from_pretrained(cls, part, dtype=dtype)
     # sdpa is what diffusers runs, and what torch exports as one Attention node
@@ -154,7 +169,7 @@ def load_vae(part: Part, dtype: torch.dtype) -> nn.Module:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     if part.single_file:
-        with quiet():
+        with quiet(), _explained(part, "AutoencoderKL"):
             vae: Any = AutoencoderKL.from_single_file(
                 str(part.weights[0].path), config=str(part.folder), torch_dtype=dtype, local_files_only=True
             )
@@ -170,20 +185,27 @@ def is_tiny(part: Part) -> bool:
     return part.config.get("_class_name") == "AutoencoderTiny"
 
 
+@contextlib.contextmanager
+def _explained(part: Part, kind: str) -> Iterator[None]:
+    """A library's error in one line: what it raises for configurations and weights that do not fit shares no base."""
+    try:
+        yield
+    except Exception as error:
+        where = part.weights[0].path if part.single_file else part.folder
+        raise WeightsError(f"{where} cannot be loaded as a {kind}: {first_line(error)}") from error
+
+
 def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
     """Load from the part's folder; weights that are missing would be random, so they are an error."""
-    try:
-        with quiet():
-            model, info = cls.from_pretrained(
-                str(part.folder),
-                variant=part.variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                **dtype,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{part.folder} cannot be loaded as a {cls.__name__}: {first_line(error)}") from error
+    with quiet(), _explained(part, cls.__name__):
+        model, info = cls.from_pretrained(
+            str(part.folder),
+            variant=part.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **dtype,
+        )
     missing = sorted(info["missing_keys"]) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise WeightsError(f"{part.weights[0].path} lacks weights of a {cls.__name__}: {json.dumps(missing[:30])}")

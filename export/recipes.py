@@ -94,7 +94,12 @@ def make_recipes(
             return unet_network(loaded, shapes, checkpoint.is_guided, latent_scale(sources))
 
         lora = [record.sha256 for record in records.get("lora", ())]
-        more = {"lora": lora, "lora_scale": lora_scale, "guided": checkpoint.is_guided}
+        more = {
+            "lora": lora,
+            "lora_scale": lora_scale,
+            "guided": checkpoint.is_guided,
+            "latent_scale": latent_scale(sources),
+        }
         return recipe("unet", "unet", precision, load, shapes=_described(shapes), **more)
 
     return [*(text_encoder(name) for name in ENCODERS[family]), vae_decoder(), unet()]

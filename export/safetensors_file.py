@@ -43,6 +43,10 @@ class SafetensorsFile:
         self._bytes_read += tensor.nbytes
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        return tuple(self._file.get_slice(name).get_shape())
+
     def elements(self) -> Iterator[int]:
         """The number of elements of every tensor, without reading any."""
         return (math.prod(self._file.get_slice(name).get_shape()) for name in self.names)

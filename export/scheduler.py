@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import WeightsError
+from .libraries import first_line
+
 # What changes a step; diffusers' configurations hold more.
 CONSTANTS = (
     "num_train_timesteps",
@@ -30,10 +33,16 @@ def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any
     Args:
         kind: ``"ddim"`` (trailing), ``"tcd"`` or ``"lcm"``.
         base_config: the base's ``scheduler_config.json``.
+
+    Raises:
+        WeightsError: diffusers makes no scheduler of it.
     """
     from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
 
     scheduler_class = {"ddim": DDIMScheduler, "tcd": TCDScheduler, "lcm": LCMScheduler}[kind]
     trailing = {"timestep_spacing": "trailing"} if kind == "ddim" else {}
-    config = scheduler_class.from_config(dict(base_config), **trailing).config
+    try:
+        config = scheduler_class.from_config(dict(base_config), **trailing).config
+    except Exception as error:  # whatever the constructor stumbles over
+        raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {first_line(error)}") from error
     return {key: config[key] for key in CONSTANTS if key in config}

@@ -95,12 +95,12 @@ def find_sources(
         WeightsError: a file is missing, damaged or of another family of models.
         DownloadError: the Hub could not give a file.
     """
+    hyper_file = _hyper_file(checkpoint, options, progress)
     base = _open_base(checkpoint, options, progress)
     model_index = read_json(get_file(base.files, "model_index.json"))
     _check_family(model_index, checkpoint, base.location)
     encoders = ENCODERS[checkpoint.family]
     parts = {name: base.part(name, options.variant) for name in encoders}
-    hyper_file = _hyper_file(checkpoint, options, progress)
     if checkpoint.kind == "unet":
         config = get_file(base.files, "unet/config.json")
         parts["unet"] = Part(
@@ -136,12 +136,28 @@ def tokenizer_name(encoder: str) -> str:
 
 
 def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Base:
-    location = options.base or checkpoint.base
+    location = checkpoint.base if options.base is None else options.base
     if not (path := Path(location)).is_file():
         return DiffusersBase(open_files(location, options.revision, progress, "--base"))
     if path.suffix != ".safetensors":
         raise WeightsError(f"--base {location}: {SAFETENSORS_HINT}")
+    _check_single_file(path, checkpoint)
     return SingleFileBase(Found(path, path.name), HubRepo(checkpoint.base, None, progress))
+
+
+def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
+    """Tell the families apart by where a single file has its text encoders."""
+    names = SafetensorsFile(path).names
+    marks = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
+    found = next((family for family, mark in marks.items() if any(name.startswith(mark) for name in names)), None)
+    wanted = FAMILY_NAMES[checkpoint.family]
+    if found is None:
+        raise WeightsError(f"--base {path} holds no {wanted} model in the original Stable Diffusion's key names")
+    if found != checkpoint.family:
+        raise WeightsError(
+            f"{path} holds a {FAMILY_NAMES[found]} model, {checkpoint.name} needs {wanted}: "
+            f"take a --base of {wanted}, such as {BASE_REPOS[checkpoint.family]}"
+        )
 
 
 def _hyper_file(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Found:

@@ -37,6 +37,7 @@ class Workspace:
         self.out = out
         self.root = out.parent / f".{out.name}.partial"
         self._finished = Finished({}, {})
+        self._resumed = False
 
     @classmethod
     @contextlib.contextmanager
@@ -68,7 +69,7 @@ class Workspace:
                 raise DiskFullError(
                     f"the disk of {out.parent} is full: free some space or choose another --out; nothing was kept"
                 ) from error
-            if workspace.root.exists() and not workspace._finished.components:
+            if workspace._resumed and not workspace._finished.components:
                 shutil.rmtree(workspace.root, ignore_errors=True)
             raise
         finally:
@@ -77,18 +78,33 @@ class Workspace:
     def resume(self) -> dict[str, Component]:
         """Keep the finished components of an earlier run, delete what it left unfinished, and return them."""
         self.root.mkdir(exist_ok=True)
+        self._resumed = True
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             self._finished = msgspec.json.decode((self.root / PROGRESS_NAME).read_bytes(), type=Finished)
         if any(not self._is_whole(name, record) for name, record in self._finished.files.items()):
             self._finished = Finished({}, {})
         for path in self.root.iterdir():
-            if path.is_dir() and path.name not in self._finished.components:
+            if not path.is_dir():
+                if path.name != PROGRESS_NAME:
+                    path.unlink()
+            elif path.name not in self._finished.components:
                 shutil.rmtree(path)
         return dict(self._finished.components)
 
     def _is_whole(self, name: str, record: FileRecord) -> bool:
         path = self.root / name
-        return path.is_file() and path.stat().st_size == record.size
+        return path.is_file() and path.stat().st_size == record.size and sha256_file(path) == record.sha256
+
+    def discard(self, name: str) -> None:
+        """Delete a finished component that this run has no use for."""
+        finished = self._finished
+        component = finished.components[name]
+        self._finished = Finished(
+            {n: c for n, c in finished.components.items() if n != name},
+            {n: r for n, r in finished.files.items() if n not in component.files},
+        )
+        self._write(PROGRESS_NAME, encode(self._finished))
+        shutil.rmtree(self.root / name)
 
     @contextlib.contextmanager
     def component_folder(self, name: str) -> Iterator[Path]:
@@ -112,35 +128,41 @@ class Workspace:
             component = bundle.manifest.components.get(name)
             if component is None or component.key != key:
                 continue
-            with self.component_folder(name):
-                for file in component.files:
-                    _link(bundle.path(file), self.root / file)
-                self._note(name, component, {file: bundle.manifest.files[file] for file in component.files})
-            return component
+            records = {file: bundle.manifest.files[file] for file in component.files}
+            with contextlib.suppress(OSError):  # it is being replaced or removed at this moment: make our own
+                if any(sha256_file(bundle.path(file)) != record.sha256 for file, record in records.items()):
+                    continue
+                with self.component_folder(name):
+                    for file in component.files:
+                        _link(bundle.path(file), self.root / file)
+                    self._note(name, component, records)
+                return component
         return None
 
     def _neighbours(self) -> Iterator[Bundle]:
-        for manifest in sorted(self.out.parent.glob(f"*/{MANIFEST_NAME}")):
+        for manifest in sorted(self.out.parent.glob(f"[!.]*/{MANIFEST_NAME}")):  # hidden ones are unfinished
             with contextlib.suppress(BundleError):
                 yield Bundle.load(manifest.parent)
 
     def publish(self, make_manifest: Callable[[dict[str, FileRecord]], Manifest], replace: bool) -> Bundle:
         """Write the manifest and rename the whole folder to its final name."""
-        (self.root / PROGRESS_NAME).unlink(missing_ok=True)
         names = sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
         known = self._finished.files
         manifest = make_manifest(
-            {name: known.get(name) or self._record(name) for name in names if name != MANIFEST_NAME}
+            {
+                name: known.get(name) or self._record(name)
+                for name in names
+                if name not in (MANIFEST_NAME, PROGRESS_NAME)
+            }
         )
         self._write(MANIFEST_NAME, encode(manifest))
+        old = self.out.parent / f".{self.out.name}.old"
         if replace and self.out.exists():
-            old = self.out.parent / f".{self.out.name}.old"
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
-            self.root.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self.root.rename(self.out)
+        self.root.rename(self.out)
+        (self.out / PROGRESS_NAME).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
         return Bundle.load(self.out)
 
     def _note(self, name: str, component: Component, files: dict[str, FileRecord]) -> None:
@@ -187,7 +209,10 @@ def _is_disk_full(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return not isinstance(error, HyperSDError)
-        if "No space left on device" in str(cause):
+        # NumPy's tofile gives no errno
+        if any(
+            text in str(cause) for text in ("No space left on device", "problem writing element", " requested and ")
+        ):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

@@ -34,7 +34,7 @@ class PipelineOutput:
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
         timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``; and ``total``.
-        seed: the seed of the noise, also if the call left it open; None if the caller brought generators or latents.
+        seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
     """
 
     images: Any
@@ -83,7 +83,11 @@ class Pipeline:
                 tokenizers[name] = ClipTokenizer(opened.path(file))
         for name in ("text_encoder", "unet", "vae_decoder"):
             opened.component(name)
-        return cls(opened.manifest, load_engines(opened, backend, device), tokenizers)
+        engines = load_engines(opened, backend, device)
+        try:
+            return cls(opened.manifest, engines, tokenizers)
+        except RequestError as error:  # the manifest's scheduler is none
+            raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
 
     @torch.no_grad()
     def __call__(
@@ -147,7 +151,7 @@ class Pipeline:
             seed=seed,
             force=force,
         )
-        generator, used_seed = _generator(request, generator, latents)
+        generator, used_seed = _generator(request, generator)
         clock = _Clock()
         with clock.stage("tokenize"):
             tokens = self._tokenize(request)
@@ -217,8 +221,9 @@ class Pipeline:
         shape = (request.batch, self.manifest.vae.latent_channels, request.height // scale, request.width // scale)
         if latents is None:
             return randn(shape, generator=generator, device=self.device, dtype=self.dtype)
-        if tuple(latents.shape) != shape:
-            raise RequestError(f"latents have the shape {list(latents.shape)}, expected {list(shape)}")
+        if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+            received = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise RequestError(f"latents: expected a tensor of the shape {list(shape)}, got {received}")
         return latents.to(self.device, self.dtype)
 
     def _time_ids(self, request: Request) -> Tensor | None:
@@ -283,17 +288,13 @@ class _Clock:
         return {**self._stages, "total": time.perf_counter() - self._began}
 
 
-def _generator(
-    request: Request, generator: Generators, latents: Tensor | None
-) -> tuple[Generators, int | tuple[int, ...] | None]:
+def _generator(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
     """The generator to draw from, and the seed that made it if it was made here."""
     if generator is not None:
         if request.seeds is not None:
             raise RequestError("seed and generator: give one of the two")
         return generator, None
-    seeds = request.seeds
-    if seeds is None:
-        seeds = (secrets.randbits(32),)
+    seeds = request.seeds or (secrets.randbits(32),)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return generators, (seeds[0] if len(seeds) == 1 else seeds)
 

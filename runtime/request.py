@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,17 +92,22 @@ def make_request(
     )
 
 
-def _prompts(prompt: Any) -> tuple[str, ...]:
+def _prompts(prompt: Any, name: str = "prompt") -> tuple[str, ...]:
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt) if isinstance(prompt, (list, tuple)) else ()
     if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise RequestError(f"prompt: expected a string or a list of strings, got {prompt!r}")
+        raise RequestError(f"{name}: expected a string or a list of strings, got {prompt!r}")
+    for text in prompts:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise RequestError(f"{name} {text!r} is not valid Unicode: expected text without lone surrogates")
     return prompts
 
 
 def _negative_prompts(negative: Any, prompts: tuple[str, ...]) -> tuple[str, ...] | None:
     if negative is None:
         return None
-    negatives = (negative,) * len(prompts) if isinstance(negative, str) else _prompts(negative)
+    negatives = _prompts(negative, "negative_prompt")
+    if isinstance(negative, str):
+        negatives *= len(prompts)
     if len(negatives) != len(prompts):
         raise RequestError(f"negative_prompt: expected one or {len(prompts)}, as prompts, got {len(negatives)}")
     return negatives
@@ -113,12 +117,15 @@ def _check_steps(
     manifest: Manifest, num_inference_steps: int | None, timesteps: Sequence[int] | None, force: bool
 ) -> int:
     """The number of steps, if the checkpoint was distilled for it."""
+    if timesteps is not None and not isinstance(timesteps, (list, tuple)):
+        raise RequestError(f"timesteps {timesteps!r}: expected a list of whole numbers")
     steps = len(timesteps) if timesteps is not None else _whole("num_inference_steps", num_inference_steps, 1, 1000)
     if timesteps is not None and num_inference_steps not in (None, steps):
         raise RequestError(f"num_inference_steps {num_inference_steps} and {steps} timesteps: give one of the two")
     allowed = sorted(manifest.sampler.allowed_steps)
     if steps not in allowed and not force:
-        named = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 2 else " or ".join(map(str, allowed))
+        is_run = len(allowed) > 2 and allowed == list(range(allowed[0], allowed[-1] + 1))
+        named = f"{allowed[0]} to {allowed[-1]}" if is_run else " or ".join(map(str, allowed))
         raise RequestError(
             f"{manifest.checkpoint} was not distilled for {steps} steps: expected {named}; "
             "force=True (--force) draws anyway"
@@ -130,9 +137,10 @@ def _side(manifest: Manifest, allowed: Range, extent: int | None) -> int:
     if extent is None:
         return allowed.opt
     multiple = manifest.vae.spatial
-    _whole(allowed.name, extent, 1, 1 << 16)
+    if not _is_whole(extent):
+        raise RequestError(f"{allowed.name} {extent!r}: expected a whole number of pixels")
     if extent % multiple:
-        nearest = max(multiple, round(extent / multiple) * multiple)
+        nearest = min(max(round(extent / multiple) * multiple, allowed.min), allowed.max)
         raise RequestError(f"{allowed.name} {extent} is not a multiple of {multiple}: take {nearest}")
     if not allowed.min <= extent <= allowed.max:
         raise RequestError(
@@ -151,15 +159,17 @@ def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
     return tuple(_whole("seed", one, 0, LARGEST_SEED) for one in seeds)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    if not _is_whole(value) or not least <= value <= most:
         raise RequestError(f"{name} {value!r} is out of range: expected a whole number from {least} to {most}")
     return value
 
 
 def _real(name: str, value: Any, least: float, most: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise RequestError(f"{name} {value!r}: expected a number from {least:g} to {most:g}")
-    if not least <= value <= most:
-        raise RequestError(f"{name} {value:g} is out of range: expected {least:g} to {most:g}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:  # nan is not
+        raise RequestError(f"{name} {value!r} is out of range: expected a number from {least:g} to {most:g}")
     return float(value)

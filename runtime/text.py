@@ -79,11 +79,12 @@ class TextConditioner:
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids [B, 77] for each text encoder, by its name. Warns of text that is cut off, and names it."""
-        ids, all_cut = {}, {}
+        ids: dict[str, Tensor] = {}
+        cut_off: list[str] = []
         for name, tokenizer in self._tokenizers.items():
             ids[ENCODERS[name]], cut = tokenizer(texts)
-            all_cut |= dict.fromkeys(cut)  # SDXL's two tokenizers cut at the same place: say it once
-        for text in all_cut:
+            cut_off = cut_off or cut  # SDXL's two tokenizers cut at the same place: it is said once
+        for text in dict.fromkeys(cut_off):
             _warn_of_truncation(text)
         return ids
 

@@ -27,7 +27,7 @@ BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
 LORAS = {family: f"ByteDance/Hyper-SD/Hyper-{family.upper()}-4steps-lora.safetensors" for family in BASES}
 FAMILIES = pytest.mark.parametrize("family", BASES)
 
-# Modules that Hyper-SD's files cover, and the files' sizes on the Hub (the SDXL one says {"format":"pt"} in its header).
+# Modules that Hyper-SD's files cover, the files' sizes on the Hub, and what their headers hold besides.
 PUBLISHED = {"sd15": (278, 269_127_064, {}), "sdxl": (788, 787_359_648, {"__metadata__": {"format": "pt"}})}
 
 
