@@ -55,3 +55,8 @@ class VerifyError(HyperSDError):
 
 class DiskFullError(UserError):
     """The disk filled up while writing."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..errors import BundleError
+from ..errors import BundleError, one_line
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
@@ -216,5 +216,4 @@ def decode(text: bytes, where: str) -> Manifest:
     try:
         return msgspec.json.decode(text, type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise BundleError(f"{where} is not a valid manifest: {reason}; export the bundle again") from error
+        raise BundleError(f"{where} is not a valid manifest: {one_line(error)}; export the bundle again") from error

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..errors import BundleError, EngineError
+from ..errors import BundleError, EngineError, one_line
 from .engine import check_feeds
 from .manifest import Component
 
@@ -121,7 +121,7 @@ class OnnxRuntimeEngine:
             else:
                 self._session.run_with_iobinding(binding.io)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            raise EngineError(f"{self.name}: ONNX Runtime failed: {_one_line(error)}") from error
+            raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
         return binding.outputs
 
     def _check_graph(self, path: Path) -> None:
@@ -169,8 +169,4 @@ def _open_session(path: Path, options: ort.SessionOptions, providers: list) -> o
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class but this
-        raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {one_line(error)}") from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engines.onnx_runtime import make_plain_session
-from ..errors import BundleError, ExportError
+from ..errors import BundleError, ExportError, one_line
 from .networks import Network
 
 CHECK_SEED = 1  # not the inputs that were traced
@@ -71,7 +71,7 @@ def check_graph(path: Path, weight_bytes: int) -> None:
         model = onnx.load(str(path), load_external_data=False)
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # onnx raises several unrelated classes
-        raise ExportError(f"{path} is not valid ONNX: {' '.join(str(error).split())}") from error
+        raise ExportError(f"{path} is not valid ONNX: {one_line(error)}") from error
     wider = {onnx.TensorProto.DOUBLE: "float64"} | ({onnx.TensorProto.FLOAT: "float32"} if weight_bytes == 2 else {})
     for kind, name in wider.items():
         wide = [
@@ -103,7 +103,7 @@ def check_outputs(path: Path, cases: list[Case]) -> float:
         try:
             actual = session.run(None, feeds)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
-            raise ExportError(f"{path} does not run at {case.extents}: {' '.join(str(error).split())}") from error
+            raise ExportError(f"{path} does not run at {case.extents}: {one_line(error)}") from error
         names = [output.name for output in session.get_outputs()]
         for name, array, expected in zip(names, actual, case.expected, strict=True):
             worst = max(worst, _compare(f"{path}: {name} at {case.extents or 'its shape'}", array, expected))

@@ -14,7 +14,6 @@ On top of it:
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -24,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError
+from ..engines.bundle import sha256_file
+from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HASH_CHUNK = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOCAL_HINT = "point --base / --lora at local files"
 
@@ -172,7 +171,7 @@ def _download_blob(wanted: _Wanted, metadata: HfFileMetadata, blob: Path, progre
         if missing > free:
             raise DiskFullError(_disk_full(wanted, f"needs {_gigabytes(missing)} and {_gigabytes(free)} are free"))
         _download(url, file, metadata.size, _bar_class(wanted.filename, progress))
-    digest = _sha256(partial)
+    digest = sha256_file(partial)
     if digest != metadata.etag:
         partial.unlink()
         raise DownloadError(
@@ -195,14 +194,6 @@ def _download(url: str, file: BinaryIO, size: int, bar: type[Any]) -> None:
         except HTTPError:  # http_get resumes by itself when a connection ends, but not when it is reset
             if file.tell() <= have:
                 raise
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _bar_class(filename: str, progress: DownloadProgress | None) -> type[Any]:
@@ -279,13 +270,13 @@ def _explain(error: Exception, wanted: _Wanted) -> HyperSDError:
         return DiskFullError(_disk_full(wanted, "filled the disk"))
     if isinstance(error, OSError) and error.errno is not None:
         return DownloadError(
-            f"cannot store {wanted} in the cache {constants.HF_HUB_CACHE} ({_one_line(error)}): "
+            f"cannot store {wanted} in the cache {constants.HF_HUB_CACHE} ({one_line(error)}): "
             "set HF_HOME to a folder that you can write to"
         )
     if isinstance(error, ValueError):
-        return DownloadError(f"cannot download {wanted}: {_one_line(error)}")
+        return DownloadError(f"cannot download {wanted}: {one_line(error)}")
     return NetworkError(
-        f"could not download {wanted} from {endpoint} ({_one_line(error)}): "
+        f"could not download {wanted} from {endpoint} ({one_line(error)}): "
         f"check the connection, or set HF_ENDPOINT to a mirror, or {_LOCAL_HINT}"
     )
 
@@ -340,7 +331,3 @@ def _disk_full(wanted: _Wanted, what: str) -> str:
 
 def _gigabytes(n: int) -> str:
     return f"{n / 1e9:.1f} GB"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
