@@ -42,7 +42,13 @@ class RequestError(UserError, ValueError):
 
 
 class EngineError(HyperSDError):
-    """An engine cannot be made or run on this machine."""
+    """An engine failed, or was fed what it does not take."""
+
+
+class DeviceError(EngineError, UserError):
+    """The device that was asked for is not here, or the installed packages cannot use it."""
+
+    exit_code = 2
 
 
 class ExportError(HyperSDError):

@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line. Commands import what they need when they run, so that this is quick."""
-    parser = _Parser(prog="hypersd", description="Draw with Hyper-SD in one to eight steps.")
+    parser = _Parser(prog="hypersd", description="Draw with Hyper-SD in few steps.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"hypersd {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -41,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     return parser
@@ -57,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
     except SystemExit as error:
         return int(error.code or 0)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, debug=False)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -22,20 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources.add_argument(
         "--base",
         metavar="WHERE",
-        help="Hub repository, diffusers folder or single-file checkpoint (default: the usual)",
+        help="Hub repository, diffusers folder or single-file checkpoint (default: the checkpoint's)",
     )
     sources.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
     sources.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
     sources.add_argument(
         "--lora", metavar="FILE", help="local file instead of the Hub's (for the one-step UNet: that UNet's file)"
     )
-    sources.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="on top of its own (default: 1)")
+    sources.add_argument(
+        "--lora-scale", type=float, default=1.0, metavar="X", help="its strength, such as 0.8 (default: 1)"
+    )
     sources.add_argument(
         "--vae",
         metavar="WHERE",
         help="Hub repository or folder; `tiny` for TAESD (default: the base's; fixed one for fp16 SDXL)",
     )
-    form = parser.add_argument_group("form")
+    form = parser.add_argument_group("bundle")
     form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
     form.add_argument("--height", type=int, metavar="PIXELS", help="default: what the base was trained for")
     form.add_argument("--width", type=int, metavar="PIXELS", help="default: what the base was trained for")
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dynamic",
         nargs="*",
         metavar="DIM=MIN:OPT:MAX",
-        help="let batch, height or width vary; with no values all three, over default ranges",
+        help="let batch, height or width vary; with no values all three: batch 1 to 4, sides half to one and a half",
     )
 
 

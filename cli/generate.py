@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..runtime import Pipeline
+    from ..runtime.request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +47,13 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     began = time.perf_counter()
     from ..runtime import Pipeline
+    from ..runtime.request import LARGEST_SEED
 
     pipe = Pipeline.load(args.bundle, backend=args.backend, device=args.device)
     load_seconds = time.perf_counter() - began
     seed = secrets.randbits(32) if args.seed is None else args.seed
+    if args.count > 1 and seed + args.count - 1 > LARGEST_SEED:
+        raise RequestError(f"--seed {seed} with --count {args.count}: the last seed is above {LARGEST_SEED}")
     settings = {
         "negative_prompt": args.negative_prompt,
         "num_inference_steps": args.steps,
@@ -56,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         "width": width,
     }
     output = args.output or Path(f"{pipe.manifest.checkpoint}-{seed}.png")
-    console, images, paths = out(), [], []
+    console, images, is_guided = out(), [], False
     err().print(f"{pipe.manifest.checkpoint} on {pipe.device}, loaded in {load_seconds:.2f} s", markup=False)
     for i in range(args.count):
         with step_bar(f"picture {i + 1} of {args.count}", _steps(pipe, args)) as advance:
@@ -66,41 +74,41 @@ def run(args: argparse.Namespace) -> None:
 
             result = pipe(args.prompt, seed=seed + i, force=args.force, callback_on_step_end=on_step, **settings)
         path = numbered(output, i, args.count)
-        write_png(path, result.images[0], _metadata(pipe, args.prompt, seed + i, settings))
+        write_png(path, result.images[0], _metadata(pipe, result.request, seed + i))
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
         images.append(result.images[0])
-        paths.append(path)
+        is_guided = result.request.is_guided
+    if args.negative_prompt and not is_guided:
+        err().print("the negative prompt has no effect: --guidance is 1 or less", markup=False)
     if args.count > 1:
         sheet = output.with_name(f"{output.stem}-sheet.png")
         write_png(sheet, contact_sheet(images, [f"seed {seed + i}" for i in range(args.count)]), {})
         console.print(f"{sheet}  all {args.count}", markup=False, soft_wrap=True)
 
 
-def _steps(pipe, args: argparse.Namespace) -> int:
+def _steps(pipe: Pipeline, args: argparse.Namespace) -> int:
     return len(args.timesteps) if args.timesteps else args.steps or pipe.manifest.sampler.num_inference_steps
 
 
-def _metadata(pipe, prompt: str, seed: int, settings: dict) -> dict:
-    """All that is needed to draw the picture again, with the manifest's values where the user gave none."""
+def _metadata(pipe: Pipeline, request: Request, seed: int) -> dict[str, Any]:
+    """All that is needed to draw the picture again, under the pipeline's argument names where it has them."""
     manifest = pipe.manifest
-    sampler, shapes = manifest.sampler, manifest.shapes
-    usual = {
-        "num_inference_steps": sampler.num_inference_steps,
-        "timesteps": sampler.timesteps,
-        "eta": sampler.eta,
-        "guidance_scale": sampler.guidance_scale,
-        "height": shapes.height.opt,
-        "width": shapes.width.opt,
-    }
-    given = {key: value for key, value in settings.items() if value is not None}
-    return {
+    settings = {
+        "prompt": request.prompts[0],
+        "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
+        "num_inference_steps": request.num_inference_steps,
+        "timesteps": request.timesteps,
+        "eta": request.eta,
+        "guidance_scale": request.guidance_scale,
+        "height": request.height,
+        "width": request.width,
+        "seed": seed,
         "checkpoint": manifest.checkpoint,
         "base": manifest.origin.base,
+        "vae": manifest.origin.vae,
+        "lora_scale": manifest.origin.lora_scale,
         "precision": manifest.precision,
-        "sampler": sampler.kind,
-        "prompt": prompt,
-        "seed": seed,
-        **usual,
-        **given,
+        "sampler": manifest.sampler.kind,
     }
+    return {name: value for name, value in settings.items() if value is not None}

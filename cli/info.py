@@ -1,9 +1,13 @@
-"""What is in a bundle: settings, networks, sizes, and the memory that it needs."""
+"""What is in a bundle: settings, networks with inputs and outputs, sizes."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..engines import Bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,21 +48,22 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"{checked} as written", markup=False)
 
 
-def _facts(bundle) -> dict[str, str]:
+def _facts(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
     sampler, origin, shapes = manifest.sampler, manifest.origin, manifest.shapes
     weights = sum(manifest.files[file].size for c in manifest.components.values() for file in c.files)
     steps = ", ".join(map(str, sorted(sampler.allowed_steps)))
     timesteps = f", timesteps {list(sampler.timesteps)}" if sampler.timesteps else ""
     guidance = f"{sampler.guidance_scale:g}" if sampler.guidance_scale > 1 else "none"
+    scale = "" if origin.lora_scale is None else f", LoRA scale {origin.lora_scale:g}"
     base = origin.base + (f" at {origin.revision}" if origin.revision else "")
     return {
-        "checkpoint": manifest.checkpoint + (f", LoRA scale {origin.lora_scale:g}" if origin.lora_scale else ""),
+        "checkpoint": manifest.checkpoint + scale,
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "pictures": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",
-        "memory": f"{weights / 1e6:,.0f} MB for weights, and working memory",
+        "weights": f"{weights / 1e6:,.1f} MB",
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": "onnxruntime",
     }

@@ -69,7 +69,7 @@ def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         kind = DiskFullError if error.errno == errno.ENOSPC else UserError
-        raise kind(f"{path} cannot be written: {error.strerror or error}; choose another -o") from error
+        raise kind(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

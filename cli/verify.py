@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..verify import Comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare, print, write, judge."""
     import dataclasses
+    import math
 
     from ..engines.bundle import Bundle
+    from ..errors import RequestError
 
     bundle = Bundle.load(args.bundle)
     from .. import verify
-    from ..export.checkpoints import find_checkpoint
     from .console import DownloadBar, err, out
     from .pictures import write_png
 
-    find_checkpoint(bundle.manifest.checkpoint)
     threshold = verify.THRESHOLDS[bundle.manifest.precision]
     if args.min_psnr is not None:
+        if not math.isfinite(args.min_psnr):
+            raise RequestError(f"--min-psnr {args.min_psnr}: expected a number of decibels")
         threshold = dataclasses.replace(threshold, psnr=args.min_psnr)
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
     console, comparisons = out(), []
@@ -54,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _table(comparison):
+def _table(comparison: Comparison) -> Table:
     from rich import box
     from rich.table import Table
 

@@ -36,11 +36,12 @@ class Engine(Protocol):
         ...
 
 
-def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> None:
+def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor], device: torch.device) -> None:
     """Refuse tensors that are not what the engine ``name`` takes, saying expected and received.
 
     Raises:
-        EngineError: an input is missing or unknown, or has another dtype or a shape outside the range.
+        EngineError: an input is missing or unknown, on another device, or has another dtype or a shape outside the
+            range.
     """
     if feeds.keys() != specs.keys():
         raise EngineError(f"{name}: expected the inputs {sorted(specs)}, received {sorted(feeds)}")
@@ -49,5 +50,7 @@ def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, 
         if tensor.dtype != TORCH_DTYPES[spec.dtype] or not spec.accepts(tuple(tensor.shape)):
             received = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
             raise EngineError(f"{name}: input {key!r} expected {spec}, received {received}")
+        if tensor.device != device:
+            raise EngineError(f"{name}: input {key!r} expected on {device}, received on {tensor.device}")
         if not tensor.is_contiguous():
             raise EngineError(f"{name}: input {key!r} is not contiguous: call .contiguous() on it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import EngineError
+from ..errors import RequestError
 from .bundle import Bundle
 from .engine import Engine
 from .null import NullEngine
@@ -22,13 +22,14 @@ def load_engines(bundle: Bundle, backend: str = "auto", device: str = "auto") ->
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
 
     Raises:
-        EngineError: the backend or the device is unknown or cannot run here.
+        RequestError: the backend or the device is not known.
+        EngineError: it cannot run here.
     """
     components = bundle.manifest.components
     if backend == "null":
         return {name: NullEngine(name, component) for name, component in components.items()}
     if backend not in BACKENDS:
-        raise EngineError(f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}")
+        raise RequestError(f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}")
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
     target = resolve_device(device)

@@ -26,7 +26,7 @@ class NullEngine:
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Zeros of the outputs' dtypes and shapes."""
-        check_feeds(self.name, self.inputs, feeds)
+        check_feeds(self.name, self.inputs, feeds, self.device)
         self.runs += 1
         extents = {
             dim_range(dim).name: extent

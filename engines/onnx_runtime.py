@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,17 +14,32 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..errors import BundleError, EngineError, one_line
+from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
 from .engine import check_feeds
 from .manifest import Component
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+KEPT_SHAPES = 8  # sets of buffers a thread; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 
 
-def available_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_cores(quota: Path = CGROUP_QUOTA) -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has.
+
+    ``quota`` is where the kernel says how much processor time a control group gets (cgroup v2: "MICROSECONDS PERIOD").
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        share, period = quota.read_text().split()
+        return max(1, min(cores, math.ceil(int(share) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores
+
+
+def ort_version() -> str:
+    """The version of the installed ONNX Runtime, of whichever distribution."""
+    return ort.__version__
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -33,15 +50,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise EngineError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+        raise RequestError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise EngineError(f"ONNX Runtime runs on cpu or cuda here, not on {device.type}")
+        raise RequestError(f"device {device.type!r}: ONNX Runtime runs on cpu or cuda here")
     if not has_cuda:
-        raise EngineError(f"the installed onnxruntime {ort.__version__} has no CUDA provider: {CUDA_HINT}")
+        raise DeviceError(f"the installed onnxruntime {ort.__version__} has no CUDA provider: {CUDA_HINT}")
     if not torch.cuda.is_available():
-        raise EngineError("torch finds no CUDA device: check the driver, or use device='cpu'")
+        raise DeviceError("torch finds no CUDA device: check the driver, or use device='cpu'")
     return torch.device("cuda", device.index or 0)
 
 
@@ -84,7 +101,8 @@ class OnnxRuntimeEngine:
     """A component's ONNX graph in an ONNX Runtime session.
 
     Safe to call from several threads: the session is shared, the output buffers belong to the calling thread. They
-    are allocated at the first call with given shapes and reused by every later one (see :class:`.engine.Engine`).
+    are allocated at the first call with given shapes and reused by later ones (see :class:`.engine.Engine`), for the
+    last few sets of shapes.
     """
 
     def __init__(
@@ -104,8 +122,8 @@ class OnnxRuntimeEngine:
         Raises:
             EngineError: the inputs are not those of the graph, or ONNX Runtime failed.
         """
-        check_feeds(self.name, self.inputs, feeds)
-        bindings = self._local.__dict__.setdefault("bindings", {})
+        check_feeds(self.name, self.inputs, feeds, self.device)
+        bindings: OrderedDict = self._local.__dict__.setdefault("bindings", OrderedDict())
         key = tuple(feeds[name].shape for name in self.inputs)
         binding = bindings.get(key)
         is_first = binding is None
@@ -118,7 +136,10 @@ class OnnxRuntimeEngine:
             if is_first:
                 binding.run_first(self._session)
                 bindings[key] = binding
+                if len(bindings) > KEPT_SHAPES:
+                    bindings.popitem(last=False)
             else:
+                bindings.move_to_end(key)
                 self._session.run_with_iobinding(binding.io)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
@@ -141,7 +162,7 @@ def _make_session(path: Path, device: torch.device, threads: int) -> ort.Inferen
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     session = _open_session(path, options, providers)
     if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise EngineError(f"ONNX Runtime could not start its CUDA provider, its libraries are missing: {CUDA_HINT}")
+        raise DeviceError(f"ONNX Runtime could not start its CUDA provider, its libraries are missing: {CUDA_HINT}")
     return session
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["CHECKPOINTS", "ExportOptions", "export_bundle"]
+__all__ = ["CHECKPOINTS", "ExportOptions", "ShapeOptions", "SourceOptions", "export_bundle"]
 
 if TYPE_CHECKING:
     from .checkpoints import CHECKPOINTS
     from .exporter import ExportOptions, export_bundle
+    from .shapes import ShapeOptions
+    from .sources import SourceOptions
 
 
 def __getattr__(name: str) -> Any:

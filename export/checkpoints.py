@@ -100,6 +100,10 @@ def find_checkpoint(name: str) -> Checkpoint:
     wanted = name.strip().lower().removesuffix(".safetensors")
     if wanted in by_name:
         return by_name[wanted]
+    if "sd3" in wanted or "flux" in wanted:
+        raise CheckpointError(
+            f"checkpoint {name!r}: SD3 and FLUX are not supported, only SD1.5 and SDXL: `hypersd list`"
+        )
     nearest = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.6)
     offer = f"did you mean {' or '.join(by_name[n].name for n in nearest)}?" if nearest else "try `hypersd list`"
     raise CheckpointError(f"checkpoint {name!r} is not known: {offer}")

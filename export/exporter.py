@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from ..engines.bundle import Bundle
 from ..engines.manifest import (
+    MANIFEST_NAME,
     Component,
     FileRecord,
     Manifest,
@@ -24,6 +24,7 @@ from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
 from .layout import Found
 from .libraries import quiet
+from .memory import release_memory
 from .models import check_unet_sources, is_tiny
 from .progress import ExportProgress, Silent
 from .recipes import Recipe, latent_scale, make_recipes, tool_versions
@@ -33,7 +34,7 @@ from .shapes import ShapeOptions, picture_shapes
 from .sources import SourceOptions, Sources, find_sources
 from .tokenizer import write_tokenizer
 from .trace import OPSET, trace
-from .workspace import Workspace, check_space
+from .workspace import Workspace, check_place, check_space
 
 BYTES = {"fp16": 2, "fp32": 4}
 
@@ -82,6 +83,7 @@ def export_bundle(
     out = Path(out) if out is not None else Path("bundles") / entry.name
     if out.name in ("", ".."):  # "." and such, beside which nothing can be named
         out = out.resolve()
+    check_place(out)
     with quiet():
         sources = find_sources(entry, options.sources, options.precision, progress.downloads)
         check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
@@ -108,7 +110,8 @@ class _Export:
         self.progress = progress
         self.shapes = picture_shapes(options.shapes, _default_size(sources))
         self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
-        self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)
+        with _Stage(progress, "hash the weight files"):
+            self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)
         self.recipes = make_recipes(entry, sources, self.records, self.shapes, options.precision, options.lora_scale)
 
     def run(self, out: Path) -> Bundle:
@@ -126,11 +129,7 @@ class _Export:
 
     def _finished(self, out: Path) -> Bundle | None:
         """The bundle at ``out`` if it is the one that this export would make."""
-        if not out.exists():
-            return None
-        if not (out / "bundle.json").exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a bundle: choose another --out")
-        if not (out / "bundle.json").exists():
+        if not (out / MANIFEST_NAME).exists():
             return None
         try:
             bundle = Bundle.load(out)
@@ -189,7 +188,7 @@ class _Export:
                 files = trace(network, folder / "model.onnx")
             inputs, outputs = network.inputs, network.outputs
             del network
-            gc.collect()
+            release_memory()
             with _Stage(self.progress, f"{recipe.name}: check on ONNX Runtime") as stage:
                 check_graph(files[0], BYTES[recipe.precision])
                 stage.note = f"error at most {check_outputs(files[0], cases):.0e}"
@@ -231,7 +230,7 @@ class _Export:
             origin=Origin(
                 base=sources.base,
                 revision=sources.base_revision,
-                variant=sources.parts["text_encoder"].variant,
+                variant=self.options.sources.variant,
                 vae=sources.vae,
                 vae_revision=sources.vae_revision,
                 lora_scale=options.lora_scale if sources.lora else None,

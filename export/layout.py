@@ -102,7 +102,6 @@ class Part:
         weights: its weight files; more than one if they are sharded.
         variant: ``"fp16"`` if these are the half-precision files.
         single_file: whether the weights are a whole model in one file, in the original Stable Diffusion's key names.
-        replaced: whether the weights are not the base's but a file of Hyper-SD's.
     """
 
     name: str
@@ -111,7 +110,6 @@ class Part:
     weights: tuple[Found, ...]
     variant: str | None = None
     single_file: bool = False
-    replaced: bool = False
 
 
 class Base(Protocol):
@@ -184,6 +182,8 @@ class SingleFileBase:
 def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
     """A folder if there is one of that name, else a Hub repository."""
     if location and Path(location).is_dir():
+        if revision:
+            raise WeightsError(f"{option} {location} is a folder and has no revisions: leave --revision out")
         return LocalFolder(Path(location))
     if REPO_ID.fullmatch(location) and not location.startswith("."):
         return HubRepo(location, revision, progress)

@@ -24,8 +24,3 @@ def quiet() -> Iterator[None]:
             module.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """A library's error in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError
+from ..errors import WeightsError, one_line
 from .layout import Found, Part
-from .libraries import first_line, quiet
+from .libraries import quiet
 from .lora import Lora, describe_keys, open_lora
 from .safetensors_file import SafetensorsFile
 
@@ -70,9 +70,7 @@ def _empty_unet(part: Part) -> Any:
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel.from_config(part.config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise WeightsError(
-            f"{part.folder / 'config.json'} is not a UNet's configuration: {first_line(error)}"
-        ) from error
+        raise WeightsError(f"{part.folder / 'config.json'} is not a UNet's configuration: {one_line(error)}") from error
     config = unet.config
     unsupported = {
         "time_cond_proj_dim": config.time_cond_proj_dim,
@@ -192,7 +190,7 @@ def _explained(part: Part, kind: str) -> Iterator[None]:
         yield
     except Exception as error:
         where = part.weights[0].path if part.single_file else part.folder
-        raise WeightsError(f"{where} cannot be loaded as a {kind}: {first_line(error)}") from error
+        raise WeightsError(f"{where} cannot be loaded as a {kind}: {one_line(error)}") from error
 
 
 def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:

@@ -18,7 +18,7 @@ from .sources import ENCODERS, Sources
 from .trace import OPSET
 
 RECIPE_VERSION = 1  # raise it when the exporter makes another graph from the same inputs
-TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Recipe:
 def tool_versions() -> dict[str, str]:
     """Versions of what the bundle was written with."""
     from .. import __version__
+    from ..engines.onnx_runtime import ort_version  # its distribution has another name for GPUs
 
-    return {"hypersd": __version__, **{tool: importlib.metadata.version(tool) for tool in TOOLS}}
+    tools = {tool: importlib.metadata.version(tool) for tool in TOOLS}
+    return {"hypersd": __version__, **tools, "onnxruntime": ort_version()}
 
 
 def make_recipes(

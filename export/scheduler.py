@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import WeightsError
-from .libraries import first_line
+from ..errors import WeightsError, one_line
 
 # What changes a step; diffusers' configurations hold more.
 CONSTANTS = (
@@ -44,5 +43,5 @@ def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any
     try:
         config = scheduler_class.from_config(dict(base_config), **trailing).config
     except Exception as error:  # whatever the constructor stumbles over
-        raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {first_line(error)}") from error
+        raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {one_line(error)}") from error
     return {key: config[key] for key in CONSTANTS if key in config}

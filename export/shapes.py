@@ -43,6 +43,11 @@ def picture_shapes(options: ShapeOptions, default_size: int) -> PictureShapes:
         "width": default_size if options.width is None else options.width,
     }
     spans = {name: (extent, extent, extent) for name, extent in usual.items()}
+    for name, span in (options.dynamic or {}).items():
+        if name not in DIMS:
+            raise RequestError(f"dynamic {name!r} is not known: expected {', '.join(DIMS)}")
+        if getattr(options, name) not in (None, span[1]):
+            raise RequestError(f"{name} {getattr(options, name)} and a range of it: give one of the two")
     if options.dynamic is not None:
         spans |= options.dynamic or {name: _default_span(name, extent) for name, extent in usual.items()}
     return PictureShapes(**{name: _range(name, *spans[name]) for name in DIMS})
@@ -52,7 +57,7 @@ def _default_span(name: str, usual: int) -> tuple[int, int, int]:
     """One to four pictures; half to one and a half times the usual size."""
     if name == "batch":
         return 1, usual, max(4, usual)
-    return max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE), usual, usual * 3 // 2 // MULTIPLE * MULTIPLE
+    return max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE), usual, min(LARGEST, usual * 3 // 2 // MULTIPLE * MULTIPLE)
 
 
 def parse_dynamic(text: str) -> tuple[str, tuple[int, int, int]]:

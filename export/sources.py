@@ -95,44 +95,46 @@ def find_sources(
         WeightsError: a file is missing, damaged or of another family of models.
         DownloadError: the Hub could not give a file.
     """
-    hyper_file = _hyper_file(checkpoint, options, progress)
+    # What is small or wrong comes first, and gigabytes last.
+    if options.lora is not None:
+        _local_lora(options.lora)
     base = _open_base(checkpoint, options, progress)
+    vae = _open_vae(checkpoint, options, precision, progress)
     model_index = read_json(get_file(base.files, "model_index.json"))
     _check_family(model_index, checkpoint, base.location)
-    encoders = ENCODERS[checkpoint.family]
-    parts = {name: base.part(name, options.variant) for name in encoders}
-    if checkpoint.kind == "unet":
-        config = get_file(base.files, "unet/config.json")
-        parts["unet"] = Part(
-            name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,), replaced=True
-        )
-    else:
-        parts["unet"] = base.part("unet", options.variant)
-    vae = _open_vae(checkpoint, options, precision, progress)
-    parts["vae"] = _vae_part(vae) if vae else base.part("vae", options.variant)
-    sources = Sources(
+    scheduler_config = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
+    names = [encoder.replace("text_encoder", "tokenizer") for encoder in ENCODERS[checkpoint.family]]
+    tokenizers = {name: tokenizer_folder(base.files, name) for name in names}
+    hyper_file = _hyper_file(checkpoint, options, progress)
+    parts = _find_parts(checkpoint, base, vae, hyper_file, options.variant)
+    for part in parts.values():
+        for file in part.weights:
+            SafetensorsFile(file.path)  # refuse a damaged file now, not after minutes of work
+    return Sources(
         base=base.location,
         base_revision=base.files.revision if isinstance(base, DiffusersBase) else None,
         model_index=model_index,
-        scheduler_config=read_json(get_file(base.files, "scheduler/scheduler_config.json")),
-        tokenizers={
-            name: tokenizer_folder(base.files, name)
-            for name in (n.replace("text_encoder", "tokenizer") for n in encoders)
-        },
+        scheduler_config=scheduler_config,
+        tokenizers=tokenizers,
         parts=parts,
         vae=vae.location if vae else None,
         vae_revision=vae.files.revision if vae else None,
         lora=hyper_file if checkpoint.kind == "lora" else None,
     )
-    for files in sources.weights.values():
-        for file in files:
-            SafetensorsFile(file.path)  # refuse a damaged file now, not after minutes of work
-    return sources
 
 
-def tokenizer_name(encoder: str) -> str:
-    """The tokenizer that goes with a text encoder (``text_encoder_2`` to ``tokenizer_2``)."""
-    return encoder.replace("text_encoder", "tokenizer")
+def _find_parts(
+    checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None, hyper_file: Found, variant: str | None
+) -> dict[str, Part]:
+    """Every network's configuration and weight files."""
+    parts = {name: base.part(name, variant) for name in ENCODERS[checkpoint.family]}
+    if checkpoint.kind == "unet":
+        config = get_file(base.files, "unet/config.json")
+        parts["unet"] = Part(name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,))
+    else:
+        parts["unet"] = base.part("unet", variant)
+    parts["vae"] = _vae_part(vae) if vae else base.part("vae", variant)
+    return parts
 
 
 def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Base:
@@ -141,6 +143,8 @@ def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: Downloa
         return DiffusersBase(open_files(location, options.revision, progress, "--base"))
     if path.suffix != ".safetensors":
         raise WeightsError(f"--base {location}: {SAFETENSORS_HINT}")
+    if options.revision or options.variant:
+        raise WeightsError(f"--base {location} is one file: leave --revision and --variant out")
     _check_single_file(path, checkpoint)
     return SingleFileBase(Found(path, path.name), HubRepo(checkpoint.base, None, progress))
 
@@ -165,11 +169,14 @@ def _hyper_file(checkpoint: Checkpoint, options: SourceOptions, progress: Downlo
     if options.lora is None:
         file = fetch(HYPER_SD_REPO, checkpoint.filename, revision=options.lora_revision, progress=progress)
         return Found(file.path, checkpoint.filename, HYPER_SD_REPO, file.revision)
-    path = Path(options.lora)
+    return _local_lora(options.lora)
+
+
+def _local_lora(location: str) -> Found:
+    path = Path(location)
     if not path.is_file():
-        raise WeightsError(
-            f"--lora {options.lora!r} is not a file: expected a local .safetensors file in place of the Hub's"
-        )
+        raise WeightsError(f"--lora {location!r} is not a file: expected a .safetensors file in place of the Hub's")
+    SafetensorsFile(path)  # refuses what is damaged
     return Found(path, path.name)
 
 

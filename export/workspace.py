@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, e
 from ..errors import BundleError, DiskFullError, HyperSDError, UserError
 
 PROGRESS_NAME = "progress.json"
+# NumPy's tofile, which onnx_ir writes weights with, raises an OSError that has no errno
+NUMPY_DISK_FULL = re.compile(r"problem writing element \d+ to file|\d+ requested and \d+ written")
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -180,6 +183,20 @@ class Workspace:
         temporary.replace(self.root / name)
 
 
+def check_place(out: Path) -> None:
+    """Refuse an output that can't become a bundle, before any time is spent on it.
+
+    Raises:
+        UserError: something else is there, or its folder cannot be written.
+    """
+    is_bundle = (out / MANIFEST_NAME).exists()
+    if out.exists() and not is_bundle and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a bundle: choose another --out")
+    existing = next(path for path in out.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out} cannot be written: {existing} is no folder that you may write to; choose another --out")
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Say that the disk is too small before anything is written to it.
 
@@ -209,10 +226,7 @@ def _is_disk_full(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return not isinstance(error, HyperSDError)
-        # NumPy's tofile gives no errno
-        if any(
-            text in str(cause) for text in ("No space left on device", "problem writing element", " requested and ")
-        ):
+        if "No space left on device" in str(cause) or NUMPY_DISK_FULL.search(str(cause)):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

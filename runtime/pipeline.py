@@ -34,11 +34,13 @@ class PipelineOutput:
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
         timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``; and ``total``.
+        request: what was drawn: the call's arguments, the manifest's where they were left out.
         seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
     """
 
     images: Any
     timings: dict[str, float]
+    request: Request
     seed: int | tuple[int, ...] | None
 
 
@@ -178,7 +180,7 @@ class Pipeline:
                 sample = self.decode(latents)
             with clock.stage("convert"):
                 images = to_output(sample, output_type)
-        return PipelineOutput(images=images, timings=clock.timings(), seed=used_seed)
+        return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each."""
@@ -187,7 +189,7 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
         dtype = TORCH_DTYPES[self.vae_decoder.inputs["latent_sample"].dtype]
-        scaled = (latents / self.manifest.vae.scaling_factor).to(dtype)
+        scaled = latents.to(dtype) / self.manifest.vae.scaling_factor  # a float32 decoder's division is float32 too
         return run_rows(self.vae_decoder, {"latent_sample": scaled.contiguous()})["sample"]
 
     def _tokenize(self, request: Request) -> dict[str, Tensor]:
@@ -265,8 +267,8 @@ class _Denoiser:
             tensors = {"latents": latents, "prompt_embeds": self.feeds["encoder_hidden_states"]}
             replaced = callback(pipe, i, t, {name: tensors[name] for name in names}) or {}
             if "prompt_embeds" in replaced:
-                self.feeds["encoder_hidden_states"] = replaced["prompt_embeds"].contiguous()
-            return replaced.get("latents")
+                self.feeds["encoder_hidden_states"] = replaced["prompt_embeds"].to(pipe.device).contiguous()
+            return replaced["latents"].to(pipe.device) if "latents" in replaced else None
 
         return call
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from ..engines import Manifest
@@ -147,7 +148,7 @@ def _side(manifest: Manifest, allowed: Range, extent: int | None) -> int:
             f"{allowed.name} {extent} is outside this bundle's {allowed}: "
             f"export one with --{allowed.name} {extent}, or with --dynamic"
         )
-    return extent
+    return int(extent)
 
 
 def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
@@ -160,16 +161,23 @@ def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
     if not _is_whole(value) or not least <= value <= most:
         raise RequestError(f"{name} {value!r} is out of range: expected a whole number from {least} to {most}")
-    return value
+    return int(value)
 
 
 def _real(name: str, value: Any, least: float, most: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:  # nan is not
-        raise RequestError(f"{name} {value!r} is out of range: expected a number from {least:g} to {most:g}")
-    return float(value)
+    refusal = RequestError(f"{name} {value!r} is out of range: expected a number from {least:g} to {most:g}")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise refusal
+    try:
+        number = float(value)
+    except OverflowError:
+        raise refusal from None
+    if not least <= number <= most:  # so is nan
+        raise refusal
+    return number

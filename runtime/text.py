@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..engines import Engine
-from ..errors import BundleError
+from ..errors import BundleError, one_line
 from .batching import run_rows
 
 LONGEST_SHOWN = 200  # characters of a text in a warning
@@ -30,7 +30,7 @@ class ClipTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{path} is not a tokenizer ({error}): export the bundle again") from error
+            raise BundleError(f"{path} is not a tokenizer ({one_line(error)}): export the bundle again") from error
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
         """Token ids [B, 77], int64, and what was cut off from texts that are too long."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hypersd import Pipeline
+from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import CHECKPOINTS
 
 TOLERANCE = 2e-3  # of full scale
@@ -98,6 +100,21 @@ def test_lists_of_prompts_and_several_pictures_each(
     )
     assert ours.shape == (4, 64, 64, 3)
     assert np.abs(ours - theirs).max() < TOLERANCE
+
+
+def test_a_float32_decoder_in_a_half_precision_bundle(
+    tmp_path: Path, source_options: Callable[..., Any], reference: Callable[[str], Any]
+) -> None:
+    """SDXL's own VAE stays float32, and gets the latents as diffusers gives them to it: cast, then scaled."""
+    name = "Hyper-SDXL-1step-lora"
+    sources = source_options(name)
+    options = ExportOptions(sources=dataclasses.replace(sources, vae=sources.base), precision="fp16")
+    pipe, judge = Pipeline.load(export_bundle(name, tmp_path / name, options).root), reference(name)
+    assert pipe.vae_decoder.inputs["latent_sample"].dtype == "float32"
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).half()
+    with torch.no_grad():
+        expected = judge.vae.decode(latents.float() / judge.vae.config.scaling_factor).sample
+    assert (pipe.decode(latents) - expected).abs().max() < 1e-5
 
 
 def test_dynamic_fp16_bundle_at_odd_sizes(sdxl_dynamic_bundle: Path, reference: Callable[[str], Any]) -> None:

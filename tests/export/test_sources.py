@@ -802,7 +802,7 @@ def test_a_lora_that_is_no_file(kind: str, tiny_repos: Path, tmp_path: Path) -> 
         path.mkdir()
     with pytest.raises(WeightsError) as error:
         find("sd15", tiny_repos, lora=str(path))
-    one_line(error, str(path), "local .safetensors file")
+    one_line(error, str(path), ".safetensors file")
 
 
 @pytest.mark.parametrize(

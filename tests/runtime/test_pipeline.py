@@ -429,14 +429,14 @@ def test_the_null_backend_runs_the_loop_and_counts(family: str, request: pytest.
 @pytest.mark.parametrize("backend", ["", "tensor", "ONNXRuntime"])
 def test_unknown_backends_are_refused(backend: str, sd15_bundle: Path) -> None:
     """The message names the backends that there are."""
-    with pytest.raises(EngineError, match="auto, onnxruntime") as caught:
+    with pytest.raises(RequestError, match="auto, onnxruntime") as caught:
         Pipeline.load(sd15_bundle, backend=backend)
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_devices_are_refused(sd15_bundle: Path) -> None:
     """Likewise the devices."""
-    with pytest.raises(EngineError, match="auto, cpu, cuda"):
+    with pytest.raises(RequestError, match="auto, cpu, cuda"):
         Pipeline.load(sd15_bundle, device="tpu")
 
 
