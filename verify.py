@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .engines import Bundle, Manifest
+from .engines import Manifest
 from .engines.manifest import SourceFile
 from .errors import VerifyError, WeightsError
 from .export.checkpoints import find_checkpoint
@@ -237,20 +237,6 @@ def _rows_last(tensor: Tensor) -> np.ndarray:
 
 def _image(array: np.ndarray) -> Image.Image:
     return Image.fromarray((array * 255).round().astype(np.uint8))
-
-
-def verify_bundle(
-    bundle: Bundle,
-    prompts: Sequence[str] = PROMPTS,
-    seed: int = 0,
-    steps: int | None = None,
-    progress: DownloadProgress | None = None,
-) -> Iterator[Comparison]:
-    """Compare one picture a prompt; picture i has the seed ``seed + i``."""
-    pipe = Pipeline.load(bundle.root)
-    reference = load_reference(bundle.manifest, progress)
-    for i, prompt in enumerate(prompts):
-        yield compare(pipe, reference, prompt, seed + i, steps)
 
 
 def check_thresholds(comparisons: Sequence[Comparison], threshold: Threshold) -> None:

@@ -23,6 +23,14 @@ def err() -> Console:
 
 
 @contextlib.contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """Shows that something of unknown length is going on."""
+    console = err()
+    with console.status(text) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def step_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar of ``total`` steps; what is given advances it by one."""
     console = err()

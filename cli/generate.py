@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     import time
 
     from ..errors import RequestError
-    from .console import err, out, step_bar
+    from .console import err, out, spinner, step_bar
     from .pictures import check_output, contact_sheet, numbered, parse_size, write_png
 
     width, height = parse_size(args.size) if args.size else (None, None)
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     from ..runtime import Pipeline
     from ..runtime.request import LARGEST_SEED
 
-    pipe = Pipeline.load(args.bundle, backend=args.backend, device=args.device)
+    with spinner(f"loading {args.bundle}"):
+        pipe = Pipeline.load(args.bundle, backend=args.backend, device=args.device)
     load_seconds = time.perf_counter() - began
     seed = secrets.randbits(32) if args.seed is None else args.seed
     if args.count > 1 and seed + args.count - 1 > LARGEST_SEED:

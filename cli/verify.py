@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
 
     bundle = Bundle.load(args.bundle)
     from .. import verify
-    from .console import DownloadBar, err, out
+    from ..runtime import Pipeline
+    from .console import DownloadBar, err, out, spinner
     from .pictures import write_png
 
     threshold = verify.THRESHOLDS[bundle.manifest.precision]
@@ -48,7 +49,13 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
     console, comparisons = out(), []
     prompts = args.prompt or verify.PROMPTS
-    for comparison in verify.verify_bundle(bundle, prompts, args.seed, args.steps, DownloadBar(err())):
+    with spinner("loading the bundle"):
+        pipe = Pipeline.load(bundle.root)
+    err().print("loading what the bundle was made of with diffusers")
+    reference = verify.load_reference(bundle.manifest, DownloadBar(err()))
+    for i, prompt in enumerate(prompts):
+        with spinner(f"drawing picture {i + 1} of {len(prompts)} with both"):
+            comparison = verify.compare(pipe, reference, prompt, args.seed + i, args.steps)
         path, pair = verify.side_by_side(comparison, folder, len(comparisons))
         write_png(path, pair, {"prompt": comparison.prompt, "seed": comparison.seed})
         console.print(f"\n{comparison.prompt!r}, seed {comparison.seed}: {path}", markup=False, soft_wrap=True)

@@ -198,7 +198,8 @@ class _Export:
                 files=tuple(file.relative_to(workspace.root).as_posix() for file in files),
                 key=recipe.key,
             )
-            workspace.finish_component(recipe.name, component)
+            with _Stage(self.progress, f"{recipe.name}: hash"):
+                workspace.finish_component(recipe.name, component)
         return component
 
     def _manifest(self, components: dict[str, Component], files: dict[str, FileRecord]) -> Manifest:
