@@ -60,6 +60,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     return {
         "checkpoint": manifest.checkpoint + scale,
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
+        "decoder": f"{'tiny (TAESD)' if manifest.vae.tiny else 'full'}, scaling factor {manifest.vae.scaling_factor:g}",
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "pictures": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",

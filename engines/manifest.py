@@ -38,10 +38,6 @@ class Range(_Record, frozen=True, kw_only=True):
     def __str__(self) -> str:
         return str(self.opt) if self.min == self.max else f"{self.min}..{self.max}"
 
-    def scaled(self, factor: int, name: str) -> Range:
-        """The range of a dimension that is ``factor`` times this one."""
-        return Range(name=name, min=self.min * factor, opt=self.opt * factor, max=self.max * factor)
-
     def divided(self, factor: int, name: str) -> Range:
         """The range of a dimension that is a ``factor``-th of this one, as latents are of pixels."""
         return Range(name=name, min=self.min // factor, opt=self.opt // factor, max=self.max // factor)
