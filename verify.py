@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -255,10 +254,10 @@ def check_thresholds(comparisons: Sequence[Comparison], threshold: Threshold) ->
             )
 
 
-def side_by_side(comparison: Comparison, folder: Path, index: int) -> tuple[Path, Image.Image]:
+def side_by_side(comparison: Comparison) -> Image.Image:
     """Ours, diffusers' and their difference, brought up to full contrast, in one picture."""
     ours, theirs = (np.asarray(image, np.int16) for image in (comparison.ours, comparison.theirs))
     error = np.abs(ours - theirs)
     amplified = (error * (255 / max(1, error.max()))).astype(np.uint8)
     row = np.concatenate([ours.astype(np.uint8), theirs.astype(np.uint8), amplified], axis=1)
-    return folder / f"pair-{index}.png", Image.fromarray(row)
+    return Image.fromarray(row)

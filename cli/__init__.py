@@ -86,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(
-        f"hypersd: error: {' '.join(message.split())}" if code != INTERRUPTED else f"hypersd: {message}",
-        file=sys.stderr,
-    )
+    _say(message if code == INTERRUPTED else f"error: {message}")
     return code
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"hypersd: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    """One line on stderr, whatever line breaks the text has."""
+    print(f"hypersd: {' '.join(text.split())}", file=sys.stderr)

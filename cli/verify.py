@@ -32,16 +32,15 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
     import math
 
-    from ..engines.bundle import Bundle
-    from ..errors import RequestError
-
-    bundle = Bundle.load(args.bundle)
     from .. import verify
+    from ..errors import RequestError
     from ..runtime import Pipeline
     from .console import DownloadBar, err, out, spinner
     from .pictures import write_png
 
-    threshold = verify.THRESHOLDS[bundle.manifest.precision]
+    with spinner(f"loading {args.bundle}"):
+        pipe = Pipeline.load(args.bundle)
+    threshold = verify.THRESHOLDS[pipe.manifest.precision]
     if args.min_psnr is not None:
         if not math.isfinite(args.min_psnr):
             raise RequestError(f"--min-psnr {args.min_psnr}: expected a number of decibels")
@@ -49,15 +48,13 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
     console, comparisons = out(), []
     prompts = args.prompt or verify.PROMPTS
-    with spinner("loading the bundle"):
-        pipe = Pipeline.load(bundle.root)
     err().print("loading what the bundle was made of with diffusers")
-    reference = verify.load_reference(bundle.manifest, DownloadBar(err()))
+    reference = verify.load_reference(pipe.manifest, DownloadBar(err()))
     for i, prompt in enumerate(prompts):
         with spinner(f"drawing picture {i + 1} of {len(prompts)} with both"):
             comparison = verify.compare(pipe, reference, prompt, args.seed + i, args.steps)
-        path, pair = verify.side_by_side(comparison, folder, len(comparisons))
-        write_png(path, pair, {"prompt": comparison.prompt, "seed": comparison.seed})
+        path = folder / f"pair-{i}.png"
+        write_png(path, verify.side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
         console.print(f"\n{comparison.prompt!r}, seed {comparison.seed}: {path}", markup=False, soft_wrap=True)
         console.print(_table(comparison))
         comparisons.append(comparison)
