@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import HyperSDError
 
 #: subcommands and the modules that hold them, in the order that --help shows
-COMMANDS = ("list", "export", "info", "generate", "verify")
+COMMANDS = ("list", "export", "build", "info", "generate", "verify")
 INTERRUPTED = 130
 
 
@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run=module.run, extra=getattr(module, "EXTRA", "export"))
     return parser
 
 
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args.run(args)
             return 0
-        except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED, args.debug)
+        except KeyboardInterrupt as error:
+            return _fail(f"interrupted; {error}" if str(error) else "interrupted", INTERRUPTED, args.debug)
         except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == "hypersd":
                 raise
-            needed = f"{error.name} is not installed: pip install 'hypersd[export]'"
+            needed = f"{error.name} is not installed: pip install 'hypersd[{args.extra}]'"
             return _fail(needed, 2, args.debug)
         except Exception as error:
             return _fail(f"{type(error).__name__}: {error} (a bug? --debug shows where)", 1, args.debug)

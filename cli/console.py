@@ -7,7 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 PIPE_WIDTH = 200  # columns where there is no terminal, so that a table's row stays one line
 
@@ -68,29 +76,65 @@ class DownloadBar:
 
 
 class StageLines:
-    """Shows an export's stages: a spinner while one runs, a line with its seconds when it is done.
+    """Shows long work's stages: a spinner or a bar while one runs, a line with its seconds when it is done.
 
-    It is what :class:`hypersd.export.progress.ExportProgress` asks for.
+    It is what :class:`hypersd.export.progress.ExportProgress` and :class:`hypersd.engines.progress.BuildProgress` ask
+    for.
     """
 
     def __init__(self) -> None:
         self._console = err()
         self.downloads = DownloadBar(self._console)
-        self._spinner: Progress | None = None
+        self._display: Progress | None = None
 
     def start(self, stage: str) -> None:
         if self._console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._spinner = Progress(*columns, console=self._console, transient=True)
-            self._spinner.add_task(stage)
-            self._spinner.start()
+            self._show(columns, stage, None)
+
+    def update(self, fraction: float, detail: str) -> None:
+        if self._display is None:
+            return
+        task = self._display.tasks[0]
+        if task.total is None:  # the stage tells how far it is: a bar instead of the spinner
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[detail]}"),
+            )
+            self._show(columns, task.description, 1.0)
+        self._display.update(self._display.tasks[0].id, completed=fraction, detail=detail)
 
     def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+        self.hide()
         if ok:
             self._console.print(f"{stage:<36} {seconds:7.1f} s  {note}".rstrip(), markup=False)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+    def _show(self, columns: tuple[ProgressColumn, ...], stage: str, total: float | None) -> None:
+        self.hide()
+        self._display = Progress(*columns, console=self._console, transient=True)
+        self._display.add_task(stage, total=total, detail="")
+        self._display.start()
+
+    def hide(self) -> None:
+        """Take the spinner or the bar away."""
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+
+class StageNotes(StageLines):
+    """Shows stages while they run and keeps what they said at their ends, for work that is told of in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
+        self.hide()
+        if note:
+            self.notes.append(note)

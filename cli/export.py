@@ -1,7 +1,8 @@
 """Export a checkpoint to a bundle.
 
 Downloads what is missing, fuses the LoRA into the UNet, traces every network to ONNX, checks each against torch on
-ONNX Runtime, and writes the bundle. Interrupted, it goes on where it stopped; done, it says so.
+ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is installed (--engine). Interrupted, it
+goes on where it stopped; done, it says so.
 
 Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files.
 """
@@ -11,6 +12,14 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .engine_options import add_engine_options
+
+if TYPE_CHECKING:
+    from ..engines import BuildOptions, Bundle
+    from ..engines.tensorrt.api import TensorRTApi
+    from .console import StageLines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,17 +57,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIM=MIN:OPT:MAX",
         help="let batch, height or width vary; with no values all three: batch 1 to 4, sides half to one and a half",
     )
+    form.add_argument(
+        "--engine",
+        choices=["auto", "none", "tensorrt", "tensorrt-rtx"],
+        default="auto",
+        help="build TensorRT engines too; auto takes what is installed, and none if nothing is (default: auto)",
+    )
+    add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Export, and say what to do next."""
+    from ..errors import RequestError
     from ..export.checkpoints import find_checkpoint
     from ..export.shapes import ShapeOptions, parse_dynamic
-    from .console import StageLines, out
+    from .console import StageLines, err, out
+    from .engine_options import find_target, given_options, make_build_options, say_next, say_target
 
     find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
     dynamic = None if args.dynamic is None else dict(map(parse_dynamic, args.dynamic))
+    build_options = make_build_options(args)
+    if args.engine == "none" and (given := given_options(args)):
+        raise RequestError(f"{given[0]} says how to build engines, --engine none builds none: leave one of them out")
     began = time.perf_counter()
+    api, why_none = _choose_engine(args.engine, build_options)
     from ..export.exporter import ExportOptions, export_bundle
     from ..export.sources import SourceOptions
 
@@ -71,8 +93,58 @@ def run(args: argparse.Namespace) -> None:
         lora_scale=args.lora_scale,
         replace=args.replace,
     )
-    bundle = export_bundle(args.ckpt, args.out, options, StageLines())
-    size = sum(record.size for record in bundle.manifest.files.values())
-    console = out()
-    console.print(f"bundle {bundle.root}: {size / 1e6:,.1f} MB, in {time.perf_counter() - began:.1f} s", markup=False)
-    console.print(f'draw with: hypersd generate {bundle.root} "a photo of a cat"', markup=False, soft_wrap=True)
+    progress = StageLines()
+    bundle = export_bundle(args.ckpt, args.out, options, progress)
+    built, target = time.perf_counter(), None
+    _say_bundle(bundle, built - began)
+    if api is not None:
+        bundle = _build(bundle, args.engine, build_options, progress)
+        target = find_target(bundle, api, build_options)
+        say_target(bundle, target, time.perf_counter() - built, out())
+    elif why_none:
+        line = f"the bundle is ONNX only, because {why_none}; then: hypersd build {bundle.root}"
+        err().print(line, markup=False, soft_wrap=True)
+    say_next(bundle, target, out(), err())
+
+
+def _choose_engine(engine: str, options: BuildOptions) -> tuple[TensorRTApi | None, str]:
+    """The flavour to build with, or why there is none; what cannot be is refused before the export takes minutes."""
+    from ..errors import DeviceError
+    from .engine_options import check_engine_options, choose_api
+
+    if engine == "none":
+        return None, ""
+    try:
+        api = choose_api(engine)
+    except DeviceError as error:
+        if engine != "auto":
+            raise
+        return None, str(error)
+    check_engine_options(api, options)
+    return api, ""
+
+
+def _build(bundle: Bundle, engine: str, options: BuildOptions, progress: StageLines) -> Bundle:
+    """Build the engines; however that ends, the user learns that the bundle itself is there."""
+    from ..engines import build_engines
+    from ..errors import BundleError, HyperSDError
+
+    try:
+        return build_engines(bundle, engine, options, progress)
+    except KeyboardInterrupt:
+        kept = f"{bundle.root} is complete without engines, those that are finished are kept"
+        raise KeyboardInterrupt(f"{kept}: the same command goes on from there") from None
+    except BundleError:
+        raise  # the bundle is damaged
+    except HyperSDError as error:
+        hint = f"{bundle.root} is complete without engines; go on with: hypersd build {bundle.root} --backend {engine}"
+        raise type(error)(f"{error}; {hint}") from error
+
+
+def _say_bundle(bundle: Bundle, seconds: float) -> None:
+    from .console import out
+
+    plans = bundle.plan_files()
+    size = sum(record.size for file, record in bundle.manifest.files.items() if file not in plans)
+    line = f"bundle {bundle.root}: {size / 1e6:,.1f} MB, in {seconds:.1f} s"
+    out().print(line, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..engines.load import Choice
     from ..runtime import Pipeline
     from ..runtime.request import Request
 
@@ -27,7 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
     parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
-    parser.add_argument("--backend", default="auto", choices=["auto", "onnxruntime"], help="default: auto")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"],
+        help="auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)",
+    )
+    parser.add_argument(
+        "--target", metavar="NAME", help="TensorRT engines by the name that `hypersd info` shows, or a part of it"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
 
@@ -38,19 +47,24 @@ def run(args: argparse.Namespace) -> None:
     import time
 
     from ..errors import RequestError
-    from .console import err, out, spinner, step_bar
+    from .console import StageNotes, err, out, step_bar
     from .pictures import check_output, contact_sheet, numbered, parse_size, write_png
 
     width, height = parse_size(args.size) if args.size else (None, None)
     if not 1 <= args.count <= 1000:
         raise RequestError(f"--count {args.count} is out of range: expected 1 to 1000")
     check_output(args.output)
+    _check_target(args)
     began = time.perf_counter()
     from ..runtime import Pipeline
     from ..runtime.request import LARGEST_SEED
 
-    with spinner(f"loading {args.bundle}"):
-        pipe = Pipeline.load(args.bundle, backend=args.backend, device=args.device)
+    progress = StageNotes()
+    progress.start(f"loading {args.bundle}")
+    try:
+        pipe = Pipeline.load(args.bundle, args.backend, args.device, args.target, progress)
+    finally:
+        progress.hide()
     load_seconds = time.perf_counter() - began
     seed = secrets.randbits(32) if args.seed is None else args.seed
     if args.count > 1 and seed + args.count - 1 > LARGEST_SEED:
@@ -66,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     }
     output = args.output or Path(f"{pipe.manifest.checkpoint}-{seed}.png")
     console, images, is_guided = out(), [], False
-    err().print(f"{pipe.manifest.checkpoint} on {pipe.device}, loaded in {load_seconds:.2f} s", markup=False)
+    _say_loaded(pipe, load_seconds, progress.notes)
     for i in range(args.count):
         with step_bar(f"picture {i + 1} of {args.count}", _steps(pipe, args)) as advance:
 
@@ -86,6 +100,50 @@ def run(args: argparse.Namespace) -> None:
         sheet = output.with_name(f"{output.stem}-sheet.png")
         write_png(sheet, contact_sheet(images, [f"seed {seed + i}" for i in range(args.count)]), {})
         console.print(f"{sheet}  all {args.count}", markup=False, soft_wrap=True)
+
+
+def _check_target(args: argparse.Namespace) -> None:
+    from ..errors import RequestError
+
+    for option, value in (("--backend", "onnxruntime"), ("--device", "cpu")):
+        if args.target is not None and getattr(args, option[2:]) == value:
+            raise RequestError(
+                f"--target {args.target} names TensorRT engines, {option} {value} has none: leave one out"
+            )
+
+
+def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str]) -> None:
+    """What runs where, and what that has to do with engines that were passed over or compiled."""
+    from .console import err
+
+    choice, console = pipe.choice, err()
+    assert choice is not None  # a pipeline that was loaded has one
+    if choice.passed_over and choice.target is None:
+        reasons = "; ".join(dict.fromkeys(choice.passed_over.values()))
+        console.print(f"TensorRT engines passed over: {reasons}", markup=False, soft_wrap=True)
+    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}, loaded in {seconds:.2f} s"
+    if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
+        unkept = "; " in compiled[0]
+        line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _where(pipe: Pipeline) -> str:
+    if pipe.device.type != "cuda":
+        return str(pipe.device)
+    import torch
+
+    return f"{pipe.device} ({torch.cuda.get_device_name(pipe.device)})"
+
+
+def _backend(choice: Choice) -> str:
+    """The backend in words, with the version that built its engines."""
+    from ..engines.tensorrt.api import TITLES
+
+    if choice.target is None:
+        return "ONNX Runtime"
+    target = choice.manifest.engines[choice.target]
+    return f"{TITLES[target.backend]} {target.version}"
 
 
 def _steps(pipe: Pipeline, args: argparse.Namespace) -> int:

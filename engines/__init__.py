@@ -1,10 +1,32 @@
-"""What a bundle is, and the engines that run its networks."""
+"""What a bundle is, the engines that run its networks, and the building of TensorRT's."""
 
 from __future__ import annotations
 
-from .bundle import Bundle
-from .engine import Engine
-from .load import load_engines
-from .manifest import Manifest
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Bundle", "Engine", "Manifest", "load_engines"]
+__all__ = ["BuildOptions", "Bundle", "Engine", "Manifest", "build_engines", "load_engines"]
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .engine import Engine
+    from .load import load_engines
+    from .manifest import Manifest
+    from .tensorrt.build import BuildOptions, build_engines
+
+_HOMES = {
+    "BuildOptions": "tensorrt.build",
+    "Bundle": "bundle",
+    "Engine": "engine",
+    "Manifest": "manifest",
+    "build_engines": "tensorrt.build",
+    "load_engines": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use: a building process needs no torch (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 from ..errors import BundleError
-from .manifest import MANIFEST_NAME, Component, Manifest, decode
+from .manifest import MANIFEST_NAME, Component, Manifest, Plan, decode, encode
 
 HASH_CHUNK = 1 << 22
 
@@ -19,6 +20,16 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write ``bundle.json``; a reader sees the old one or the new one, whole."""
+    temporary = root / f".{MANIFEST_NAME}.tmp"
+    try:
+        temporary.write_bytes(encode(manifest))
+        temporary.replace(root / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +47,8 @@ class Bundle:
             root: the bundle's folder.
             hashes: also read every file and compare its SHA-256, which takes seconds a gigabyte.
 
+        Plans of TensorRT are looked at when they are used: a bundle whose plans were deleted is whole without them.
+
         Raises:
             BundleError: no bundle there, an invalid manifest, or a file that is missing, shortened or altered.
         """
@@ -46,9 +59,23 @@ class Bundle:
             hint = "make one with `hypersd export --ckpt NAME`"
             raise BundleError(f"{root} is not a bundle: it has no readable {MANIFEST_NAME}; {hint}") from error
         bundle = cls(root, decode(text, str(root / MANIFEST_NAME)))
+        plans = bundle.plan_files()
         for name in bundle.manifest.files:
-            bundle._check_file(name, hashes)
+            if name not in plans or (hashes and os.path.exists(root / name)):  # Path.exists raises for a long name
+                bundle.check_file(name, hashes)
         return bundle
+
+    def plan_files(self) -> set[str]:
+        """The files that are plans of TensorRT."""
+        return {plan.file for target in self.manifest.engines.values() for plan in target.plans.values()}
+
+    def is_whole(self, plan: Plan, hashes: bool = False) -> bool:
+        """Whether a plan's file is there, of the size that was recorded and, with ``hashes``, unaltered."""
+        try:
+            self.check_file(plan.file, hashes)
+        except BundleError:
+            return False
+        return True
 
     def path(self, name: str) -> Path:
         """The full path of a file that the manifest lists; one that leaves the folder is refused."""
@@ -69,9 +96,12 @@ class Bundle:
             has = ", ".join(sorted(self.manifest.components))
             raise BundleError(f"{self.root} has no component {name!r}, it has {has}; export it again") from None
 
-    def _check_file(self, name: str, hashes: bool) -> None:
+    def check_file(self, name: str, hashes: bool = False) -> None:
+        """Raise a BundleError where a file is missing, shortened or, with ``hashes``, altered."""
         record, path = self.manifest.files[name], self.path(name)
-        again = "export or copy the bundle again"
+        again = (
+            "build it again with `hypersd build`" if name in self.plan_files() else "export or copy the bundle again"
+        )
         try:
             size = path.stat().st_size if path.is_file() else None
         except OSError:  # a name too long for this system

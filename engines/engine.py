@@ -20,6 +20,9 @@ class Engine(Protocol):
     ``run`` takes one contiguous tensor per input, on ``device``, in the dtypes and shapes of ``inputs``. The tensors
     it returns are the engine's own buffers: they hold until the same thread runs the engine again at the same shapes,
     and are never shared between threads. Copy what has to last longer.
+
+    On a CUDA device ``run`` is ordered after what the current stream did before, and before what it does next; the
+    tensors belong to that stream.
     """
 
     @property
@@ -30,6 +33,16 @@ class Engine(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph may record its run.
+
+        Then from the third run of a thread at given shapes on ``run`` only enqueues: it never allocates and the host
+        never waits. While a graph is recorded it hands what owns its memory to :func:`.cuda_graphs.retain`. Who
+        replays such a graph keeps it in order with the engine's other runs, on one stream.
+        """
+        ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the network once."""

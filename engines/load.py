@@ -2,38 +2,175 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
-from ..errors import RequestError
+import torch
+
+from ..errors import BundleError, DeviceError, RequestError
 from .bundle import Bundle
 from .engine import Engine
+from .manifest import EngineTarget, Manifest
 from .null import NullEngine
+from .progress import BuildProgress, Silent
+from .tensorrt.api import BACKENDS as TENSORRT_BACKENDS
+from .tensorrt.api import TITLES, load_api
+from .tensorrt.machine import Machine, this_machine, why_not_target
+from .tensorrt.targets import narrowed
 
-BACKENDS = ("auto", "onnxruntime", "null")
+BACKENDS = ("auto", "onnxruntime", *TENSORRT_BACKENDS, "null")
 
 
-def load_engines(bundle: Bundle, backend: str = "auto", device: str = "auto") -> Mapping[str, Engine]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a bundle is run with.
+
+    Attributes:
+        backend: ``"onnxruntime"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"null"``.
+        target: the plans, for TensorRT.
+        manifest: the bundle's, made as narrow as the plans are.
+        passed_over: targets that cannot run here, and why.
+    """
+
+    backend: str
+    target: str | None
+    manifest: Manifest
+    passed_over: Mapping[str, str]
+
+
+def choose(bundle: Bundle, backend: str = "auto", device: str = "auto", target: str | None = None) -> Choice:
+    """Decide what to run a bundle with.
+
+    Args:
+        bundle: the opened bundle.
+        backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else ONNX Runtime.
+        device: as for :func:`load_engines`.
+        target: a target of the bundle by its name, or by a part of the name that no other target has.
+
+    Raises:
+        RequestError: the backend or the target is not known.
+        DeviceError: what was asked for cannot run here; the message says why.
+        BundleError: the bundle has no plans for the backend.
+    """
+    if backend not in BACKENDS:
+        raise RequestError(f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}")
+    if target is not None and backend in ("onnxruntime", "null"):
+        raise RequestError(f"target {target!r}: only TensorRT has targets, not {backend}: leave one of the two out")
+    targets, is_cuda = _asked_for(bundle, backend, target), _is_cuda(device)
+    if backend in ("onnxruntime", "null") or (backend == "auto" and target is None and not (targets and is_cuda)):
+        return Choice(
+            backend="onnxruntime" if backend == "auto" else backend,
+            target=None,
+            manifest=bundle.manifest,
+            passed_over={},
+        )
+    if not is_cuda:
+        raise RequestError(
+            f"device {str(device)!r}: {TITLES.get(backend, 'TensorRT')} runs on CUDA devices; "
+            "expected auto, cuda or cuda:N"
+        )
+    machine = this_machine(device)
+    reasons = {name: why_not(bundle, name, machine) for name in targets}
+    runnable = [name for name, reason in reasons.items() if reason is None]
+    passed_over = {name: reason for name, reason in reasons.items() if reason is not None}
+    if runnable:
+        best = min(runnable, key=lambda name: _rank(bundle.manifest, targets[name]))
+        manifest = narrowed(bundle.manifest, targets[best].shapes)
+        return Choice(backend=targets[best].backend, target=best, manifest=manifest, passed_over=passed_over)
+    if backend == "auto" and target is None:
+        return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over=passed_over)
+    raise DeviceError(f"{bundle.root} cannot run here: " + "; ".join(dict.fromkeys(passed_over.values())))
+
+
+def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
+    """The bundle's targets that the caller may mean."""
+    targets = bundle.manifest.engines
+    if backend in TENSORRT_BACKENDS:
+        load_api(backend)  # what is missing on this machine is said first
+        targets = {name: t for name, t in targets.items() if t.backend == backend}
+        if not targets:
+            raise BundleError(
+                f"{bundle.root} has no {TITLES[backend]} engines: hypersd build {bundle.root} --backend {backend}"
+            )
+    if target is None:
+        return targets
+    found = {name: t for name, t in targets.items() if target in name}
+    if target in targets:
+        found = {target: targets[target]}
+    if len(found) != 1:
+        raise RequestError(
+            f"target {target!r} is {'none' if not found else 'more than one'} of: {', '.join(targets) or 'none'}"
+        )
+    return found
+
+
+def _is_cuda(device: str | torch.device) -> bool:
+    """Whether a device is or may be a CUDA device, here or elsewhere."""
+    try:
+        return str(device) == "auto" or torch.device(device).type == "cuda"
+    except (RuntimeError, TypeError) as error:
+        raise RequestError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+
+
+def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
+    """Why a target of a bundle cannot run here, all of it; None if nothing speaks against it."""
+    target = bundle.manifest.engines[name]
+    reasons = [why_not_target(target, bundle.manifest, machine)]
+    if broken := [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]:
+        reasons.append(f"{broken[0]} is missing or shortened: build it again with `hypersd build`")
+    return "; ".join(reason for reason in reasons if reason is not None) or None
+
+
+def _rank(manifest: Manifest, target: EngineTarget) -> tuple[bool, ...]:
+    """Smaller is better: of the bundle's usual size, fixed in shape, for the GPU at hand, and whole."""
+    extents = [target.shapes.batch, target.shapes.height, target.shapes.width]
+    usual = [manifest.shapes.batch, manifest.shapes.height, manifest.shapes.width]
+    return (
+        [extent.opt for extent in extents] != [extent.opt for extent in usual],
+        target.backend != "tensorrt",
+        any(extent.min < extent.max for extent in extents),
+        not target.compute_capabilities,
+        target.stripped,
+    )
+
+
+def load_engines(
+    bundle: Bundle, backend: str = "auto", device: str = "auto", progress: BuildProgress | None = None
+) -> Mapping[str, Engine]:
     """Make every network of a bundle ready to run.
 
     Args:
         bundle: the opened bundle.
-        backend: ``"onnxruntime"``; ``"auto"`` for the best that this machine has; ``"null"`` computes nothing and
-            shows what the loop around the networks costs.
+        backend: ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"onnxruntime"``; ``"auto"`` for the best that this machine has;
+            ``"null"`` computes nothing and shows what the loop around the networks costs.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
+        progress: told of what takes long: TensorRT-RTX compiles its kernels at the first load.
 
     Raises:
         RequestError: the backend or the device is not known.
+        BundleError: the bundle has no engines for the backend, or damaged ones.
         EngineError: it cannot run here.
     """
-    components = bundle.manifest.components
-    if backend == "null":
+    return load_choice(bundle, choose(bundle, backend, device), device, progress)
+
+
+def load_choice(
+    bundle: Bundle, choice: Choice, device: str = "auto", progress: BuildProgress | None = None
+) -> Mapping[str, Engine]:
+    """Make every network of a bundle ready to run with what was chosen (:func:`choose`)."""
+    components = choice.manifest.components
+    if choice.backend == "null":
         return {name: NullEngine(name, component) for name, component in components.items()}
-    if backend not in BACKENDS:
-        raise RequestError(f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}")
+    if choice.target is not None:
+        from .tensorrt.load import load_target
+
+        cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
+        return load_target(bundle, choice.target, components, cuda, progress or Silent())
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
-    target = resolve_device(device)
+    resolved = resolve_device(device)
+    stream = torch.cuda.Stream(resolved) if resolved.type == "cuda" else None  # torch has few: one for all networks
     return {
-        name: OnnxRuntimeEngine(name, bundle.path(component.onnx), component, target)
+        name: OnnxRuntimeEngine(name, bundle.path(component.onnx), component, resolved, stream=stream)
         for name, component in components.items()
     }

@@ -17,6 +17,8 @@ DType = Literal["float32", "float16", "int64"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
+TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+OptimizationLevel = Annotated[int, msgspec.Meta(ge=0, le=5)]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +158,61 @@ class PictureShapes(_Record, frozen=True, kw_only=True):
     width: Range
 
 
+class Plan(_Record, frozen=True, kw_only=True):
+    """One component as TensorRT built it.
+
+    Attributes:
+        file: the plan, relative to the bundle.
+        onnx: hash of the component's files that it was built from.
+        key: hash of all that it was built from, options included: plans of one key are interchangeable.
+        seconds: what the build took.
+        host_memory: largest resident size of the building process, in bytes.
+        weights_memory: device memory that the weights take, in bytes, as TensorRT reported it.
+        activation_memory: device memory that a run takes besides, in bytes, at the largest shapes.
+        decomposed_attention: attention nodes for which TensorRT has no fused kernel and that became plain ones.
+        error: largest difference from ONNX Runtime, as a part of its largest value; None where the plan was built
+            on a machine that cannot run it.
+    """
+
+    file: str
+    onnx: Sha256
+    key: Sha256
+    seconds: float
+    host_memory: Size
+    weights_memory: Size | None = None
+    activation_memory: Size | None = None
+    decomposed_attention: tuple[str, ...] = ()
+    error: float | None = None
+
+
+class EngineTarget(_Record, frozen=True, kw_only=True):
+    """Plans that run on the same machines, and all that decides which those are.
+
+    Attributes:
+        backend: the flavour of TensorRT.
+        version: its version; a plan runs on no other.
+        compute_capabilities: GPUs such as ``"8.9"``; none for a portable target, which RTX compiles when it is loaded.
+        platform: operating system and processor, such as ``"linux-x86_64"``.
+        precision: the bundle's.
+        shapes: pictures that the plans are built for, the bundle's or a part of them.
+        optimization_level: TensorRT's, 0 to 5; None for its default.
+        stripped: the plans hold no weights; they are taken from the ONNX files when a plan is loaded.
+        refittable: the plans' weights can be exchanged.
+        plans: by component.
+    """
+
+    backend: TensorRTBackend
+    version: str
+    compute_capabilities: tuple[str, ...]
+    platform: str
+    precision: Literal["fp16", "fp32"]
+    shapes: PictureShapes
+    optimization_level: OptimizationLevel | None = None
+    stripped: bool = False
+    refittable: bool = False
+    plans: dict[str, Plan]
+
+
 class Manifest(_Record, frozen=True, kw_only=True):
     """The whole of ``bundle.json``."""
 
@@ -173,6 +230,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     files: dict[str, FileRecord]
     origin: Origin
     versions: dict[str, str]
+    engines: dict[str, EngineTarget] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.files:
@@ -180,6 +238,11 @@ class Manifest(_Record, frozen=True, kw_only=True):
         named = {file for component in self.components.values() for file in component.files}
         if unlisted := sorted(named - self.files.keys()):
             raise ValueError(f"component files without a record: {', '.join(unlisted)}")
+        plans = [(name, plan) for target in self.engines.values() for name, plan in target.plans.items()]
+        if unlisted := sorted({plan.file for _, plan in plans} - self.files.keys()):
+            raise ValueError(f"plans without a record: {', '.join(unlisted)}")
+        if unknown := sorted({name for name, _ in plans} - self.components.keys()):
+            raise ValueError(f"plans of components that are not there: {', '.join(unknown)}")
 
 
 def check_relative(name: str) -> None:

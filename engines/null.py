@@ -22,6 +22,7 @@ class NullEngine:
         self.inputs = component.inputs
         self.outputs = component.outputs
         self.device = torch.device("cpu")
+        self.capturable = False
         self.runs = 0
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -6,7 +6,8 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
+from .cuda_graphs import retain
 from .engine import check_feeds
 from .manifest import Component
 
@@ -22,6 +24,8 @@ NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int6
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 KEPT_SHAPES = 8  # sets of buffers a thread; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
+# How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
+NOT_RECORDABLE = "cannot use the graph capture feature"
 
 
 def available_cores(quota: Path = CGROUP_QUOTA) -> int:
@@ -79,12 +83,16 @@ class _Binding:
                 self.io.bind_input(name, *self._place(tensor), tuple(tensor.shape), address)
                 self._addresses[name] = address
 
-    def run_first(self, session: ort.InferenceSession) -> None:
+    def run_first(
+        self, session: ort.InferenceSession, options: ort.RunOptions | None, stream: torch.cuda.Stream | None
+    ) -> None:
         """Let ONNX Runtime find the outputs' shapes, then keep buffers of those shapes for the runs to come."""
         names = [output.name for output in session.get_outputs()]
         for name in names:
             self.io.bind_output(name, self.device.type, self.device.index or 0)
-        session.run_with_iobinding(self.io)
+        session.run_with_iobinding(self.io, options)
+        if stream is not None:
+            stream.synchronize()  # the copies below do not wait for it
         values = self.io.get_outputs()
         self.outputs = {
             name: torch.from_numpy(value.numpy().copy()).to(self.device)
@@ -103,16 +111,29 @@ class OnnxRuntimeEngine:
     Safe to call from several threads: the session is shared, the output buffers belong to the calling thread. They
     are allocated at the first call with given shapes and reused by later ones (see :class:`.engine.Engine`), for the
     last few sets of shapes.
+
+    On a CUDA device all runs are enqueued on ``stream`` and the host does not wait for them. One pipeline's engines run
+    one after another and may share a stream; two pipelines may not, lest one records the other's work in its graph.
+    Intermediate results lie in the session's arena, which never shrinks and is not freed before the session: a
+    recorded graph relies on that, so do not turn on arena shrinkage.
     """
 
     def __init__(
-        self, name: str, path: Path, component: Component, device: torch.device, threads: int | None = None
+        self,
+        name: str,
+        path: Path,
+        component: Component,
+        device: torch.device,
+        threads: int | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.name = name
         self.inputs = component.inputs
         self.outputs = component.outputs
         self.device = device
-        self._session = _make_session(path, device, threads or available_cores())
+        self._stream = stream or torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._session, self.capturable = _make_session(path, device, threads or available_cores(), self._stream)
+        self._options = _cuda_run_options() if device.type == "cuda" else None
         self._check_graph(path)
         self._local = threading.local()
 
@@ -130,19 +151,19 @@ class OnnxRuntimeEngine:
         if is_first:
             binding = _Binding(self._session, self.device)
         binding.bind_inputs(feeds)
-        if self.device.type == "cuda":  # ONNX Runtime has a stream of its own
-            torch.cuda.current_stream(self.device).synchronize()
+        retain(self, binding)
         try:
-            if is_first:
-                binding.run_first(self._session)
-                bindings[key] = binding
-                if len(bindings) > KEPT_SHAPES:
-                    bindings.popitem(last=False)
-            else:
-                bindings.move_to_end(key)
-                self._session.run_with_iobinding(binding.io)
+            with _beside_current(self._stream):
+                if is_first:
+                    binding.run_first(self._session, self._options, self._stream)
+                else:
+                    self._session.run_with_iobinding(binding.io, self._options)
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
+        bindings[key] = binding
+        bindings.move_to_end(key)
+        if len(bindings) > KEPT_SHAPES:
+            bindings.popitem(last=False)
         return binding.outputs
 
     def _check_graph(self, path: Path) -> None:
@@ -153,15 +174,62 @@ class OnnxRuntimeEngine:
             raise BundleError(f"{path} has the tensors {sorted(graph)}, the manifest says {sorted(manifest)}")
 
 
-def _make_session(path: Path, device: torch.device, threads: int) -> ort.InferenceSession:
+@contextmanager
+def _beside_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is enqueued on ``stream`` inside comes after the current stream's work so far and before its work to come.
+
+    A fork and a join by events: the host does not wait, and a graph records both.
+    """
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    try:
+        yield
+    finally:
+        current.wait_stream(stream)
+
+
+def _cuda_run_options() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    # Never a graph of ONNX Runtime's own: a launch inside our recording would end the process.
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    return options
+
+
+def _make_session(
+    path: Path, device: torch.device, threads: int, stream: torch.cuda.Stream | None
+) -> tuple[ort.InferenceSession, bool]:
+    """A session, and whether its runs can be recorded in a CUDA graph."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what fails is raised, and said once
-    providers: list = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-    session = _open_session(path, options, providers)
-    if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+    if stream is None:
+        return _open_session(path, options, ["CPUExecutionProvider"]), False
+    try:
+        return _open_cuda_session(path, options, device, stream, recordable=True), True
+    except BundleError as error:
+        if NOT_RECORDABLE not in str(error):
+            raise
+        return _open_cuda_session(path, options, device, stream, recordable=False), False
+
+
+def _open_cuda_session(
+    path: Path, options: ort.SessionOptions, device: torch.device, stream: torch.cuda.Stream, *, recordable: bool
+) -> ort.InferenceSession:
+    """A session that runs on ``stream``.
+
+    With ``recordable`` ONNX Runtime is told of graphs, though it is to make none (see ``_cuda_run_options``): it then
+    refuses networks that copy between host and device, and releases no host memory by a callback on the stream. A
+    callback would be recorded, and free the same memory again at every launch (microsoft/onnxruntime#15002, #32081).
+    """
+    cuda = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
+    if recordable:
+        cuda["enable_cuda_graph"] = "1"
+    session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"])
+    if "CUDAExecutionProvider" not in session.get_providers():
         raise DeviceError(f"ONNX Runtime could not start its CUDA provider, its libraries are missing: {CUDA_HINT}")
     return session
 
@@ -186,8 +254,30 @@ def make_plain_session(path: Path) -> ort.InferenceSession:
     return _open_session(path, options, ["CPUExecutionProvider"])
 
 
+class PlainEngine:
+    """A component's graph as it is, on the CPU, in little memory and no hurry: what others are measured by."""
+
+    capturable = False
+
+    def __init__(self, path: Path, component: Component) -> None:
+        self.inputs = component.inputs
+        self.outputs = component.outputs
+        self.device = torch.device("cpu")
+        self._session = make_plain_session(path)
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the graph once; the outputs are the caller's."""
+        names = list(self.outputs)
+        try:
+            outputs = self._session.run(names, {name: tensor.numpy() for name, tensor in feeds.items()})
+        except Exception as error:  # onnxruntime's exceptions share no base class but this
+            raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
+        return {name: torch.from_numpy(np.asarray(output)) for name, output in zip(names, outputs, strict=True)}
+
+
 def _open_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        # Without enable_fallback=0 a session that fails is made again without its options, our stream among them.
+        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {one_line(error)}") from error

@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engines.compare import TOLERANCES, differences
 from ..engines.onnx_runtime import make_plain_session
 from ..errors import BundleError, ExportError, one_line
 from .networks import Network
 
 CHECK_SEED = 1  # not the inputs that were traced
 LARGE_CONSTANT = 4096
-
-# Largest error allowed, as a part of the reference's largest value, and its root mean square as a part of the
-# reference's. float16 has 11 bits: each of a deep network's sums is off by up to 5e-4 of its size, in another order in
-# each library.
-TOLERANCES = {"float32": (1e-3, 1e-4), "float16": (2e-2, 5e-3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +116,7 @@ def _compare(what: str, array: Any, expected: Tensor) -> float:
         raise ExportError(f"{what} has the shape {actual.shape}, torch gave {reference.shape}")
     if not np.isfinite(actual).all():
         raise ExportError(f"{what} is not finite: try --precision fp32")
-    error = actual - reference
-    tiny = float(np.finfo(np.float32).tiny)  # for an output that is zero everywhere
-    scale, rms_scale = max(np.abs(reference).max(), tiny), max(np.sqrt(np.mean(reference**2)), tiny)
-    largest = float(np.abs(error).max() / scale)
-    rms = float(np.sqrt(np.mean(error**2)) / rms_scale)
+    largest, rms = differences(actual, reference)
     if largest > largest_allowed or rms > rms_allowed:
         raise ExportError(
             f"{what} differs from torch by {largest:.1e} at most and {rms:.1e} in the mean, "

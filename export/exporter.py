@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any, Literal
+
+import msgspec
 
 from ..engines.bundle import Bundle
 from ..engines.manifest import (
@@ -19,6 +20,7 @@ from ..engines.manifest import (
     SourceFile,
     VaeSettings,
 )
+from ..engines.progress import Stage
 from ..errors import RequestError, UserError
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
@@ -110,7 +112,7 @@ class _Export:
         self.progress = progress
         self.shapes = picture_shapes(options.shapes, _default_size(sources))
         self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
-        with _Stage(progress, "hash the weight files"):
+        with Stage(progress, "hash the weight files"):
             self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)
         self.recipes = make_recipes(entry, sources, self.records, self.shapes, options.precision, options.lora_scale)
 
@@ -138,6 +140,7 @@ class _Export:
                 return None
             raise
         wanted = self._manifest(bundle.manifest.components, bundle.manifest.files)
+        wanted = msgspec.structs.replace(wanted, engines=bundle.manifest.engines)
         keys = {recipe.name: recipe.key for recipe in self.recipes}
         if wanted == bundle.manifest and keys == {n: c.key for n, c in bundle.manifest.components.items()}:
             return bundle
@@ -180,16 +183,16 @@ class _Export:
     def _make(self, recipe: Recipe, workspace: Workspace) -> Component:
         """Load, trace and check one network. The module is let go before its graph is run: one copy in memory."""
         with workspace.component_folder(recipe.name) as folder:
-            with _Stage(self.progress, f"{recipe.name}: load"):
+            with Stage(self.progress, f"{recipe.name}: load"):
                 network = recipe.load()
-            with _Stage(self.progress, f"{recipe.name}: run in torch"):
+            with Stage(self.progress, f"{recipe.name}: run in torch"):
                 cases = reference_cases(network)
-            with _Stage(self.progress, f"{recipe.name}: trace to ONNX"):
+            with Stage(self.progress, f"{recipe.name}: trace to ONNX"):
                 files = trace(network, folder / "model.onnx")
             inputs, outputs = network.inputs, network.outputs
             del network
             release_memory()
-            with _Stage(self.progress, f"{recipe.name}: check on ONNX Runtime") as stage:
+            with Stage(self.progress, f"{recipe.name}: check on ONNX Runtime") as stage:
                 check_graph(files[0], BYTES[recipe.precision])
                 stage.note = f"error at most {check_outputs(files[0], cases):.0e}"
             component = Component(
@@ -198,7 +201,7 @@ class _Export:
                 files=tuple(file.relative_to(workspace.root).as_posix() for file in files),
                 key=recipe.key,
             )
-            with _Stage(self.progress, f"{recipe.name}: hash"):
+            with Stage(self.progress, f"{recipe.name}: hash"):
                 workspace.finish_component(recipe.name, component)
         return component
 
@@ -239,23 +242,6 @@ class _Export:
             ),
             versions=tool_versions(),
         )
-
-
-class _Stage:
-    """Tells the progress of a stage's begin and end, with the seconds it took."""
-
-    def __init__(self, progress: ExportProgress, name: str) -> None:
-        self.progress = progress
-        self.name = name
-        self.note = ""
-
-    def __enter__(self) -> _Stage:
-        self.progress.start(self.name)
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.progress.finish(self.name, time.perf_counter() - self._began, self.note, ok=kind is None)
 
 
 def _records(sources: Sources) -> dict[str, tuple[SourceFile, ...]]:

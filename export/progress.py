@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..engines import progress
 from .hub import DownloadProgress
 
 
-class ExportProgress(Protocol):
+class ExportProgress(progress.BuildProgress, Protocol):
     """Told what happens."""
 
     @property
@@ -15,29 +16,8 @@ class ExportProgress(Protocol):
         """Told about downloads."""
         ...
 
-    def start(self, stage: str) -> None:
-        """A stage begins."""
-        ...
 
-    def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
-        """The stage ended, well or not."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something that the user should know."""
-        ...
-
-
-class Silent:
+class Silent(progress.Silent):
     """Shows nothing."""
 
     downloads = None
-
-    def start(self, stage: str) -> None:
-        pass
-
-    def finish(self, stage: str, seconds: float, note: str, ok: bool) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass

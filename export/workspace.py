@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ..engines.bundle import Bundle, sha256_file
+from ..engines.lock import locked
 from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, encode
 from ..errors import BundleError, DiskFullError, HyperSDError, UserError
 
@@ -51,32 +52,19 @@ class Workspace:
             DiskFullError: the disk filled up; what was written is deleted, so that it is not full because of us.
             UserError: the output's place cannot be written.
         """
-        import filelock
-
         workspace = cls(out)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(out.parent / f".{out.name}.lock")
+        with locked(out, on_wait):
             try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                on_wait()
-                lock.acquire()
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from error
-        try:
-            yield workspace
-        except BaseException as error:
-            if _is_disk_full(error):
-                shutil.rmtree(workspace.root, ignore_errors=True)
-                raise DiskFullError(
-                    f"the disk of {out.parent} is full: free some space or choose another --out; nothing was kept"
-                ) from error
-            if workspace._resumed and not workspace._finished.components:
-                shutil.rmtree(workspace.root, ignore_errors=True)
-            raise
-        finally:
-            lock.release()
+                yield workspace
+            except BaseException as error:
+                if _is_disk_full(error):
+                    shutil.rmtree(workspace.root, ignore_errors=True)
+                    raise DiskFullError(
+                        f"the disk of {out.parent} is full: free some space or choose another --out; nothing was kept"
+                    ) from error
+                if workspace._resumed and not workspace._finished.components:
+                    shutil.rmtree(workspace.root, ignore_errors=True)
+                raise
 
     def resume(self) -> dict[str, Component]:
         """Keep the finished components of an earlier run, delete what it left unfinished, and return them."""

@@ -6,22 +6,27 @@ import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engines import Bundle, Engine, Manifest, load_engines
+from ..engines import Bundle, Engine, Manifest
+from ..engines.cuda_graphs import Capture, GraphedFunction, capture_cuda_graph
 from ..engines.engine import TORCH_DTYPES
+from ..engines.graphed_engine import GraphedEngine
+from ..engines.load import Choice, choose, load_choice
+from ..engines.progress import BuildProgress
 from ..errors import BundleError, RequestError
-from .batching import run_rows
-from .images import check_output_type, to_output
+from .images import check_output_type, to_images, to_pixels
 from .noise import Generators, randn
+from .picture import Denoiser, Painter, PictureSettings
 from .request import Request, make_request
 from .samplers import Sampler, make_sampler
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings
+from .turns import Turns, hand_out
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
@@ -33,7 +38,9 @@ class PipelineOutput:
 
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
-        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``; and ``total``.
+        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``; and ``total``. On a
+            GPU with CUDA graphs all that the GPU does is one stage, ``draw``, which ends when the picture is on the
+            host; for ``"pt"`` and ``"latent"`` nobody waits for that, and it ends when the work is enqueued.
         request: what was drawn: the call's arguments, the manifest's where they were left out.
         seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
     """
@@ -47,29 +54,61 @@ class PipelineOutput:
 class Pipeline:
     """A bundle that is ready to draw.
 
-    Calls share no state but the engines, which keep buffers per thread: several threads may call one pipeline.
+    Several threads may call one pipeline. On the CPU their calls run side by side: they share no state but the engines,
+    which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
+    work of the caller's current stream, and which that stream waits for. If all engines can be recorded there, the
+    whole picture is a CUDA graph (see :class:`..engines.cuda_graphs.GraphedFunction`) for each of the last few kinds of
+    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network.
     """
 
     def __init__(
-        self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, ClipTokenizer]
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        tokenizers: Mapping[str, ClipTokenizer],
+        *,
+        capture: Capture | None = capture_cuda_graph,
     ) -> None:
+        """Put a pipeline together; ``capture`` records its work, None for never."""
         self.manifest = manifest
         self.engines = engines
+        self.choice: Choice | None = None  # what ``load`` decided on
         self.sampler: Sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
-        self.text = TextConditioner(tokenizers, engines)
         self.unet = engines["unet"]
         self.vae_decoder = engines["vae_decoder"]
         self.device = self.unet.device
         self.dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
+        self._graphed = None
+        is_graphed = capture is not None and all(engine.capturable for engine in engines.values())
+        if is_graphed:  # the whole picture as one graph; called stage by stage, every network is one
+            whole = Painter(manifest, engines, self.sampler, TextConditioner(tokenizers, engines))
+            self._graphed = GraphedFunction(whole.paint, capture)
+            engines = {name: GraphedEngine(engine, capture) for name, engine in engines.items()}
+        self.text = TextConditioner(tokenizers, engines)
+        self._painter = Painter(manifest, engines, self.sampler, self.text)
+        self._turns = Turns(self.device) if is_graphed or self.device.type == "cuda" else None
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto", device: str = "auto") -> Pipeline:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        device: str = "auto",
+        target: str | None = None,
+        progress: BuildProgress | None = None,
+        cuda_graphs: bool = True,
+    ) -> Pipeline:
         """Load a bundle.
 
         Args:
             bundle: the folder that ``hypersd export`` wrote.
-            backend: ``"auto"`` or ``"onnxruntime"``; ``"null"`` computes nothing, to measure the loop itself.
+            backend: ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"onnxruntime"``; ``"auto"`` takes TensorRT engines of the
+                bundle that can run here, else ONNX Runtime, and :attr:`choice` says what and why; ``"null"`` computes
+                nothing, to measure the loop itself.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+            target: which of the bundle's TensorRT engines, by the name that ``hypersd info`` shows or a part of it.
+            progress: told of what takes long; TensorRT-RTX compiles its kernels at the first load on a machine.
+            cuda_graphs: record what the GPU does and replay it; False enqueues every kernel anew at every call.
 
         Raises:
             BundleError: the bundle is missing, damaged, altered or of another version.
@@ -85,11 +124,14 @@ class Pipeline:
                 tokenizers[name] = ClipTokenizer(opened.path(file))
         for name in ("text_encoder", "unet", "vae_decoder"):
             opened.component(name)
-        engines = load_engines(opened, backend, device)
+        choice = choose(opened, backend, device, target)
+        engines = load_choice(opened, choice, device, progress)
         try:
-            return cls(opened.manifest, engines, tokenizers)
+            pipe = cls(choice.manifest, engines, tokenizers, capture=capture_cuda_graph if cuda_graphs else None)
         except RequestError as error:  # the manifest's scheduler is none
             raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
+        pipe.choice = choice
+        return pipe
 
     @torch.no_grad()
     def __call__(
@@ -154,69 +196,95 @@ class Pipeline:
             force=force,
         )
         generator, used_seed = _generator(request, generator)
+        settings = self._painter.settings(request, output_type)
         clock = _Clock()
         with clock.stage("tokenize"):
-            tokens = self._tokenize(request)
-        with clock.stage("encode"):
-            embeddings = self._embeddings(request, tokens)
-        with clock.stage("denoise"):
-            latents = self._latents(request, generator, latents)
-            denoiser = _Denoiser(self.unet, embeddings, request, self._time_ids(request))
-            callback = None
-            if callback_on_step_end is not None:
-                callback = denoiser.step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            latents = self.sampler.sample(
-                denoiser,
-                latents,
-                num_inference_steps=request.num_inference_steps,
-                timesteps=request.timesteps,
-                eta=request.eta,
-                generator=generator,
-                callback=callback,
-            )
-        images: Any = latents
-        if output_type != "latent":
-            with clock.stage("decode"):
-                sample = self.decode(latents)
-            with clock.stage("convert"):
-                images = to_output(sample, output_type)
+            tokens = self._tokenize(request, settings)
+        with self._turn() as caller:
+            call = _Call(request, settings, tokens, generator, latents)
+            if self._graphed is not None and callback_on_step_end is None:
+                images = self._draw_graphed(self._graphed, call, clock, caller)
+            else:
+                callback = None
+                if callback_on_step_end is not None:
+                    callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+                images = self._draw_by_stages(call, clock, callback, caller)
         return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each."""
-        return self.text.encode(self.text.tokenize(prompts))
+        tokens = self.text.tokenize(prompts)
+        with self._turn() as caller:
+            return self.text.encode(tokens).map(lambda tensor: hand_out(tensor, caller))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
-        dtype = TORCH_DTYPES[self.vae_decoder.inputs["latent_sample"].dtype]
-        scaled = latents.to(dtype) / self.manifest.vae.scaling_factor  # a float32 decoder's division is float32 too
-        return run_rows(self.vae_decoder, {"latent_sample": scaled.contiguous()})["sample"]
+        with self._turn() as caller:
+            return hand_out(self._painter.decode(latents), caller)
 
-    def _tokenize(self, request: Request) -> dict[str, Tensor]:
+    def _turn(self) -> AbstractContextManager[torch.cuda.Stream | None]:
+        return nullcontext() if self._turns is None else self._turns.turn()
+
+    def _draw_graphed(
+        self, graphed: GraphedFunction, call: _Call, clock: _Clock, caller: torch.cuda.Stream | None
+    ) -> Any:
+        """All at once; the random numbers are drawn here, in the same order as step by step."""
+        with clock.stage("draw"):
+            inputs = self._inputs(call)
+            inputs |= self._painter.draw_noise(call.settings, inputs["latents"], call.generator)
+            output = graphed(call.settings, inputs)["output"]
+            if call.settings.output_type in ("pt", "latent"):
+                return hand_out(output.clone(), caller)  # the graph's own memory stays here
+            pixels = self._to_host(output)
+        with clock.stage("convert"):
+            return self._images(pixels, call.settings.output_type)
+
+    def _draw_by_stages(
+        self,
+        call: _Call,
+        clock: _Clock,
+        callback: Callable[[Denoiser, int, int, Tensor], Tensor | None] | None,
+        caller: torch.cuda.Stream | None,
+    ) -> Any:
+        """Stage by stage; on a GPU each is waited for, so that its time is its own."""
+        settings = call.settings
+        with clock.stage("encode", self.device):
+            inputs = self._inputs(call)
+            embeddings = self._painter.encode(settings, inputs)
+        with clock.stage("denoise", self.device):
+            latents = self._painter.denoise(settings, embeddings, inputs, generator=call.generator, callback=callback)
+        if settings.output_type == "latent":
+            return hand_out(latents, caller)
+        with clock.stage("decode", self.device):
+            sample = self._painter.decode(latents)
+        with clock.stage("convert", self.device):
+            pixels = to_pixels(sample, settings.output_type)
+            if settings.output_type == "pt":
+                return hand_out(pixels, caller)
+            return self._images(self._to_host(pixels), settings.output_type)
+
+    def _to_host(self, pixels: Tensor) -> Tensor:
+        return pixels if self._turns is None else self._turns.to_host(pixels)
+
+    def _images(self, pixels: Tensor, output_type: str) -> Any:
+        """Pictures of the caller's own: with turns ``pixels`` are memory that the next one overwrites."""
+        images = to_images(pixels, output_type)
+        return images.copy() if output_type == "np" and self._turns is not None else images
+
+    def _inputs(self, call: _Call) -> dict[str, Tensor]:
+        """The painter's inputs, the noise apart, on the device."""
+        return {
+            **{name: ids.to(self.device) for name, ids in call.tokens.items()},
+            "latents": self._latents(call.request, call.generator, call.latents),
+            **self._painter.make_constants(call.request, call.settings),
+        }
+
+    def _tokenize(self, request: Request, settings: PictureSettings) -> dict[str, Tensor]:
         """Token ids of the negative prompts, if the text encoders have to see them, then of the prompts."""
         negatives: tuple[str, ...] = ()
-        if request.is_guided and not self._zeroed_negatives(request):
+        if settings.is_guided and not settings.zeroed_negatives:
             negatives = request.negative_prompts or ("",) * len(request.prompts)
         return self.text.tokenize([*negatives, *request.prompts])
-
-    def _zeroed_negatives(self, request: Request) -> bool:
-        """SDXL's base was trained with zeros, not with an empty text, where no negative prompt is given."""
-        is_sdxl = self.manifest.family == "sdxl"
-        return is_sdxl and self.manifest.force_zeros_for_empty_prompt and request.negative_prompts is None
-
-    def _embeddings(self, request: Request, tokens: dict[str, Tensor]) -> TextEmbeddings:
-        """One row a picture; with guidance first those of the negative prompts, as diffusers orders them."""
-        encoded, count = self.text.encode(tokens), len(request.prompts)
-
-        def repeat(rows: Tensor) -> Tensor:
-            return rows.repeat_interleave(request.num_images_per_prompt, dim=0)
-
-        positive = encoded.map(lambda rows: repeat(rows[-count:]))
-        if not request.is_guided:
-            return positive
-        if self._zeroed_negatives(request):
-            return positive.map(torch.zeros_like).cat(positive)
-        return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
 
     def _latents(self, request: Request, generator: Generators, latents: Tensor | None) -> Tensor:
         scale = self.manifest.vae.spatial
@@ -228,49 +296,30 @@ class Pipeline:
             raise RequestError(f"latents: expected a tensor of the shape {list(shape)}, got {received}")
         return latents.to(self.device, self.dtype)
 
-    def _time_ids(self, request: Request) -> Tensor | None:
-        """SDXL's size conditioning [B, 6]: original size, crop corner and target size (Podell et al., section 2.2)."""
-        if "time_ids" not in self.unet.inputs:
-            return None
-        row = [request.height, request.width, 0, 0, request.height, request.width]
-        return torch.tensor([row], dtype=self.dtype, device=self.device)
+    def _step_callback(
+        self, callback: StepCallback, names: Sequence[str]
+    ) -> Callable[[Denoiser, int, int, Tensor], Tensor | None]:
+        """The user's callback in the form that the painter takes."""
 
-
-class _Denoiser:
-    """The UNet under one call's conditioning, with classifier-free guidance if the call asks for it."""
-
-    def __init__(self, unet: Engine, embeddings: TextEmbeddings, request: Request, time_ids: Tensor | None) -> None:
-        self.unet = unet
-        self.guidance_scale = request.guidance_scale
-        self.is_guided = request.is_guided
-        self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
-        if embeddings.text_embeds is not None and time_ids is not None:
-            self.feeds["text_embeds"] = embeddings.text_embeds
-            self.feeds["time_ids"] = time_ids.repeat(len(embeddings.text_embeds), 1)
-
-    def __call__(self, sample: Tensor, t: int) -> Tensor:
-        """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
-        rows = torch.cat([sample, sample]) if self.is_guided else sample.contiguous()
-        timestep = torch.tensor([t], dtype=torch.float32, device=sample.device)
-        output = run_rows(self.unet, {"sample": rows, "timestep": timestep, **self.feeds})["out_sample"]
-        if not self.is_guided:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
-
-    def step_callback(
-        self, pipe: Pipeline, callback: StepCallback, names: Sequence[str]
-    ) -> Callable[[int, int, Tensor], Tensor | None]:
-        """The user's callback in the form that samplers take."""
-
-        def call(i: int, t: int, latents: Tensor) -> Tensor | None:
-            tensors = {"latents": latents, "prompt_embeds": self.feeds["encoder_hidden_states"]}
-            replaced = callback(pipe, i, t, {name: tensors[name] for name in names}) or {}
+        def call(denoiser: Denoiser, i: int, t: int, latents: Tensor) -> Tensor | None:
+            tensors = {"latents": latents, "prompt_embeds": denoiser.feeds["encoder_hidden_states"]}
+            replaced = callback(self, i, t, {name: tensors[name] for name in names}) or {}
             if "prompt_embeds" in replaced:
-                self.feeds["encoder_hidden_states"] = replaced["prompt_embeds"].to(pipe.device).contiguous()
-            return replaced["latents"].to(pipe.device) if "latents" in replaced else None
+                denoiser.feeds["encoder_hidden_states"] = replaced["prompt_embeds"].to(self.device).contiguous()
+            return replaced["latents"].to(self.device) if "latents" in replaced else None
 
         return call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call draws from."""
+
+    request: Request
+    settings: PictureSettings
+    tokens: dict[str, Tensor]
+    generator: Generators
+    latents: Tensor | None
 
 
 class _Clock:
@@ -281,9 +330,12 @@ class _Clock:
         self._stages: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Time what is inside, and what it enqueues on the current stream of a CUDA ``device``."""
         began = time.perf_counter()
         yield
+        if device is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         self._stages[name] = time.perf_counter() - began
 
     def timings(self) -> dict[str, float]:

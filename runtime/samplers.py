@@ -63,6 +63,7 @@ class Sampler:
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         generator: Generators = None,
+        noises: Sequence[Tensor | None] | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Finished latents [B, 4, h, w] from `latents`, unit-variance noise of that shape, which is left untouched.
@@ -70,21 +71,52 @@ class Sampler:
         `denoise(sample, t)` returns the network's output, [B, 4, h, w]. It may be the same buffer every time: it is
         read before the next call and never kept. `eta` is 0 to 1, by default 0 for DDIM and 0.3 for TCD; LCM has none.
         `generator` should be the one that drew `latents`: diffusers' pictures come from one stream of numbers.
+        With `noises`, which `draw_noise` made for the same steps, nothing is drawn.
         `callback(i, t, latents)` is called after every step; a tensor that it returns replaces the latents.
         """
         step = _STEPS[self.kind]
-        for i, c in enumerate(self.plan(num_inference_steps, timesteps, eta)):
+        plan = self.plan(num_inference_steps, timesteps, eta)
+        if noises is not None and [noise is not None for noise in noises] != [c.noisy for c in plan]:
+            raise RequestError(f"noises: expected what draw_noise makes for these {len(plan)} steps")
+        for i, c in enumerate(plan):
             model_output = denoise(latents, c.t)
-            noise = self._draw(model_output, latents, generator) if c.noisy else None
+            if noises is not None:
+                noise = noises[i]
+            elif c.noisy:
+                dtype = self._noise_dtype(latents.dtype, model_output.dtype)
+                noise = randn(model_output.shape, generator=generator, device=model_output.device, dtype=dtype)
+            else:
+                noise = None
             latents = step(c, model_output, latents, noise)
             if callback is not None and (replaced := callback(i, c.t, latents)) is not None:
                 latents = replaced
         return latents
 
-    def _draw(self, model_output: Tensor, latents: Tensor, generator: Generators) -> Tensor:
-        # diffusers' DDIM draws in the dtype of the network's output, the others in that of the new sample.
-        dtype = model_output.dtype if self.kind == "ddim" else torch.result_type(model_output, latents)
-        return randn(model_output.shape, generator=generator, device=model_output.device, dtype=dtype)
+    def draw_noise(
+        self,
+        latents: Tensor,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        generator: Generators = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> list[Tensor | None]:
+        """The noise of every step, None where a step takes none: what `sample` would draw, in the same order.
+
+        Of `latents` the shape, the device and the dtype count; the values need not be there yet. `output_dtype` is
+        that of the network's output, by default that of `latents`.
+        """
+        dtype = self._noise_dtype(latents.dtype, output_dtype or latents.dtype)
+        return [
+            randn(latents.shape, generator=generator, device=latents.device, dtype=dtype) if c.noisy else None
+            for c in self.plan(num_inference_steps, timesteps, eta)
+        ]
+
+    def _noise_dtype(self, latents: torch.dtype, output: torch.dtype) -> torch.dtype:
+        # diffusers' DDIM draws in the dtype of the network's output, the others in that of the new sample, which after
+        # the first step is the wider of the two.
+        return output if self.kind == "ddim" else torch.promote_types(latents, output)
 
 
 def make_sampler(kind: str, **config: Any) -> Sampler:

@@ -77,6 +77,11 @@ class TextConditioner:
         self._tokenizers = tokenizers
         self._engines = engines
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders' names, in the order that their embeddings are joined in."""
+        return tuple(ENCODERS[name] for name in self._tokenizers)
+
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids [B, 77] for each text encoder, by its name. Warns of text that is cut off, and names it."""
         ids: dict[str, Tensor] = {}

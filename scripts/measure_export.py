@@ -129,6 +129,7 @@ def main() -> None:
             [sys.executable, "-c", _write_command(folder, args.family)], check=True, cwd=Path(__file__).parent
         )
     command = [sys.executable, "-m", "hypersd.cli", "export", "--ckpt", CHECKPOINTS[args.family], "--replace"]
+    command += ["--engine", "none"]
     command += ["--base", str(folder / "base"), "--lora", str(folder / "lora.safetensors")]
     command += ["--vae", str(folder / "base"), "--precision", args.precision, "--out", str(folder / args.precision)]
     result = run_measured(command)

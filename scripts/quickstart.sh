@@ -48,7 +48,7 @@ say "Exporting $CKPT to an ONNX bundle"
 run hypersd export --ckpt "$CKPT" \
     --base "$REPOS/stable-diffusion-v1-5/stable-diffusion-v1-5" \
     --lora "$REPOS/ByteDance/Hyper-SD/$CKPT.safetensors" \
-    --precision fp32 --out "$BUNDLE"
+    --precision fp32 --engine none --out "$BUNDLE"
 
 say "Drawing in one step"
 run hypersd generate "$BUNDLE" "a photo of a cat" --steps 1 --seed 0 -o "$PICTURE"

@@ -23,7 +23,7 @@ type_check() {
     fi
 }
 
-set_up export,dev
+set_up export,dev,tensorrt-rtx
 
 if (($# == 0)); then
     failed=()

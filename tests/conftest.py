@@ -66,6 +66,19 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rtx_bundle(tmp_path_factory: pytest.TempPathFactory, source_options) -> Path:
+    """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""
+    pytest.importorskip("tensorrt_rtx")
+    from hypersd.engines import build_engines
+    from hypersd.export import ExportOptions, export_bundle
+
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), precision="fp16")
+    bundle = export_bundle(name, tmp_path_factory.mktemp("rtx") / name, options)
+    return build_engines(bundle, "tensorrt-rtx").root
+
+
+@pytest.fixture(scope="session")
 def sdxl_dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_repos: Path, source_options) -> Path:
     """An fp16 SDXL bundle with ranges of batch (1 to 2), height and width (64 to 104 and 96), and the fp16-fix VAE."""
     from hypersd.export import ExportOptions, export_bundle

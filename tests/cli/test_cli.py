@@ -19,31 +19,6 @@ from hypersd.export.checkpoints import CHECKPOINTS
 REPO = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``fails(*argv)``: run a command that must end with one line on stderr and exit code 2; returns that line."""
-
-    def run(*argv: object, code: int = 2) -> str:
-        capsys.readouterr()
-        assert main([str(word) for word in argv]) == code
-        captured = capsys.readouterr()
-        lines = [line for line in captured.err.splitlines() if "loaded in" not in line]
-        assert len(lines) == 1, captured.err
-        assert lines[0].startswith("hypersd")
-        assert captured.out == ""
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
-def export_arguments(tiny_repos: Path) -> list[str]:
-    """What exports a tiny SD1.5 checkpoint from local files."""
-    base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-1step-lora.safetensors"
-    return ["export", "--ckpt", "Hyper-SD15-1step-lora", "--base", str(base), "--lora", str(lora)]
-
-
 def test_list_names_every_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     """Every row is one line with base, steps and sampler."""
     assert main(["list"]) == 0
@@ -289,7 +264,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("list", "export", "info", "generate", "verify")),
+        *([name, "--help"] for name in ("list", "export", "build", "info", "generate", "verify")),
     ):
         assert main(words) == 0
         assert len(capsys.readouterr().out) > 10

@@ -46,7 +46,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, picture."""
     env = hub.environment(tmp_path / "cache")
     hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
-    done = hypersd("export", "--ckpt", NAME, cwd=tmp_path, env=env)
+    done = hypersd("export", "--ckpt", NAME, "--engine", "none", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr + done.stdout, "no bar and no colour in a pipe"
@@ -64,7 +64,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
 
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     hub.forget_requests()
-    again = hypersd("export", "--ckpt", f"{NAME}.safetensors", cwd=tmp_path, env=offline)
+    again = hypersd("export", "--ckpt", f"{NAME}.safetensors", "--engine", "none", cwd=tmp_path, env=offline)
     assert again.returncode == 0, again.stderr
     assert "done already" in again.stderr
     drawn = hypersd(
@@ -99,7 +99,8 @@ def test_the_hub_says_no(hub: LoopbackHub, tiny_repos: Path, tmp_path: Path) -> 
 def local_export(tiny_repos: Path) -> list[str]:
     base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
     lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-2steps-lora.safetensors"
-    return ["export", "--ckpt", "Hyper-SD15-2steps-lora", "--base", str(base), "--lora", str(lora), "--out", "bundle"]
+    words = ["--ckpt", "Hyper-SD15-2steps-lora", "--base", str(base), "--lora", str(lora), "--out", "bundle"]
+    return ["export", "--engine", "none", *words]
 
 
 def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:

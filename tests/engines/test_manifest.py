@@ -78,6 +78,33 @@ MANIFEST: dict[str, Any] = {
     },
     "versions": {"hypersd": "0.1.0"},
 }
+PLAN = "engines/some-target/unet.engine"
+TARGET: dict[str, Any] = {
+    "backend": "tensorrt-rtx",
+    "version": "1.7.1.116",
+    "compute_capabilities": ["8.9"],
+    "platform": "linux-x86_64",
+    "precision": "fp32",
+    "shapes": MANIFEST["shapes"],
+    "optimization_level": None,
+    "stripped": False,
+    "refittable": False,
+    "plans": {
+        "unet": {
+            "file": PLAN,
+            "onnx": HASH,
+            "key": HASH,
+            "seconds": 77.5,
+            "host_memory": 17_000_000_000,
+            "weights_memory": None,
+            "activation_memory": 0,
+            "decomposed_attention": ["attention_1"],
+            "error": 0.001,
+        }
+    },
+}
+MANIFEST["files"][PLAN] = {"size": 7, "sha256": HASH}
+MANIFEST["engines"] = {"some-target": TARGET}
 DELETE = object()
 
 
@@ -121,6 +148,37 @@ def test_optional_fields_may_be_absent() -> None:
     """Protects what the schema calls optional: an absent key is its default, not an error."""
     assert decode(text(changed("sampler", "timesteps", to=DELETE)), WHERE).sampler.timesteps is None
     assert decode(text(changed("origin", "lora_scale", to=DELETE)), WHERE).origin.lora_scale is None
+
+
+def test_bundles_from_before_there_were_engines_are_read() -> None:
+    """Older bundles have no ``engines``, and are bundles without any."""
+    older = decode(text(changed("engines", to=DELETE)), WHERE)
+    assert older.engines == {}
+    assert older == decode(text(changed("engines", to={})), WHERE)
+
+
+def test_plans_without_a_record_are_refused() -> None:
+    """A plan is machine code: there must be a size and a digest to hold it to."""
+    refused = refusal(text(changed("files", PLAN, to=DELETE)))
+    assert PLAN in refused
+    assert "without a record" in refused
+
+
+def test_plans_of_networks_that_are_not_there_are_refused() -> None:
+    """Nothing says which inputs such a plan has."""
+    plans = {**TARGET["plans"], "controlnet": TARGET["plans"]["unet"]}
+    refused = refusal(text(changed("engines", "some-target", "plans", to=plans)))
+    assert "controlnet" in refused
+    assert "not there" in refused
+
+
+@pytest.mark.parametrize("name", ["../unet.engine", "/unet.engine", "engines\\unet.engine", "engines/a\nb.engine"])
+def test_plans_outside_the_bundle_are_refused(name: str) -> None:
+    """The same as for any other file, record or not."""
+    manifest = changed("engines", "some-target", "plans", "unet", "file", to=name)
+    assert "without a record" in refusal(text(manifest))
+    manifest["files"][name] = MANIFEST["files"][PLAN]
+    assert "file name" in refusal(text(manifest))
 
 
 @given(low=st.integers(1, 10**6), more=st.integers(0, 10**6), most=st.integers(0, 10**6), factor=st.integers(1, 64))
@@ -202,7 +260,18 @@ def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [(), ("shapes",), ("shapes", "batch"), ("sampler",), ("vae",), ("components", "unet"), ("origin",)]
+    "place",
+    [
+        (),
+        ("shapes",),
+        ("shapes", "batch"),
+        ("sampler",),
+        ("vae",),
+        ("components", "unet"),
+        ("origin",),
+        ("engines", "some-target"),
+        ("engines", "some-target", "plans", "unet"),
+    ],
 )
 def test_unknown_keys_are_refused_by_name(place: tuple[str, ...]) -> None:
     """A setting that this version does not know must not be ignored: it would draw another picture without a word."""
@@ -228,6 +297,9 @@ def test_an_unknown_key_with_a_line_break_stays_on_one_line() -> None:
         ("files", "unet/model.onnx", "sha256"),
         ("origin", "base"),
         ("origin", "weights", "unet", 0, "size"),
+        ("engines", "some-target", "version"),
+        ("engines", "some-target", "compute_capabilities"),
+        ("engines", "some-target", "plans", "unet", "onnx"),
     ],
     ids=str,
 )
@@ -267,6 +339,16 @@ def test_missing_keys_are_refused_by_name(keys: tuple[str | int, ...]) -> None:
         (("components", "unet", "key"), ""),
         (("origin", "weights"), None),
         (("versions", "hypersd"), 1),
+        (("engines",), []),
+        (("engines", "some-target", "backend"), "onnxruntime"),
+        (("engines", "some-target", "compute_capabilities"), "8.9"),
+        (("engines", "some-target", "compute_capabilities"), [8.9]),
+        (("engines", "some-target", "optimization_level"), 6),
+        (("engines", "some-target", "optimization_level"), -1),
+        (("engines", "some-target", "stripped"), 0),
+        (("engines", "some-target", "plans", "unet", "key"), HASH[1:]),
+        (("engines", "some-target", "plans", "unet", "host_memory"), -1),
+        (("engines", "some-target", "plans", "unet", "error"), "small"),
     ],
     ids=str,
 )
@@ -277,9 +359,10 @@ def test_wrong_values_are_refused(keys: tuple[str | int, ...], value: Any) -> No
 
 @pytest.mark.parametrize("extents", [(3, 2, 4), (2, 5, 4), (4, 3, 2), (2, 1, 2)])
 def test_disordered_ranges_are_refused(extents: tuple[int, int, int]) -> None:
-    """A range must hold its own usual extent, in the picture's shapes and in a tensor's alike."""
+    """A range must hold its own usual extent, in the picture's shapes, in a plan's and in a tensor's alike."""
     wrong = dict(zip(("min", "opt", "max"), extents, strict=True), name="batch\nx")
     assert "min <= opt <= max" in refusal(text(changed("shapes", "batch", to=wrong)))
+    assert "min <= opt <= max" in refusal(text(changed("engines", "some-target", "shapes", "batch", to=wrong)))
     assert "min <= opt <= max" in refusal(text(changed("components", "unet", "inputs", "sample", "shape", 0, to=wrong)))
 
 
@@ -398,6 +481,8 @@ def read_or_refuse(raw: bytes) -> None:
         assert decode(encode(manifest), WHERE) == manifest
         for component in manifest.components.values():
             assert component.onnx in manifest.files
+        for target in manifest.engines.values():
+            assert all(plan.file in manifest.files for plan in target.plans.values())
     assert "\n" not in refused
     assert "\r" not in refused
 

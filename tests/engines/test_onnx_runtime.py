@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines import onnx_runtime as module
+from hypersd.engines.cuda_graphs import GraphedFunction
 from hypersd.engines.engine import TORCH_DTYPES
 from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
@@ -372,18 +373,99 @@ def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyP
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(
-    monkeypatch: pytest.MonkeyPatch, add: Any, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, add: OnnxRuntimeEngine, tmp_path: Path
 ) -> None:
     """ONNX Runtime drops a provider that will not start and goes on: that must not pass for the GPU."""
     real = ort.InferenceSession
     monkeypatch.setattr(
-        module.ort, "InferenceSession", lambda path, options, providers: real(path, options, ["CPUExecutionProvider"])
+        module.ort, "InferenceSession", lambda path, options, **_: real(path, options, ["CPUExecutionProvider"])
     )
-    shapes = {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}
     with pytest.raises(DeviceError, match="CUDA provider"):
-        OnnxRuntimeEngine(
-            "net", tmp_path / "add.onnx", component(shapes, {"out": (ROWS, COLUMNS)}), torch.device("cuda", 0)
-        )
+        module._make_session(tmp_path / "add.onnx", torch.device("cuda", 0), 1, SomeStream())
+
+
+class SomeStream:
+    """What a session is told of a CUDA stream, where there is no CUDA."""
+
+    cuda_stream = 1234567
+
+
+def record_sessions(monkeypatch: pytest.MonkeyPatch, error: str = "") -> list[dict[str, Any]]:
+    """The arguments that sessions are made with; those that are to be recorded fail with ``error`` if there is one."""
+    calls: list[dict[str, Any]] = []
+
+    class Session:
+        def __init__(self, path: str, options: Any, **arguments: Any) -> None:
+            calls.append(arguments)
+            if error and "enable_cuda_graph" in arguments["providers"][0][1]:
+                raise RuntimeError(error)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(module.ort, "InferenceSession", Session)
+    return calls
+
+
+def test_a_cuda_session_runs_on_our_stream_and_may_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On our stream, without ONNX Runtime's fall-back, which makes a session that failed again without its options."""
+    calls = record_sessions(monkeypatch)
+    _, capturable = module._make_session(Path("net.onnx"), torch.device("cuda", 1), 1, SomeStream())
+    assert capturable
+    (call,) = calls
+    expected = {"device_id": "1", "user_compute_stream": "1234567", "enable_cuda_graph": "1"}
+    assert call["providers"] == [("CUDAExecutionProvider", expected), "CPUExecutionProvider"]
+    assert call["enable_fallback"] == 0
+
+
+def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that copies between host and device: ONNX Runtime refuses to record it, and it is run step by step."""
+    told = "This session cannot use the graph capture feature as requested by the user as the model has control flow"
+    calls = record_sessions(monkeypatch, told)
+    _, capturable = module._make_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+    assert not capturable
+    assert [call["providers"][0][1].get("enable_cuda_graph") for call in calls] == ["1", None]
+    assert calls[1]["providers"][0][1]["user_compute_stream"] == "1234567"
+
+
+def test_a_session_that_fails_for_another_reason_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file is a damaged file."""
+    calls = record_sessions(monkeypatch, "Protobuf parsing failed")
+    with pytest.raises(BundleError, match="Protobuf"):
+        module._make_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+    assert len(calls) == 1
+
+
+def test_runs_on_cuda_neither_wait_nor_make_graphs_of_their_own() -> None:
+    """The two run options that recording rests on, under ONNX Runtime's names."""
+    options = module._cuda_run_options()
+    assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    assert options.get_run_config_entry("gpu_graph_id") == "-1"
+
+
+def test_the_cpu_is_not_recorded(add: OnnxRuntimeEngine) -> None:
+    """There is no graph of a CPU's work."""
+    assert not add.capturable
+
+
+def test_a_recording_keeps_the_buffers_that_it_writes_to(add: OnnxRuntimeEngine) -> None:
+    """A graph may outlive its thread, and a shape its place among the last few: its buffers stay."""
+    kept: list[Any] = []
+
+    def capture(work: Any) -> Any:
+        return lambda: None, work()
+
+    class Watch(GraphedFunction):
+        def _record(self, key: Any, entry: Any) -> None:
+            super()._record(key, entry)
+            kept.extend(entry.kept)
+
+    graphed = Watch(lambda key, feeds: add.run(feeds), capture)
+    feeds = {"a": torch.ones(2, 3), "b": torch.ones(3, 2)}
+    for _ in range(3):
+        output = graphed(0, feeds)["out"]
+    assert kept[0] is add
+    assert kept[1].outputs["out"] is output
 
 
 @pytest.mark.parametrize("backend", ["", "onnx", "tensorrt5", "ONNXRUNTIME"])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd.errors import RequestError
-from hypersd.runtime.images import check_output_type, to_output
+from hypersd.runtime.images import check_output_type, to_output, to_pixels
 
 JUDGE = VaeImageProcessor()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -55,6 +55,52 @@ def test_every_level_and_the_halves_between_round_as_in_diffusers(dtype: torch.d
     assert_same_pictures(sample)
     picture = np.asarray(to_output(sample.float(), "pil")[0])
     assert (picture.min(), picture.max()) == (0, 255)
+
+
+def numpy_pixels(sample: Tensor) -> np.ndarray:
+    """The 8-bit conversion as diffusers writes it, in numpy, without its clothes."""
+    array = (sample * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
+    return (array * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_number_becomes_the_same_pixel(dtype: torch.dtype) -> None:
+    """All 65,536 of them but nan, converted by torch where the sample lies instead of by numpy on the host."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    sample = numbers[~numbers.isnan()].expand(1, 3, 1, -1)
+    assert np.array_equal(to_pixels(sample, "pil").numpy(), numpy_pixels(sample))
+
+
+def test_float32_numbers_become_the_same_pixel() -> None:
+    """Around every half between two levels, a few representable numbers to either side, and a million others."""
+    halves = (torch.arange(255) + 0.5) / 255 * 2 - 1
+    near = [halves]
+    for towards in (2.0, -2.0):
+        one = halves
+        for _ in range(4):
+            one = torch.nextafter(one, torch.full_like(one, towards))
+            near.append(one)
+    around = torch.stack(near).reshape(1, 1, -1).expand(1, 3, -1).unsqueeze(2)
+    many = torch.rand(1, 3, 600, 600, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    for one in (around, many):
+        assert np.array_equal(to_pixels(one, "pil").numpy(), numpy_pixels(one))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_is_black() -> None:
+    """What C leaves open, as numpy has it here: a network that overflowed shows as black, not as noise."""
+    sample = torch.full((1, 3, 4, 8), torch.nan)
+    assert not to_pixels(sample, "pil").any()
+    assert np.isnan(to_output(sample, "np")).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("pil", torch.uint8), ("np", torch.float32), ("pt", torch.float16)])
+def test_pixels_are_one_plain_block(kind: str, dtype: torch.dtype) -> None:
+    """So that a GPU's copy to the host is one transfer, of 3 bytes a pixel for a picture."""
+    pixels = to_pixels(torch.randn(2, 3, 8, 16).half(), kind)
+    assert pixels.dtype == dtype
+    assert pixels.is_contiguous()
+    assert pixels.shape == ((2, 3, 8, 16) if kind == "pt" else (2, 8, 16, 3))
 
 
 def test_strided_samples_are_fine() -> None:

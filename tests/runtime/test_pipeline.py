@@ -43,6 +43,7 @@ class Counting:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device
+        self.capturable = engine.capturable
         self.rows: list[int] = []
         self.timesteps: list[float] = []
 
@@ -477,6 +478,7 @@ class Fake:
         self.inputs = {"timestep": TensorSpec(dtype="float32", shape=(1,)), "x": spec, "z": spec}
         self.outputs = {"y": spec, "w": spec}
         self.device = torch.device("cpu")
+        self.capturable = False
         self.least, self.most = least, most
         self.batches: list[int] = []
         self.buffers: dict[tuple[str, int], Tensor] = {}

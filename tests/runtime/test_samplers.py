@@ -274,6 +274,53 @@ def test_one_generator_for_the_batch(kind: str, listed: bool) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["one-generator", "one-a-sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "eta"), KIND_ETA)
+def test_noise_drawn_ahead_is_the_noise_of_the_loop(
+    kind: str, eta: float | None, dtype: torch.dtype, listed: bool
+) -> None:
+    """Protects seeds under CUDA graphs, where every number is drawn before the first step: same numbers, same order."""
+    sampler = make_sampler(kind, **TRAILING)
+    for n in range(1, 13):
+        request: dict[str, Any] = {"num_inference_steps": n, "eta": eta}
+        ours, theirs = ([seeded(n), seeded(n + 99)] if listed else seeded(n) for _ in range(2))
+        latents = randn(SHAPE, generator=ours, device="cpu", dtype=dtype)
+        randn(SHAPE, generator=theirs, device="cpu", dtype=dtype)
+        noises = sampler.draw_noise(latents, generator=ours, **request)
+        actual = sampler.sample(denoise, latents, noises=noises, generator=None, **request)
+        assert torch.equal(actual, sampler.sample(denoise, latents, generator=theirs, **request))
+        pairs = zip(ours, theirs, strict=True) if listed else [(ours, theirs)]
+        assert all(torch.equal(one.get_state(), other.get_state()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sample_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.float16])
+def test_noise_drawn_ahead_for_a_network_in_another_precision(
+    kind: str, sample_dtype: torch.dtype, output_dtype: torch.dtype
+) -> None:
+    """Protects the dtype rule of each sampler: float16 noise is not float32 noise rounded."""
+    sampler, latents = make_sampler(kind, **TRAILING), torch.randn(SHAPE, generator=seeded()).to(sample_dtype)
+    request: dict[str, Any] = {"num_inference_steps": 4, "eta": None if kind == "lcm" else 1.0}
+
+    def network(sample: Tensor, t: int) -> Tensor:
+        return denoise(sample, t).to(output_dtype)
+
+    noises = sampler.draw_noise(latents, generator=seeded(3), output_dtype=output_dtype, **request)
+    actual = sampler.sample(network, latents, noises=noises, **request)
+    assert torch.equal(actual, sampler.sample(network, latents, generator=seeded(3), **request))
+
+
+def test_noise_of_other_steps_is_refused() -> None:
+    """Protects from a picture with a step's noise missing, or of a schedule that was not asked for."""
+    sampler, latents = make_sampler("tcd", **SD), torch.zeros(SHAPE)
+    noises = sampler.draw_noise(latents, num_inference_steps=3, eta=1.0, generator=seeded())
+    for request in ({"num_inference_steps": 4, "eta": 1.0}, {"num_inference_steps": 3, "eta": 0.0}):
+        with pytest.raises(RequestError, match="noises: expected what draw_noise makes"):
+            sampler.sample(pytest.fail, latents, noises=noises, **request)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),

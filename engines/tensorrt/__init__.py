@@ -1,0 +1,1 @@
+"""TensorRT, in its two flavours: building plans, keeping them in a bundle, and running them."""

@@ -1,0 +1,277 @@
+"""TensorRT in its two flavours: the only module that imports them, and the only one that knows where they differ.
+
+``tensorrt`` (10.8 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. What differs
+is here: what a version lacks is asked of its classes, not of its version number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import mmap
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ...errors import DeviceError, EngineError, RequestError, one_line
+from ..manifest import TensorRTBackend
+
+BACKENDS: tuple[TensorRTBackend, ...] = ("tensorrt", "tensorrt-rtx")
+TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+OLDEST = {"tensorrt": (10, 8), "tensorrt-rtx": (1, 7)}
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
+}
+
+Log = Callable[[str, str], None]  # severity ("ERROR", "WARNING", ...), text
+
+
+def installed_version(backend: str) -> str | None:
+    """The version of the installed flavour, without importing it; None if it is not there."""
+    if importlib.util.find_spec(_MODULES[backend]) is None:
+        return None
+    for distribution in _DISTRIBUTIONS[backend]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    try:  # installed without pip, as some NVIDIA images have it
+        return load_api(backend).version
+    except DeviceError:
+        return None
+
+
+def pip_line(backend: str) -> str:
+    """How to install a flavour."""
+    return f"pip install 'hypersd[{backend}]'"
+
+
+@functools.cache
+def load_api(backend: str) -> TensorRTApi:
+    """Import a flavour.
+
+    Raises:
+        RequestError: it is none.
+        DeviceError: it is not installed, lacks its libraries, or is too old.
+    """
+    if backend not in BACKENDS:
+        raise RequestError(f"backend {backend!r} is not TensorRT: expected {' or '.join(BACKENDS)}")
+    title = TITLES[backend]
+    try:
+        module = importlib.import_module(_MODULES[backend])
+    except ModuleNotFoundError as error:
+        raise DeviceError(f"{title} is not installed: {pip_line(backend)}") from error
+    except Exception as error:  # a shared library that is missing or does not fit
+        raise DeviceError(
+            f"{title} cannot be loaded: {one_line(error)}; install it anew: {pip_line(backend)}"
+        ) from error
+    version = getattr(module, "__version__", "")
+    if _release(version) < OLDEST[backend]:
+        oldest = ".".join(map(str, OLDEST[backend]))
+        raise DeviceError(f"{title} {version or 'of no version'} is too old, expected {oldest}: {pip_line(backend)} -U")
+    return TensorRTApi(cast(TensorRTBackend, backend), module)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTApi:
+    """A flavour of TensorRT.
+
+    Attributes:
+        backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        trt: its module.
+    """
+
+    backend: TensorRTBackend
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        return self.trt.__version__
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether plans are compiled for the GPU when they are loaded, so that building one takes no GPU."""
+        return self.backend == "tensorrt-rtx"
+
+    def __str__(self) -> str:
+        return f"{TITLES[self.backend]} {self.version}"
+
+    # building
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """GPUs that a plan can be built for by name, such as ``"8.9"``; none where it is always this machine's."""
+        names = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
+        digits = [name.removeprefix("SM") for name in names if name.startswith("SM")]
+        return tuple(f"{d[:-1]}.{d[-1]}" for d in sorted(digits, key=int))
+
+    def make_logger(self, log: Log) -> Any:
+        """A logger that hands on what TensorRT says. Keep it as long as what it is given to, which does not."""
+        trt = self.trt
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, text: str) -> None:
+                log(severity.name, text)
+
+        return Logger()
+
+    def make_progress_monitor(
+        self,
+        start: Callable[[str, str | None, int], None],
+        step: Callable[[str, int], bool],
+        end: Callable[[str], None],
+    ) -> Any:
+        """A progress monitor; a ``step`` that returns False stops the build."""
+        trt = self.trt
+
+        class Monitor(trt.IProgressMonitor):
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)
+
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                start(phase_name, parent_phase, num_steps)
+
+            def step_complete(self, phase_name: str, step_index: int) -> bool:
+                return step(phase_name, step_index)
+
+            def phase_finish(self, phase_name: str) -> None:
+                end(phase_name)
+
+        return Monitor()
+
+    def create_network(self, builder: Any) -> Any:
+        """An empty network, strongly typed: types are those of the ONNX and not TensorRT's to choose."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return builder.create_network(0 if flag is None else 1 << int(flag))  # one day there may be no other kind
+
+    def parser_has(self, parser: Any, operator: str) -> bool:
+        """Whether the ONNX parser imports an operator."""
+        return bool(parser.supports_operator(operator))
+
+    def attentions(self, network: Any) -> Iterator[Any]:
+        """The fused attentions (``IAttention``) of a network; versions before 10.14 have none."""
+        kind = getattr(self.trt.LayerType, "ATTENTION_INPUT", None)
+        for i in range(network.num_layers if kind is not None else 0):
+            layer = network.get_layer(i)
+            if layer.type == kind:
+                layer.__class__ = self.trt.IAttentionInputLayer  # the binding hands out the base class
+                yield layer.attention
+
+    def set_compute_capabilities(self, config: Any, capabilities: Sequence[str]) -> None:
+        """Build for these GPUs instead of all."""
+        config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            name = f"SM{capability.replace('.', '')}"
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, name), i)
+
+    def build(self, builder: Any, network: Any, config: Any, path: Path) -> bool:
+        """Build a plan into a file; False where TensorRT failed and told its logger why.
+
+        Newer versions write it straight out, which takes a tenth less memory at the peak.
+        """
+        if not hasattr(builder, "build_serialized_network_to_stream"):
+            plan = builder.build_serialized_network(network, config)
+            if plan is not None:
+                path.write_bytes(plan)
+            return plan is not None
+        with path.open("wb") as file:
+            writer = self._stream_writer(file)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.error is not None:
+            raise writer.error
+        return bool(built)
+
+    def _stream_writer(self, file: Any) -> Any:
+        trt = self.trt
+
+        class Writer(trt.IStreamWriter):
+            error: OSError | None = None
+
+            def __init__(self) -> None:
+                trt.IStreamWriter.__init__(self)
+
+            def write(self, data: Any) -> int:
+                try:
+                    return file.write(data)
+                except OSError as error:  # must not go through TensorRT, which knows no Python
+                    self.error = self.error or error
+                    return 0
+
+        return Writer()
+
+    # running
+
+    def invalidity(self, runtime: Any, plan: mmap.mmap) -> str | None:
+        """Why a plan cannot run here, in TensorRT's words: ``UNSUPPORTED_CC``; None if it can or nothing tells."""
+        if not hasattr(runtime, "get_engine_validity"):
+            return None
+        validity, bits = runtime.get_engine_validity(plan[: runtime.engine_header_size])
+        if validity != self.trt.EngineValidity.INVALID:
+            return None
+        diagnostics = self.trt.EngineInvalidityDiagnostics
+        names = [name for name, flag in diagnostics.__members__.items() if bits & int(getattr(flag, "value", flag))]
+        return ", ".join(names) or None
+
+    def create_context(self, engine: Any, runtime_cache: Any = None) -> Any:
+        """An execution context that is given its activation memory; None where there is not enough memory for it."""
+        managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self.is_rtx:
+            return engine.create_execution_context(managed)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(managed)
+        # Every kernel is compiled with the context, so that no call waits for one; hypersd records its own CUDA graphs.
+        config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
+        if runtime_cache is not None:
+            config.set_runtime_cache(runtime_cache)
+        return engine.create_execution_context(config)
+
+    def create_runtime_cache(self, engine: Any, content: bytes) -> Any:
+        """RTX's cache of compiled kernels, from what :func:`serialize_runtime_cache` gave; what is no use is ignored.
+
+        Other flavours compile nothing when they load, and have none: None.
+        """
+        if not self.is_rtx:
+            return None
+        cache = engine.create_runtime_config().create_runtime_cache()
+        if content:
+            cache.deserialize(content)
+        return cache
+
+    def serialize_runtime_cache(self, cache: Any) -> bytes:
+        """The cache's content."""
+        return bytes(cache.serialize())
+
+    def refit(self, engine: Any, onnx: Path, logger: Any) -> None:
+        """Give a plan without weights those of an ONNX file.
+
+        Raises:
+            EngineError: the file is not the one that the plan was built from.
+        """
+        refitter = self.trt.Refitter(engine, logger)
+        parser = self.trt.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(onnx)):
+            errors = "; ".join(one_line(Exception(parser.get_error(i).desc())) for i in range(parser.num_errors))
+            raise EngineError(f"{onnx} does not refit its plan: {errors or 'no reason given'}")
+        if missing := list(refitter.get_missing_weights()):
+            raise EngineError(f"{onnx} lacks weights that its plan needs: {', '.join(sorted(missing)[:5])}")
+        if not refitter.refit_cuda_engine():
+            raise EngineError(f"the plan of {onnx} could not be refitted: build it again")
+
+
+def is_loaded(backend: str) -> bool:
+    """Whether this process has imported a flavour."""
+    return _MODULES[backend] in sys.modules

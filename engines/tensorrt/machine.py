@@ -1,0 +1,165 @@
+"""What this machine can run, and why it cannot run the rest."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+
+from ..manifest import EngineTarget, Manifest
+from .api import BACKENDS, TITLES, installed_version, pip_line
+from .targets import onnx_hash, this_platform
+
+_CUDA_WHEELS = {  # the distribution that says for which CUDA a flavour's libraries were built
+    "tensorrt": {"tensorrt-cu13": 13, "tensorrt-cu12": 12},
+    "tensorrt-rtx": {"tensorrt-rtx-cu13": 13, "tensorrt-rtx-cu12": 12},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A CUDA device. Memory in bytes."""
+
+    index: int
+    name: str
+    compute_capability: str
+    free_memory: int
+    total_memory: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What decides which plans run.
+
+    Attributes:
+        platform: operating system and processor.
+        gpu: the CUDA device; None if there is none to use.
+        no_gpu: why there is none.
+        driver_cuda: the newest CUDA that the driver supports, as (13, 0); None without a driver.
+        versions: of the flavours of TensorRT that are installed.
+        cuda_needed: the CUDA that their libraries were built for, where that is known.
+    """
+
+    platform: str
+    gpu: Gpu | None
+    no_gpu: str
+    driver_cuda: tuple[int, int] | None
+    versions: Mapping[str, str]
+    cuda_needed: Mapping[str, int]
+
+
+def this_machine(device: str = "auto") -> Machine:
+    """Look around; ``device`` is the CUDA device meant, by default the first."""
+    import torch
+
+    gpu, driver = None, driver_cuda_version()
+    no_gpu = "" if torch.cuda.is_available() else _why_no_gpu(torch.version.cuda, driver)
+    index = torch.device(device).index or 0 if device != "auto" else 0
+    if not no_gpu and index >= (count := torch.cuda.device_count()):
+        no_gpu = f"no CUDA device {index}: this machine has {count}, counted from 0"
+    if not no_gpu:
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        gpu = Gpu(
+            index=index,
+            name=torch.cuda.get_device_name(index),
+            compute_capability=f"{major}.{minor}",
+            free_memory=free,
+            total_memory=total,
+        )
+    return Machine(
+        platform=this_platform(),
+        gpu=gpu,
+        no_gpu=no_gpu,
+        driver_cuda=driver,
+        versions={b: v for b in BACKENDS if (v := installed_version(b)) is not None},
+        cuda_needed={b: cuda for b in BACKENDS if (cuda := _cuda_of_wheel(b)) is not None},
+    )
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The newest CUDA that the installed NVIDIA driver supports; None without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _why_no_gpu(torch_cuda: str | None, driver: tuple[int, int] | None) -> str:
+    if driver is None:
+        return "no CUDA device: there is no NVIDIA driver"
+    has = f"{driver[0]}.{driver[1]}"
+    if torch_cuda is None:
+        return f"the installed torch is a CPU build: install one for CUDA {has} or older"
+    if tuple(map(int, torch_cuda.split(".")[:1])) > driver[:1]:
+        return f"the NVIDIA driver supports CUDA {has}, torch was built for {torch_cuda}: update the driver"
+    return "no CUDA device: torch finds none (CUDA_VISIBLE_DEVICES may hide it)"
+
+
+def _cuda_of_wheel(backend: str) -> int | None:
+    for distribution, cuda in _CUDA_WHEELS[backend].items():
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return cuda
+    return None
+
+
+def why_not_backend(backend: str, machine: Machine) -> str | None:
+    """Why a flavour of TensorRT cannot run anything here; None if it can."""
+    title = TITLES[backend]
+    if backend not in machine.versions:
+        return f"{title} is not installed: {pip_line(backend)}"
+    if machine.gpu is None:
+        return machine.no_gpu
+    needed, driver = machine.cuda_needed.get(backend), machine.driver_cuda
+    if needed is not None and driver is not None and driver[0] < needed:
+        return (
+            f"{title} needs a driver for CUDA {needed}, the installed one supports {driver[0]}.{driver[1]}: update it"
+        )
+    return None
+
+
+def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -> str | None:
+    """Why a target's plans cannot run here; None if nothing speaks against it."""
+    if reason := why_not_backend(target.backend, machine):
+        return reason
+    version = machine.versions[target.backend]
+    assert machine.gpu is not None  # a backend that can run has one
+    capability = machine.gpu.compute_capability
+    build = f"hypersd build BUNDLE --backend {target.backend}"
+    if target.version != version:
+        return f"built with {TITLES[target.backend]} {target.version}, installed is {version}: {build}"
+    if target.platform != machine.platform:
+        return f"built for {target.platform}, this is {machine.platform}: {build}"
+    if target.compute_capabilities and capability not in target.compute_capabilities:
+        built = ", ".join(target.compute_capabilities)
+        return f"built for compute capability {built}, {machine.gpu.name} has {capability}: {build}"
+    if missing := sorted(manifest.components.keys() - target.plans.keys()):
+        return f"has no plan for {', '.join(missing)}: {build}"
+    for name, plan in target.plans.items():
+        if plan.onnx != (onnx := onnx_hash(manifest, name)):
+            return f"{name} was built from ONNX {plan.onnx[:12]}…, the bundle has {onnx[:12]}…: {build}"
+    needed = memory_needed(target)
+    if needed is not None and needed > machine.gpu.total_memory:
+        have = f"{machine.gpu.name} has {machine.gpu.total_memory / 1e9:.1f} GB"
+        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: draw smaller pictures or fewer at a time"
+    return None
+
+
+def memory_needed(target: EngineTarget) -> int | None:
+    """Device memory in bytes: all weights, and the activations of the neediest network, whose block all share.
+
+    None where TensorRT did not say.
+    """
+    plans = target.plans.values()
+    if not plans or any(plan.weights_memory is None or plan.activation_memory is None for plan in plans):
+        return None
+    return sum(plan.weights_memory or 0 for plan in plans) + max(plan.activation_memory or 0 for plan in plans)

@@ -1,0 +1,131 @@
+"""Is a plan the network that it was built from? As far as this machine can tell."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import EngineError
+from ..bundle import Bundle
+from ..compare import TOLERANCES, differences
+from ..manifest import Component, TensorSpec
+from .api import TensorRTApi
+from .machine import Machine, why_not_backend
+from .targets import extents_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..engine import Engine
+
+SEED = 0
+LARGEST_TOKEN = 256  # every vocabulary has as many
+
+
+def validate_plan(
+    api: TensorRTApi, machine: Machine, bundle: Bundle, component: str, specs: Component, plan: Path, stripped: bool
+) -> float | None:
+    """Check a plan before it is recorded.
+
+    Everywhere: it is a plan of this flavour, and names the manifest's tensors. The network that it was built from was
+    compared with the manifest when it was parsed. On a GPU: it loads, has the manifest's tensors in name, type and
+    shape, and gives what ONNX Runtime gives for the same ONNX, at both ends of every range.
+
+    Args:
+        api: the flavour that built it.
+        machine: what is here.
+        bundle: the bundle, for the ONNX files.
+        component: the network's name.
+        specs: the network, as narrow as the plan was built for.
+        plan: the plan's file.
+        stripped: whether it lacks its weights.
+
+    Returns:
+        The largest error against ONNX Runtime as a part of its largest value; None without a GPU.
+
+    Raises:
+        EngineError: it is not that network.
+    """
+    _check_file(api, plan, specs)
+    if why_not_backend(api.backend, machine) is not None or machine.gpu is None:
+        return None
+    import torch
+
+    from ..onnx_runtime import PlainEngine
+    from .activation_memory import ActivationMemory
+    from .engine import TensorRTEngine
+
+    device = torch.device("cuda", machine.gpu.index)
+    onnx = bundle.path(specs.onnx)
+    engine = TensorRTEngine(
+        api, component, plan, specs, device, ActivationMemory(device), onnx=onnx if stripped else None
+    )
+    return compare_engines(component, engine, PlainEngine(onnx, bundle.manifest.components[component]))
+
+
+def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> None:
+    """What can be seen without running it: the header, and the tensors' names."""
+    if plan.stat().st_size == 0:  # which cannot be mapped
+        raise EngineError(f"{plan} is empty: build it once more")
+    logger = api.make_logger(lambda severity, text: None)
+    runtime = api.trt.Runtime(logger)
+    with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if "MALFORMED_ENGINE" in (api.invalidity(runtime, content) or ""):
+            raise EngineError(f"{plan}: {api} does not know its own plan again: build it once more")
+        if absent := [name for name in (*specs.inputs, *specs.outputs) if content.find(name.encode()) < 0]:
+            raise EngineError(f"{plan} has no tensor {', '.join(absent)}: build it once more")
+
+
+def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
+    """Run both on the same random inputs, at the smallest and the largest shapes.
+
+    Returns:
+        The largest error over all outputs, as a part of the reference's largest value.
+
+    Raises:
+        EngineError: an output differs by more than :data:`..compare.TOLERANCES` allow.
+    """
+    worst = 0.0
+    for feeds in random_feeds(engine.inputs):
+        expected = reference.run({key: tensor.to(reference.device) for key, tensor in feeds.items()})
+        actual = engine.run({key: tensor.to(engine.device) for key, tensor in feeds.items()})
+        for key, tensor in actual.items():
+            largest_allowed, rms_allowed = TOLERANCES[engine.outputs[key].dtype]
+            largest, rms = differences(tensor.cpu().numpy(), expected[key].cpu().numpy())
+            if not (largest <= largest_allowed and rms <= rms_allowed):  # so is nan
+                raise EngineError(
+                    f"{name}: output {key} at {[list(t.shape) for t in feeds.values()]} differs from ONNX Runtime by "
+                    f"{largest:.1e} at most and {rms:.1e} in the mean, "
+                    f"allowed are {largest_allowed:.0e} and {rms_allowed:.0e}"
+                )
+            worst = max(worst, largest)
+    return worst
+
+
+def random_feeds(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, Tensor]]:
+    """Inputs on the CPU, at the smallest and, where something varies, at the largest shapes."""
+    import torch
+
+    spans = {name: extents_of(spec) for name, spec in specs.items()}
+    ends = (0,) if all(least == most for least, _, most in spans.values()) else (0, 2)
+    for end in ends:
+        generator = torch.Generator().manual_seed(SEED + end)
+        yield {name: _random_input(name, spec, spans[name][end], generator) for name, spec in specs.items()}
+
+
+def _random_input(name: str, spec: TensorSpec, shape: tuple[int, ...], generator: object) -> Tensor:
+    """Like a real call's: tokens, a timestep, sizes in pixels, unit-variance latents and embeddings."""
+    import torch
+
+    from ..engine import TORCH_DTYPES
+
+    assert isinstance(generator, torch.Generator)
+    if spec.dtype == "int64":
+        return torch.randint(LARGEST_TOKEN, shape, generator=generator)
+    if name == "timestep":
+        return torch.randint(1000, shape, generator=generator).float()
+    if name == "time_ids":
+        return torch.randint(8, 1024, shape, generator=generator).to(TORCH_DTYPES[spec.dtype])
+    return torch.randn(shape, generator=generator).to(TORCH_DTYPES[spec.dtype])

@@ -1,0 +1,197 @@
+"""The whole picture as a function of tensors: token ids and noise in, pixels out, and nothing that waits or draws.
+
+Everything here enqueues on the current stream and copies nothing from or to the host, so that it can be recorded as one
+CUDA graph. What it needs of the host comes in as tensors that ``make_constants`` and the sampler's ``draw_noise`` make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines import Engine, Manifest
+from ..engines.engine import TORCH_DTYPES
+from .batching import run_rows
+from .images import to_pixels
+from .noise import Generators
+from .request import Request
+from .samplers import Sampler
+from .text import TextConditioner, TextEmbeddings
+
+# A timestep's row is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
+TIMESTEP_ROW = 64
+NOISE = "noise_"  # and the step's number: an input for every step that takes noise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """All that decides how pictures are computed, besides the inputs and their shapes: the key of a CUDA graph.
+
+    Attributes:
+        prompts: their number; each makes ``images_per_prompt`` pictures.
+        guidance_scale: 0 without guidance, else above 1.
+        zeroed_negatives: zeros instead of the embeddings of negative prompts.
+        num_inference_steps: None with ``timesteps``, and the other way round.
+        output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+    """
+
+    prompts: int
+    images_per_prompt: int
+    guidance_scale: float
+    zeroed_negatives: bool
+    num_inference_steps: int | None
+    timesteps: tuple[int, ...] | None
+    eta: float
+    output_type: str
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 0
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """What the sampler's methods take."""
+        return {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
+
+
+class Painter:
+    """A bundle's networks and sampler, as functions of tensors on their device."""
+
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, text: TextConditioner
+    ) -> None:
+        self.manifest = manifest
+        self.sampler = sampler
+        self.text = text
+        self.unet = engines["unet"]
+        self.vae_decoder = engines["vae_decoder"]
+
+    def settings(self, request: Request, output_type: str) -> PictureSettings:
+        """What of a request, its values apart, decides how it is computed."""
+        return PictureSettings(
+            prompts=len(request.prompts),
+            images_per_prompt=request.num_images_per_prompt,
+            guidance_scale=request.guidance_scale if request.is_guided else 0.0,
+            zeroed_negatives=request.is_guided and self._zeroed_negatives(request),
+            num_inference_steps=request.num_inference_steps,
+            timesteps=request.timesteps,
+            eta=request.eta,
+            output_type=output_type,
+        )
+
+    def make_constants(self, request: Request, settings: PictureSettings) -> dict[str, Tensor]:
+        """The inputs that follow from the request alone, on the device.
+
+        ``timesteps`` [steps, 64] float32, a row of one value each; for SDXL ``time_ids`` [B, 6], the size conditioning:
+        original size, crop corner and target size (Podell et al., section 2.2), B twice the pictures with guidance.
+        """
+        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
+        rows = torch.tensor(steps, dtype=torch.float32).unsqueeze(1).repeat(1, TIMESTEP_ROW)
+        constants = {"timesteps": rows.to(self.unet.device)}
+        if (spec := self.unet.inputs.get("time_ids")) is not None:
+            row = [request.height, request.width, 0, 0, request.height, request.width]
+            ids = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype])
+            constants["time_ids"] = ids.repeat(request.batch * (2 if settings.is_guided else 1), 1).to(self.unet.device)
+        return constants
+
+    def draw_noise(self, settings: PictureSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+        """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
+        dtype = TORCH_DTYPES[self.unet.outputs["out_sample"].dtype]
+        noises = self.sampler.draw_noise(latents, **settings.steps, generator=generator, output_dtype=dtype)
+        return {f"{NOISE}{i}": noise for i, noise in enumerate(noises) if noise is not None}
+
+    def paint(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
+
+        ``inputs`` are the token ids by text encoder, ``latents``, and what the two methods above make.
+        """
+        latents = self.denoise(settings, self.encode(settings, inputs), inputs)
+        if settings.output_type == "latent":
+            return {"output": latents}
+        return {"output": to_pixels(self.decode(latents), settings.output_type)}
+
+    def encode(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> TextEmbeddings:
+        """One row a picture; with guidance first those of the negative prompts, as diffusers orders them."""
+        encoded, count = self.text.encode({name: inputs[name] for name in self.text.encoders}), settings.prompts
+
+        def repeat(rows: Tensor) -> Tensor:
+            return rows.repeat_interleave(settings.images_per_prompt, dim=0)
+
+        positive = encoded.map(lambda rows: repeat(rows[-count:]))
+        if not settings.is_guided:
+            return positive
+        if settings.zeroed_negatives:
+            return positive.map(torch.zeros_like).cat(positive)
+        return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
+
+    def denoise(
+        self,
+        settings: PictureSettings,
+        embeddings: TextEmbeddings,
+        inputs: Mapping[str, Tensor],
+        *,
+        generator: Generators = None,
+        callback: Callable[[Denoiser, int, int, Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
+
+        ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
+        """
+        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
+        denoiser = Denoiser(self.unet, embeddings, settings, steps, inputs)
+        return self.sampler.sample(
+            denoiser,
+            inputs["latents"],
+            **settings.steps,
+            generator=generator,
+            noises=[inputs.get(f"{NOISE}{i}") for i in range(len(steps))] if generator is None else None,
+            callback=None if callback is None else lambda i, t, latents: callback(denoiser, i, t, latents),
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
+        dtype = TORCH_DTYPES[self.vae_decoder.inputs["latent_sample"].dtype]
+        scaled = latents.to(dtype) / self.manifest.vae.scaling_factor  # a float32 decoder's division is float32 too
+        return run_rows(self.vae_decoder, {"latent_sample": scaled.contiguous()})["sample"]
+
+    def _zeroed_negatives(self, request: Request) -> bool:
+        """SDXL's base was trained with zeros, not with an empty text, where no negative prompt is given."""
+        is_sdxl = self.manifest.family == "sdxl"
+        return is_sdxl and self.manifest.force_zeros_for_empty_prompt and request.negative_prompts is None
+
+
+class Denoiser:
+    """The UNet under one call's conditioning, with classifier-free guidance if the call asks for it.
+
+    ``feeds`` are the UNet's inputs that stay the same from step to step; a callback may replace them.
+    """
+
+    def __init__(
+        self,
+        unet: Engine,
+        embeddings: TextEmbeddings,
+        settings: PictureSettings,
+        timesteps: Sequence[int],
+        inputs: Mapping[str, Tensor],
+    ) -> None:
+        self.unet = unet
+        self.settings = settings
+        self.timesteps = {t: inputs["timesteps"][i, :1] for i, t in enumerate(timesteps)}  # [1] each
+        self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
+        if embeddings.text_embeds is not None and "time_ids" in inputs:
+            self.feeds["text_embeds"] = embeddings.text_embeds
+            self.feeds["time_ids"] = inputs["time_ids"]
+
+    def __call__(self, sample: Tensor, t: int) -> Tensor:
+        """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
+        rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
+        feeds = {"sample": rows, "timestep": self.timesteps[t], **self.feeds}
+        output = run_rows(self.unet, feeds)["out_sample"]
+        if not self.settings.is_guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + self.settings.guidance_scale * (positive - negative)

@@ -1,0 +1,61 @@
+"""One user of a device at a time, on a stream of its own, and the way from there to the host."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Turns:
+    """Lets threads take turns on a device.
+
+    On CUDA all work is enqueued on one stream, which starts each turn after the work of the caller's current stream,
+    and which that stream waits for afterwards; the host waits for neither. A turn may hold another of the same thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lock = threading.RLock()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._block: Tensor | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[torch.cuda.Stream | None]:
+        """Work in here is the only one, and on the stream. Gives the caller's stream, on CUDA."""
+        with self._lock:
+            if self._stream is None:
+                yield None
+                return
+            caller = torch.cuda.current_stream(self._stream.device)
+            self._stream.wait_stream(caller)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield caller
+            finally:
+                caller.wait_stream(self._stream)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor's values on the host, which waits for them here, once.
+
+        Call it in a turn. What it returns is overwritten by the next call: one pinned block serves all, as large as
+        the largest so far. A tensor on the CPU is returned as it is.
+        """
+        if not tensor.is_cuda:
+            return tensor
+        size = tensor.numel() * tensor.element_size()
+        if self._block is None or len(self._block) < size:
+            self._block = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = self._block[:size].view(tensor.dtype).view(tensor.shape)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+        return host
+
+
+def hand_out(tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
+    """The tensor, for a caller whose work is on ``stream``: its memory is not reused while that work is under way."""
+    if stream is not None and tensor.is_cuda:
+        tensor.record_stream(stream)
+    return tensor

@@ -1,0 +1,178 @@
+"""Why plans cannot run on a machine: every reason in one line, with what was wanted, what is there and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from hypersd.engines.manifest import EngineTarget, Plan
+from hypersd.engines.tensorrt import machine as module
+from hypersd.engines.tensorrt.machine import (
+    Machine,
+    memory_needed,
+    this_machine,
+    why_not_backend,
+    why_not_target,
+)
+from hypersd.engines.tensorrt.targets import onnx_hash, this_platform
+
+from .made_by_hand import GIB, gpu, machine, manifest, target, with_plans
+
+BUNDLE = manifest()
+NO_GPU = "no CUDA device: there is no NVIDIA driver"
+
+
+def whole(**changes: Any) -> EngineTarget:
+    return with_plans(target(**changes), BUNDLE)
+
+
+def with_unet(plan_changes: dict[str, Any]) -> EngineTarget:
+    """A target whose UNet's plan is another."""
+    made = whole()
+    plan = msgspec.structs.replace(made.plans["unet"], **plan_changes)
+    return msgspec.structs.replace(made, plans={**made.plans, "unet": plan})
+
+
+def without_unet() -> EngineTarget:
+    made = whole()
+    return msgspec.structs.replace(made, plans={name: made.plans[name] for name in ("text_encoder", "vae_decoder")})
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_nothing_speaks_against_a_machine_that_fits(backend: str) -> None:
+    """The other tests each spoil one thing of this."""
+    assert why_not_backend(backend, machine()) is None
+    assert why_not_target(whole(backend=backend), BUNDLE, machine()) is None
+
+
+BACKEND_REASONS: dict[str, tuple[Machine, list[str]]] = {
+    "not installed": (
+        machine(versions={"tensorrt": "10.16"}),
+        ["not installed", "pip install 'hypersd[tensorrt-rtx]'"],
+    ),
+    "no GPU": (machine(gpu=None, no_gpu=NO_GPU), [NO_GPU]),
+    "driver too old": (machine(driver_cuda=(12, 9)), ["TensorRT-RTX", "CUDA 13", "12.9", "update"]),
+}
+
+
+@pytest.mark.parametrize(("here", "parts"), BACKEND_REASONS.values(), ids=BACKEND_REASONS)
+def test_a_flavour_that_runs_nothing_here(here: Machine, parts: list[str]) -> None:
+    """Said of the flavour, and the same of every target of it, before anything else."""
+    reason = why_not_backend("tensorrt-rtx", here)
+    assert reason is not None
+    assert "\n" not in reason
+    assert [part for part in parts if part not in reason] == []
+    assert why_not_target(whole(version="1.0", platform="win32-arm"), BUNDLE, here) == reason
+
+
+def test_a_driver_of_unknown_age_is_tried() -> None:
+    """Where the wheel or the driver does not tell its CUDA, nothing is refused on a guess; equal is enough."""
+    assert why_not_backend("tensorrt", machine(driver_cuda=None)) is None
+    assert why_not_backend("tensorrt", machine(driver_cuda=(11, 0), cuda_needed={"tensorrt-rtx": 13})) is None
+    assert why_not_backend("tensorrt", machine(driver_cuda=(12, 0), cuda_needed={"tensorrt": 12})) is None
+
+
+TARGET_REASONS: dict[str, tuple[EngineTarget, Machine, list[str]]] = {
+    "version": (whole(version="1.7.0.1"), machine(), ["TensorRT-RTX 1.7.0.1", "1.7.1.116", "hypersd build"]),
+    "platform": (
+        whole(platform="win32-x86_64"),
+        machine(),
+        ["win32-x86_64", "linux-x86_64", "hypersd build BUNDLE --backend tensorrt-rtx"],
+    ),
+    "capability": (
+        whole(compute_capabilities=("8.6", "12.0")),
+        machine(),
+        ["compute capability 8.6, 12.0", "NVIDIA RTX 4090 has 8.9", "hypersd build"],
+    ),
+    "capability of this machine's GPU": (
+        whole(backend="tensorrt"),
+        machine(gpu=gpu(name="Orin", compute_capability="8.7")),
+        ["8.9", "Orin has 8.7", "hypersd build BUNDLE --backend tensorrt"],
+    ),
+    "missing plan": (without_unet(), machine(), ["no plan for unet", "hypersd build"]),
+    "other ONNX": (
+        with_unet({"onnx": "f" * 64}),
+        machine(),
+        ["unet", "f" * 12, onnx_hash(BUNDLE, "unet")[:12], "hypersd build"],
+    ),
+    "memory": (
+        whole(),
+        machine(gpu=gpu(name="MX450", total_memory=5 * GIB - 1)),
+        ["needs 5.4 GB", "MX450 has 5.4 GB", "smaller pictures"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "here", "parts"), TARGET_REASONS.values(), ids=TARGET_REASONS)
+def test_a_target_that_cannot_run_here(made: EngineTarget, here: Machine, parts: list[str]) -> None:
+    """Refused before it is loaded, where TensorRT's own words would be a code."""
+    reason = why_not_target(made, BUNDLE, here)
+    assert reason is not None
+    assert "\n" not in reason
+    assert [part for part in parts if part not in reason] == []
+
+
+def test_one_of_several_capabilities_is_enough() -> None:
+    """A plan for two kinds of GPU runs on either, a portable one on any."""
+    either = whole(compute_capabilities=("8.6", "8.9"))
+    assert why_not_target(either, BUNDLE, machine()) is None
+    assert why_not_target(whole(), BUNDLE, machine(gpu=gpu(compute_capability="12.1"))) is None
+
+
+def test_memory_is_all_weights_and_one_block_of_activations() -> None:
+    """The engines share the activations' block; where TensorRT did not say, nothing is refused on a guess."""
+    assert memory_needed(whole()) == 3 * GIB + 2 * GIB
+    assert memory_needed(with_unet({"activation_memory": 7 * GIB})) == 3 * GIB + 7 * GIB
+    assert memory_needed(target()) is None
+    silent = with_unet({"weights_memory": None})
+    assert memory_needed(silent) is None
+    assert why_not_target(silent, BUNDLE, machine(gpu=gpu(total_memory=1))) is None
+    assert why_not_target(whole(), BUNDLE, machine(gpu=gpu(total_memory=5 * GIB))) is None
+    assert isinstance(silent.plans["unet"], Plan)
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "parts"),
+    [
+        (None, None, ["no CUDA device", "driver"]),
+        ("13.0", None, ["no CUDA device", "driver"]),
+        (None, (12, 8), ["CPU build", "12.8", "install"]),
+        ("13.0", (12, 8), ["12.8", "13.0", "update the driver"]),
+        ("12.8", (12, 4), ["no CUDA device", "CUDA_VISIBLE_DEVICES"]),
+        ("12.8", (13, 0), ["no CUDA device", "CUDA_VISIBLE_DEVICES"]),
+    ],
+)
+def test_why_torch_finds_no_gpu(torch_cuda: str | None, driver: tuple[int, int] | None, parts: list[str]) -> None:
+    """The four ways to have no GPU are mended in four ways. Within one major version drivers are compatible."""
+    reason = module._why_no_gpu(torch_cuda, driver)
+    assert "\n" not in reason
+    assert [part for part in parts if part not in reason] == []
+
+
+def test_this_machine_is_looked_at() -> None:
+    """On any machine: what is there agrees with what torch and pip say, and a GPU or the reason for none is there."""
+    from importlib.metadata import version
+
+    here = this_machine()
+    assert here.platform == this_platform()
+    assert (here.gpu is None) == bool(here.no_gpu) == (not torch.cuda.is_available())
+    assert here.versions.get("tensorrt-rtx") == version("tensorrt-rtx")
+    assert here.cuda_needed["tensorrt-rtx"] in (12, 13)
+
+
+def test_a_gpu_that_is_not_there_is_said_with_how_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cuda:7`` on a machine of one GPU, the GPU being a fake."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (GIB, 2 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    first = this_machine("cuda").gpu
+    assert first == gpu(name="GPU 0", compute_capability="12.0", free_memory=GIB, total_memory=2 * GIB)
+    absent = this_machine("cuda:7")
+    assert absent.gpu is None
+    assert absent.no_gpu == "no CUDA device 7: this machine has 1, counted from 0"
+    assert this_machine("cuda:0").gpu == this_machine(torch.device("cuda", 0)).gpu == first

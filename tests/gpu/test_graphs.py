@@ -1,0 +1,182 @@
+"""CUDA graphs on a real GPU: the same bits as step by step, no growth, and no mixing of pipelines or threads.
+
+Skipped without a CUDA device, which tests/conftest.py hides unless CUDA_VISIBLE_DEVICES is set:
+``CUDA_VISIBLE_DEVICES=0 pytest -m gpu tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hypersd import Pipeline
+from hypersd.engines import Bundle, load_engines
+from hypersd.engines.cuda_graphs import WARM_UPS, GraphedFunction, capture_cuda_graph
+from hypersd.engines.onnx_runtime import resolve_device
+from hypersd.errors import DeviceError, EngineError
+from hypersd.runtime.text import ENCODERS, ClipTokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = ["a photo of a cat", "blue dog", "", "red cat"]
+
+
+def load(root: Path, *, graphs: bool) -> Pipeline:
+    """A bundle on ONNX Runtime's CUDA provider."""
+    try:
+        resolve_device("cuda")
+    except DeviceError as error:
+        pytest.skip(str(error))
+    bundle = Bundle.load(root)
+    engines = load_engines(bundle, "onnxruntime", "cuda")
+    tokenizers = {
+        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
+        for name, encoder in ENCODERS.items()
+        if encoder in engines
+    }
+    return Pipeline(bundle.manifest, engines, tokenizers, capture=capture_cuda_graph if graphs else None)
+
+
+def pictures(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
+    images = pipe(prompt, **arguments).images
+    if isinstance(images, list):
+        return np.stack([np.asarray(picture) for picture in images])
+    return images.cpu().numpy() if isinstance(images, Tensor) else images
+
+
+# Recording itself, without any engine
+
+
+def test_a_replay_computes_what_the_work_does() -> None:
+    """Torch operations alone, from the default stream and from another."""
+
+    def work(key: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"out": torch.tanh(inputs["x"] * key).sum(dim=-1)}
+
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            graphed = GraphedFunction(work)
+            for i in range(WARM_UPS + 4):
+                x = torch.randn(64, 32, device="cuda")
+                assert torch.equal(graphed(3, {"x": x})["out"], work(3, {"x": x})["out"])
+                assert torch.cuda.current_stream() == stream, f"call {i}"
+
+
+def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
+    """A wait for the device spoils the recording: one line says so, the stream is what it was, memory is served."""
+    fail = [True]
+
+    def work(key: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if fail[0] and torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+        return {"out": inputs["x"] * key}
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graphed, x = GraphedFunction(work), torch.ones(8, device="cuda")
+        for _ in range(WARM_UPS):
+            graphed(2, {"x": x})
+        with pytest.raises(EngineError, match="recording failed") as caught:
+            graphed(2, {"x": x})
+        assert "\n" not in str(caught.value)
+        assert torch.cuda.current_stream() == stream
+        fail[0] = False
+        for i in range(WARM_UPS + 3):
+            assert torch.equal(graphed(2, {"x": x + i})["out"], (x + i) * 2)
+    torch.cuda.synchronize()
+
+
+# The pipeline
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_dynamic"])
+def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.FixtureRequest) -> None:
+    """Prompts and seeds change under one graph, settings between graphs."""
+    root = request.getfixturevalue(f"{family}_bundle")
+    graphed, plain = load(root, graphs=True), load(root, graphs=False)
+    assert all(engine.capturable for engine in graphed.engines.values()), "ONNX Runtime would not record a network"
+    calls: list[dict[str, Any]] = [
+        {"num_inference_steps": 8, "eta": 1.0},
+        {"num_inference_steps": 8, "eta": 0.3, "guidance_scale": 4.0, "output_type": "np"},
+        {"num_inference_steps": 8, "num_images_per_prompt": 2, "output_type": "pt"},
+        {"num_inference_steps": 8, "guidance_scale": 4.0, "negative_prompt": "red", "output_type": "latent"},
+    ]
+    for i in range(WARM_UPS + 4):
+        for call in calls:
+            ours, theirs = (pictures(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
+            assert np.array_equal(ours, theirs), f"round {i}, {call}"
+    assert graphed._graphed is not None
+    assert all(entry.replay is not None for entry in graphed._graphed._entries.values())
+
+
+def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:
+    """Nothing is allocated after the first calls: not by torch, and not on the device by anybody."""
+    pipe = load(sdxl_bundle, graphs=True)
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "eta": 1.0}
+    for i in range(20):
+        pictures(pipe, PROMPTS[i % 4], seed=i, **arguments)
+    torch.cuda.synchronize()
+    before, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
+    for i in range(1000):
+        pictures(pipe, PROMPTS[i % 4], seed=i, **arguments)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    for name in ("allocated_bytes.all.current", "reserved_bytes.all.current", "num_device_alloc"):
+        assert after.get(name, 0) == before.get(name, 0), name
+    assert free - torch.cuda.mem_get_info()[0] < 32 << 20, "others may use the GPU, but a leak would show"
+
+
+def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
+    """More kinds than are kept: graphs are dropped with their memory and made again, and the pictures stay right."""
+    graphed, plain = load(sd15_bundle, graphs=True), load(sd15_bundle, graphs=False)
+    kinds: list[dict[str, Any]] = [{"num_inference_steps": n, "eta": 1.0, "force": True} for n in range(1, 13)]
+    expected = [pictures(plain, PROMPTS[0], seed=n, **kind) for n, kind in enumerate(kinds)]
+    used = []
+    for _ in range(3):
+        for n, kind in enumerate(kinds):
+            for _ in range(WARM_UPS + 2):
+                assert np.array_equal(pictures(graphed, PROMPTS[0], seed=n, **kind), expected[n])
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert used[2] <= used[1] + (1 << 20)
+
+
+def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Path, sdxl_bundle: Path) -> None:
+    """In one process, at once, recordings included: nothing of one call is in another's picture."""
+    pipes = [load(sd15_bundle, graphs=True), load(sdxl_bundle, graphs=True)]
+    plain = [load(sd15_bundle, graphs=False), load(sdxl_bundle, graphs=False)]
+    jobs = [(which, seed) for which in range(2) for seed in (1, 2)]
+    alone = [pictures(plain[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for which, seed in jobs]
+    barrier = threading.Barrier(len(jobs))
+
+    def work(i: int) -> list[np.ndarray]:
+        which, seed = jobs[i]
+        barrier.wait(60)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [pictures(pipes[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for _ in range(30)]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for i, results in enumerate(pool.map(work, range(len(jobs)))):
+            assert all(np.array_equal(result, alone[i]) for result in results), jobs[i]
+
+
+def test_tensors_are_the_callers(sd15_bundle: Path) -> None:
+    """What was returned for "pt" is in order with the caller's stream, and later calls do not show in it."""
+    pipe = load(sd15_bundle, graphs=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        results = [pipe(PROMPTS[0], seed=i, output_type="pt").images for i in range(8)]
+        sums = [result.double().sum() for result in results]
+    stream.synchronize()
+    again = [pipe(PROMPTS[0], seed=i, output_type="pt").images for i in range(8)]
+    assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
+    assert all(one == other.double().sum() for one, other in zip(sums, again, strict=True))

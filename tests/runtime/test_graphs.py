@@ -1,0 +1,244 @@
+"""The whole picture as one graph: the same pictures as step by step, to the bit, whatever changes between calls.
+
+Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_graphs.py has the real one.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from capture_stand_in import Capturable, StandInCapture
+from torch import Tensor
+
+from hypersd import Pipeline
+from hypersd.engines import Bundle, load_engines
+from hypersd.engines.cuda_graphs import WARM_UPS
+from hypersd.errors import EngineError, RequestError
+from hypersd.runtime.text import ENCODERS, ClipTokenizer
+
+PROMPT = "a photo of a cat"
+FAMILIES = pytest.mark.parametrize("family", ["sd15", "sdxl"])
+
+
+def make_pipes(root: Path, backend: str = "onnxruntime", capture: Any = None) -> tuple[Pipeline, Pipeline, Any]:
+    """A pipeline that records, one that does not, on the same engines; and the stand-in that counts."""
+    bundle = Bundle.load(root)
+    engines = load_engines(bundle, backend, "cpu")
+    tokenizers = {
+        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
+        for name, encoder in ENCODERS.items()
+        if encoder in engines
+    }
+    capture = capture or StandInCapture()
+    capturable = {name: Capturable(engine) for name, engine in engines.items()}
+    return (
+        Pipeline(bundle.manifest, capturable, tokenizers, capture=capture),
+        Pipeline(bundle.manifest, engines, tokenizers),
+        capture,
+    )
+
+
+def as_array(images: Any) -> np.ndarray:
+    if isinstance(images, list):
+        return np.stack([np.asarray(picture) for picture in images])
+    return images.numpy() if isinstance(images, Tensor) else images
+
+
+def assert_same(graphed: Pipeline, plain: Pipeline, calls: list[dict[str, Any]], rounds: int = 4) -> None:
+    """Every call of every round is drawn alike by both; seeds and prompts change from round to round."""
+    for i in range(rounds):
+        for call in calls:
+            whole = {"prompt": [PROMPT, "blue dog", ""][i % 3], "seed": 10 + i, **call}
+            ours, theirs = graphed(**whole), plain(**whole)
+            assert type(ours.images) is type(theirs.images)
+            assert np.array_equal(as_array(ours.images), as_array(theirs.images)), f"round {i}, {whole}"
+            assert (ours.seed, ours.request) == (theirs.seed, theirs.request)
+
+
+@FAMILIES
+def test_pictures_are_those_of_the_plain_pipeline(family: str, request: pytest.FixtureRequest) -> None:
+    """Settings that alternate, each with a graph of its own, under prompts and seeds that share it."""
+    graphed, plain, capture = make_pipes(request.getfixturevalue(f"{family}_bundle"))
+    calls = [
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 4, "eta": 1.0},
+        {"num_inference_steps": 4, "eta": 0.3, "output_type": "np"},
+        {"timesteps": [999, 500, 20], "force": True},
+        {"num_inference_steps": 2, "num_images_per_prompt": 2, "output_type": "pt"},
+        {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"},
+        {"num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "red dog"},
+    ]
+    assert_same(graphed, plain, calls)
+    zeroed = (
+        family == "sdxl"
+    )  # a negative prompt that is given goes through the encoders, an SDXL one that is not does not
+    assert capture.captures == len(calls), "one each"
+    assert capture.replays == len(calls) * (4 - WARM_UPS)
+    assert_same(graphed, plain, [{"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pil"}], rounds=5)
+    assert capture.captures == len(calls) + (1 if zeroed else 0)
+
+
+def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> None:
+    """fp16, DDIM, sizes and batches that change: each shape is recorded apart, and the size conditioning follows it."""
+    graphed, plain, capture = make_pipes(sdxl_dynamic_bundle)
+    calls: list[dict[str, Any]] = [
+        {"height": 64, "width": 64, "guidance_scale": 5.0},
+        {"height": 104, "width": 96, "guidance_scale": 5.0, "eta": 0.5},
+        {"height": 64, "width": 96, "guidance_scale": 1.0, "num_images_per_prompt": 3},
+    ]
+    assert_same(graphed, plain, calls)
+    assert capture.captures == 3
+
+
+def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:
+    """A number that is compiled into the graph must not be served to a call that has another."""
+    graphed, plain, capture = make_pipes(sd15_bundle)
+    base: dict[str, Any] = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0, "output_type": "np"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"eta": 0.6},
+        {"guidance_scale": 2.5},
+        {"num_inference_steps": 2},
+        {"num_inference_steps": None, "timesteps": [999, 500, 21]},
+        {"num_inference_steps": None, "timesteps": [999, 500, 20]},
+    ]
+    assert_same(graphed, plain, [{**base, **change} for change in changes])
+    assert capture.captures == len(changes)
+    graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=0.0)
+    captures = capture.captures
+    for scale in (0.5, 1.0, 0.0):
+        graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=scale)
+    assert capture.captures == captures + 1, "no guidance is no guidance"
+
+
+def test_generators_and_latents_are_used_as_without_a_graph(sd15_bundle: Path) -> None:
+    """A list of generators, one generator, latents of another dtype: the same numbers, and as many of them."""
+    graphed, plain, _ = make_pipes(sd15_bundle)
+    for i in range(5):
+        states = []
+        for pipe in (graphed, plain):
+            generators = [torch.Generator().manual_seed(i), torch.Generator().manual_seed(i + 50)]
+            latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            kept = latents.clone()
+            arguments = {"num_inference_steps": 4, "eta": 1.0, "num_images_per_prompt": 2, "output_type": "np"}
+            listed = pipe(PROMPT, generator=generators, **arguments).images
+            given = pipe(PROMPT, generator=generators[0], latents=latents, **arguments).images
+            assert torch.equal(latents, kept)
+            states.append((listed, given, *(generator.get_state().numpy() for generator in generators)))
+        for ours, theirs in zip(*states, strict=True):
+            assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+def test_results_outlive_the_next_call(kind: str, sd15_bundle: Path) -> None:
+    """The graph's own outputs are overwritten by its next launch: what a call returned is the caller's."""
+    graphed, _, capture = make_pipes(sd15_bundle)
+    results = [graphed(PROMPT, seed=i, output_type=kind).images for i in range(WARM_UPS + 3)]
+    kept = [as_array(result).copy() for result in results]
+    graphed("blue dog", seed=99, output_type=kind)
+    assert all(np.array_equal(as_array(result), copy) for result, copy in zip(results, kept, strict=True))
+    assert not np.array_equal(kept[-1], kept[-2])
+    assert capture.replays > 1
+
+
+def test_callbacks_run_step_by_step(sd15_bundle: Path) -> None:
+    """A callback looks into the loop, which a graph does not have; between its calls graphs go on."""
+    graphed, plain, capture = make_pipes(sd15_bundle)
+    seen: list[int] = []
+
+    def halve(pipe: Any, i: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(i)
+        assert pipe.decode(tensors["latents"]).shape == (1, 3, 64, 64), "a preview, inside a turn"
+        return {"latents": tensors["latents"] * 0.5}
+
+    for _ in range(4):
+        assert_same(graphed, plain, [{"num_inference_steps": 3, "callback_on_step_end": halve}], rounds=1)
+        assert_same(graphed, plain, [{"num_inference_steps": 3}], rounds=1)
+    assert seen == [0, 1, 2] * 8
+    assert capture.captures == 1 + 3, "the picture, and step by step each of the three networks"
+
+
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [("pil", ["tokenize", "draw", "convert"]), ("np", ["tokenize", "draw", "convert"]), ("pt", ["tokenize", "draw"])],
+)
+def test_timings_of_a_graph(kind: str, stages: list[str], sd15_bundle: Path) -> None:
+    """One launch is one stage, on the warm-ups too."""
+    graphed, _, _ = make_pipes(sd15_bundle)
+    for i in range(4):
+        timings = graphed(PROMPT, seed=i, output_type=kind).timings
+        assert list(timings) == [*stages, "total"]
+        assert sum(timings[stage] for stage in stages) <= timings["total"]
+
+
+def test_one_engine_that_cannot_be_recorded_is_enough(sd15_bundle: Path) -> None:
+    """The picture is recorded whole or not at all."""
+    graphed, _, capture = make_pipes(sd15_bundle)
+    engines = dict(graphed.engines)
+    setattr(engines["vae_decoder"], "capturable", False)  # noqa: B010
+    pipe = Pipeline(graphed.manifest, engines, graphed.text._tokenizers, capture=capture)
+    for i in range(4):
+        assert "denoise" in pipe(PROMPT, seed=i).timings
+    assert capture.captures == 0
+
+
+def test_a_failed_recording_is_an_error_and_the_pipeline_goes_on(sd15_bundle: Path) -> None:
+    """The error is the call's; the next one is served."""
+
+    def fail(work: Any) -> Any:
+        raise EngineError("CUDA graph: recording failed (no), expected work that only enqueues")
+
+    graphed, plain, _ = make_pipes(sd15_bundle, capture=fail)
+    assert_same(graphed, plain, [{}], rounds=WARM_UPS)
+    with pytest.raises(EngineError, match="recording failed"):
+        graphed(PROMPT, seed=0)
+    assert_same(graphed, plain, [{}], rounds=WARM_UPS)
+
+
+def test_bad_requests_leave_nothing_behind(sd15_bundle: Path) -> None:
+    """Refused before anything runs, and the turn is over."""
+    graphed, plain, capture = make_pipes(sd15_bundle)
+    for i in range(3):
+        for bad in (
+            {"latents": torch.zeros(1, 4, 8, 9)},
+            {"generator": [torch.Generator()] * 2},
+            {"timesteps": [1, 2]},
+        ):
+            with pytest.raises(RequestError):
+                graphed(PROMPT, **bad)
+        assert_same(graphed, plain, [{"seed": i}], rounds=1)
+    assert capture.captures == 1
+
+
+def test_the_null_backend_is_recorded_too(sdxl_bundle: Path) -> None:
+    """The loop without networks, as a graph: what a launch costs."""
+    graphed, plain, capture = make_pipes(sdxl_bundle, "null")
+    assert_same(graphed, plain, [{"num_inference_steps": 4, "guidance_scale": 4.0}], rounds=5)
+    assert capture.captures == 1
+
+
+def test_threads_take_turns_and_draw_what_they_draw_alone(sd15_bundle: Path) -> None:
+    """Several users at once: one graph is launched by one of them at a time, and each gets its own picture."""
+    graphed, plain, capture = make_pipes(sd15_bundle)
+    calls: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2},
+        {"prompt": "blue dog", "seed": 2, "num_inference_steps": 2},
+        {"prompt": "red cat", "seed": 3, "num_inference_steps": 1, "output_type": "np"},
+    ]
+    alone = [as_array(plain(**call).images) for call in calls]
+    barrier = threading.Barrier(len(calls))
+
+    def work(i: int) -> list[np.ndarray]:
+        barrier.wait(60)
+        return [as_array(graphed(**calls[i]).images) for _ in range(8)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for i, results in enumerate(pool.map(work, range(len(calls)))):
+            assert all(np.array_equal(result, alone[i]) for result in results)
+    assert capture.captures == 2
