@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -56,6 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 2 the user's input was wrong, 130 interrupted, 1 anything else.
     """
+    code = 0
+    try:
+        code = _run(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # of what --help printed; commands deal with theirs
+        pass
+    except OSError as error:
+        code = code or _fail(f"the output cannot be written: {error.strerror or error}", 1, debug=False)
+    _drop_unwritten()
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(argv)
     except SystemExit as error:
@@ -69,18 +84,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt as error:
             return _fail(f"interrupted; {error}" if str(error) else "interrupted", INTERRUPTED, args.debug)
-        except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except SystemExit as error:  # nobody reads the output any more
+            return int(error.code or 0)
         except HyperSDError as error:
             return _fail(str(error), error.exit_code, args.debug)
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == "hypersd":
                 raise
-            needed = f"{error.name} is not installed: pip install 'hypersd[{args.extra}]'"
+            needed = f"{error.name} is not installed; in the clone: pip install -e '.[{args.extra}]'"
             return _fail(needed, 2, args.debug)
         except Exception as error:
             return _fail(f"{type(error).__name__}: {error} (a bug? --debug shows where)", 1, args.debug)
+
+
+def _drop_unwritten() -> None:
+    """What a stream did not take would fail again when the interpreter ends, with an exit code of its own."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -96,4 +119,5 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 def _say(text: str) -> None:
     """One line on stderr, whatever line breaks the text has."""
-    print(f"hypersd: {' '.join(text.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"hypersd: {' '.join(text.split())}", file=sys.stderr)

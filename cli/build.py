@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .engine_options import add_engine_options
-
-if TYPE_CHECKING:
-    from ..engines import Bundle
+from .arguments import BUNDLE_HELP, folder
+from .engine_options import add_engine_options, option_words, span_type
 
 EXTRA = "tensorrt-rtx"
 DIMS = ("batch", "height", "width")
+BUNDLE_FIRST = " (and BUNDLE before the option)"  # an option of several values takes a bundle for one of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which bundle, for what, and how."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder that `hypersd export` wrote")
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument(
         "--backend",
         choices=["auto", "tensorrt", "tensorrt-rtx"],
@@ -37,8 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
     shapes.add_argument("--height", type=int, metavar="PIXELS", help="one height alone")
     shapes.add_argument("--width", type=int, metavar="PIXELS", help="one width alone")
-    shapes.add_argument("--dynamic", nargs="+", metavar="DIM=MIN:OPT:MAX", help="a range of batch, height or width")
-    add_engine_options(parser)
+    shapes.add_argument(
+        "--dynamic",
+        nargs="+",
+        type=span_type(BUNDLE_FIRST),
+        metavar="DIM=MIN:OPT:MAX",
+        help="a range of batch, height or width",
+    )
+    add_engine_options(parser, BUNDLE_FIRST)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,41 +51,46 @@ def run(args: argparse.Namespace) -> None:
     from ..engines import Bundle, build_engines
     from ..engines.tensorrt.targets import choose_shapes
     from .console import StageLines, err, out
-    from .engine_options import check_engine_options, choose_api, find_target, make_build_options, say_next, say_target
+    from .engine_options import find_builder, make_build_options, say_next, say_target
 
     if args.remove is not None:
-        _remove(Bundle.load(args.bundle), args.remove)
+        _remove(args)
         return
     began = time.perf_counter()
     options, spans = make_build_options(args), _spans(args)
     bundle = Bundle.load(args.bundle)
     options = dataclasses.replace(options, shapes=choose_shapes(bundle.manifest, spans))
-    api = choose_api(args.backend)
-    check_engine_options(api, options)
+    builder = find_builder(args.backend)
+    builder.check(options)
     try:
         bundle = build_engines(bundle, args.backend, options, StageLines())
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished engines are kept: the same command goes on from there") from None
-    name = find_target(bundle, api, options)
+    name = builder.target(bundle, options)
     say_target(bundle, name, time.perf_counter() - began, out())
-    say_next(bundle, name, out(), err())
+    say_next(bundle, out(), err(), builder.why_not(bundle, name))
 
 
-def _remove(bundle: Bundle, name: str) -> None:
+def _remove(args: argparse.Namespace) -> None:
+    from ..engines import Bundle
     from ..engines.tensorrt.build import remove_target
+    from ..errors import RequestError
     from .console import out
 
-    remove_target(bundle, name)
-    out().print(f"engines {name} are deleted", markup=False, soft_wrap=True)
+    shapes = [f"--{name}" for name in (*DIMS, "dynamic") if getattr(args, name) is not None]
+    backend = ["--backend"] if args.backend != "auto" else []
+    if given := [*backend, *shapes, *option_words(args)]:
+        raise RequestError(f"--remove builds nothing: leave {given[0]} out")
+    remove_target(Bundle.load(args.bundle), args.remove)
+    out().print(f"engines {args.remove} are deleted", markup=False, soft_wrap=True)
 
 
 def _spans(args: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
     """The dimensions that were named, as (min, opt, max)."""
     from ..errors import RequestError
-    from ..export.shapes import parse_dynamic
 
     fixed = {name: (extent,) * 3 for name in DIMS if (extent := getattr(args, name)) is not None}
-    ranges = dict(map(parse_dynamic, args.dynamic or ()))
+    ranges = dict(args.dynamic or ())
     if both := sorted(fixed.keys() & ranges.keys()):
         raise RequestError(f"--{both[0]} and --dynamic {both[0]}=…: give one of the two")
     return fixed | ranges

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -17,17 +18,53 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from ..errors import HyperSDError
+
 PIPE_WIDTH = 200  # columns where there is no terminal, so that a table's row stays one line
+
+
+class _Results(Console):
+    """Ends the command when its reader, such as `head`, has seen enough, and says so when it cannot be written."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except BrokenPipeError:
+            raise SystemExit(0) from None
+        except OSError as error:
+            raise HyperSDError(f"the output cannot be written: {error.strerror or error}") from error
+
+    def on_broken_pipe(self) -> None:
+        """Rich calls this while it handles the error, and would take it for a failure."""
+        raise
+
+
+class _Remarks(Console):
+    """Falls silent when nobody reads it: work that takes minutes is not given up for its progress."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 def out() -> Console:
     """The console of a command's results."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    return _Results(width=_width(sys.stdout), highlight=False, emoji=False)
 
 
 def err() -> Console:
     """The console of progress and remarks."""
-    return Console(stderr=True, width=None if sys.stderr.isatty() else PIPE_WIDTH, highlight=False)
+    return _Remarks(stderr=True, width=_width(sys.stderr), highlight=False, emoji=False)
+
+
+def _width(stream: TextIO | None) -> int | None:
+    """None lets rich ask the terminal. There is no stream where the shell has closed it."""
+    return None if stream is not None and stream.isatty() else PIPE_WIDTH
 
 
 @contextlib.contextmanager

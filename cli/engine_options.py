@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .arguments import quoted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..engines import BuildOptions, Bundle
     from ..engines.tensorrt.api import TensorRTApi
+    from ..engines.tensorrt.machine import Machine
 
 LEVELS = range(6)
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """How to build engines."""
+def add_engine_options(parser: argparse.ArgumentParser, hint: str = "") -> None:
+    """How to build engines; ``hint`` goes with what is said of a bad value where an option takes several."""
     group = parser.add_argument_group("engines")
     group.add_argument(
         "--compute-capability",
         nargs="+",
-        type=_compute_capability,
+        type=_capability_type(hint),
         metavar="X.Y",
         help="TensorRT-RTX: build for these GPUs alone, such as 8.9 12.0 (default: portable, for all RTX GPUs)",
     )
@@ -49,10 +54,31 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _compute_capability(text: str) -> str:
-    if not re.fullmatch(r"\d{1,2}\.\d", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none: expected such as 8.9 (and BUNDLE before the option)")
-    return text
+def _capability_type(hint: str) -> Callable[[str], str]:
+    """Reads a compute capability; ``hint`` goes with what it says of others."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(r"\d{1,2}\.\d", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is none: expected such as 8.9{hint}")
+        return text
+
+    return parse
+
+
+def span_type(hint: str = "") -> Callable[[str], tuple[str, tuple[int, int, int]]]:
+    """Reads a dimension's range; ``hint`` goes with what it says of others."""
+
+    def parse(text: str) -> tuple[str, tuple[int, int, int]]:
+        from ..errors import RequestError
+        from ..export.shapes import parse_dynamic
+
+        try:
+            return parse_dynamic(text)
+        except RequestError:
+            form = "expected batch, height or width as NAME=MIN:OPT:MAX"
+            raise argparse.ArgumentTypeError(f"{text!r} is none: {form}{hint}") from None
+
+    return parse
 
 
 def make_build_options(args: argparse.Namespace) -> BuildOptions:
@@ -75,14 +101,50 @@ def make_build_options(args: argparse.Namespace) -> BuildOptions:
     )
 
 
-def given_options(args: argparse.Namespace) -> list[str]:
-    """Those of the engine options that were given."""
-    names = ("compute_capability", "optimization_level", "strip_weights", "refittable", "timing_cache")
-    values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    return [option for option, value in values.items() if value is not None and value is not False]  # 0 is a level
+def option_words(args: argparse.Namespace) -> list[str]:
+    """The engine options that were given, as words of a command."""
+    words = []
+    for name in ("compute_capability", "optimization_level", "strip_weights", "refittable", "timing_cache"):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:  # 0 is a level
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [option, *map(str, values)]
+    return words
 
 
-def choose_api(backend: str) -> TensorRTApi:
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """What a command builds with, looked up once: the flavour of TensorRT and this machine."""
+
+    api: TensorRTApi
+    machine: Machine
+
+    def check(self, options: BuildOptions) -> None:
+        """Refuse what cannot be built here before any time is spent.
+
+        Raises:
+            RequestError: an option is not one of this flavour's, or out of range.
+            DeviceError: a GPU is needed.
+        """
+        from ..engines.tensorrt.build import check_options
+
+        check_options(self.api, options, self.machine)
+
+    def target(self, bundle: Bundle, options: BuildOptions) -> str:
+        """The name of the target that these options build."""
+        from ..engines.tensorrt.build import make_target
+        from ..engines.tensorrt.targets import target_name
+
+        return target_name(make_target(bundle.manifest, self.api, options, self.machine), bundle.manifest)
+
+    def why_not(self, bundle: Bundle, name: str) -> str | None:
+        """Why a target cannot run on this machine; None if it can."""
+        from ..engines.load import why_not
+
+        return why_not(bundle, name, self.machine)
+
+
+def find_builder(backend: str) -> Builder:
     """The flavour to build with, ready.
 
     Raises:
@@ -92,29 +154,8 @@ def choose_api(backend: str) -> TensorRTApi:
     from ..engines.tensorrt.build import choose_backend
     from ..engines.tensorrt.machine import this_machine
 
-    return load_api(choose_backend(backend, this_machine()))
-
-
-def check_engine_options(api: TensorRTApi, options: BuildOptions) -> None:
-    """Refuse what cannot be built here before any time is spent.
-
-    Raises:
-        RequestError: an option is not one of this flavour's, or out of range.
-        DeviceError: a GPU is needed.
-    """
-    from ..engines.tensorrt.build import check_options
-    from ..engines.tensorrt.machine import this_machine
-
-    check_options(api, options, this_machine())
-
-
-def find_target(bundle: Bundle, api: TensorRTApi, options: BuildOptions) -> str:
-    """The name of the target that these options build."""
-    from ..engines.tensorrt.build import make_target
-    from ..engines.tensorrt.machine import this_machine
-    from ..engines.tensorrt.targets import target_name
-
-    return target_name(make_target(bundle.manifest, api, options, this_machine()), bundle.manifest)
+    machine = this_machine()
+    return Builder(load_api(choose_backend(backend, machine)), machine)
 
 
 def say_target(bundle: Bundle, name: str, seconds: float, console: Console) -> None:
@@ -124,13 +165,9 @@ def say_target(bundle: Bundle, name: str, seconds: float, console: Console) -> N
     console.print(f"engines {name}: {size / 1e6:,.1f} MB, in {seconds:.1f} s", markup=False, soft_wrap=True)
 
 
-def say_next(bundle: Bundle, name: str | None, out: Console, err: Console) -> None:
-    """How to draw, and with what if not with the engines that were just built."""
-    if name is not None:
-        from ..engines.load import why_not
-        from ..engines.tensorrt.machine import this_machine
-
-        if reason := why_not(bundle, name, this_machine()):
-            line = f"these engines cannot run on this machine ({reason}); ONNX Runtime draws here instead"
-            err.print(line, markup=False, soft_wrap=True)
-    out.print(f'draw with: hypersd generate {bundle.root} "a photo of a cat"', markup=False, soft_wrap=True)
+def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = None) -> None:
+    """How to draw, and with what if the engines that were just built cannot run here."""
+    if why_not:
+        line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime draws here instead"
+        err.print(line, markup=False, soft_wrap=True)
+    out.print(f'draw with: hypersd generate {quoted(bundle.root)} "a photo of a cat"', markup=False, soft_wrap=True)

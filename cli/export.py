@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .engine_options import add_engine_options
+from .arguments import build_command, folder
+from .engine_options import add_engine_options, option_words, span_type
 
 if TYPE_CHECKING:
     from ..engines import BuildOptions, Bundle
-    from ..engines.tensorrt.api import TensorRTApi
+    from ..export.exporter import ExportOptions
     from .console import StageLines
+    from .engine_options import Builder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to export, from what, how and where to."""
     parser.add_argument("--ckpt", required=True, metavar="NAME", help="a checkpoint that `hypersd list` shows")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the bundle (default: bundles/NAME)")
+    parser.add_argument("--out", type=folder, metavar="FOLDER", help="the bundle (default: bundles/NAME)")
     parser.add_argument("--replace", action="store_true", help="replace a bundle made from other inputs")
     sources = parser.add_argument_group("sources")
     sources.add_argument(
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument(
         "--dynamic",
         nargs="*",
+        type=span_type(),
         metavar="DIM=MIN:OPT:MAX",
         help="let batch, height or width vary; with no values all three: batch 1 to 4, sides half to one and a half",
     )
@@ -70,21 +72,39 @@ def run(args: argparse.Namespace) -> None:
     """Export, and say what to do next."""
     from ..errors import RequestError
     from ..export.checkpoints import find_checkpoint
-    from ..export.shapes import ShapeOptions, parse_dynamic
     from .console import StageLines, err, out
-    from .engine_options import find_target, given_options, make_build_options, say_next, say_target
+    from .engine_options import make_build_options, say_next, say_target
 
     find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
-    dynamic = None if args.dynamic is None else dict(map(parse_dynamic, args.dynamic))
     build_options = make_build_options(args)
-    if args.engine == "none" and (given := given_options(args)):
+    if args.engine == "none" and (given := option_words(args)):
         raise RequestError(f"{given[0]} says how to build engines, --engine none builds none: leave one of them out")
     began = time.perf_counter()
-    api, why_none = _choose_engine(args.engine, build_options)
-    from ..export.exporter import ExportOptions, export_bundle
+    builder, why_none = _find_builder(args.engine, build_options)
+    from ..export.exporter import export_bundle
+
+    progress = StageLines()
+    bundle = export_bundle(args.ckpt, args.out, _export_options(args), progress)
+    built, why_not = time.perf_counter(), None
+    _say_bundle(bundle, built - began)
+    if builder is not None:
+        bundle = _build(bundle, args, build_options, progress)
+        target = builder.target(bundle, build_options)
+        why_not = builder.why_not(bundle, target)
+        say_target(bundle, target, time.perf_counter() - built, out())
+    elif why_none:
+        line = f"the bundle is ONNX only, because {why_none}; then: {build_command(bundle.root, *option_words(args))}"
+        err().print(line, markup=False, soft_wrap=True)
+    say_next(bundle, out(), err(), why_not)
+
+
+def _export_options(args: argparse.Namespace) -> ExportOptions:
+    from ..export.exporter import ExportOptions
+    from ..export.shapes import ShapeOptions
     from ..export.sources import SourceOptions
 
-    options = ExportOptions(
+    dynamic = None if args.dynamic is None else dict(args.dynamic)
+    return ExportOptions(
         sources=SourceOptions(
             base=args.base, revision=args.revision, variant=args.variant, lora=args.lora, vae=args.vae
         ),
@@ -93,52 +113,40 @@ def run(args: argparse.Namespace) -> None:
         lora_scale=args.lora_scale,
         replace=args.replace,
     )
-    progress = StageLines()
-    bundle = export_bundle(args.ckpt, args.out, options, progress)
-    built, target = time.perf_counter(), None
-    _say_bundle(bundle, built - began)
-    if api is not None:
-        bundle = _build(bundle, args.engine, build_options, progress)
-        target = find_target(bundle, api, build_options)
-        say_target(bundle, target, time.perf_counter() - built, out())
-    elif why_none:
-        line = f"the bundle is ONNX only, because {why_none}; then: hypersd build {bundle.root}"
-        err().print(line, markup=False, soft_wrap=True)
-    say_next(bundle, target, out(), err())
 
 
-def _choose_engine(engine: str, options: BuildOptions) -> tuple[TensorRTApi | None, str]:
-    """The flavour to build with, or why there is none; what cannot be is refused before the export takes minutes."""
+def _find_builder(engine: str, options: BuildOptions) -> tuple[Builder | None, str]:
+    """What to build with, or why there is nothing; what cannot be is refused before the export takes minutes."""
     from ..errors import DeviceError
-    from .engine_options import check_engine_options, choose_api
+    from .engine_options import find_builder
 
     if engine == "none":
         return None, ""
     try:
-        api = choose_api(engine)
+        builder = find_builder(engine)
     except DeviceError as error:
         if engine != "auto":
             raise
         return None, str(error)
-    check_engine_options(api, options)
-    return api, ""
+    builder.check(options)
+    return builder, ""
 
 
-def _build(bundle: Bundle, engine: str, options: BuildOptions, progress: StageLines) -> Bundle:
+def _build(bundle: Bundle, args: argparse.Namespace, options: BuildOptions, progress: StageLines) -> Bundle:
     """Build the engines; however that ends, the user learns that the bundle itself is there."""
     from ..engines import build_engines
     from ..errors import BundleError, HyperSDError
 
+    kept = f"{bundle.root} is complete without engines, those that are finished are kept"
     try:
-        return build_engines(bundle, engine, options, progress)
+        return build_engines(bundle, args.engine, options, progress)
     except KeyboardInterrupt:
-        kept = f"{bundle.root} is complete without engines, those that are finished are kept"
         raise KeyboardInterrupt(f"{kept}: the same command goes on from there") from None
     except BundleError:
         raise  # the bundle is damaged
     except HyperSDError as error:
-        hint = f"{bundle.root} is complete without engines; go on with: hypersd build {bundle.root} --backend {engine}"
-        raise type(error)(f"{error}; {hint}") from error
+        command = build_command(bundle.root, "--backend", args.engine, *option_words(args))
+        raise type(error)(f"{error}; {kept}; go on with: {command}") from error
 
 
 def _say_bundle(bundle: Bundle, seconds: float) -> None:

@@ -6,18 +6,24 @@ Writes PNG files that carry their settings, and with --count above 1 a contact s
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import BUNDLE_HELP, folder
+
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..engines.load import Choice
     from ..runtime import Pipeline
+    from ..runtime.pipeline import PipelineOutput
     from ..runtime.request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, the prompt, and what differs from the checkpoint's own settings."""
-    parser.add_argument("bundle", type=Path, help="the folder that `hypersd export` wrote")
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("prompt", help="what to draw")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="default: CHECKPOINT-SEED.png")
     parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
@@ -43,63 +49,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw the pictures one by one, write them, and print seconds by stage."""
+    _check(args)
+    pipe = _load(args)
+    images = _draw(pipe, args)
+    if args.count > 1:
+        _write_sheet(images, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what is wrong before torch is loaded, as far as that can be told; complete what was left open."""
     import secrets
-    import time
 
     from ..errors import RequestError
-    from .console import StageNotes, err, out, step_bar
-    from .pictures import check_output, contact_sheet, numbered, parse_size, write_png
+    from .pictures import check_output, parse_size
 
-    width, height = parse_size(args.size) if args.size else (None, None)
+    args.width, args.height = parse_size(args.size) if args.size else (None, None)
     if not 1 <= args.count <= 1000:
         raise RequestError(f"--count {args.count} is out of range: expected 1 to 1000")
     check_output(args.output)
     _check_target(args)
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+
+
+def _load(args: argparse.Namespace) -> Pipeline:
+    """The pipeline, with a line that says what runs where."""
+    import time
+
     began = time.perf_counter()
+    from ..errors import RequestError
     from ..runtime import Pipeline
     from ..runtime.request import LARGEST_SEED
+    from .console import StageNotes
 
+    if args.count > 1 and args.seed + args.count - 1 > LARGEST_SEED:
+        raise RequestError(f"--seed {args.seed} with --count {args.count}: the last seed is above {LARGEST_SEED}")
     progress = StageNotes()
     progress.start(f"loading {args.bundle}")
     try:
         pipe = Pipeline.load(args.bundle, args.backend, args.device, args.target, progress)
     finally:
         progress.hide()
-    load_seconds = time.perf_counter() - began
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    if args.count > 1 and seed + args.count - 1 > LARGEST_SEED:
-        raise RequestError(f"--seed {seed} with --count {args.count}: the last seed is above {LARGEST_SEED}")
-    settings = {
-        "negative_prompt": args.negative_prompt,
-        "num_inference_steps": args.steps,
-        "timesteps": args.timesteps,
-        "eta": args.eta,
-        "guidance_scale": args.guidance,
-        "height": height,
-        "width": width,
-    }
-    output = args.output or Path(f"{pipe.manifest.checkpoint}-{seed}.png")
+    args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
+    _say_loaded(pipe, time.perf_counter() - began, progress.notes)
+    return pipe
+
+
+def _draw(pipe: Pipeline, args: argparse.Namespace) -> list[Image]:
+    """Draw and write every picture."""
+    from .console import err, out
+    from .pictures import numbered, write_png
+
     console, images, is_guided = out(), [], False
-    _say_loaded(pipe, load_seconds, progress.notes)
     for i in range(args.count):
-        with step_bar(f"picture {i + 1} of {args.count}", _steps(pipe, args)) as advance:
-
-            def on_step(*_: object, advance=advance) -> None:
-                advance()
-
-            result = pipe(args.prompt, seed=seed + i, force=args.force, callback_on_step_end=on_step, **settings)
-        path = numbered(output, i, args.count)
-        write_png(path, result.images[0], _metadata(pipe, result.request, seed + i))
+        result = _draw_one(pipe, args, i)
+        path = numbered(args.output, i, args.count)
+        write_png(path, result.images[0], _metadata(pipe, result.request, args.seed + i))
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
-        console.print(f"{path}  seed {seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
+        console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
         images.append(result.images[0])
         is_guided = result.request.is_guided
     if args.negative_prompt and not is_guided:
         err().print("the negative prompt has no effect: --guidance is 1 or less", markup=False)
-    if args.count > 1:
-        sheet = output.with_name(f"{output.stem}-sheet.png")
-        write_png(sheet, contact_sheet(images, [f"seed {seed + i}" for i in range(args.count)]), {})
-        console.print(f"{sheet}  all {args.count}", markup=False, soft_wrap=True)
+    return images
+
+
+def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int) -> PipelineOutput:
+    from .console import step_bar
+
+    with step_bar(f"picture {index + 1} of {args.count}", _steps(pipe, args)) as advance:
+        return pipe(
+            args.prompt,
+            negative_prompt=args.negative_prompt,
+            num_inference_steps=args.steps,
+            timesteps=args.timesteps,
+            eta=args.eta,
+            guidance_scale=args.guidance,
+            height=args.height,
+            width=args.width,
+            seed=args.seed + index,
+            force=args.force,
+            callback_on_step_end=lambda *_: advance(),
+        )
+
+
+def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:
+    from .console import out
+    from .pictures import contact_sheet, write_png
+
+    sheet = args.output.with_name(f"{args.output.stem}-sheet.png")
+    write_png(sheet, contact_sheet(images, [f"seed {args.seed + i}" for i in range(args.count)]), {})
+    out().print(f"{sheet}  all {args.count}", markup=False, soft_wrap=True)
 
 
 def _check_target(args: argparse.Namespace) -> None:
@@ -119,13 +158,24 @@ def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str]) -> None:
     choice, console = pipe.choice, err()
     assert choice is not None  # a pipeline that was loaded has one
     if choice.passed_over and choice.target is None:
-        reasons = "; ".join(dict.fromkeys(choice.passed_over.values()))
+        reasons = _each_once(choice.passed_over)
         console.print(f"TensorRT engines passed over: {reasons}", markup=False, soft_wrap=True)
     line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}, loaded in {seconds:.2f} s"
     if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
         unkept = "; " in compiled[0]
         line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
     console.print(line, markup=False, soft_wrap=True)
+
+
+def _each_once(reasons: Mapping[str, str]) -> str:
+    """Why targets cannot run: what holds for all of them, then what holds for some, with their names."""
+    targets: dict[str, list[str]] = {}
+    for name, text in reasons.items():
+        for reason in text.split("; "):
+            targets.setdefault(reason, []).append(name)
+    of_all = [reason for reason, names in targets.items() if len(names) == len(reasons)]
+    of_some = [f"{', '.join(names)}: {reason}" for reason, names in targets.items() if len(names) < len(reasons)]
+    return "; ".join(of_all + of_some)
 
 
 def _where(pipe: Pipeline) -> str:

@@ -7,8 +7,10 @@ It says of each target whether it runs on this machine, and if not, why. `hypers
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from .arguments import BUNDLE_HELP, build_command, folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,49 +20,56 @@ if TYPE_CHECKING:
     from ..engines.manifest import EngineTarget
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
+SHOWN_NAMES = 3  # of a network's attentions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which bundle."""
-    parser.add_argument("bundle", type=Path, help="the folder that `hypersd export` wrote")
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("--hashes", action="store_true", help="read every file and compare its SHA-256")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the manifest says, after checking the files against it."""
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from ..engines.bundle import Bundle
     from .console import out
 
-    bundle = Bundle.load(args.bundle, hashes=args.hashes)
-    manifest, console = bundle.manifest, out()
+    bundle, console = Bundle.load(args.bundle, hashes=args.hashes), out()
     facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in _facts(bundle).items():
         facts.add_row(name, Text(value))  # not markup, whatever brackets a path has
     console.print(facts)
-    networks = Table(box=box.SIMPLE_HEAD)
-    for heading in ("network", "MB", "inputs", "outputs"):
-        networks.add_column(heading, justify="right" if heading == "MB" else "left")
-    for name, component in manifest.components.items():
-        size = sum(manifest.files[file].size for file in component.files)
-        networks.add_row(
-            name,
-            f"{size / 1e6:,.1f}",
-            "\n".join(f"{key} {spec}" for key, spec in component.inputs.items()),
-            "\n".join(f"{key} {spec}" for key, spec in component.outputs.items()),
-        )
-    console.print(networks)
-    if manifest.engines:
+    console.print(_network_table(bundle))
+    if bundle.manifest.engines:
         _print_targets(bundle, console)
     else:
-        line = f"no TensorRT engines: hypersd build {bundle.root} makes some"
+        line = f"no TensorRT engines; make some with: {build_command(bundle.root)}"
         console.print(line, markup=False, soft_wrap=True)
     checked = "sizes and SHA-256" if args.hashes else "sizes"
     hint = "" if args.hashes else " (--hashes checks contents)"
     console.print(f"{checked} of {_checked_files(bundle)} are as written{hint}", markup=False)
+
+
+def _network_table(bundle: Bundle) -> Table:
+    """Networks with inputs and outputs, whose names a narrow terminal breaks and does not cut."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("network", "MB", "inputs", "outputs"):
+        table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
+    for name, component in bundle.manifest.components.items():
+        size = sum(bundle.manifest.files[file].size for file in component.files)
+        specs = (component.inputs, component.outputs)
+        tensors = ("\n".join(f"{key} {spec}" for key, spec in tensors.items()) for tensors in specs)
+        table.add_row(Text(name), f"{size / 1e6:,.1f}", *map(Text, tensors))
+    return table
 
 
 def _checked_files(bundle: Bundle) -> str:
@@ -83,9 +92,24 @@ def _print_targets(bundle: Bundle, console: Console) -> None:
     for first in range(0, len(columns), abreast):
         console.print(_target_table(columns[first : first + abreast], first + 1))
     for i, (name, reason) in enumerate(reasons.items(), 1):
-        why = f"\n   does not run here: {reason}" if reason else ""
-        console.print(f"{i}  {name}{why}", markup=False, soft_wrap=True)
+        remarks = [f"does not run here: {reason}"] if reason else []
+        lines = [f"{i}  {name}", *(f"   {remark}" for remark in [*remarks, *_plain_attentions(targets[name])])]
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
     console.print()
+
+
+def _plain_attentions(target: EngineTarget) -> list[str]:
+    """A line for every network whose attentions are not all fused, which makes it slower."""
+    from ..engines.tensorrt.api import TITLES
+
+    lines = []
+    for network, plan in target.plans.items():
+        if names := plan.decomposed_attention:
+            shown, more = ", ".join(names[:SHOWN_NAMES]), len(names) - SHOWN_NAMES
+            count = f"{len(names)} attention{'s' if len(names) > 1 else ''} in plain kernels"
+            lack = f"for which {TITLES[target.backend]} has no fused one"
+            lines.append(f"{network}: {count}, {lack}: {shown}{f' and {more} more' if more > 0 else ''}")
+    return lines
 
 
 def _target_table(columns: list[dict[str, str]], number: int) -> Table:
@@ -94,7 +118,9 @@ def _target_table(columns: list[dict[str, str]], number: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("target", *(str(number + i) for i in range(len(columns))), box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("target", *(str(number + i) for i in range(len(columns)))):
+        table.add_column(heading, overflow="fold")
     for fact in columns[0]:
         table.add_row(fact, *(Text(column[fact]) for column in columns))
     return table
@@ -102,23 +128,31 @@ def _target_table(columns: list[dict[str, str]], number: int) -> Table:
 
 def _target_facts(bundle: Bundle, name: str, runs_here: str) -> dict[str, str]:
     from ..engines.tensorrt.api import TITLES
-    from ..engines.tensorrt.machine import memory_needed
 
     target = bundle.manifest.engines[name]
-    shapes, is_whole = target.shapes, len(target.plans) == len(bundle.manifest.components)
-    memory = memory_needed(target) if is_whole else None
-    size = sum(bundle.manifest.files[plan.file].size for plan in target.plans.values())
+    shapes, plans = target.shapes, target.plans.values()
+    is_whole = len(plans) == len(bundle.manifest.components)
+    weights = [plan.weights_memory for plan in plans] if is_whole else [None]
+    activations = [plan.activation_memory for plan in plans] if is_whole else [None]
+    size = sum(bundle.manifest.files[plan.file].size for plan in plans)
     return {
         "built for": f"{TITLES[target.backend]} {target.version}",
         "GPUs": ", ".join(target.compute_capabilities) or "portable",
         "pictures": f"{shapes.batch} of {shapes.width} x {shapes.height}",
-        "networks": f"{len(target.plans)} of {len(bundle.manifest.components)}",
+        "networks": f"{len(plans)} of {len(bundle.manifest.components)}",
         "options": _target_options(target),
         "size": f"{size / 1e6:,.1f} MB",
-        "device memory": "unknown" if memory is None else f"{memory / 1e6:,.1f} MB",
-        "built in": f"{sum(plan.seconds for plan in target.plans.values()):,.1f} s",
+        "weights": _memory(weights, sum),
+        "activations": _memory(activations, max),  # networks run one after another and share one block
+        "built in": f"{sum(plan.seconds for plan in plans):,.1f} s",
         "runs here": runs_here,
     }
+
+
+def _memory(sizes: Sequence[int | None], total: Callable[[list[int]], int]) -> str:
+    """Device memory of all networks together, if TensorRT told that of each."""
+    told = [size for size in sizes if size is not None]
+    return f"{total(told) / 1e6:,.1f} MB" if len(told) == len(sizes) else "unknown"
 
 
 def _target_options(target: EngineTarget) -> str:

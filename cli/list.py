@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+ROW_WIDTH = 200  # whatever the terminal's, which breaks longer lines: names stay whole, to be copied
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None but the common ones."""
@@ -35,5 +37,6 @@ def run(args: argparse.Namespace) -> None:
             f"{checkpoint.guidance_scale:g}" if checkpoint.is_guided else "none",
         )
     console = out()
+    console.width = ROW_WIDTH
     console.print(f"Checkpoints of {HYPER_SD_REPO}; export one with `hypersd export --ckpt NAME`", markup=False)
     console.print(table)

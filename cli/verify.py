@@ -11,6 +11,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .arguments import BUNDLE_HELP, folder
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which bundle, which prompts, and how close is close enough."""
-    parser.add_argument("bundle", type=Path, help="the folder that `hypersd export` wrote")
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: two)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")

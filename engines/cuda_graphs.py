@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -30,6 +31,10 @@ _one_capture = threading.Lock()  # torch: "only one capture may be underway at a
 _broken: list[object] = []  # graphs whose capture torch could not end; its allocator may still point at them
 
 
+class GraphWarning(UserWarning):
+    """Work that was to be replayed from a CUDA graph cannot be recorded, and runs without one."""
+
+
 def retain(*owners: object) -> None:
     """Keep ``owners`` for as long as the graph that this thread is recording; nothing happens outside a recording.
 
@@ -46,7 +51,8 @@ class _Entry:
         self.inputs = {
             name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in inputs.items()
         }
-        self.warm = threading.local()  # warm-ups by thread, as engines have buffers by thread
+        self.runs = 0  # of the work itself, on whatever thread: buffers belong to the stream
+        self.is_recordable = True
         self.replay: Replay | None = None
         self.outputs: Mapping[str, Tensor] = {}
         self.kept: list[object] = []
@@ -54,12 +60,6 @@ class _Entry:
     def load(self, inputs: Mapping[str, Tensor]) -> None:
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
-
-    def is_warm(self) -> bool:
-        """Whether this thread has run it often enough; if not, the run to come counts."""
-        runs = getattr(self.warm, "runs", 0)
-        self.warm.runs = runs + 1
-        return runs >= WARM_UPS
 
 
 class GraphedFunction:
@@ -70,7 +70,9 @@ class GraphedFunction:
     later ones replay the recording. It must enqueue on the current stream, draw no random numbers, copy nothing from
     the host and wait for nothing.
 
-    For one thread and one stream at a time: the caller sees to that. Any number of threads may take turns.
+    Work that cannot be recorded runs as it is, at every call; the first such failure is a :class:`GraphWarning`.
+
+    For one thread at a time, always on the same stream: the caller sees to that. Any number of threads may take turns.
     """
 
     def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT_GRAPHS) -> None:
@@ -78,28 +80,23 @@ class GraphedFunction:
         self._capture = capture_cuda_graph if capture is None else capture
         self._kept = kept
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._has_warned = False
 
     def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The outputs of ``work(key, inputs)``.
 
         They are the graph's own memory, which the next call of the same key overwrites, and which is gone when the key
         is among the last few no more: copy what has to last.
-
-        Raises:
-            EngineError: the work cannot be recorded. The key starts anew at the next call; others are untouched.
         """
         whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
         entry = self._entry(whole_key, inputs)
         entry.load(inputs)
+        if entry.replay is None and entry.is_recordable and entry.runs >= WARM_UPS:
+            self._record(key, entry)
         if entry.replay is None:
-            if not entry.is_warm():
-                return self._work(key, entry.inputs)
-            try:
-                self._record(key, entry)
-            except Exception:
-                del self._entries[whole_key]
-                raise
-        assert entry.replay is not None
+            outputs = self._work(key, entry.inputs)
+            entry.runs += 1
+            return outputs
         entry.replay()
         return entry.outputs
 
@@ -115,13 +112,30 @@ class GraphedFunction:
         return entry
 
     def _record(self, key: Hashable, entry: _Entry) -> None:
+        """Give the entry its graph, or mark it as not recordable."""
         # Other shapes may have run since the warm-ups, and some libraries plan for the last shape they saw: this one.
         self._work(key, entry.inputs)
-        _recording.kept = entry.kept
+        kept: list[object] = []
+        _recording.kept = kept
         try:
             entry.replay, entry.outputs = self._capture(lambda: self._work(key, entry.inputs))
+            entry.kept = kept
+        except Exception as error:  # of the recording, or of the work: then it comes out when the work runs as it is
+            entry.is_recordable = False
+            self._warn(error)
         finally:
             _recording.kept = None
+
+    def _warn(self, error: Exception) -> None:
+        """Say it once: the next kind of call will most likely fail in the same way."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        message = (
+            f"{one_line(error)}: this kind of call now runs without a graph, and slower; "
+            "Pipeline.load(..., cuda_graphs=False) silences this"
+        )
+        warnings.warn(message, GraphWarning, stacklevel=7)  # shown at the call of the pipeline
 
 
 def _finish(entry: _Entry) -> None:
@@ -153,8 +167,7 @@ def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
         except Exception as error:
             _abandon(graph, pool)
             raise EngineError(
-                f"CUDA graph: recording failed ({one_line(_first_cause(error))}), expected work that only enqueues; "
-                "Pipeline.load(..., cuda_graphs=False) draws without graphs"
+                f"CUDA graph: recording failed ({one_line(_first_cause(error))}), expected work that only enqueues"
             ) from error
     return graph.replay, result
 

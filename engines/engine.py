@@ -18,11 +18,12 @@ class Engine(Protocol):
     """A network that is ready to run.
 
     ``run`` takes one contiguous tensor per input, on ``device``, in the dtypes and shapes of ``inputs``. The tensors
-    it returns are the engine's own buffers: they hold until the same thread runs the engine again at the same shapes,
-    and are never shared between threads. Copy what has to last longer.
+    it returns are the engine's own buffers. Copy what has to last longer than they hold:
 
-    On a CUDA device ``run`` is ordered after what the current stream did before, and before what it does next; the
-    tensors belong to that stream.
+    - On the CPU buffers belong to the thread, and hold until it runs the engine again at the same shapes.
+    - On a CUDA device they belong to the current stream, and hold until the engine runs again on it, whichever thread
+      calls. Give every thread a stream of its own, or let the threads take turns. ``run`` is ordered after what the
+      current stream did before, and before what it does next.
     """
 
     @property
@@ -38,7 +39,7 @@ class Engine(Protocol):
     def capturable(self) -> bool:
         """Whether a CUDA graph may record its run.
 
-        Then from the third run of a thread at given shapes on ``run`` only enqueues: it never allocates and the host
+        Then from the third run on a stream at given shapes on ``run`` only enqueues: it never allocates and the host
         never waits. While a graph is recorded it hands what owns its memory to :func:`.cuda_graphs.retain`. Who
         replays such a graph keeps it in order with the engine's other runs, on one stream.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,17 +13,17 @@ from .engine import Engine
 
 
 class GraphedEngine:
-    """Runs an engine by replaying a CUDA graph of it, one for each set of shapes, thread and stream.
+    """Runs an engine by replaying a CUDA graph of it, one for each stream and set of shapes.
 
     Inside a larger graph that is being recorded, and on the default stream, which cannot be, the engine itself runs.
-    The outputs are the graph's, and hold as long as an engine's (:class:`.engine.Engine`).
+    The outputs are the graph's, and hold as long as an engine's (:class:`.engine.Engine`). Threads may share a stream
+    if they take turns on it.
     """
 
     def __init__(self, engine: Engine, capture: Capture | None = None) -> None:
         self.engine = engine
-        self.capturable = engine.capturable
         self._capture = capture
-        self._local = threading.local()
+        self._graphs: dict[int, GraphedFunction] = {}  # by stream, of which torch has few
 
     @property
     def inputs(self) -> Mapping[str, Any]:
@@ -38,6 +37,10 @@ class GraphedEngine:
     def device(self) -> torch.device:
         return self.engine.device
 
+    @property
+    def capturable(self) -> bool:
+        return self.engine.capturable
+
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the network once."""
         if self.device.type != "cuda":
@@ -48,8 +51,8 @@ class GraphedEngine:
         return self._graphed(stream.cuda_stream)(None, feeds)
 
     def _graphed(self, stream: int) -> GraphedFunction:
-        """This thread's graphs on a stream: an engine has buffers by both."""
-        graphs: dict[int, GraphedFunction] = self._local.__dict__.setdefault("graphs", {})
-        if stream not in graphs:
-            graphs[stream] = GraphedFunction(lambda _key, inputs: self.engine.run(inputs), self._capture)
-        return graphs[stream]
+        """The graphs on a stream: an engine's buffers belong to it."""
+        if stream not in self._graphs:
+            made = GraphedFunction(lambda _key, inputs: self.engine.run(inputs), self._capture)
+            self._graphs.setdefault(stream, made)  # another thread may have been faster
+        return self._graphs[stream]

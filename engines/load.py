@@ -16,7 +16,7 @@ from .progress import BuildProgress, Silent
 from .tensorrt.api import BACKENDS as TENSORRT_BACKENDS
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
-from .tensorrt.targets import narrowed
+from .tensorrt.targets import narrowed, target_name
 
 BACKENDS = ("auto", "onnxruntime", *TENSORRT_BACKENDS, "null")
 
@@ -79,7 +79,8 @@ def choose(bundle: Bundle, backend: str = "auto", device: str = "auto", target: 
         return Choice(backend=targets[best].backend, target=best, manifest=manifest, passed_over=passed_over)
     if backend == "auto" and target is None:
         return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over=passed_over)
-    raise DeviceError(f"{bundle.root} cannot run here: " + "; ".join(dict.fromkeys(passed_over.values())))
+    told = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise DeviceError(f"{bundle.root} cannot run here: {told}")
 
 
 def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
@@ -95,8 +96,6 @@ def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, En
     if target is None:
         return targets
     found = {name: t for name, t in targets.items() if target in name}
-    if target in targets:
-        found = {target: targets[target]}
     if len(found) != 1:
         raise RequestError(
             f"target {target!r} is {'none' if not found else 'more than one'} of: {', '.join(targets) or 'none'}"
@@ -116,17 +115,29 @@ def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
     """Why a target of a bundle cannot run here, all of it; None if nothing speaks against it."""
     target = bundle.manifest.engines[name]
     reasons = [why_not_target(target, bundle.manifest, machine)]
+    if name != target_name(target, bundle.manifest):
+        reasons.append("its name is not what the manifest says of it, which was changed by hand")
+    reasons.append(_why_not_plans(bundle, target, machine))
     if broken := [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]:
         reasons.append(f"{broken[0]} is missing or shortened: build it again with `hypersd build`")
     return "; ".join(reason for reason in reasons if reason is not None) or None
 
 
+def _why_not_plans(bundle: Bundle, target: EngineTarget, machine: Machine) -> str | None:
+    """What TensorRT itself has against plans that seem to fit: it knows what each GPU can do."""
+    if why_not_target(target, bundle.manifest, machine) is not None or machine.gpu is None:
+        return None
+    for name, plan in target.plans.items():
+        if bundle.is_whole(plan) and (reason := load_api(target.backend).why_invalid(bundle.path(plan.file))):
+            return f"{name}: TensorRT says {reason} of {machine.gpu.name}"
+    return None
+
+
 def _rank(manifest: Manifest, target: EngineTarget) -> tuple[bool, ...]:
-    """Smaller is better: of the bundle's usual size, fixed in shape, for the GPU at hand, and whole."""
-    extents = [target.shapes.batch, target.shapes.height, target.shapes.width]
-    usual = [manifest.shapes.batch, manifest.shapes.height, manifest.shapes.width]
+    """Smaller is better: of the bundle's usual size, TensorRT, fixed in shape, for the GPU at hand, and whole."""
+    extents = target.shapes.extents
     return (
-        [extent.opt for extent in extents] != [extent.opt for extent in usual],
+        [extent.opt for extent in extents] != [extent.opt for extent in manifest.shapes.extents],
         target.backend != "tensorrt",
         any(extent.min < extent.max for extent in extents),
         not target.compute_capabilities,

@@ -29,7 +29,8 @@ def locked(root: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             lock.acquire()
     except OSError as error:
-        raise UserError(f"{root} cannot be written: {error.strerror or error}; choose another folder") from error
+        what = f"{lock.lock_file}, the lock of {root}, cannot be written: {error.strerror or error}"
+        raise UserError(f"{what}; make its folder writable, or choose another folder") from error
     try:
         yield
     finally:

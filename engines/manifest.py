@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from ..errors import BundleError, one_line
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
+ENGINES_FOLDER = "engines"
 
 DType = Literal["float32", "float16", "int64"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -157,6 +159,10 @@ class PictureShapes(_Record, frozen=True, kw_only=True):
     height: Range
     width: Range
 
+    @property
+    def extents(self) -> tuple[Range, Range, Range]:
+        return self.batch, self.height, self.width
+
 
 class Plan(_Record, frozen=True, kw_only=True):
     """One component as TensorRT built it.
@@ -192,7 +198,7 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
         backend: the flavour of TensorRT.
         version: its version; a plan runs on no other.
         compute_capabilities: GPUs such as ``"8.9"``; none for a portable target, which RTX compiles when it is loaded.
-        platform: operating system and processor, such as ``"linux-x86_64"``.
+        platform: operating system and processor, such as ``"linux-x86_64"``; the processor alone for RTX.
         precision: the bundle's.
         shapes: pictures that the plans are built for, the bundle's or a part of them.
         optimization_level: TensorRT's, 0 to 5; None for its default.
@@ -238,10 +244,24 @@ class Manifest(_Record, frozen=True, kw_only=True):
         named = {file for component in self.components.values() for file in component.files}
         if unlisted := sorted(named - self.files.keys()):
             raise ValueError(f"component files without a record: {', '.join(unlisted)}")
-        plans = [(name, plan) for target in self.engines.values() for name, plan in target.plans.items()]
-        if unlisted := sorted({plan.file for _, plan in plans} - self.files.keys()):
+        for name, target in self.engines.items():
+            self._check_target(name, target)
+
+    def _check_target(self, name: str, target: EngineTarget) -> None:
+        """A target is one folder of plans, and of nothing else: commands delete it."""
+        if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or not name.strip("."):
+            raise ValueError(f"target name {name!r} is not that of a folder")
+        if not (target.version + target.platform + "".join(target.compute_capabilities)).isprintable():
+            raise ValueError(f"target {name} holds characters that cannot be shown")
+        for extent, wide in zip(target.shapes.extents, self.shapes.extents, strict=True):
+            if extent.min < wide.min or extent.max > wide.max:
+                raise ValueError(f"target {name}: {extent.name} {extent} is outside the bundle's {wide}")
+        for component, plan in target.plans.items():
+            if plan.file != (expected := f"{ENGINES_FOLDER}/{name}/{component}.engine"):
+                raise ValueError(f"plan {plan.file!r} of {name}: expected {expected}")
+        if unlisted := sorted({plan.file for plan in target.plans.values()} - self.files.keys()):
             raise ValueError(f"plans without a record: {', '.join(unlisted)}")
-        if unknown := sorted({name for name, _ in plans} - self.components.keys()):
+        if unknown := sorted(target.plans.keys() - self.components.keys()):
             raise ValueError(f"plans of components that are not there: {', '.join(unknown)}")
 
 

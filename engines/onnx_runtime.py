@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from .manifest import Component
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-KEPT_SHAPES = 8  # sets of buffers a thread; the least recently used goes first
+KEPT_SHAPES = 8  # sets of buffers a thread or stream; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
@@ -67,7 +67,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 class _Binding:
-    """One thread's buffers at one set of shapes, and where ONNX Runtime was told to find them."""
+    """Buffers at one set of shapes, and where ONNX Runtime was told to find them."""
 
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self.io = session.io_binding()
@@ -108,14 +108,14 @@ class _Binding:
 class OnnxRuntimeEngine:
     """A component's ONNX graph in an ONNX Runtime session.
 
-    Safe to call from several threads: the session is shared, the output buffers belong to the calling thread. They
-    are allocated at the first call with given shapes and reused by later ones (see :class:`.engine.Engine`), for the
-    last few sets of shapes.
+    Safe to call from several threads: the session is shared, the output buffers belong to the calling thread, on a
+    CUDA device to its current stream. They are allocated at the first call with given shapes and reused by later ones
+    (see :class:`.engine.Engine`), for the last few sets of shapes.
 
-    On a CUDA device all runs are enqueued on ``stream`` and the host does not wait for them. One pipeline's engines run
-    one after another and may share a stream; two pipelines may not, lest one records the other's work in its graph.
-    Intermediate results lie in the session's arena, which never shrinks and is not freed before the session: a
-    recorded graph relies on that, so do not turn on arena shrinkage.
+    On a CUDA device all runs are enqueued on ``stream``, one at a time, and the host does not wait for them. One
+    pipeline's engines run one after another and may share a stream; two pipelines may not, lest one records the other's
+    work in its graph. Intermediate results lie in the session's arena, which never shrinks and is not freed before the
+    session: a recorded graph relies on that, so do not turn on arena shrinkage.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class OnnxRuntimeEngine:
         self._session, self.capturable = _make_session(path, device, threads or available_cores(), self._stream)
         self._options = _cuda_run_options() if device.type == "cuda" else None
         self._check_graph(path)
-        self._local = threading.local()
+        self._local = threading.local()  # buffers on the CPU
+        self._by_stream: dict[int, OrderedDict[tuple, _Binding]] = {}  # on CUDA; torch has few streams
+        self._lock = nullcontext() if self._stream is None else threading.Lock()
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.
@@ -144,11 +146,20 @@ class OnnxRuntimeEngine:
             EngineError: the inputs are not those of the graph, or ONNX Runtime failed.
         """
         check_feeds(self.name, self.inputs, feeds, self.device)
-        bindings: OrderedDict = self._local.__dict__.setdefault("bindings", OrderedDict())
+        with self._lock:
+            return self._run(self._bindings(), feeds)
+
+    def _bindings(self) -> OrderedDict[tuple, _Binding]:
+        """The buffers by shapes, the calling thread's or the current stream's."""
+        if self._stream is None:
+            return self._local.__dict__.setdefault("bindings", OrderedDict())
+        current = torch.cuda.current_stream(self.device).cuda_stream
+        return self._by_stream.setdefault(current, OrderedDict())
+
+    def _run(self, bindings: OrderedDict[tuple, _Binding], feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         key = tuple(feeds[name].shape for name in self.inputs)
         binding = bindings.get(key)
-        is_first = binding is None
-        if is_first:
+        if is_first := binding is None:
             binding = _Binding(self._session, self.device)
         binding.bind_inputs(feeds)
         retain(self, binding)
@@ -158,6 +169,8 @@ class OnnxRuntimeEngine:
                     binding.run_first(self._session, self._options, self._stream)
                 else:
                     self._session.run_with_iobinding(binding.io, self._options)
+        except torch.OutOfMemoryError:  # of the buffers: who draws knows what to do
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
         bindings[key] = binding

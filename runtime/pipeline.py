@@ -19,7 +19,7 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.graphed_engine import GraphedEngine
 from ..engines.load import Choice, choose, load_choice
 from ..engines.progress import BuildProgress
-from ..errors import BundleError, RequestError
+from ..errors import BundleError, EngineError, RequestError, one_line
 from .images import check_output_type, to_images, to_pixels
 from .noise import Generators, randn
 from .picture import Denoiser, Painter, PictureSettings
@@ -58,7 +58,8 @@ class Pipeline:
     which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
     work of the caller's current stream, and which that stream waits for. If all engines can be recorded there, the
     whole picture is a CUDA graph (see :class:`..engines.cuda_graphs.GraphedFunction`) for each of the last few kinds of
-    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network.
+    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network. What
+    cannot be recorded after all runs without a graph, and a :class:`..engines.cuda_graphs.GraphWarning` says so once.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Pipeline:
         self.manifest = manifest
         self.engines = engines
         self.choice: Choice | None = None  # what ``load`` decided on
+        self._bundle_shapes = manifest.shapes  # of which engines may take a part
         self.sampler: Sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
         self.unet = engines["unet"]
         self.vae_decoder = engines["vae_decoder"]
@@ -130,7 +132,7 @@ class Pipeline:
             pipe = cls(choice.manifest, engines, tokenizers, capture=capture_cuda_graph if cuda_graphs else None)
         except RequestError as error:  # the manifest's scheduler is none
             raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
-        pipe.choice = choice
+        pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
         return pipe
 
     @torch.no_grad()
@@ -178,6 +180,7 @@ class Pipeline:
 
         Raises:
             RequestError: an argument is out of range.
+            EngineError: an engine failed, or the device's memory is not enough.
         """
         check_output_type(output_type)
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
@@ -194,13 +197,15 @@ class Pipeline:
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             force=force,
+            bundle_shapes=self._bundle_shapes,
+            engines=(self.choice and self.choice.target) or "",
         )
         generator, used_seed = _generator(request, generator)
         settings = self._painter.settings(request, output_type)
         clock = _Clock()
         with clock.stage("tokenize"):
             tokens = self._tokenize(request, settings)
-        with self._turn() as caller:
+        with _out_of_memory_in_words(request), self._turn() as caller:
             call = _Call(request, settings, tokens, generator, latents)
             if self._graphed is not None and callback_on_step_end is None:
                 images = self._draw_graphed(self._graphed, call, clock, caller)
@@ -218,9 +223,9 @@ class Pipeline:
             return self.text.encode(tokens).map(lambda tensor: hand_out(tensor, caller))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
+        """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1, a tensor of the caller's own."""
         with self._turn() as caller:
-            return hand_out(self._painter.decode(latents), caller)
+            return hand_out(self._painter.decode(latents).clone(), caller)  # the next turn may be another thread's
 
     def _turn(self) -> AbstractContextManager[torch.cuda.Stream | None]:
         return nullcontext() if self._turns is None else self._turns.turn()
@@ -340,6 +345,22 @@ class _Clock:
 
     def timings(self) -> dict[str, float]:
         return {**self._stages, "total": time.perf_counter() - self._began}
+
+
+@contextmanager
+def _out_of_memory_in_words(request: Request) -> Iterator[None]:
+    """Where the device's memory is not enough: say for what, in torch's words, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Memory of the host that the device is to read, torch refuses with CUDA's error and not with its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "CUDA error: out of memory" not in str(error):
+            raise
+        what = f"{request.batch} of {request.width}x{request.height}"
+        raise EngineError(
+            f"out of device memory, drawing {what} ({one_line(error)}): "
+            "draw smaller pictures or fewer at a time, or free the device"
+        ) from error
 
 
 def _generator(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:

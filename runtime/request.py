@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from ..engines import Manifest
-from ..engines.manifest import Range
+from ..engines.manifest import PictureShapes, Range
 from ..errors import RequestError
 
 LARGEST_GUIDANCE = 50.0
@@ -63,8 +63,13 @@ def make_request(
     num_images_per_prompt: int,
     seed: int | Sequence[int] | None,
     force: bool,
+    bundle_shapes: PictureShapes | None = None,
+    engines: str = "",
 ) -> Request:
     """Fill in what a call left out from the manifest, and check the rest.
+
+    The manifest may be narrower than the bundle's own, because its engines are: ``bundle_shapes`` and ``engines``,
+    their name, are for the message that says so.
 
     Raises:
         RequestError: an argument is out of range, or the checkpoint was not distilled for so many steps.
@@ -76,6 +81,7 @@ def make_request(
     steps = _check_steps(manifest, num_inference_steps, timesteps, force)
     if timesteps is None and sampler.timesteps is not None and steps == len(sampler.timesteps):
         timesteps = sampler.timesteps
+    wide = bundle_shapes or manifest.shapes
     images = _whole("num_images_per_prompt", num_images_per_prompt, 1, 1024)
     return Request(
         prompts=prompts,
@@ -86,8 +92,8 @@ def make_request(
         guidance_scale=sampler.guidance_scale
         if guidance_scale is None
         else _real("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
-        height=_side(manifest, manifest.shapes.height, height),
-        width=_side(manifest, manifest.shapes.width, width),
+        height=_side(manifest, manifest.shapes.height, wide.height, engines, height),
+        width=_side(manifest, manifest.shapes.width, wide.width, engines, width),
         num_images_per_prompt=images,
         seeds=_seeds(seed, len(prompts) * images),
     )
@@ -134,7 +140,8 @@ def _check_steps(
     return steps
 
 
-def _side(manifest: Manifest, allowed: Range, extent: int | None) -> int:
+def _side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent: int | None) -> int:
+    """A side, if it is in the range ``allowed``, which is the bundle's ``wide`` or the part that ``engines`` take."""
     if extent is None:
         return allowed.opt
     multiple = manifest.vae.spatial
@@ -143,10 +150,15 @@ def _side(manifest: Manifest, allowed: Range, extent: int | None) -> int:
     if extent % multiple:
         nearest = min(max(round(extent / multiple) * multiple, allowed.min), allowed.max)
         raise RequestError(f"{allowed.name} {extent} is not a multiple of {multiple}: take {nearest}")
+    if not wide.min <= extent <= wide.max:
+        raise RequestError(
+            f"{wide.name} {extent} is outside this bundle's {wide}: "
+            f"export one with --{wide.name} {extent}, or with --dynamic"
+        )
     if not allowed.min <= extent <= allowed.max:
         raise RequestError(
-            f"{allowed.name} {extent} is outside this bundle's {allowed}: "
-            f"export one with --{allowed.name} {extent}, or with --dynamic"
+            f"{allowed.name} {extent} is outside what the engines {engines} were built for ({allowed}): take others "
+            "with --target (target=), build some with `hypersd build`, or take --backend onnxruntime (backend=)"
         )
     return int(extent)
 

@@ -61,17 +61,21 @@ class ActivationMemory:
                 try:
                     self._blocks[stream] = self._allocate(self.size, self.device)
                 except torch.OutOfMemoryError as error:
-                    raise EngineError(
-                        f"out of device memory: activations need {self.size / 1e9:.2f} GB, "
-                        f"{free_memory(self.device) / 1e9:.2f} GB are free on {self.device}: "
-                        "draw smaller pictures or fewer at a time, or free the device"
-                    ) from error
+                    raise out_of_memory(f"activations need {self.size / 1e9:.2f} GB", self.device) from error
             return self._blocks[stream]
 
     def drop_blocks(self) -> None:
         """Forget the blocks: each is freed when nothing that runs in it is left."""
         with self._lock:
             self._blocks.clear()
+
+
+def out_of_memory(needed: str, device: torch.device) -> EngineError:
+    """The error of a full device: what was needed, and what is free."""
+    return EngineError(
+        f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: "
+        "draw smaller pictures or fewer at a time, or free the device"
+    )
 
 
 def free_memory(device: torch.device) -> int:

@@ -12,16 +12,17 @@ import importlib
 import importlib.metadata
 import importlib.util
 import mmap
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from ...errors import DeviceError, EngineError, RequestError, one_line
 from ..manifest import TensorRTBackend
+from .lowering import without_attention
 
 BACKENDS: tuple[TensorRTBackend, ...] = ("tensorrt", "tensorrt-rtx")
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}  # TensorRT's to the manifest's
 OLDEST = {"tensorrt": (10, 8), "tensorrt-rtx": (1, 7)}
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DISTRIBUTIONS = {
@@ -48,8 +49,8 @@ def installed_version(backend: str) -> str | None:
 
 
 def pip_line(backend: str) -> str:
-    """How to install a flavour."""
-    return f"pip install 'hypersd[{backend}]'"
+    """How to install a flavour, in hypersd's clone: it is on no package index."""
+    return f"pip install -e '.[{backend}]'"
 
 
 @functools.cache
@@ -116,7 +117,7 @@ class TensorRTApi:
         return tuple(f"{d[:-1]}.{d[-1]}" for d in sorted(digits, key=int))
 
     def make_logger(self, log: Log) -> Any:
-        """A logger that hands on what TensorRT says. Keep it as long as what it is given to, which does not."""
+        """A logger that hands on what TensorRT says. What it is given to keeps it, and what ``log`` refers to."""
         trt = self.trt
 
         class Logger(trt.ILogger):
@@ -225,6 +226,13 @@ class TensorRTApi:
         names = [name for name, flag in diagnostics.__members__.items() if bits & int(getattr(flag, "value", flag))]
         return ", ".join(names) or None
 
+    def why_invalid(self, plan: Path) -> str | None:
+        """:meth:`invalidity` of a plan's file."""
+        logger = self.make_logger(lambda severity, text: None)
+        runtime = self.trt.Runtime(logger)
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return self.invalidity(runtime, content)
+
     def create_context(self, engine: Any, runtime_cache: Any = None) -> Any:
         """An execution context that is given its activation memory; None where there is not enough memory for it."""
         managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -238,6 +246,19 @@ class TensorRTApi:
         if runtime_cache is not None:
             config.set_runtime_cache(runtime_cache)
         return engine.create_execution_context(config)
+
+    def is_capturable(self, context: Any, stream: int) -> bool:
+        """Whether a context's runs can be recorded in a CUDA graph; RTX alone has engines that cannot."""
+        return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(stream)
+
+    def require_capturable(self, config: Any) -> None:
+        """Let no run of the engine allocate memory of its own, where that is not a matter of course.
+
+        TensorRT-RTX may do so at large shapes, and such a run can't be recorded in a CUDA graph.
+        """
+        flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None:
+            config.set_flag(flag)
 
     def create_runtime_cache(self, engine: Any, content: bytes) -> Any:
         """RTX's cache of compiled kernels, from what :func:`serialize_runtime_cache` gave; what is no use is ignored.
@@ -263,15 +284,14 @@ class TensorRTApi:
         """
         refitter = self.trt.Refitter(engine, logger)
         parser = self.trt.OnnxParserRefitter(refitter, logger)
-        if not parser.refit_from_file(str(onnx)):
+        if hasattr(self.trt, "IAttention"):
+            is_refitted = parser.refit_from_file(str(onnx))
+        else:  # the plan was built from the graph that this version can parse
+            is_refitted = parser.refit_from_bytes(without_attention(onnx), str(onnx))
+        if not is_refitted:
             errors = "; ".join(one_line(Exception(parser.get_error(i).desc())) for i in range(parser.num_errors))
             raise EngineError(f"{onnx} does not refit its plan: {errors or 'no reason given'}")
         if missing := list(refitter.get_missing_weights()):
             raise EngineError(f"{onnx} lacks weights that its plan needs: {', '.join(sorted(missing)[:5])}")
         if not refitter.refit_cuda_engine():
             raise EngineError(f"the plan of {onnx} could not be refitted: build it again")
-
-
-def is_loaded(backend: str) -> bool:
-    """Whether this process has imported a flavour."""
-    return _MODULES[backend] in sys.modules

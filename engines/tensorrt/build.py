@@ -12,10 +12,11 @@ from pathlib import Path
 
 import msgspec
 
-from ...errors import BundleError, DeviceError, DiskFullError, RequestError, UserError
+from ...errors import BundleError, DeviceError, DiskFullError, EngineError, RequestError, UserError
 from ..bundle import Bundle, sha256_file, write_manifest
 from ..lock import locked
 from ..manifest import (
+    ENGINES_FOLDER,
     MANIFEST_NAME,
     Component,
     EngineTarget,
@@ -30,7 +31,7 @@ from .api import BACKENDS, TensorRTApi, load_api, pip_line
 from .job import BuildJob, Built
 from .machine import Machine, this_machine, why_not_backend
 from .process import run_build
-from .targets import ENGINES_FOLDER, describe, narrowed, onnx_hash, plan_key, target_name, this_platform
+from .targets import describe, narrowed, onnx_hash, plan_key, target_name, this_platform
 from .validate import validate_plan
 
 LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5
@@ -158,7 +159,7 @@ def make_target(manifest: Manifest, api: TensorRTApi, options: BuildOptions, mac
         backend=api.backend,
         version=api.version,
         compute_capabilities=tuple(sorted(set(capabilities), key=float)),
-        platform=this_platform(),
+        platform=this_platform(api.backend),
         precision=manifest.precision,
         shapes=options.shapes or manifest.shapes,
         optimization_level=options.optimization_level,
@@ -183,7 +184,7 @@ def remove_target(bundle: Bundle, name: str) -> Bundle:
         files = {file: record for file, record in bundle.manifest.files.items() if file not in gone}
         manifest = msgspec.structs.replace(bundle.manifest, engines=engines, files=files)
         write_manifest(bundle.root, manifest)  # first: a target without plans is none, plans without a target are waste
-        shutil.rmtree(bundle.path(f"{ENGINES_FOLDER}/{name}"), ignore_errors=True)
+        shutil.rmtree(bundle.root / ENGINES_FOLDER / name, ignore_errors=True)  # the manifest's names lead nowhere else
     return Bundle(bundle.root, manifest)
 
 
@@ -213,14 +214,16 @@ class _Build:
             }
             done = self._done(bundle, name, keys)
             missing = [component for component in components if component not in done]
-            if not missing:
-                self.progress.note(f"engines for {describe(target)} are there already")
             self._check_space(bundle, [bundle.manifest.components[component] for component in missing])
             target = msgspec.structs.replace(target, plans=done)
+            if not missing:
+                self.progress.note(f"engines for {describe(target)} are there already")
+                if bundle.manifest.engines[name] != target:  # somebody changed what it says of itself
+                    return _recorded(bundle, name, target, {})
             for component in missing:
                 plan, record = self._make(bundle, name, component, components[component], target, keys[component])
                 target = msgspec.structs.replace(target, plans={**target.plans, component: plan})
-                bundle = _recorded(bundle, name, target, plan.file, record)
+                bundle = _recorded(bundle, name, target, {plan.file: record})
         return bundle
 
     def _done(self, bundle: Bundle, name: str, keys: dict[str, str]) -> dict[str, Plan]:
@@ -249,20 +252,21 @@ class _Build:
     ) -> tuple[Plan, FileRecord]:
         """A plan in its place, linked or built."""
         file = f"{ENGINES_FOLDER}/{name}/{component}.engine"
+        bundle.path(file)  # refuses a folder that is elsewhere: those plans would not be found again
         path = self.root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if (found := find_plan(self.root, component, key)) is not None:
-            self.progress.note(f"{component}: engine taken from {found[0].root}, built from the same inputs")
-            with _unfinished(path) as unfinished:
-                _link(found[0].path(found[1].file), unfinished)
-            return msgspec.structs.replace(found[1], file=file), found[0].manifest.files[found[1].file]
+            with contextlib.suppress(EngineError, BundleError):  # not what it says it is: build our own
+                return self._take(bundle, component, specs, target, *found, path)
         with _unfinished(path) as unfinished, Stage(self.progress, f"{component}: build engine") as stage:
             for onnx in specs.files:  # what was built from another file would be recorded as built from this one
                 bundle.check_file(onnx, hashes=True)
             built = run_build(self._job(bundle, component, specs, target, unfinished), self.progress.update)
-            error = validate_plan(self.api, self.machine, bundle, component, specs, unfinished, self.options.stripped)
+            error = self._validate(bundle, component, specs, target, unfinished)
             record = FileRecord(size=unfinished.stat().st_size, sha256=sha256_file(unfinished))
             stage.note = _summary(built, record, error)
+        for note in built.notes:
+            self.progress.note(note)
         plan = Plan(
             file=file,
             onnx=onnx_hash(bundle.manifest, component),
@@ -275,6 +279,32 @@ class _Build:
             error=error,
         )
         return plan, record
+
+    def _take(
+        self,
+        bundle: Bundle,
+        component: str,
+        specs: Component,
+        target: EngineTarget,
+        other: Bundle,
+        plan: Plan,
+        path: Path,
+    ) -> tuple[Plan, FileRecord]:
+        """A plan of another target or bundle, linked to its place and checked as one that was built here."""
+        with _unfinished(path) as unfinished:
+            _link(other.path(plan.file), unfinished)
+            error = self._validate(bundle, component, specs, target, unfinished)
+        self.progress.note(f"{component}: engine taken from {other.root}, built from the same inputs")
+        file = path.relative_to(self.root).as_posix()
+        changes = {"file": file, "error": plan.error if error is None else error}
+        return msgspec.structs.replace(plan, **changes), other.manifest.files[plan.file]
+
+    def _validate(
+        self, bundle: Bundle, component: str, specs: Component, target: EngineTarget, plan: Path
+    ) -> float | None:
+        if self.machine.gpu is not None:
+            self.progress.update(1.0, "comparing with ONNX Runtime")
+        return validate_plan(self.api, self.machine, bundle, component, specs, target, plan)
 
     def _job(self, bundle: Bundle, component: str, specs: Component, target: EngineTarget, plan: Path) -> BuildJob:
         options = self.options
@@ -310,15 +340,13 @@ def find_plan(root: Path, component: str, key: str) -> tuple[Bundle, Plan] | Non
     return None
 
 
-def _recorded(bundle: Bundle, name: str, target: EngineTarget, file: str, record: FileRecord) -> Bundle:
-    """The bundle with one more plan in its manifest, and without the target's plans that are to be replaced."""
+def _recorded(bundle: Bundle, name: str, target: EngineTarget, new: dict[str, FileRecord]) -> Bundle:
+    """The bundle with this target in its manifest, and without its plans that are to be replaced."""
     engines = bundle.manifest.engines
     before = {plan.file for plan in engines[name].plans.values()} if name in engines else set()
     replaced = before - {plan.file for plan in target.plans.values()}
     files = {file: record for file, record in bundle.manifest.files.items() if file not in replaced}
-    manifest = msgspec.structs.replace(
-        bundle.manifest, engines={**engines, name: target}, files={**files, file: record}
-    )
+    manifest = msgspec.structs.replace(bundle.manifest, engines={**engines, name: target}, files={**files, **new})
     write_manifest(bundle.root, manifest)
     return Bundle(bundle.root, manifest)
 
@@ -328,7 +356,7 @@ def _summary(built: Built, record: FileRecord, error: float | None) -> str:
     if error is not None:
         words.append(f"error at most {error:.0e}")
     if count := len(built.decomposed_attention):
-        words.append(f"{count} attention{'s' if count > 1 else ''} in plain kernels, as there is no fused one")
+        words.append(f"{count} attention{'s' if count > 1 else ''} in plain kernels")
     return "; ".join(words)
 
 

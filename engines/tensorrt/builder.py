@@ -15,7 +15,7 @@ from typing import Any
 
 from ...errors import BundleError, EngineError, one_line
 from ..manifest import TensorSpec, dim_range
-from .api import TensorRTApi, load_api
+from .api import DTYPE_NAMES, TensorRTApi, load_api
 from .attention import attentions_without_kernel, mark_decomposable
 from .job import BuildJob, Built
 from .phases import PhaseTree
@@ -23,7 +23,6 @@ from .targets import extents_of
 
 SHOWN_ERRORS = 3
 LONGEST_REASON = 400  # characters of TensorRT's own words in a message
-DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
 NO_DRIVER = "cudaError 35"  # RTX looks for a GPU after every failure; it needs none to build
 NO_DEVICE = re.compile("CUDA_SUCCESS|accelerator list")  # RTX, where the build wants a GPU
@@ -62,6 +61,7 @@ class _Build:
         self.report = report
         self.errors: list[str] = []
         self.memory: dict[str, int] = {}
+        self.notes: list[str] = []
         self.fraction = 0.0
         self.was_cancelled = False
         self.logger = api.make_logger(self._log)
@@ -88,6 +88,7 @@ class _Build:
             weights_memory=self.memory.get("Weights"),
             activation_memory=self.memory.get("Activation"),
             decomposed_attention=tuple(decomposed),
+            notes=tuple(self.notes),
         )
 
     def _without_kernel(self, network: Any) -> set[str]:
@@ -144,7 +145,9 @@ class _Build:
             "profiles": [profile] if profile else [],
             "builder_optimization_level": self.job.optimization_level,
             "strip_plan": self.job.stripped,
-            "refittable": self.job.refittable or self.job.stripped,
+            # RTX strips refittable plans only. TensorRT's own choice for stripped ones is to be given the same weights
+            # again, and it need not keep what other weights would want.
+            "refittable": self.job.refittable or (self.job.stripped and self.api.is_rtx),
             "profiling_verbosity": self.api.trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
             "progress_monitor": self.monitor,
         }
@@ -154,8 +157,10 @@ class _Build:
             config = CreateConfigRTX(**options)(self.builder, network)
             config.clear_flag(self.api.trt.BuilderFlag.TF32)  # as CreateConfig does: float32 means float32
             self._target(config)
-            return config
-        return CreateConfig(**options, load_timing_cache=self.job.timing_cache)(self.builder, network)
+        else:
+            config = CreateConfig(**options, load_timing_cache=self.job.timing_cache)(self.builder, network)
+        self.api.require_capturable(config)
+        return config
 
     def _configure_probe(self) -> Any:
         """The configuration for a network that only asks for a kernel."""
@@ -178,8 +183,21 @@ class _Build:
         config = self._configure(network)
         built = self.api.build(self.builder, network, config, Path(self.job.plan))
         if built and self.job.timing_cache and not self.api.is_rtx:
-            _save_timing_cache(config, Path(self.job.timing_cache))
+            self._save_timing_cache(config, Path(self.job.timing_cache))
         return built
+
+    def _save_timing_cache(self, config: Any, path: Path) -> None:
+        """Kernel timings for the next build; a process that saves at the same time loses its own.
+
+        Minutes of building are not thrown away because they cannot be kept.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(config.get_timing_cache().serialize())
+            temporary.replace(path)
+        except OSError as error:
+            self.notes.append(f"the timing cache {path} cannot be written: {error.strerror or error}")
 
     def _step(self, tree: PhaseTree, name: str, index: int) -> bool:
         tree.step(name, index)
@@ -226,14 +244,6 @@ def _check_tensors(job: BuildJob, kind: str, tensors: Sequence[Any], specs: dict
             raise BundleError(
                 f"{job.onnx}: {kind} {tensor.name} is {dtype}{list(shape)}, the manifest says {spec}; export it again"
             )
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    """Kernel timings for the next build; a process that saves at the same time loses its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(config.get_timing_cache().serialize())
-    temporary.replace(path)
 
 
 def _shortened(text: str) -> str:

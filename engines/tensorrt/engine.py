@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import threading
 from collections import OrderedDict
@@ -16,39 +17,42 @@ from ...errors import BundleError, DeviceError, EngineError
 from ..cuda_graphs import retain
 from ..engine import TORCH_DTYPES, check_feeds
 from ..manifest import Component, TensorSpec
-from .activation_memory import ActivationMemory, free_memory
-from .api import TensorRTApi
+from .activation_memory import ActivationMemory, free_memory, out_of_memory
+from .api import DTYPE_NAMES, TensorRTApi
 from .targets import extents_of
 
-KEPT_SHAPES = 8  # sets of output buffers a lane; the least recently used goes first
-DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
+KEPT_LANES = 8  # contexts by stream and shapes; the least recently used goes first
+KEPT_ERRORS = 10
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 REBUILD = "build it again with `hypersd build`"
 
 
 class _Lane:
-    """What one thread needs to run the engine on one stream: a context, and output buffers by shapes.
+    """What runs the engine on one stream at one set of shapes: a context, and the outputs' buffers.
 
-    The context remembers shapes and addresses, which are told only where they changed. Its activation memory is the
-    stream's and shared with other engines.
+    A context of its own for every set of shapes, because the first run after a change of shapes cannot be recorded in a
+    CUDA graph. It remembers addresses, which are told only where they changed. Its activation memory is the stream's
+    and shared with other engines.
     """
 
-    def __init__(self, context: Any, block: Tensor) -> None:
-        self.context = context
+    def __init__(self, context: Any, block: Tensor, feeds: Mapping[str, Tensor], owners: tuple[object, ...]) -> None:
+        self.context = context  # the first to go: what it was made from and runs in has to outlive it
         self.block = block
-        self.outputs: OrderedDict[tuple, dict[str, Tensor]] = OrderedDict()
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.has_run = False
+        self._owners = owners
         self._addresses: dict[str, int] = {}
         if block.numel():
             context.set_device_memory(block.data_ptr(), block.numel())
-
-    def set_shapes(self, feeds: Mapping[str, Tensor]) -> None:
-        """Tell the context of the inputs whose shape is new."""
         for name, tensor in feeds.items():
-            shape = tuple(tensor.shape)
-            if self._shapes.get(name) != shape:
-                if not self.context.set_input_shape(name, shape):
-                    raise EngineError(f"input {name!r}: TensorRT does not take the shape {list(shape)}")
-                self._shapes[name] = shape
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                raise EngineError(f"input {name!r}: TensorRT does not take the shape {list(tensor.shape)}")
+
+    def allocate(self, specs: Mapping[str, TensorSpec], device: torch.device) -> None:
+        """Make the outputs' buffers, of the shapes that the inputs lead to."""
+        for name, spec in specs.items():
+            shape = tuple(self.context.get_tensor_shape(name))
+            self.outputs[name] = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
 
     def set_addresses(self, tensors: Mapping[str, Tensor]) -> None:
         """Tell the context of the tensors that lie elsewhere than last time."""
@@ -59,26 +63,12 @@ class _Lane:
                     raise EngineError(f"tensor {name!r}: TensorRT does not take its address")
                 self._addresses[name] = address
 
-    def buffers(self, key: tuple, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
-        """The outputs of a set of input shapes, which the context has been told."""
-        if key not in self.outputs:
-            self.outputs[key] = {
-                name: torch.empty(
-                    tuple(self.context.get_tensor_shape(name)), dtype=TORCH_DTYPES[spec.dtype], device=device
-                )
-                for name, spec in specs.items()
-            }
-            if len(self.outputs) > KEPT_SHAPES:
-                self.outputs.popitem(last=False)
-        self.outputs.move_to_end(key)
-        return self.outputs[key]
-
 
 class TensorRTEngine:
     """A component's plan, of either flavour of TensorRT (:class:`..engine.Engine`).
 
     ``run`` enqueues on torch's current stream and returns at once; after the first call at some shapes it allocates
-    nothing. Threads may share the engine: each has a context and output buffers of its own, by stream.
+    nothing. Contexts and output buffers belong to the stream: threads may share the engine, each on its own stream.
 
     Args:
         api: the flavour.
@@ -94,8 +84,6 @@ class TensorRTEngine:
         EngineError: the plan cannot be loaded here; the message says what TensorRT had against it.
         BundleError: it is not the plan that the manifest describes.
     """
-
-    capturable = True
 
     def __init__(
         self,
@@ -116,7 +104,8 @@ class TensorRTEngine:
         self._plan = plan
         self._memory = memory
         self._errors: list[str] = []
-        self._logger = api.make_logger(self._log)
+        # Not a method of this object: the runtime keeps the logger, and would keep the engine, out of reach of Python.
+        self._logger = api.make_logger(functools.partial(_note_error, self._errors))
         with torch.cuda.device(device):
             self._runtime = api.trt.Runtime(self._logger)
             self._engine = self._deserialize()
@@ -125,7 +114,10 @@ class TensorRTEngine:
                 api.refit(self._engine, onnx, self._logger)
             self._cache = api.create_runtime_cache(self._engine, cache)
         memory.require(self._engine.device_memory_size_v2)
-        self._local = threading.local()
+        #: whether its runs can be recorded in a CUDA graph, as far as TensorRT knows from the runs so far
+        self.capturable = True
+        self._lanes: OrderedDict[tuple, _Lane] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def activation_memory(self) -> int:
@@ -139,37 +131,48 @@ class TensorRTEngine:
             EngineError: the inputs are not those of the engine, or TensorRT failed.
         """
         check_feeds(self.name, self.inputs, feeds, self.device)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        lane = self._lane(stream)
-        lane.set_shapes(feeds)
-        outputs = lane.buffers(tuple(feeds[name].shape for name in self.inputs), self.outputs, self.device)
-        lane.set_addresses(feeds)
-        lane.set_addresses(outputs)
-        with torch.cuda.device(self.device):  # a kernel is launched on the current device, whatever its stream's
-            is_enqueued = lane.context.execute_async_v3(stream)
-        if not is_enqueued:
-            raise EngineError(f"{self.name}: {self.api} failed: {self._last_error()}")
-        retain(lane, outputs)
-        return outputs
+        # A row of a larger tensor may lie anywhere, and TensorRT reads its inputs in whole lines.
+        feeds = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in feeds.items()}
+        with self._lock, torch.cuda.device(self.device):  # kernels start on the current device, whatever the stream's
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            try:
+                lane = self._lane(stream, feeds)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory(f"{self.name}'s outputs did not fit", self.device) from error
+            lane.set_addresses(feeds)
+            lane.set_addresses(lane.outputs)
+            if not lane.context.execute_async_v3(stream):
+                raise EngineError(f"{self.name}: {self.api} failed: {self._last_error()}")
+            if not lane.has_run:
+                lane.has_run = True
+                self.capturable = self.capturable and self.api.is_capturable(lane.context, stream)
+        retain(lane)
+        return lane.outputs
 
     def drop_lanes(self) -> None:
-        """Let go of this thread's contexts and buffers; its next run makes them anew."""
-        self._local.__dict__.clear()
+        """Let go of all contexts and buffers; the next run makes them anew."""
+        self._lanes.clear()
 
     def runtime_cache(self) -> bytes:
         """What was compiled for this GPU so far, for the next load; nothing where the plan needs no compiling."""
         return b"" if self._cache is None else self.api.serialize_runtime_cache(self._cache)
 
-    def _lane(self, stream: int) -> _Lane:
-        lanes: dict[int, _Lane] = self._local.__dict__.setdefault("lanes", {})
-        if stream not in lanes:
-            with torch.cuda.device(self.device):
-                block = self._memory.block(stream)
-                context = self.api.create_context(self._engine, self._cache)
+    def _lane(self, stream: int, feeds: Mapping[str, Tensor]) -> _Lane:
+        key = (stream, tuple(feeds[name].shape for name in self.inputs))
+        if key not in self._lanes:
+            block = self._memory.block(stream)
+            context = self.api.create_context(self._engine, self._cache)
             if context is None:
-                raise EngineError(f"{self.name}: {self.api} cannot make a context: {self._last_error()}")
-            lanes[stream] = _Lane(context, block)
-        return lanes[stream]
+                free = f"{free_memory(self.device) / 1e9:.2f} GB of device memory are free"
+                raise EngineError(f"{self.name}: {self.api} cannot make a context: {self._last_error()} ({free})")
+            lane = _Lane(context, block, feeds, (self._cache, self._engine, self._runtime, self._logger))
+            lane.allocate(self.outputs, self.device)
+            self._lanes[key] = lane
+            if len(self._lanes) > KEPT_LANES:
+                torch.cuda.synchronize(self.device)  # the oldest may still be running
+                self._lanes.popitem(last=False)
+        self._lanes.move_to_end(key)
+        return self._lanes[key]
 
     def _deserialize(self) -> Any:
         """The engine. The file is mapped and not read, so that its gigabytes are in memory once."""
@@ -188,16 +191,17 @@ class TensorRTEngine:
                 f"{self.name}: out of device memory: the engine needs at least "
                 f"{self._plan.stat().st_size / 1e9:.2f} GB, {free / 1e9:.2f} GB were free on {self.device} ({said})"
             )
-        kind = DeviceError if "CC" in said or "DRIVER" in said or "VERSION" in said else EngineError
+        kind = DeviceError if reason and "MALFORMED_ENGINE" not in reason else EngineError
         raise kind(f"{self.name}: {self.api} cannot load {self._plan} on {_gpu(self.device)}: {said}; {REBUILD}")
-
-    def _log(self, severity: str, text: str) -> None:
-        if severity in ("ERROR", "INTERNAL_ERROR"):
-            self._errors.append(" ".join(text.split()))
-            del self._errors[:-10]
 
     def _last_error(self) -> str:
         return "; ".join(self._errors[-2:]) or "it gave no reason"
+
+
+def _note_error(errors: list[str], severity: str, text: str) -> None:
+    if severity in ("ERROR", "INTERNAL_ERROR"):
+        errors.append(" ".join(text.split()))
+        del errors[:-KEPT_ERRORS]
 
 
 def check_engine(api: TensorRTApi, engine: Any, plan: Path, component: Component) -> None:

@@ -44,12 +44,13 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Built(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The plan is written; see :class:`..manifest.Plan` for the fields."""
+    """The plan is written; see :class:`..manifest.Plan` for the fields. ``notes`` are for the user."""
 
     host_memory: int
     weights_memory: int | None
     activation_memory: int | None
     decomposed_attention: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,7 @@ from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
 from ..manifest import Component
 from ..progress import BuildProgress, Stage
-from .activation_memory import ActivationMemory
+from .activation_memory import ActivationMemory, out_of_memory
 from .api import load_api
 from .engine import TensorRTEngine
 from .runtime_cache import cache_path, read_cache, write_cache
@@ -54,13 +54,14 @@ def load_target(
                 onnx=bundle.path(components[component].onnx) if target.stripped else None,
                 cache=read_cache(cache_path(path, f"{major}.{minor}")),
             )
+    stream = torch.cuda.Stream(device)  # not the default one, for which TensorRT waits, and others with it
     for component, engine in engines.items():
         cache = cache_path(bundle.path(target.plans[component].file), f"{major}.{minor}")
         with Stage(progress, f"{component}: first run") as stage:
-            warm_up(engine)
+            warm_up(engine, stream)
             engine.drop_lanes()  # a pipeline runs on a stream of its own, and has lanes there
             content = engine.runtime_cache()
-            if content and content != read_cache(cache):
+            if len(content) > len(read_cache(cache)):
                 is_kept = write_cache(cache, content)
                 stage.note = "compiled for this GPU" + ("" if is_kept else f"; {cache.parent} cannot be written")
             elif content:
@@ -79,11 +80,16 @@ def check_plan(bundle: Bundle, file: str) -> Path:
     return bundle.path(file)
 
 
-def warm_up(engine: TensorRTEngine) -> None:
-    """Run an engine once at its usual shapes, on zeros."""
-    feeds = {
-        name: torch.zeros(extents_of(spec)[1], dtype=TORCH_DTYPES[spec.dtype], device=engine.device)
-        for name, spec in engine.inputs.items()
-    }
-    engine.run(feeds)
-    torch.cuda.synchronize(engine.device)
+def warm_up(engine: TensorRTEngine, stream: torch.cuda.Stream) -> None:
+    """Run an engine once at its usual shapes, on zeros and on ``stream``, and wait for it."""
+    try:
+        feeds = {
+            name: torch.zeros(extents_of(spec)[1], dtype=TORCH_DTYPES[spec.dtype], device=engine.device)
+            for name, spec in engine.inputs.items()
+        }
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(f"{engine.name}'s inputs did not fit", engine.device) from error
+    stream.wait_stream(torch.cuda.current_stream(engine.device))
+    with torch.cuda.stream(stream):
+        engine.run(feeds)
+    stream.synchronize()

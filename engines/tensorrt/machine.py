@@ -12,6 +12,7 @@ from ..manifest import EngineTarget, Manifest
 from .api import BACKENDS, TITLES, installed_version, pip_line
 from .targets import onnx_hash, this_platform
 
+PORTABLE_FROM = 8.0  # compute capability; older GPUs have to be named (TensorRT-RTX: "CPU-Only AOT")
 _CUDA_WHEELS = {  # the distribution that says for which CUDA a flavour's libraries were built
     "tensorrt": {"tensorrt-cu13": 13, "tensorrt-cu12": 12},
     "tensorrt-rtx": {"tensorrt-rtx-cu13": 13, "tensorrt-rtx-cu12": 12},
@@ -34,7 +35,7 @@ class Machine:
     """What decides which plans run.
 
     Attributes:
-        platform: operating system and processor.
+        platforms: what plans of each flavour have to be built for, such as ``linux-x86_64``.
         gpu: the CUDA device; None if there is none to use.
         no_gpu: why there is none.
         driver_cuda: the newest CUDA that the driver supports, as (13, 0); None without a driver.
@@ -42,7 +43,7 @@ class Machine:
         cuda_needed: the CUDA that their libraries were built for, where that is known.
     """
 
-    platform: str
+    platforms: Mapping[str, str]
     gpu: Gpu | None
     no_gpu: str
     driver_cuda: tuple[int, int] | None
@@ -70,7 +71,7 @@ def this_machine(device: str = "auto") -> Machine:
             total_memory=total,
         )
     return Machine(
-        platform=this_platform(),
+        platforms={backend: this_platform(backend) for backend in BACKENDS},
         gpu=gpu,
         no_gpu=no_gpu,
         driver_cuda=driver,
@@ -133,15 +134,14 @@ def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -
         return reason
     version = machine.versions[target.backend]
     assert machine.gpu is not None  # a backend that can run has one
-    capability = machine.gpu.compute_capability
     build = f"hypersd build BUNDLE --backend {target.backend}"
     if target.version != version:
         return f"built with {TITLES[target.backend]} {target.version}, installed is {version}: {build}"
-    if target.platform != machine.platform:
-        return f"built for {target.platform}, this is {machine.platform}: {build}"
-    if target.compute_capabilities and capability not in target.compute_capabilities:
-        built = ", ".join(target.compute_capabilities)
-        return f"built for compute capability {built}, {machine.gpu.name} has {capability}: {build}"
+    if target.platform != machine.platforms[target.backend]:
+        return f"built for {target.platform}, this is {machine.platforms[target.backend]}: {build}"
+    if reason := why_not_gpu(target, machine):
+        named = f" --compute-capability {machine.gpu.compute_capability}" if target.backend == "tensorrt-rtx" else ""
+        return f"{reason}: {build}{named}"
     if missing := sorted(manifest.components.keys() - target.plans.keys()):
         return f"has no plan for {', '.join(missing)}: {build}"
     for name, plan in target.plans.items():
@@ -151,6 +151,19 @@ def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -
     if needed is not None and needed > machine.gpu.total_memory:
         have = f"{machine.gpu.name} has {machine.gpu.total_memory / 1e9:.1f} GB"
         return f"needs {needed / 1e9:.1f} GB of device memory, {have}: draw smaller pictures or fewer at a time"
+    return None
+
+
+def why_not_gpu(target: EngineTarget, machine: Machine) -> str | None:
+    """Why the machine's GPU is none that a target was built for; None if it is one."""
+    if reason := why_not_backend(target.backend, machine):
+        return reason
+    assert machine.gpu is not None  # a backend that can run has one
+    has = f"{machine.gpu.name} has {machine.gpu.compute_capability}"
+    if target.compute_capabilities and machine.gpu.compute_capability not in target.compute_capabilities:
+        return f"built for compute capability {', '.join(target.compute_capabilities)}, {has}"
+    if not target.compute_capabilities and float(machine.gpu.compute_capability) < PORTABLE_FROM:
+        return f"portable engines run on compute capability {PORTABLE_FROM} or newer, {has}"
     return None
 
 

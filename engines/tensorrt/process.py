@@ -25,6 +25,10 @@ SHOWN_OUTPUT = 300  # characters of a crashed process's last words
 POLYGRAPHY_FLAVOUR = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
+# Not -m, which would import from the folder that the user happens to be in (-P forbids it from Python 3.11 on).
+WORKER = f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.worker import main; main()"
+
+
 def run_build(job: BuildJob, update: Callable[[float, str], None]) -> Built:
     """Build a plan in a new process. Whatever ends this call early, Ctrl-C included, ends that process too.
 
@@ -38,7 +42,7 @@ def run_build(job: BuildJob, update: Callable[[float, str], None]) -> Built:
     """
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,

@@ -14,14 +14,14 @@ from ...errors import RequestError
 from ..manifest import Component, EngineTarget, Manifest, PictureShapes, Range, TensorSpec, dim_range
 from .api import TITLES
 
-ENGINES_FOLDER = "engines"
+BUILDER_VERSION = 1  # raise it when the builder makes another plan from the same inputs
 DIMS = ("batch", "height", "width")
 
 
-def this_platform() -> str:
-    """Operating system and processor, such as ``linux-x86_64``: a plan holds machine code of both."""
+def this_platform(backend: str) -> str:
+    """Where a flavour's plans run that are built here: ``linux-x86_64``; those of RTX on any system, ``x86_64``."""
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-    return f"{sys.platform}-{processor}"
+    return processor if backend == "tensorrt-rtx" else f"{sys.platform}-{processor}"
 
 
 def onnx_hash(manifest: Manifest, component: str) -> str:
@@ -31,7 +31,7 @@ def onnx_hash(manifest: Manifest, component: str) -> str:
 
 
 def target_name(target: EngineTarget, manifest: Manifest) -> str:
-    """The folder's name: flavour, version, platform, GPU, precision, shapes, and the hash of all the bundle's ONNX."""
+    """The folder's name: flavour, version, platform, GPU, precision, shapes, options, and the hash of all its ONNX."""
     onnx = "\n".join(f"{name} {onnx_hash(manifest, name)}" for name in sorted(manifest.components))
     shapes = target.shapes
     parts = [
@@ -41,11 +41,10 @@ def target_name(target: EngineTarget, manifest: Manifest) -> str:
         if target.compute_capabilities
         else "portable",
         target.precision,
-        *(
-            f"{name}{_span(extent)}"
-            for name, extent in zip("bhw", (shapes.batch, shapes.height, shapes.width), strict=True)
-        ),
+        *(f"{name}{_span(extent)}" for name, extent in zip("bhw", shapes.extents, strict=True)),
+        *([] if target.optimization_level is None else [f"level{target.optimization_level}"]),
         *(["stripped"] if target.stripped else []),
+        *(["refittable"] if target.refittable else []),
         hashlib.sha256(onnx.encode()).hexdigest()[:8],
     ]
     return "_".join(parts)
@@ -66,6 +65,7 @@ def _span(extent: Range) -> str:
 def plan_key(target: EngineTarget, component: Component, onnx: str) -> str:
     """The hash of all that a plan is built from."""
     settings = {
+        "builder": BUILDER_VERSION,
         **msgspec.to_builtins(msgspec.structs.replace(target, plans={})),
         "shapes": None,  # the component's inputs say it; two sizes of picture share the text encoders
         "inputs": msgspec.to_builtins(component.inputs),
@@ -106,12 +106,14 @@ def _part(wide: Range, span: tuple[int, int, int], manifest: Manifest) -> Range:
 
 
 def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
-    """The manifest of a bundle that is made for ``shapes`` alone.
+    """The manifest of a bundle that is made for ``shapes`` alone; a smaller one has no engines.
 
     Raises:
         RequestError: the shapes reach outside the bundle's, or a side is not a multiple of 8.
     """
     spans = {name: getattr(shapes, name) for name in DIMS}
+    if shapes == manifest.shapes:
+        return manifest
     shapes = choose_shapes(manifest, {name: (span.min, span.opt, span.max) for name, span in spans.items()})
     extents = {
         "batch": shapes.batch,
@@ -128,7 +130,7 @@ def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
         )
         for name, component in manifest.components.items()
     }
-    return msgspec.structs.replace(manifest, shapes=shapes, components=components)
+    return msgspec.structs.replace(manifest, shapes=shapes, components=components, engines={})
 
 
 def _narrowed_specs(

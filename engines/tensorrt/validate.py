@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from ...errors import EngineError
 from ..bundle import Bundle
 from ..compare import TOLERANCES, differences
-from ..manifest import Component, TensorSpec
+from ..manifest import Component, EngineTarget, TensorSpec
 from .api import TensorRTApi
-from .machine import Machine, why_not_backend
+from .machine import Machine, why_not_gpu
 from .targets import extents_of
 
 if TYPE_CHECKING:
@@ -21,17 +21,23 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 SEED = 0
-LARGEST_TOKEN = 256  # every vocabulary has as many
+LARGEST_TOKEN = 255  # every vocabulary has as many
 
 
 def validate_plan(
-    api: TensorRTApi, machine: Machine, bundle: Bundle, component: str, specs: Component, plan: Path, stripped: bool
+    api: TensorRTApi,
+    machine: Machine,
+    bundle: Bundle,
+    component: str,
+    specs: Component,
+    target: EngineTarget,
+    plan: Path,
 ) -> float | None:
     """Check a plan before it is recorded.
 
     Everywhere: it is a plan of this flavour, and names the manifest's tensors. The network that it was built from was
-    compared with the manifest when it was parsed. On a GPU: it loads, has the manifest's tensors in name, type and
-    shape, and gives what ONNX Runtime gives for the same ONNX, at both ends of every range.
+    compared with the manifest when it was parsed. On a GPU that it was built for: it loads, has the manifest's tensors
+    in name, type and shape, and gives what ONNX Runtime gives for the same ONNX, at both ends of every range.
 
     Args:
         api: the flavour that built it.
@@ -39,17 +45,17 @@ def validate_plan(
         bundle: the bundle, for the ONNX files.
         component: the network's name.
         specs: the network, as narrow as the plan was built for.
+        target: what the plan was built for.
         plan: the plan's file.
-        stripped: whether it lacks its weights.
 
     Returns:
-        The largest error against ONNX Runtime as a part of its largest value; None without a GPU.
+        The largest error against ONNX Runtime as a part of its largest value; None without such a GPU.
 
     Raises:
         EngineError: it is not that network.
     """
-    _check_file(api, plan, specs)
-    if why_not_backend(api.backend, machine) is not None or machine.gpu is None:
+    foreign_gpu = _check_file(api, plan, specs)
+    if foreign_gpu or machine.gpu is None or why_not_gpu(target, machine) is not None:
         return None
     import torch
 
@@ -60,22 +66,22 @@ def validate_plan(
     device = torch.device("cuda", machine.gpu.index)
     onnx = bundle.path(specs.onnx)
     engine = TensorRTEngine(
-        api, component, plan, specs, device, ActivationMemory(device), onnx=onnx if stripped else None
+        api, component, plan, specs, device, ActivationMemory(device), onnx=onnx if target.stripped else None
     )
     return compare_engines(component, engine, PlainEngine(onnx, bundle.manifest.components[component]))
 
 
-def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> None:
-    """What can be seen without running it: the header, and the tensors' names."""
+def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> bool:
+    """What can be seen without running it: the header, and the tensors' names. Whether it is for other GPUs."""
     if plan.stat().st_size == 0:  # which cannot be mapped
         raise EngineError(f"{plan} is empty: build it once more")
-    logger = api.make_logger(lambda severity, text: None)
-    runtime = api.trt.Runtime(logger)
+    reason = api.why_invalid(plan) or ""
+    if "MALFORMED_ENGINE" in reason:
+        raise EngineError(f"{plan}: {api} does not know its own plan again: build it once more")
     with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if "MALFORMED_ENGINE" in (api.invalidity(runtime, content) or ""):
-            raise EngineError(f"{plan}: {api} does not know its own plan again: build it once more")
         if absent := [name for name in (*specs.inputs, *specs.outputs) if content.find(name.encode()) < 0]:
             raise EngineError(f"{plan} has no tensor {', '.join(absent)}: build it once more")
+    return "UNSUPPORTED_CC" in reason
 
 
 def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
@@ -123,7 +129,9 @@ def _random_input(name: str, spec: TensorSpec, shape: tuple[int, ...], generator
 
     assert isinstance(generator, torch.Generator)
     if spec.dtype == "int64":
-        return torch.randint(LARGEST_TOKEN, shape, generator=generator)
+        tokens = torch.randint(LARGEST_TOKEN, shape, generator=generator)
+        tokens[:, -1] = LARGEST_TOKEN  # the only largest: the first encoders pool where the largest token is
+        return tokens
     if name == "timestep":
         return torch.randint(1000, shape, generator=generator).float()
     if name == "time_ids":

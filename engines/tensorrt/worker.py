@@ -52,6 +52,7 @@ def _watch(stdin: IO[bytes], stop: threading.Event, plan: Path) -> None:
 
 
 def _build(job: BuildJob, events: IO[bytes], stop: threading.Event) -> Event:
+    from .api import pip_line
     from .builder import BuildCancelledError, build_plan
 
     reported = 0.0
@@ -71,9 +72,9 @@ def _build(job: BuildJob, events: IO[bytes], stop: threading.Event) -> Event:
     except HyperSDError as error:
         return Failed(str(error), "user" if isinstance(error, UserError) else "engine")
     except ModuleNotFoundError as error:
-        return Failed(f"{error.name} is not installed: pip install 'hypersd[{job.backend}]'", "user")
+        return Failed(f"{error.name} is not installed: {pip_line(job.backend)}", "user")
     except OSError as error:
-        return Failed(f"{job.plan} cannot be written: {error.strerror or error}", "user")
+        return Failed(f"{error.filename or job.plan} cannot be written: {error.strerror or error}", "user")
     except Exception as error:
         return Failed(f"{type(error).__name__}: {one_line(error)} (a bug?)", "engine")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,14 +18,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hypersd.cli import main
+from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
 from hypersd.engines.bundle import sha256_file
 from hypersd.engines.manifest import PictureShapes, Range
 from hypersd.engines.tensorrt.targets import choose_shapes
 from hypersd.errors import RequestError
 
-pytest.importorskip("tensorrt_rtx")
+if os.environ.get("CI") == "true":  # there it is installed, and must not hide the whole file if it is not
+    importlib.import_module("tensorrt_rtx")
+else:
+    pytest.importorskip("tensorrt_rtx")
 NETWORKS = {"text_encoder", "unet", "vae_decoder"}
 
 
@@ -62,6 +67,14 @@ def target_of(bundle: Path) -> str:
     """The name of the only target."""
     (name,) = Bundle.load(bundle).manifest.engines
     return name
+
+
+def change_manifest(bundle: Path, change: Callable[[dict], None]) -> None:
+    """Write a bundle's manifest anew, changed."""
+    path = bundle / "bundle.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def shorten(bundle: Path, network: str) -> Path:
@@ -103,6 +116,40 @@ def test_engines_can_be_deleted(rtx_bundle: Path, copy, capsys: pytest.CaptureFi
     manifest = Bundle.load(bundle, hashes=True).manifest
     assert not manifest.engines
     assert not [file for file in manifest.files if file.startswith("engines/")]
+
+
+def test_what_is_printed_can_be_pasted(
+    rtx_bundle: Path, sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the bundle's name: the shell makes the same path of it, and what looks like an emoji stays."""
+    bundle = Path(shutil.copytree(rtx_bundle, tmp_path / "bü ndle [red] :cat: 'a'"))
+    draw = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[0].splitlines()[-1]
+    words = shlex.split(draw.removeprefix("draw with: hypersd "))
+    assert make_parser().parse_args(words).bundle == bundle
+    bare = Path(shutil.copytree(sd15_bundle, tmp_path / "no engines"))
+    (line,) = [line for line in run(capsys, "info", bare)[0].splitlines() if "hypersd build" in line]
+    assert make_parser().parse_args(shlex.split(line.partition("hypersd ")[2])).bundle == bare
+
+
+def test_a_name_that_looks_like_an_option(
+    sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is printed as a path."""
+    shutil.copytree(sd15_bundle, tmp_path / "-b")
+    monkeypatch.chdir(tmp_path)
+    assert "hypersd build ./-b\n" in run(capsys, "info", "./-b")[0]
+
+
+def test_the_machine_is_looked_at_once(
+    rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, that is; the library looks for itself."""
+    from hypersd.engines.tensorrt import machine
+
+    looks, look = [], machine.this_machine
+    monkeypatch.setattr(machine, "this_machine", lambda *words: looks.append(words) or look(*words))
+    run(capsys, "build", copy(rtx_bundle), "--backend", "tensorrt-rtx")
+    assert len(looks) == 1
 
 
 def test_auto_says_what_it_took(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str], without_gpu: None) -> None:
@@ -170,6 +217,7 @@ def test_engines_for_a_part_of_the_pictures(
         (["--dynamic", "depth=1:2:3"], "MIN:OPT:MAX"),
         (["--dynamic", "height=64:64:128"], "height 128 is outside this bundle's 64"),
         (["--height", "64", "--dynamic", "height=64:64:64"], "one of the two"),
+        (["--remove", "some"], "--remove builds nothing: leave --backend out"),
     ],
 )
 def test_bad_arguments_of_build(
@@ -178,6 +226,31 @@ def test_bad_arguments_of_build(
     """Each ends with one line, and nothing is built."""
     assert expected in fails("build", sd15_bundle, "--backend", "tensorrt-rtx", *arguments)
     assert not (sd15_bundle / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--height", "64"],
+        ["--dynamic", "height=64:64:64"],
+        ["--optimization-level", "0"],
+        ["--compute-capability", "8.9"],
+        ["--refittable"],
+    ],
+)
+def test_remove_takes_no_option_of_a_build(option: list[str], rtx_bundle: Path, fails: Callable[..., str]) -> None:
+    """Nobody is to believe that it deletes engines of one height."""
+    name = target_of(rtx_bundle)
+    assert f"leave {option[0]} out" in fails("build", rtx_bundle, "--remove", name, *option)
+    assert target_of(rtx_bundle) == name
+
+
+@pytest.mark.parametrize(
+    "option", [["--dynamic", "height=64:64:64"], ["--dynamic", "height=64"], ["--compute-capability", "8.9"]]
+)
+def test_a_bundle_after_an_option_of_several_values(option: list[str], fails: Callable[..., str]) -> None:
+    """The option takes it for a value; the line says where it belongs."""
+    assert "BUNDLE before the option" in fails("build", *option, "bundle")
 
 
 @pytest.mark.parametrize("option", ["--strip-weights", "--refittable"])
@@ -204,8 +277,8 @@ def test_a_bad_word_is_answered_at_once() -> None:
 
 def test_build_with_nothing_installed(sd15_bundle: Path, nothing_installed: None, fails: Callable[..., str]) -> None:
     """It says what to install."""
-    assert "pip install 'hypersd[tensorrt-rtx]'" in fails("build", sd15_bundle)
-    assert "pip install 'hypersd[tensorrt]'" in fails("build", sd15_bundle, "--backend", "tensorrt")
+    assert "[tensorrt-rtx]" in fails("build", sd15_bundle)
+    assert "[tensorrt]" in fails("build", sd15_bundle, "--backend", "tensorrt")
 
 
 # shapes
@@ -319,7 +392,7 @@ def test_export_with_nothing_installed(
     """The bundle is ONNX only, which one line says, with the way to engines; that is no error."""
     out, err = run(capsys, *exported)
     (line,) = [line for line in err.splitlines() if "ONNX only" in line]
-    assert "pip install 'hypersd[tensorrt-rtx]'" in line
+    assert "[tensorrt-rtx]" in line
     assert line.endswith(f"hypersd build {exported[-1]}")
     assert [line.split()[0] for line in out.splitlines()] == ["bundle", "draw"]
 
@@ -334,8 +407,8 @@ def test_export_without_engines(exported: list[object], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--engine", "tensorrt"], "pip install 'hypersd[tensorrt]'"),
-        (["--engine", "tensorrt-rtx"], "pip install 'hypersd[tensorrt-rtx]'"),
+        (["--engine", "tensorrt"], "[tensorrt]"),
+        (["--engine", "tensorrt-rtx"], "[tensorrt-rtx]"),
     ],
 )
 def test_export_refuses_engines_that_cannot_be(
@@ -375,7 +448,8 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
     graph, manifest = bundle / "unet/model.onnx", bundle / "bundle.json"
     known = sha256_file(graph)
     graph.write_bytes(b"\xff" * graph.stat().st_size)
-    damaged = [*exported, "--engine", "tensorrt-rtx"]
+    options = ["--compute-capability", "8.9", "12.0", "--optimization-level", "0"]
+    damaged = [*exported, "--engine", "tensorrt-rtx", *options]
     assert "altered" in run(capsys, *damaged, code=2)[1], (
         "that is the bundle's fault, and no build is to be gone on with"
     )
@@ -383,9 +457,9 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
     out, err = run(capsys, *damaged, code=1)
     last = err.splitlines()[-1]
     assert last.startswith("hypersd: error: unet: ")
-    assert last.endswith(
-        f"{bundle} is complete without engines; go on with: hypersd build {bundle} --backend tensorrt-rtx"
-    )
+    assert f"{bundle} is complete without engines, those that are finished are kept; go on with: " in last
+    words = shlex.split(last.partition("go on with: hypersd ")[2])
+    assert words == ["build", str(bundle), "--backend", "tensorrt-rtx", *options]
     assert [line.split()[0] for line in out.splitlines()] == ["bundle"]
 
 
@@ -398,12 +472,14 @@ def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[s
     name = target_of(rtx_bundle)
     target = Bundle.load(rtx_bundle).manifest.engines[name]
     assert name in out.split()
-    facts = {line[:17].strip(): line[17:].strip() for line in out.splitlines()}
+    facts = dict(re.findall(r"^ +(\S.*?) {2,}(\S.*?) *$", out, re.MULTILINE))
     assert facts["built for"] == f"TensorRT-RTX {target.version}"
     assert facts["GPUs"] == "portable"
     assert facts["pictures"] == "1 of 64 x 64"
     assert facts["networks"] == "3 of 3"
-    assert facts["device memory"].endswith(" MB")
+    plans = target.plans.values()
+    assert facts["weights"] == f"{sum(plan.weights_memory or 0 for plan in plans) / 1e6:,.1f} MB"
+    assert facts["activations"] == f"{max(plan.activation_memory or 0 for plan in plans) / 1e6:,.1f} MB"
     assert facts["built in"] == f"{sum(plan.seconds for plan in target.plans.values()):.1f} s"
     assert facts["runs here"] == "no"
     assert "does not run here: " in out
@@ -421,7 +497,8 @@ def test_info_with_nothing_installed(
 ) -> None:
     """The targets are told of all the same."""
     out, _ = run(capsys, "info", rtx_bundle)
-    assert "does not run here: TensorRT-RTX is not installed: pip install 'hypersd[tensorrt-rtx]'" in out
+    (line,) = [line for line in out.splitlines() if "does not run here: TensorRT-RTX is not installed" in line]
+    assert "[tensorrt-rtx]" in line
 
 
 def test_info_of_damaged_engines(
@@ -445,14 +522,32 @@ def test_info_of_damaged_engines(
 def test_info_of_an_unfinished_target(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
     """What an interrupted build left is counted; what TensorRT did not say is unknown."""
     bundle = copy(rtx_bundle)
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    plans = manifest["engines"][target_of(bundle)]["plans"]
-    plans["unet"]["weights_memory"] = None
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
-    assert "unknown" in run(capsys, "info", bundle)[0]
-    del plans["unet"]
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    name = target_of(bundle)
+    change_manifest(bundle, lambda m: m["engines"][name]["plans"]["unet"].update(weights_memory=None))
+    out, _ = run(capsys, "info", bundle)
+    assert re.search(r"weights +unknown", out)
+    assert re.search(r"activations +\d.* MB", out)
+    change_manifest(bundle, lambda m: m["engines"][name]["plans"].pop("unet"))
     assert "2 of 3" in run(capsys, "info", bundle)[0]
+
+
+def test_info_names_attentions_in_plain_kernels(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each network that has some, with the first names."""
+    bundle = copy(rtx_bundle)
+
+    def change(manifest: dict) -> None:
+        plans = manifest["engines"][target_of(bundle)]["plans"]
+        plans["text_encoder"]["decomposed_attention"] = [f"node_{i}" for i in range(8)]
+        plans["unet"]["decomposed_attention"] = ["alone"]
+        plans["vae_decoder"]["decomposed_attention"] = []
+
+    change_manifest(bundle, change)
+    lines = [line.strip() for line in run(capsys, "info", bundle)[0].splitlines() if "plain kernels" in line]
+    lack = "in plain kernels, for which TensorRT-RTX has no fused one"
+    assert sorted(lines) == [
+        f"text_encoder: 8 attentions {lack}: node_0, node_1, node_2 and 5 more",
+        f"unet: 1 attention {lack}: alone",
+    ]
 
 
 # generate
@@ -467,6 +562,31 @@ def test_generate_passes_over_engines_that_cannot_run(
     assert passed_over.startswith("TensorRT engines passed over: ")
     assert loaded.startswith("Hyper-SD15-1step-lora on cpu with ONNX Runtime, loaded in ")
     assert len(out.splitlines()) == 1
+
+
+def test_generate_tells_each_reason_once(
+    rtx_bundle: Path, copy, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_gpu: None
+) -> None:
+    """Of three targets: what holds for all of them, and what holds for one with its name, in one line."""
+    bundle = copy(rtx_bundle)
+    name = target_of(bundle)
+
+    def add(manifest: dict) -> None:
+        for other in ("second", "third"):
+            shutil.copytree(bundle / "engines" / name, bundle / "engines" / other)
+            target = json.loads(json.dumps(manifest["engines"][name]).replace(f"engines/{name}/", f"engines/{other}/"))
+            manifest["engines"][other] = target
+            for plan in target["plans"].values():
+                manifest["files"][plan["file"]] = manifest["files"][plan["file"].replace(other, name)]
+
+    change_manifest(bundle, add)
+    (bundle / "engines/third/unet.engine").unlink()
+    _, err = run(capsys, "generate", bundle, "a cat", "-o", tmp_path / "cat.png")
+    (line,) = [line for line in err.splitlines() if "passed over" in line]
+    of_all, *_, of_one = line.removeprefix("TensorRT engines passed over: ").split("; ")
+    assert line.count(of_all) == 1
+    assert name not in of_all
+    assert of_one.startswith("third: engines/third/unet.engine is missing")
 
 
 def test_generate_with_engines_that_cannot_run(

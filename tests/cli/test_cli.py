@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,82 @@ def test_count_makes_a_contact_sheet_of_single_pictures(sd15_bundle: Path, tmp_p
     sheet = Image.open(tmp_path / "several-sheet.png")
     assert sheet.width > 2 * 64
     assert sheet.crop((4, 4, 68, 68)).tobytes() == Image.open(tmp_path / "several-0.png").tobytes()
+
+
+@pytest.fixture
+def hypersd(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``hypersd(*argv, stdout=...)``: the command in a process of its own, whose output is buffered as usual."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+    def run(*argv: object, **streams: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hypersd.cli", *map(str, argv)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+        return subprocess.run(command, text=True, timeout=60, **pipes)
+
+    return run
+
+
+@pytest.fixture
+def no_reader() -> Iterator[int]:
+    """The end of a pipe to write to, whose other end is closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("words", [["list"], ["info"], ["--help"]])
+def test_a_reader_that_has_seen_enough(words: list[str], sd15_bundle: Path, hypersd, no_reader: int) -> None:
+    """``hypersd info b | head -1`` is no failure."""
+    done = hypersd(*words, *([sd15_bundle] if words == ["info"] else []), stdout=no_reader)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("words", [["list"], ["info"], ["--help"]])
+def test_output_that_cannot_be_written(words: list[str], sd15_bundle: Path, hypersd) -> None:
+    """One plain line, and no word of a bug."""
+    with open("/dev/full", "w") as full:
+        done = hypersd(*words, *([sd15_bundle] if words == ["info"] else []), stdout=full.fileno())
+    assert done.returncode == 1
+    assert done.stderr == "hypersd: error: the output cannot be written: No space left on device\n"
+
+
+def test_progress_that_nobody_reads(sd15_bundle: Path, tmp_path: Path, hypersd, no_reader: int) -> None:
+    """The work is done all the same."""
+    done = hypersd("generate", sd15_bundle, "a cat", "-o", tmp_path / "cat.png", stderr=no_reader)
+    assert done.returncode == 0
+    assert "cat.png" in done.stdout
+
+
+def test_narrow_terminals_cut_no_names(
+    sdxl_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They break them; those of checkpoints, which are there to be copied, only where the line ends."""
+    monkeypatch.setattr("hypersd.cli.console.PIPE_WIDTH", 60)
+    assert main(["info", str(sdxl_bundle)]) == 0
+    assert "…" not in capsys.readouterr().out
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert {checkpoint.name for checkpoint in CHECKPOINTS} <= set(out.split())
+
+
+@pytest.mark.parametrize("command", ["build", "info", "generate", "verify"])
+def test_an_empty_bundle_name(command: str, fails: Callable[..., str]) -> None:
+    """It would mean the current folder."""
+    assert "the name is empty" in fails(command, "", *(["a cat"] if command == "generate" else []))
+
+
+def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]) -> None:
+    """The line installs it from the clone: there is no hypersd on PyPI."""
+
+    def run(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setattr("hypersd.cli.verify.run", run)
+    line = fails("verify", "somewhere")
+    assert line.endswith("diffusers is not installed; in the clone: pip install -e '.[export]'")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hypersd.engines import cuda_graphs
-from hypersd.engines.cuda_graphs import WARM_UPS, GraphedFunction, retain
+from hypersd.engines.cuda_graphs import WARM_UPS, GraphedFunction, GraphWarning, retain
 from hypersd.errors import EngineError
+
+pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda_graphs.GraphWarning")
 
 
 class Scale:
@@ -197,31 +201,138 @@ def test_the_graph_goes_before_the_next_one_is_made() -> None:
 # Failures
 
 
-def test_a_failed_recording_says_so_drops_the_graph_and_leaves_the_rest() -> None:
-    """The key starts anew, so that the function stays usable; other keys keep their graphs."""
+class FailsFor(StandInCapture):
+    """Refuses to record while ``fails``."""
 
-    class FailsTwice(StandInCapture):
-        failures = 0
+    fails = True
 
-        def __call__(self, work: Any) -> Any:
-            if self.captures == 1 and self.failures < 2:
-                self.failures += 1
-                raise EngineError("CUDA graph: recording failed")
-            return super().__call__(work)
+    def __call__(self, work: Any) -> Any:
+        if self.fails:
+            raise EngineError("CUDA graph: recording failed\n(no), expected work that only enqueues")
+        return super().__call__(work)
 
-    capture = FailsTwice()
-    graphed = GraphedFunction(Scale(), capture)
-    for i in range(4):
-        graphed(1, feeds(i))
-    for _ in range(2):
-        for i in range(WARM_UPS):
-            assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
-        with pytest.raises(EngineError, match="recording failed"):
-            graphed(2, feeds(9))
-    assert torch.equal(graphed(1, feeds(5))["out"], expected(1, 5))
-    for i in range(5):
+
+def test_a_failed_recording_is_a_warning_and_the_work_runs_as_it_is() -> None:
+    """No call fails and none is wrong; that kind of call is not tried again, and others are recorded all the same."""
+    capture, work = FailsFor(), Scale()
+    graphed = GraphedFunction(work, capture)
+    for i in range(WARM_UPS):
         assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
-    assert capture.captures == 2
+    with pytest.warns(GraphWarning) as caught:
+        assert torch.equal(graphed(2, feeds(9))["out"], expected(2, 9))
+    (warning,) = caught
+    message = str(warning.message)
+    assert "\n" not in message
+    for part in ("recording failed (no)", "without a graph", "slower", "Pipeline.load(..., cuda_graphs=False)"):
+        assert part in message
+    capture.fails = False
+    runs = len(work.runs)
+    for i in range(WARM_UPS + 3):
+        assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
+    assert len(work.runs) == runs + WARM_UPS + 3, "once a call"
+    assert capture.captures == 0
+    for i in range(WARM_UPS + 3):
+        assert torch.equal(graphed(1, feeds(i))["out"], expected(1, i))
+        assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
+    assert (capture.captures, capture.replays) == (1, 3)
+
+
+def test_a_function_warns_once_whatever_else_cannot_be_recorded() -> None:
+    """A service that draws all kinds of pictures is told once."""
+    graphed = GraphedFunction(Scale(), FailsFor())
+
+    def call(key: int) -> None:
+        for i in range(WARM_UPS + 3):
+            assert torch.equal(graphed(key, feeds(i))["out"], expected(key, i))
+
+    with pytest.warns(GraphWarning) as caught:
+        call(1)
+    assert len(caught) == 1
+    call(2)
+    call(3)
+
+
+def test_a_warning_that_is_an_error_does_no_more_harm() -> None:
+    """``python -W error``: the call fails, the next ones are served."""
+    graphed = GraphedFunction(Scale(), FailsFor())
+    for i in range(WARM_UPS):
+        graphed(2, feeds(i))
+    with pytest.raises(GraphWarning):
+        graphed(2, feeds(9))
+    for i in range(WARM_UPS + 3):
+        assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
+
+
+def test_a_failed_recording_keeps_nothing() -> None:
+    """What was retained until it failed is let go."""
+    references: list[weakref.ref] = []
+
+    def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        owner = Owner()
+        references.append(weakref.ref(owner))
+        retain(owner)
+        return {"out": inputs["x"] + key}
+
+    def capture(do: Any) -> Any:
+        do()
+        raise EngineError("CUDA graph: recording failed")
+
+    graphed = GraphedFunction(work, capture)
+    for _ in range(WARM_UPS):
+        graphed(1, {"x": torch.ones(3)})
+    with pytest.warns(GraphWarning):
+        graphed(1, {"x": torch.ones(3)})
+    gc.collect()
+    assert len(references) == WARM_UPS + 3, "run, recorded, and run again as it is"
+    assert [reference for reference in references if reference() is not None] == []
+
+
+@pytest.mark.parametrize("stays_broken", [True, False])
+def test_an_error_of_the_work_while_it_is_recorded_may_be_the_recordings(stays_broken: bool) -> None:
+    """So the work runs once more without: what goes wrong then is its own error, and comes out."""
+    now = SimpleNamespace(is_recording=False, is_broken=False)
+
+    def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if now.is_recording or now.is_broken:
+            now.is_broken = stays_broken
+            raise ValueError("mine")
+        return {"out": inputs["x"] * key}
+
+    def capture(do: Any) -> Any:
+        now.is_recording = True
+        try:
+            return (lambda: None), do()
+        finally:
+            now.is_recording = False
+
+    graphed, x = GraphedFunction(work, capture), {"x": torch.ones(2)}
+    for _ in range(WARM_UPS):
+        graphed(2, x)
+    outcome = pytest.raises(ValueError, match="mine") if stays_broken else nullcontext()
+    with pytest.warns(GraphWarning, match="mine"), outcome:
+        graphed(2, x)
+    now.is_broken = False
+    assert torch.equal(graphed(2, x)["out"], torch.full((2,), 2.0))
+
+
+def test_a_run_that_failed_is_no_warm_up() -> None:
+    """It may have failed before it found or allocated anything."""
+    fail, capture = [True], StandInCapture()
+
+    def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if fail[0]:
+            raise ValueError("mine")
+        return {"out": inputs["x"] * key}
+
+    graphed = GraphedFunction(work, capture)
+    for _ in range(4):
+        with pytest.raises(ValueError, match="mine"):
+            graphed(2, {"x": torch.ones(2)})
+    fail[0] = False
+    for i in range(WARM_UPS + 1):
+        assert capture.captures == 0, f"call {i}"
+        graphed(2, {"x": torch.ones(2)})
+    assert capture.captures == 1
 
 
 def test_an_error_of_the_work_is_its_own() -> None:
@@ -260,35 +371,15 @@ def test_the_error_names_what_went_wrong_first() -> None:
 # Threads
 
 
-def test_a_thread_warms_up_for_itself() -> None:
-    """Engines have buffers by thread, made at a thread's first run: none may be made while a graph is recorded."""
-    capture, recorded_in = StandInCapture(), []
-    runs: dict[int, int] = {}
+def test_a_thread_for_every_call_is_as_good_as_one_for_all() -> None:
+    """As many services work: warm-ups count whoever does them, as buffers belong to the stream and not to a thread."""
+    capture = StandInCapture()
+    graphed = GraphedFunction(Scale(), capture)
 
-    def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        runs[threading.get_ident()] = runs.get(threading.get_ident(), 0) + 1
-        return {"out": inputs["x"] * key}
+    def call(i: int) -> None:
+        assert torch.equal(graphed(2, feeds(i))["out"], expected(2, i))
 
-    def record(do: Any) -> Any:
-        recorded_in.append((threading.get_ident(), runs[threading.get_ident()]))
-        return capture(do)
-
-    graphed = GraphedFunction(work, record)
-
-    def in_a_thread(calls: int) -> None:
-        def run() -> None:
-            for i in range(calls):
-                assert torch.equal(graphed(2, {"x": torch.full((2,), float(i))})["out"], torch.full((2,), 2.0 * i))
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(60)
-
-    for _ in range(3):
-        in_a_thread(WARM_UPS)
-    assert recorded_in == []
-    in_a_thread(WARM_UPS + 1)
-    assert len(recorded_in) == 1
-    assert recorded_in[0][1] > WARM_UPS
-    in_a_thread(1)
-    assert (capture.captures, capture.replays) == (1, 2)
+    for i in range(WARM_UPS + 3):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(call, i).result(60)
+    assert (capture.captures, capture.replays) == (1, 3)

@@ -1,4 +1,4 @@
-"""An engine that is replayed: the engine's own results, one graph for each set of shapes and each thread.
+"""An engine that is replayed: the engine's own results, one graph for each stream and set of shapes.
 
 Recording is a stand-in here (tests/capture_stand_in.py); tests/gpu has the real one.
 """
@@ -23,6 +23,7 @@ from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
 from hypersd.engines.null import NullEngine
 from hypersd.errors import EngineError
 
+pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda_graphs.GraphWarning")
 RUNS = WARM_UPS + 3
 
 
@@ -72,19 +73,22 @@ def test_each_set_of_shapes_has_its_own_graph() -> None:
     assert (capture.captures, capture.replays) == (3, 3 * 3)
 
 
-def test_threads_have_graphs_of_their_own() -> None:
-    """A graph holds the buffers of the thread that recorded it: another thread's run would overwrite its outputs."""
+def test_threads_that_take_turns_share_graphs() -> None:
+    """A graph is the stream's: a thread for every run gets to a recording too, and to no second one."""
     capture = StandInCapture()
     graphed = GraphedEngine(ranged_null_engine(), capture)
-
-    def run() -> None:
-        for _ in range(RUNS):
-            graphed.run({"x": torch.ones(2, 3)})
-
-    for threads in (1, 2, 3):
+    for _ in range(RUNS):
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(run).result()
-        assert capture.captures == threads
+            pool.submit(graphed.run, {"x": torch.ones(2, 3)}).result(60)
+    assert (capture.captures, capture.replays) == (1, 3)
+
+
+def test_whether_it_can_be_recorded_is_the_engines_word_of_now() -> None:
+    """Some engines know only when they have run."""
+    engine = ranged_null_engine()
+    graphed = GraphedEngine(engine)
+    for engine.capturable in (False, True, False):
+        assert graphed.capturable is engine.capturable
 
 
 class Stream:

@@ -166,19 +166,42 @@ def test_plans_without_a_record_are_refused() -> None:
 
 def test_plans_of_networks_that_are_not_there_are_refused() -> None:
     """Nothing says which inputs such a plan has."""
-    plans = {**TARGET["plans"], "controlnet": TARGET["plans"]["unet"]}
-    refused = refusal(text(changed("engines", "some-target", "plans", to=plans)))
+    file = PLAN.replace("unet", "controlnet")
+    manifest = changed("engines", "some-target", "plans", "controlnet", to={**TARGET["plans"]["unet"], "file": file})
+    manifest["files"][file] = MANIFEST["files"][PLAN]
+    refused = refusal(text(manifest))
     assert "controlnet" in refused
     assert "not there" in refused
 
 
-@pytest.mark.parametrize("name", ["../unet.engine", "/unet.engine", "engines\\unet.engine", "engines/a\nb.engine"])
-def test_plans_outside_the_bundle_are_refused(name: str) -> None:
-    """The same as for any other file, record or not."""
+PLACES = ["../unet.engine", "/unet.engine", "engines\\unet.engine", "engines/a\nb.engine", "unet/model.onnx"]
+
+
+@pytest.mark.parametrize("name", [*PLACES, "engines/other/unet.engine"])
+def test_a_plan_lies_in_its_targets_folder(name: str) -> None:
+    """Record or not: a target is deleted as a whole, and no file of another is to be taken for a plan."""
     manifest = changed("engines", "some-target", "plans", "unet", "file", to=name)
-    assert "without a record" in refusal(text(manifest))
-    manifest["files"][name] = MANIFEST["files"][PLAN]
-    assert "file name" in refusal(text(manifest))
+    manifest["files"].setdefault(name, MANIFEST["files"][PLAN])
+    refused = refusal(text(manifest))
+    assert "file name" in refused or f"expected {PLAN}" in refused
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../unet", "a/b", "a\\b", "a\nb", "a\x1b[31m", "ä b"])
+def test_a_target_is_one_folder(name: str) -> None:
+    """Its name is what ``hypersd build --remove`` deletes and what terminals are shown."""
+    assert "target name" in refusal(text(changed("engines", to={name: {**TARGET, "plans": {}}})))
+
+
+def test_a_target_shows_nothing_but_text() -> None:
+    """Versions go to the terminal."""
+    assert "cannot be shown" in refusal(text(changed("engines", "some-target", "version", to="1\x1b[31m")))
+
+
+def test_a_target_is_a_part_of_its_bundle() -> None:
+    """Wider plans than networks were never built: the manifest was changed by hand."""
+    wide = {"name": "batch", "min": 1, "opt": 1, "max": 99}
+    refused = refusal(text(changed("engines", "some-target", "shapes", to={**MANIFEST["shapes"], "batch": wide})))
+    assert "batch 1..99 is outside the bundle's" in refused
 
 
 @given(low=st.integers(1, 10**6), more=st.integers(0, 10**6), most=st.integers(0, 10**6), factor=st.integers(1, 64))

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,21 @@ def test_what_fails_inside_onnx_runtime_is_one_line_and_leaves_the_engine_usable
     assert torch.equal(add.run({"a": a, "b": b})["out"], a + b.T)
 
 
+def test_too_little_memory_for_the_buffers_is_told_as_such(
+    add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is torch that allocates them, and not ONNX Runtime that failed."""
+
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module._Binding, "run_first", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        add.run(good(add))
+    monkeypatch.undo()
+    assert add.run(good(add))["out"].shape == (2, 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x0a\x12\xff\xff\xff\xff\x0f"], ids=repr)
 def test_a_corrupt_file_is_a_bundle_error_of_one_line(tmp_path: Path, content: bytes) -> None:
     """ONNX Runtime's own exceptions, some of many lines, do not get through."""
@@ -274,6 +291,88 @@ def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         addresses = list(pool.map(hammer, range(4)))
     assert len({*addresses, engine.run(feeds[0])["hidden_states"].data_ptr()}) == 5
+
+
+class FakeStream:
+    """As much of a CUDA stream as an engine asks of one; the device is the CPU, so everything is in order."""
+
+    def __init__(self, address: int = 1) -> None:
+        self.cuda_stream, self.device = address, CPU
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class OnStreams:
+    """An engine that believes in CUDA, and the stream that each thread is on."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.now = engine, threading.local()
+        engine._stream, engine._lock = FakeStream(), threading.Lock()  # type: ignore[assignment]
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.now.stream)
+
+    def run(self, stream: FakeStream, feeds: Mapping[str, Tensor]) -> Tensor:
+        self.now.stream = stream
+        return self.engine.run(feeds)["out"]
+
+
+def test_on_cuda_buffers_belong_to_the_stream(add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread for every request makes no buffers of its own; another stream has others. The CUDA device is a fake."""
+    engine, one, two = OnStreams(add, monkeypatch), FakeStream(100), FakeStream(200)
+    feeds = {"a": torch.ones(2, 3), "b": torch.ones(3, 2)}
+    first = engine.run(one, feeds)
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(engine.run, one, feeds).result(60) is first
+    other = engine.run(two, feeds)
+    assert other.data_ptr() != first.data_ptr()
+    assert engine.run(one, feeds) is first
+    assert engine.run(two, feeds) is other
+
+
+def test_on_cuda_a_stream_keeps_its_last_few_shapes(add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is the stream's: what one runs does not push out another's buffers. The CUDA device is a fake."""
+    engine, one, two = OnStreams(add, monkeypatch), FakeStream(100), FakeStream(200)
+    monkeypatch.setattr(module, "KEPT_SHAPES", 2)
+
+    def run(stream: FakeStream, n: int) -> Tensor:
+        return engine.run(stream, {"a": torch.full((n, n), 1.0), "b": torch.full((n, n), 2.0)})
+
+    first, second, elsewhere = run(one, 1), run(one, 2), run(two, 1)
+    assert run(one, 1) is first
+    assert run(one, 3).eq(3).all()
+    assert run(one, 1) is first, "used last"
+    assert run(one, 2) is not second, "pushed out"
+    assert run(two, 1) is elsewhere
+
+
+def test_on_cuda_one_run_is_enqueued_at_a_time(add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs share the session's stream: one that goes between another's fork and join would mix with it."""
+    engine, inside, most = OnStreams(add, monkeypatch), [0], [0]
+    beside = module._beside_current
+
+    @contextmanager
+    def count(stream: Any) -> Iterator[None]:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        with beside(stream):
+            yield
+            time.sleep(0.001)
+        inside[0] -= 1
+
+    monkeypatch.setattr(module, "_beside_current", count)
+    barrier = threading.Barrier(4)
+
+    def hammer(i: int) -> None:
+        barrier.wait(60)
+        for n in range(1, 9):
+            out = engine.run(FakeStream(100 + i), {"a": torch.full((n, n), float(i)), "b": torch.full((n, n), 1.0)})
+            assert out.eq(i + 1).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hammer, range(4)))
+    assert most == [1]
 
 
 @pytest.fixture

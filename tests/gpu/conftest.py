@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from gpu_report import is_unsupported_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+# Both flavours of TensorRT define the same C++ names: scripts/gpu_report.py tests each in a process of its own.
+BACKENDS = os.environ.get("HYPERSD_BACKENDS", "").replace(",", " ").split() or ["tensorrt", "tensorrt-rtx"]
 
 
 @pytest.fixture(scope="session")
@@ -18,14 +27,48 @@ def cuda():
     return torch.device("cuda", 0)
 
 
-@pytest.fixture(scope="session", params=["tensorrt", "tensorrt-rtx"])
-def backend(request: pytest.FixtureRequest, cuda) -> str:
-    """Each flavour of TensorRT that is installed and has a driver for it."""
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request: pytest.FixtureRequest, cuda, fp16_bundle, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Each flavour of TensorRT that is installed, has a driver for it and knows the GPU."""
     from hypersd.engines.tensorrt.machine import this_machine, why_not_backend
+    from hypersd.errors import EngineError
 
     if reason := why_not_backend(request.param, this_machine()):
         pytest.skip(reason)
+    try:
+        _run_one_plan(request.param, fp16_bundle("Hyper-SD15-1step-lora"), tmp_path_factory.mktemp("probe"), cuda)
+    except EngineError as error:
+        if is_unsupported_gpu(error):
+            pytest.skip(" ".join(str(error).split()))
+        raise
     return request.param
+
+
+def _run_one_plan(backend: str, bundle: Path, folder: Path, device: torch.device) -> None:
+    """Build, load and run one tiny network, which tells whether the flavour knows the GPU."""
+    import torch
+
+    from hypersd.engines import Bundle
+    from hypersd.engines.tensorrt.activation_memory import ActivationMemory
+    from hypersd.engines.tensorrt.api import load_api
+    from hypersd.engines.tensorrt.engine import TensorRTEngine
+    from hypersd.engines.tensorrt.job import BuildJob
+    from hypersd.engines.tensorrt.load import warm_up
+    from hypersd.engines.tensorrt.process import run_build
+
+    opened, name, plan = Bundle.load(bundle), "text_encoder", folder / "probe.engine"
+    component = opened.manifest.components[name]
+    job = BuildJob(
+        backend=backend,
+        component=name,
+        onnx=str(opened.path(component.onnx)),
+        plan=str(plan),
+        inputs=component.inputs,
+        outputs=component.outputs,
+    )
+    run_build(job, lambda fraction, detail: None)
+    engine = TensorRTEngine(load_api(backend), name, plan, component, device, ActivationMemory(device))
+    warm_up(engine, torch.cuda.Stream(device))
 
 
 @pytest.fixture(scope="session")

@@ -18,32 +18,47 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
-from hypersd.engines.cuda_graphs import WARM_UPS, GraphedFunction, capture_cuda_graph
-from hypersd.engines.onnx_runtime import resolve_device
-from hypersd.errors import DeviceError, EngineError
+from hypersd.engines.cuda_graphs import KEPT_GRAPHS, WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
+from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
+from hypersd.errors import DeviceError
 from hypersd.runtime.text import ENCODERS, ClipTokenizer
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("error::hypersd.engines.cuda_graphs.GraphWarning"),
 ]
 PROMPTS = ["a photo of a cat", "blue dog", "", "red cat"]
 
 
-def load(root: Path, *, graphs: bool) -> Pipeline:
-    """A bundle on ONNX Runtime's CUDA provider."""
+def load(root: Path) -> tuple[Pipeline, Pipeline]:
+    """A pipeline that records and one that does not, on the same engines: ONNX Runtime's CUDA provider.
+
+    The same, because cuDNN chooses its algorithms by timing them: another session may compute other bits.
+    """
     try:
         resolve_device("cuda")
     except DeviceError as error:
         pytest.skip(str(error))
     bundle = Bundle.load(root)
     engines = load_engines(bundle, "onnxruntime", "cuda")
+    assert all(engine.capturable for engine in engines.values()), "ONNX Runtime would not record a network"
     tokenizers = {
         name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
         for name, encoder in ENCODERS.items()
         if encoder in engines
     }
-    return Pipeline(bundle.manifest, engines, tokenizers, capture=capture_cuda_graph if graphs else None)
+    graphed = Pipeline(bundle.manifest, engines, tokenizers, capture=capture_cuda_graph)
+    return graphed, Pipeline(bundle.manifest, engines, tokenizers, capture=None)
+
+
+def assert_recorded(pipe: Pipeline, graphs: int | None = None) -> None:
+    """All kinds of call that are kept have their graph, and there are ``graphs`` of them."""
+    assert pipe._graphed is not None
+    entries = pipe._graphed._entries.values()
+    assert entries
+    assert all(entry.replay is not None for entry in entries)
+    assert graphs in (None, len(entries))
 
 
 def pictures(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
@@ -69,10 +84,14 @@ def test_a_replay_computes_what_the_work_does() -> None:
                 x = torch.randn(64, 32, device="cuda")
                 assert torch.equal(graphed(3, {"x": x})["out"], work(3, {"x": x})["out"])
                 assert torch.cuda.current_stream() == stream, f"call {i}"
+            assert [entry.replay is not None for entry in graphed._entries.values()] == [True]
 
 
 def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
-    """A wait for the device spoils the recording: one line says so, the stream is what it was, memory is served."""
+    """A wait for the device spoils the recording: one line says so, and the results are right all the same.
+
+    The stream is what it was, memory is served, and other keys are recorded.
+    """
     fail = [True]
 
     def work(key: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,13 +104,18 @@ def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
         graphed, x = GraphedFunction(work), torch.ones(8, device="cuda")
         for _ in range(WARM_UPS):
             graphed(2, {"x": x})
-        with pytest.raises(EngineError, match="recording failed") as caught:
-            graphed(2, {"x": x})
-        assert "\n" not in str(caught.value)
+        with pytest.warns(GraphWarning, match="recording failed") as caught:
+            assert torch.equal(graphed(2, {"x": x})["out"], x * 2)
+        (warning,) = caught
+        assert "\n" not in str(warning.message)
         assert torch.cuda.current_stream() == stream
-        fail[0] = False
         for i in range(WARM_UPS + 3):
             assert torch.equal(graphed(2, {"x": x + i})["out"], (x + i) * 2)
+        fail[0] = False
+        for i in range(WARM_UPS + 3):
+            assert torch.equal(graphed(3, {"x": x + i})["out"], (x + i) * 3)
+            assert torch.equal(graphed(2, {"x": x + i})["out"], (x + i) * 2)
+        assert [entry.replay is not None for entry in graphed._entries.values()] == [True, False]
     torch.cuda.synchronize()
 
 
@@ -101,9 +125,7 @@ def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_dynamic"])
 def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.FixtureRequest) -> None:
     """Prompts and seeds change under one graph, settings between graphs."""
-    root = request.getfixturevalue(f"{family}_bundle")
-    graphed, plain = load(root, graphs=True), load(root, graphs=False)
-    assert all(engine.capturable for engine in graphed.engines.values()), "ONNX Runtime would not record a network"
+    graphed, plain = load(request.getfixturevalue(f"{family}_bundle"))
     calls: list[dict[str, Any]] = [
         {"num_inference_steps": 8, "eta": 1.0},
         {"num_inference_steps": 8, "eta": 0.3, "guidance_scale": 4.0, "output_type": "np"},
@@ -114,13 +136,12 @@ def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.
         for call in calls:
             ours, theirs = (pictures(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
             assert np.array_equal(ours, theirs), f"round {i}, {call}"
-    assert graphed._graphed is not None
-    assert all(entry.replay is not None for entry in graphed._graphed._entries.values())
+    assert_recorded(graphed, len(calls))
 
 
 def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:
     """Nothing is allocated after the first calls: not by torch, and not on the device by anybody."""
-    pipe = load(sdxl_bundle, graphs=True)
+    pipe, _ = load(sdxl_bundle)
     arguments: dict[str, Any] = {"num_inference_steps": 4, "eta": 1.0}
     for i in range(20):
         pictures(pipe, PROMPTS[i % 4], seed=i, **arguments)
@@ -133,11 +154,32 @@ def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:
     for name in ("allocated_bytes.all.current", "reserved_bytes.all.current", "num_device_alloc"):
         assert after.get(name, 0) == before.get(name, 0), name
     assert free - torch.cuda.mem_get_info()[0] < 32 << 20, "others may use the GPU, but a leak would show"
+    assert_recorded(pipe, 1)
+
+
+def test_a_thread_for_every_call_gets_to_the_graph_and_makes_no_buffers(sd15_bundle: Path) -> None:
+    """As many services work; step by step, which callbacks ask for, too."""
+    graphed, plain = load(sd15_bundle)
+    callback = {"callback_on_step_end": lambda *_: None}
+    expected = pictures(plain, PROMPTS[0], seed=0, num_inference_steps=2)
+    used = []
+    for _ in range(30):
+        for call in ({}, callback):
+            with ThreadPoolExecutor(1) as pool:
+                drawn = pool.submit(pictures, graphed, PROMPTS[0], seed=0, num_inference_steps=2, **call).result(60)
+            assert np.array_equal(drawn, expected)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert_recorded(graphed, 1)
+    assert used[-1] == used[WARM_UPS + 3]
+    for engine in graphed.engines.values():
+        assert isinstance(engine, OnnxRuntimeEngine)
+        assert len(engine._by_stream) == 2, "the two pipelines'"
 
 
 def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
     """More kinds than are kept: graphs are dropped with their memory and made again, and the pictures stay right."""
-    graphed, plain = load(sd15_bundle, graphs=True), load(sd15_bundle, graphs=False)
+    graphed, plain = load(sd15_bundle)
     kinds: list[dict[str, Any]] = [{"num_inference_steps": n, "eta": 1.0, "force": True} for n in range(1, 13)]
     expected = [pictures(plain, PROMPTS[0], seed=n, **kind) for n, kind in enumerate(kinds)]
     used = []
@@ -148,12 +190,12 @@ def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[2] <= used[1] + (1 << 20)
+    assert_recorded(graphed, KEPT_GRAPHS)
 
 
 def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Path, sdxl_bundle: Path) -> None:
     """In one process, at once, recordings included: nothing of one call is in another's picture."""
-    pipes = [load(sd15_bundle, graphs=True), load(sdxl_bundle, graphs=True)]
-    plain = [load(sd15_bundle, graphs=False), load(sdxl_bundle, graphs=False)]
+    pipes, plain = zip(load(sd15_bundle), load(sdxl_bundle), strict=True)
     jobs = [(which, seed) for which in range(2) for seed in (1, 2)]
     alone = [pictures(plain[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for which, seed in jobs]
     barrier = threading.Barrier(len(jobs))
@@ -167,11 +209,13 @@ def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Pa
     with ThreadPoolExecutor(len(jobs)) as pool:
         for i, results in enumerate(pool.map(work, range(len(jobs)))):
             assert all(np.array_equal(result, alone[i]) for result in results), jobs[i]
+    for pipe in pipes:
+        assert_recorded(pipe, 1)
 
 
 def test_tensors_are_the_callers(sd15_bundle: Path) -> None:
     """What was returned for "pt" is in order with the caller's stream, and later calls do not show in it."""
-    pipe = load(sd15_bundle, graphs=True)
+    pipe, _ = load(sd15_bundle)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         results = [pipe(PROMPTS[0], seed=i, output_type="pt").images for i in range(8)]
@@ -180,3 +224,4 @@ def test_tensors_are_the_callers(sd15_bundle: Path) -> None:
     again = [pipe(PROMPTS[0], seed=i, output_type="pt").images for i in range(8)]
     assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
     assert all(one == other.double().sum() for one, other in zip(sums, again, strict=True))
+    assert_recorded(pipe, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,18 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd.errors import RequestError
-from hypersd.runtime.images import check_output_type, to_output, to_pixels
+from hypersd.runtime.images import check_output_type, to_images, to_pixels
 
 JUDGE = VaeImageProcessor()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def convert(sample: Tensor, kind: str) -> Any:
+    """All the way, as the pipeline goes it."""
+    pixels = to_pixels(sample, kind)
+    return pixels if kind == "pt" else to_images(pixels, kind)
+
+
 def assert_same_pictures(sample: Tensor) -> None:
     """All three kinds, bit for bit, and the sample left as it was."""
     kept = sample.clone()
-    ours, theirs = (
-        {kind: convert(sample, kind) for kind in ("pt", "np", "pil")} for convert in (to_output, JUDGE.postprocess)
-    )
+    ours, theirs = ({kind: way(sample, kind) for kind in ("pt", "np", "pil")} for way in (convert, JUDGE.postprocess))
     assert torch.equal(sample, kept)
     assert ours["pt"].dtype == theirs["pt"].dtype == sample.dtype
     assert torch.equal(ours["pt"], theirs["pt"])
@@ -53,7 +59,7 @@ def test_every_level_and_the_halves_between_round_as_in_diffusers(dtype: torch.d
     edges = torch.tensor([-torch.inf, torch.inf, -1.0, 1.0])
     sample = torch.cat([levels, edges]).to(dtype).expand(1, 3, 1, -1)
     assert_same_pictures(sample)
-    picture = np.asarray(to_output(sample.float(), "pil")[0])
+    picture = np.asarray(convert(sample.float(), "pil")[0])
     assert (picture.min(), picture.max()) == (0, 255)
 
 
@@ -91,7 +97,7 @@ def test_nan_is_black() -> None:
     """What C leaves open, as numpy has it here: a network that overflowed shows as black, not as noise."""
     sample = torch.full((1, 3, 4, 8), torch.nan)
     assert not to_pixels(sample, "pil").any()
-    assert np.isnan(to_output(sample, "np")).all()
+    assert np.isnan(convert(sample, "np")).all()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("pil", torch.uint8), ("np", torch.float32), ("pt", torch.float16)])
@@ -114,14 +120,14 @@ def test_pictures_outlive_the_decoders_buffer() -> None:
     """The sample is the engine's buffer: what is returned must not change when the next run overwrites it."""
     for kind in ("pt", "np", "pil"):
         sample = torch.full((1, 3, 2, 2), 0.5)
-        output = to_output(sample, kind)
+        output = convert(sample, kind)
         sample.fill_(-1)
         assert np.asarray(output[0]).max() > 0
 
 
 def test_pil_pictures_are_pil_pictures() -> None:
     """What callers save and show."""
-    (picture,) = to_output(torch.ones(1, 3, 2, 4), "pil")
+    (picture,) = convert(torch.ones(1, 3, 2, 4), "pil")
     assert isinstance(picture, Image.Image)
     assert picture.getpixel((3, 1)) == (255, 255, 255)
 

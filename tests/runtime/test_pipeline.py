@@ -20,10 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, Engine, load_engines
-from hypersd.engines.manifest import Range, TensorSpec
+from hypersd.engines import Bundle, Engine, Manifest, load_engines
+from hypersd.engines.load import Choice
+from hypersd.engines.manifest import PictureShapes, Range, TensorSpec
 from hypersd.engines.null import NullEngine
+from hypersd.engines.tensorrt.targets import narrowed
 from hypersd.errors import EngineError, RequestError
+from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows
 from hypersd.runtime.text import ENCODERS, ClipTokenizer
 
@@ -100,7 +103,7 @@ def test_the_four_output_types_are_one_picture(sd15: Pipeline) -> None:
     assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
     assert np.array_equal(np.stack([np.asarray(picture) for picture in pil]), (array * 255).round().astype(np.uint8))
     decoded = (sd15.decode(latents) / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(decoded.clone(), tensor.clone(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(decoded, tensor, rtol=0, atol=1e-6)
     assert not np.array_equal(array[0], array[1])
 
 
@@ -111,6 +114,15 @@ def test_results_outlive_the_next_call(kind: str, sd15: Pipeline) -> None:
     kept = first.copy() if isinstance(first, np.ndarray) else first.clone()
     sd15("blue dog", seed=2, output_type=kind)
     assert (first == kept).all()
+
+
+def test_decoded_pictures_outlive_the_next_call(sd15: Pipeline) -> None:
+    """On a GPU threads share the decoder's buffers: what ``decode`` returned is the caller's."""
+    latents = sd15(PROMPT, seed=1, output_type="latent").images
+    decoded = sd15.decode(latents)
+    kept = decoded.clone()
+    sd15.decode(-latents)
+    assert torch.equal(decoded, kept)
 
 
 @pytest.mark.parametrize("kind", ["pt", "latent"])
@@ -357,6 +369,53 @@ def test_an_error_in_a_callback_comes_out_and_leaves_the_pipeline_usable(sd15: P
     assert np.array_equal(draw(sd15, seed=1, num_inference_steps=4), expected)
 
 
+# Too little memory
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has 9 MiB free."),
+        RuntimeError("CUDA error: out of memory\nGPU 0 has 9 MiB free."),  # torch's, of pinned memory
+    ],
+    ids=["device", "pinned"],
+)
+def test_too_little_device_memory_is_one_line_of_what_to_do(
+    component: str, error: RuntimeError, sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was drawn, torch's words, the way out; and a smaller call is served."""
+    pipe, engines = counting_pipe(sd15_bundle, "null")
+
+    def refuse(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise error
+
+    monkeypatch.setattr(engines[component], "run", refuse)
+    with pytest.raises(EngineError, match=r"^out of device memory, drawing 3 of 64x64") as caught:
+        pipe(PROMPT, num_images_per_prompt=3)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("CUDA", "GPU 0 has 9 MiB free", "smaller pictures or fewer at a time", "free the device"):
+        assert part in message
+    assert caught.value.__cause__ is error
+    monkeypatch.undo()
+    assert len(pipe(PROMPT).images) == 1
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come out as they are."""
+    pipe, engines = counting_pipe(sd15_bundle, "null")
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise error
+
+    monkeypatch.setattr(engines["unet"], "run", fail)
+    with pytest.raises(RuntimeError) as caught:
+        pipe(PROMPT)
+    assert caught.value is error
+
+
 # How often each network runs
 
 
@@ -425,6 +484,42 @@ def test_the_null_backend_runs_the_loop_and_counts(family: str, request: pytest.
     assert engines["text_encoder"].runs == 2
     with pytest.raises(EngineError, match="expected the inputs"):
         engines["unet"].run({})
+
+
+def load_narrow(root: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """A bundle loaded with "TensorRT engines" that take what ``manifest`` says; they compute nothing."""
+    choice = Choice(backend="tensorrt", target="tensorrt-10.16_h64", manifest=manifest, passed_over={})
+    monkeypatch.setattr(module, "choose", lambda *_: choice)
+    engines = {name: NullEngine(name, component) for name, component in manifest.components.items()}
+    monkeypatch.setattr(module, "load_choice", lambda *_: engines)
+    return Pipeline.load(root, "tensorrt")
+
+
+def test_engines_narrower_than_their_bundle_say_what_else_to_take(
+    sdxl_dynamic_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another export would not help where the bundle has the size, and other engines not where it has not."""
+    wide = Bundle.load(sdxl_dynamic_bundle).manifest
+    fixed = {name: Range(name=name, min=n, opt=n, max=n) for name, n in (("batch", 1), ("height", 64), ("width", 64))}
+    pipe = load_narrow(sdxl_dynamic_bundle, narrowed(wide, PictureShapes(**fixed)), monkeypatch)
+    assert pipe(PROMPT, seed=0, num_inference_steps=8).images[0].size == (64, 64)
+    with pytest.raises(RequestError) as caught:
+        pipe(PROMPT, height=96)
+    message = str(caught.value)
+    assert message.startswith("height 96 is outside what the engines tensorrt-10.16_h64 were built for (64): ")
+    for part in ("--target", "`hypersd build`", "--backend onnxruntime"):
+        assert part in message
+    assert "export" not in message
+    assert "\n" not in message
+    with pytest.raises(RequestError, match=r"width 128 is outside this bundle's 64\.\.96: export"):
+        pipe(PROMPT, width=128)
+
+
+def test_engines_as_wide_as_their_bundle_are_not_to_blame(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle itself is of one size."""
+    pipe = load_narrow(sd15_bundle, Bundle.load(sd15_bundle).manifest, monkeypatch)
+    with pytest.raises(RequestError, match="height 96 is outside this bundle's 64: export one with --height 96"):
+        pipe(PROMPT, height=96)
 
 
 @pytest.mark.parametrize("backend", ["", "tensor", "ONNXRuntime"])

@@ -97,7 +97,7 @@ def target(**changes: Any) -> EngineTarget:
         "backend": backend,
         "version": VERSIONS[backend],
         "compute_capabilities": () if backend == "tensorrt-rtx" else ("8.9",),
-        "platform": "linux-x86_64",
+        "platform": "x86_64" if backend == "tensorrt-rtx" else "linux-x86_64",
         "precision": "fp16",
         "shapes": WIDE,
         "plans": {},
@@ -125,7 +125,7 @@ def with_plans(bare: EngineTarget, bundle: Manifest, folder: str = "engines/made
 def machine(**changes: Any) -> Machine:
     """A machine with both flavours and a GPU that runs them, as asked changed."""
     settings: dict[str, Any] = {
-        "platform": "linux-x86_64",
+        "platforms": {"tensorrt": "linux-x86_64", "tensorrt-rtx": "x86_64"},
         "gpu": gpu(),
         "no_gpu": "",
         "driver_cuda": (13, 0),

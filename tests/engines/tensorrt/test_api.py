@@ -9,12 +9,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import gc
 import importlib.metadata
 import json
+import math
 import mmap
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import torch
 from hypersd.engines.manifest import Component, Range, TensorSpec
 from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
-from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, is_loaded, load_api
+from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, load_api
 from hypersd.engines.tensorrt.attention import attentions_without_kernel, mark_decomposable
 from hypersd.engines.tensorrt.builder import build_plan
 from hypersd.engines.tensorrt.engine import TensorRTEngine, check_engine
@@ -324,7 +327,8 @@ def test_build_plan_runs_on_every_version(imported: StandIn, job: BuildJob, vers
     """The whole build, Polygraphy's part included: no attribute is used that the version lacks.
 
     Fixed dimensions are fixed in the network, ranged ones get a profile; float32 stays float32; a plan without weights
-    can be refitted; versions whose parser knows no Attention are given a graph without it, and told where it lies.
+    can be given them again; RTX allocates nothing by itself; versions whose parser knows no Attention are given a graph
+    without it, and told where it lies.
     """
     built = build_plan(job, lambda fraction, detail: True)
     assert Path(job.plan).read_bytes() == PLAN
@@ -334,7 +338,8 @@ def test_build_plan_runs_on_every_version(imported: StandIn, job: BuildJob, vers
     assert imported.called("IBuilderConfig.builder_optimization_level") == [(3,)]
     flags = imported.module.BuilderFlag
     assert imported.called("IBuilderConfig.clear_flag") == [(flags.TF32,)]
-    assert {flag for (flag,) in imported.called("IBuilderConfig.set_flag")} == {flags.STRIP_PLAN, flags.REFIT}
+    rtx = {flags.REFIT, flags.REQUIRE_USER_ALLOCATION} if job.backend == "tensorrt-rtx" else set()
+    assert {flag for (flag,) in imported.called("IBuilderConfig.set_flag")} == {flags.STRIP_PLAN, *rtx}
     assert len(imported.called("IBuilderConfig.progress_monitor")) == 1
     parsed, lowered = imported.called("OnnxParser.parse_from_file"), imported.called("OnnxParser.parse")
     if with_attention(version):
@@ -444,9 +449,9 @@ def test_an_engine_loads_and_runs_on_every_version(
 
     Contexts get the shared activation memory; shapes and addresses are told once; the stream is torch's.
     """
-    onnx_file = plan.with_name("model.onnx") if stripped else None
+    onnx_file = write_attention(plan.parent) if stripped else None
     engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU), onnx=onnx_file, cache=b"earlier")
-    feeds = {"sample": torch.zeros(1, 16, dtype=torch.float16)}
+    feeds = {"sample": aligned(1, 16)}
     outputs = [engine.run(feeds)["out"] for _ in range(2)]
     assert [(output.shape, output.dtype) for output in outputs] == [((1, 16), torch.float32)] * 2
     assert outputs[0].data_ptr() == outputs[1].data_ptr()
@@ -458,9 +463,71 @@ def test_an_engine_loads_and_runs_on_every_version(
         ("out", outputs[0].data_ptr()),
     ]
     assert engine_of.called("IExecutionContext.execute_async_v3") == [(7,), (7,)]
-    assert engine_of.called("OnnxParserRefitter.refit_from_file") == ([(str(onnx_file),)] if stripped else [])
+    from_file = stripped and hasattr(api.trt, "IAttention")
+    assert engine_of.called("OnnxParserRefitter.refit_from_file") == ([(str(onnx_file),)] if from_file else [])
+    assert engine.capturable
     assert engine.runtime_cache() == (b"kernels" if api.is_rtx else b"")
     assert engine_of.called("IRuntimeCache.deserialize") == ([(b"earlier",)] if api.is_rtx else [])
+
+
+def aligned(*shape: int) -> torch.Tensor:
+    """float16 zeros at an address that TensorRT takes, as those of a GPU's allocator are."""
+    block = torch.zeros(math.prod(shape) * 2 + 256, dtype=torch.uint8)
+    start = -block.data_ptr() % 256
+    return block[start : start + math.prod(shape) * 2].view(torch.float16).view(shape)
+
+
+def test_shapes_have_contexts_of_their_own(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
+    """The first run after a change of shapes cannot be recorded: one picture may need several, in turns."""
+    widths: list[int] = []
+    engine_of.behaviour["IExecutionContext.get_tensor_shape"] = lambda *_: (1, widths[-1])
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))
+    for width in (16, 8, 16, 8):
+        widths.append(width)
+        assert engine.run({"sample": aligned(1, width)})["out"].shape == (1, width)
+    assert engine_of.called("IExecutionContext.set_input_shape") == [("sample", (1, 16)), ("sample", (1, 8))]
+    assert len({address for address, _ in engine_of.called("IExecutionContext.set_device_memory")}) == 1
+    engine.drop_lanes()
+    engine.run({"sample": aligned(1, 8)})
+    assert len(engine_of.called("IExecutionContext.set_device_memory")) == 3
+
+
+@pytest.mark.parametrize("version", RTX)
+def test_rtx_is_asked_whether_a_run_can_be_recorded(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
+    """Once for every context, after its first run; what is known stays known when the context is gone."""
+    engine_of.behaviour["IExecutionContext.is_stream_capturable"] = lambda *_: False
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))
+    assert engine.capturable
+    for _ in range(3):
+        engine.run({"sample": aligned(1, 16)})
+    engine.drop_lanes()
+    assert not engine.capturable
+    assert engine_of.called("IExecutionContext.is_stream_capturable") == [(7,)]
+
+
+def test_a_row_of_a_larger_tensor_is_moved(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
+    """TensorRT takes addresses that are multiples of 256 alone; a second row of token ids is at none."""
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))
+    tensor = aligned(3, 16)
+    for row in range(3):
+        engine.run({"sample": tensor[row : row + 1]})
+    addresses = [at for name, at in engine_of.called("IExecutionContext.set_tensor_address") if name == "sample"]
+    assert tensor.data_ptr() in addresses
+    assert not {tensor[1:].data_ptr(), tensor[2:].data_ptr()} & set(addresses)
+
+
+def test_an_engine_is_freed_with_its_last_reference(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
+    """The runtime keeps the logger where Python cannot see it: gigabytes must not hang on what the logger refers to."""
+    loggers: list[Any] = []
+    make = api.trt.Runtime.__init__
+    engine_of.module.Runtime.__init__ = lambda self, logger: (loggers.append(logger), make(self, logger))[1]
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))
+    engine.run({"sample": aligned(1, 16)})
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert loggers
+    assert gone() is None
 
 
 def test_contexts_bring_no_memory_of_their_own(stand_in: StandIn, api: TensorRTApi) -> None:
@@ -521,7 +588,11 @@ def test_what_tensorrt_refuses_is_an_error(engine_of: StandIn, api: TensorRTApi,
     feeds = {"sample": torch.zeros(1, 16, dtype=torch.float16)}
     for name, answer, message in [
         ("Runtime.deserialize_cuda_engine", None, r"unet: TensorRT.* cannot load .* on a GPU .*8.9.*it gave no reason"),
-        ("ICudaEngine.create_execution_context", None, "unet: TensorRT.* cannot make a context: it gave no reason"),
+        (
+            "ICudaEngine.create_execution_context",
+            None,
+            "unet: TensorRT.* cannot make a context: it gave no reason .*GB of device memory are free",
+        ),
         ("IExecutionContext.set_input_shape", False, r"input 'sample': TensorRT does not take the shape \[1, 16\]"),
         ("IExecutionContext.set_tensor_address", False, "tensor 'sample': TensorRT does not take its address"),
         ("IExecutionContext.execute_async_v3", False, "unet: TensorRT.* failed: it gave no reason"),
@@ -589,12 +660,16 @@ def test_a_plan_for_another_gpu_is_a_device_error(engine_of: StandIn, api: Tenso
 # weights from the ONNX file
 
 
-def test_refit_takes_the_weights_of_the_file(stand_in: StandIn, api: TensorRTApi) -> None:
-    """By path, because the weights lie beside it, and then into the engine."""
+def test_refit_takes_the_weights_of_the_file(stand_in: StandIn, api: TensorRTApi, tmp_path: Path) -> None:
+    """By path, because the weights lie beside it, and then into the engine; from the graph that was built."""
     logger = api.make_logger(lambda severity, text: None)
-    api.refit(stand_in.make("ICudaEngine"), Path("unet/model.onnx"), logger)
+    api.refit(stand_in.make("ICudaEngine"), write_attention(tmp_path), logger)
+    for content, path in stand_in.called("OnnxParserRefitter.refit_from_bytes"):
+        assert path == str(tmp_path / "model.onnx")
+        assert "Attention" not in {node.op_type for node in onnx.load_from_string(content).graph.node}
+    parser = "refit_from_file" if hasattr(api.trt, "IAttention") else "refit_from_bytes"
     assert [name for name, _ in stand_in.calls] == [
-        "OnnxParserRefitter.refit_from_file",
+        f"OnnxParserRefitter.{parser}",
         "Refitter.get_missing_weights",
         "Refitter.refit_cuda_engine",
     ]
@@ -609,19 +684,20 @@ def test_refit_takes_the_weights_of_the_file(stand_in: StandIn, api: TensorRTApi
     ],
 )
 def test_a_file_that_does_not_refit_its_plan(
-    stand_in: StandIn, api: TensorRTApi, name: str, answer: Any, message: str
+    stand_in: StandIn, api: TensorRTApi, name: str, answer: Any, message: str, tmp_path: Path
 ) -> None:
     """Each of the three steps can fail, and names the file."""
     reasons = iter(["first\nreason", "second reason"])
     stand_in.behaviour |= {
         name: lambda *_: answer,
+        name.replace("from_file", "from_bytes"): lambda *_: answer,
         "OnnxParserRefitter.num_errors": lambda _: 2,
         "OnnxParserRefitter.get_error": lambda *_: stand_in.make("ParserError"),
         "ParserError.desc": lambda _: next(reasons),
     }
     logger = api.make_logger(lambda severity, text: None)
-    with pytest.raises(EngineError, match=rf"^(the plan of )?unet/model\.onnx .*{message}"):
-        api.refit(stand_in.make("ICudaEngine"), Path("unet/model.onnx"), logger)
+    with pytest.raises(EngineError, match=rf"^(the plan of )?{tmp_path}/model\.onnx .*{message}"):
+        api.refit(stand_in.make("ICudaEngine"), write_attention(tmp_path), logger)
 
 
 # finding and importing a flavour
@@ -650,7 +726,7 @@ def test_a_flavour_that_is_not_installed(backend: str, nothing_loaded: Path, mon
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     title = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[backend]
     assert installed_version(backend) is None
-    with pytest.raises(DeviceError, match=rf"^{title} is not installed: pip install 'hypersd\[{backend}\]'$"):
+    with pytest.raises(DeviceError, match=rf"^{title} is not installed: pip install -e '\.\[{backend}\]'$"):
         load_api(backend)
 
 
@@ -661,7 +737,7 @@ def test_a_flavour_that_is_not_installed(backend: str, nothing_loaded: Path, mon
 def test_a_flavour_that_is_too_old(backend: str, version: str, oldest: str, nothing_loaded: Path) -> None:
     """Numbers are compared as numbers: 8 is older than 10."""
     install(nothing_loaded, backend.replace("-", "_"), f"__version__ = {version!r}")
-    message = rf"^TensorRT(-RTX)? {version} is too old, expected {oldest}: pip install 'hypersd\[{backend}\]' -U$"
+    message = rf"^TensorRT(-RTX)? {version} is too old, expected {oldest}: pip install -e '\.\[{backend}\]' -U$"
     with pytest.raises(DeviceError, match=message):
         load_api(backend)
 
@@ -673,7 +749,7 @@ def test_a_flavour_that_is_new_enough(backend: str, version: str, nothing_loaded
     """The oldest itself, and a next major version. Installed without pip, its version is its own word."""
     install(nothing_loaded, backend.replace("-", "_"), f"__version__ = {version!r}")
     api = load_api(backend)
-    assert (api.backend, api.version, is_loaded(backend)) == (backend, version, True)
+    assert (api.backend, api.version) == (backend, version)
     if backend == "tensorrt":
         assert installed_version(backend) == version
 
@@ -692,7 +768,7 @@ def test_libraries_that_are_missing(nothing_loaded: Path) -> None:
     install(nothing_loaded, "tensorrt", code)
     message = (
         r"^TensorRT cannot be loaded: libnvinfer\.so\.10: cannot open shared object file: No such file or directory; "
-        r"install it anew: pip install 'hypersd\[tensorrt\]'$"
+        r"install it anew: pip install -e '\.\[tensorrt\]'$"
     )
     with pytest.raises(DeviceError, match=message):
         load_api("tensorrt")
@@ -718,8 +794,9 @@ def test_looking_for_a_version_imports_nothing() -> None:
     """``hypersd info`` asks for versions: that must cost no seconds of loading libraries, nor their memory."""
     program = """if True:
         import sys
-        from hypersd.engines.tensorrt.api import installed_version, is_loaded
-        print(installed_version("tensorrt-rtx"), is_loaded("tensorrt-rtx"))
+        import sys
+        from hypersd.engines.tensorrt.api import installed_version
+        print(installed_version("tensorrt-rtx"), "tensorrt_rtx" in sys.modules)
         print([name for name in sys.modules if name.startswith("tensorrt")])
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

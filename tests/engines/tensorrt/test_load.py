@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hypersd.engines.tensorrt.machine import Machine
 from hypersd.engines.tensorrt.targets import target_name
 from hypersd.errors import BundleError, DeviceError, HyperSDError, RequestError
 
-from .made_by_hand import WIDE, machine, manifest, shapes, target, with_plans
+from .made_by_hand import gpu, machine, manifest, shapes, target, with_plans
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -31,7 +32,8 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machin
 @pytest.fixture
 def on_machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
     """``on_machine(machine)``: a machine with a GPU, which none of ours may have, or another."""
-    monkeypatch.setattr(load, "load_api", lambda backend: None)  # whatever is installed here
+    api = types.SimpleNamespace(why_invalid=lambda plan: None)  # whatever is installed here
+    monkeypatch.setattr(load, "load_api", lambda backend: api)
 
     def use(here: Machine) -> None:
         monkeypatch.setattr(load, "this_machine", lambda device="auto": here)
@@ -86,7 +88,7 @@ def test_real_engines_run_on_a_machine_that_fits(rtx_bundle: Path, on_machine: A
     """The same bundle on a machine like this one with a GPU, which is a fake."""
     bundle = Bundle.load(rtx_bundle)
     (name,), (made,) = bundle.manifest.engines, bundle.manifest.engines.values()
-    on_machine(machine(versions={made.backend: made.version}, platform=made.platform))
+    on_machine(machine(versions={made.backend: made.version}, platforms={made.backend: made.platform}))
     for asked in ({}, {"backend": "tensorrt-rtx"}, {"target": name}, {"target": "portable"}, {"device": "cuda:0"}):
         choice = choose(bundle, **asked)
         assert (choice.backend, choice.target, choice.passed_over) == ("tensorrt-rtx", name, {})
@@ -110,7 +112,7 @@ def test_a_damaged_plan_is_found_before_it_is_loaded(
     elif damage == "linked out":
         (tmp_path / "elsewhere").write_bytes(content)
         plan.symlink_to(tmp_path / "elsewhere")
-    on_machine(machine(versions={made.backend: made.version}, platform=made.platform))
+    on_machine(machine(versions={made.backend: made.version}, platforms={made.backend: made.platform}))
     bundle = Bundle.load(root)
     message = refusal(DeviceError, lambda: choose(bundle, "tensorrt-rtx"))
     assert "unet.engine is missing or shortened" in message
@@ -150,13 +152,13 @@ def test_targets_that_are_passed_over_are_told_apart(on_machine: Any, tmp_path: 
     """Each with its own reason, also where another one runs."""
     on_machine(machine())
     bare = manifest()
-    old, foreign, good = target(version="1.0"), target(platform="win32-x86_64"), target()
+    old, foreign, good = target(version="1.0"), target(platform="aarch64"), target()
     choice = choose(with_targets(bare, tmp_path, [old, foreign, good]))
     assert choice.target == target_name(good, bare)
     reasons = choice.passed_over
     assert reasons.keys() == {target_name(old, bare), target_name(foreign, bare)}
     assert "built with TensorRT-RTX 1.0" in reasons[target_name(old, bare)]
-    assert "built for win32-x86_64" in reasons[target_name(foreign, bare)]
+    assert "built for aarch64" in reasons[target_name(foreign, bare)]
 
 
 # What was asked for
@@ -171,13 +173,14 @@ def test_a_backend_without_engines_says_how_to_build_them(on_machine: Any, tmp_p
     assert choose(bundle, "onnxruntime").target is choose(bundle, "null").target is None
 
 
-def test_a_backend_that_cannot_run_says_each_reason_once(on_machine: Any, tmp_path: Path) -> None:
-    """Two targets that fail alike are one reason; which bundle it was is said."""
+def test_a_backend_that_cannot_run_says_why_of_each_target(on_machine: Any, tmp_path: Path) -> None:
+    """Which bundle it was is said, and which target."""
     on_machine(machine(gpu=None, no_gpu="no CUDA device: it is a fake"))
     bundle = with_targets(manifest(), tmp_path, [target(), target(stripped=True)])
     message = refusal(DeviceError, lambda: choose(bundle, "tensorrt-rtx"))
-    assert message == f"{tmp_path} cannot run here: no CUDA device: it is a fake"
-    assert message == refusal(DeviceError, lambda: choose(bundle, target="stripped")), "asked for by name: no fall-back"
+    told = "; ".join(f"{name}: no CUDA device: it is a fake" for name in bundle.manifest.engines)
+    assert message == f"{tmp_path} cannot run here: {told}"
+    assert "it is a fake" in refusal(DeviceError, lambda: choose(bundle, target="stripped")), "no fall-back"
 
 
 def test_targets_are_found_by_name_or_by_a_part_of_it(on_machine: Any, tmp_path: Path) -> None:
@@ -199,16 +202,6 @@ def test_targets_are_found_by_name_or_by_a_part_of_it(on_machine: Any, tmp_path:
     assert "'sm99' is none of" in message
     assert names[0] in message
     assert "none" in refusal(RequestError, lambda: choose(Bundle(tmp_path, bare), target="sm99"))
-
-
-def test_one_whole_name_may_be_a_part_of_another(on_machine: Any, tmp_path: Path) -> None:
-    """Then it means the one that it is."""
-    on_machine(machine())
-    bundle = with_targets(manifest(), tmp_path, [target(), target(stripped=True)])
-    first, second = bundle.manifest.engines.values()
-    renamed = {"rtx": first, "rtx-stripped": second}
-    bundle = Bundle(tmp_path, msgspec.structs.replace(bundle.manifest, engines=renamed))
-    assert choose(bundle, target="rtx").target == "rtx"
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "null"])
@@ -285,11 +278,24 @@ def test_a_pipeline_is_as_narrow_as_its_plans(
     assert Pipeline.load(root, backend="null")("a cat", num_inference_steps=8, height=104, width=96).images
 
 
-def test_a_target_outside_its_bundle_is_a_damaged_manifest(on_machine: Any, tmp_path: Path) -> None:
-    """Somebody edited it: a refusal, not a traceback."""
+def test_a_target_that_was_renamed_is_not_believed(on_machine: Any, tmp_path: Path) -> None:
+    """What a target says of itself is in its name: somebody changed one of the two."""
     on_machine(machine())
     bundle = with_targets(manifest(), tmp_path, [target()])
-    (name,), (made,) = bundle.manifest.engines, bundle.manifest.engines.values()
-    wider = msgspec.structs.replace(made, shapes=shapes(WIDE.batch.max + 1))
-    bundle = Bundle(tmp_path, msgspec.structs.replace(bundle.manifest, engines={name: wider}))
-    refusal(RequestError, lambda: choose(bundle))
+    ((name, made),) = bundle.manifest.engines.items()
+    other = msgspec.structs.replace(made, compute_capabilities=("8.9",))
+    bundle = Bundle(tmp_path, msgspec.structs.replace(bundle.manifest, engines={name: other}))
+    assert "changed by hand" in choose(bundle).passed_over[name]
+
+
+def test_what_tensorrt_knows_of_a_gpu_is_asked(
+    on_machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that fits by our rules, and that TensorRT does not support, is no reason to fail: ONNX Runtime draws."""
+    on_machine(machine(gpu=gpu(name="NVIDIA H100", compute_capability="9.0")))
+    api = types.SimpleNamespace(why_invalid=lambda plan: "UNSUPPORTED_CC")
+    monkeypatch.setattr(load, "load_api", lambda backend: api)
+    bundle = with_targets(manifest(), tmp_path, [target()])
+    choice = choose(bundle)
+    assert choice.backend == "onnxruntime"
+    assert list(choice.passed_over.values()) == ["text_encoder: TensorRT says UNSUPPORTED_CC of NVIDIA H100"]

@@ -51,7 +51,7 @@ def test_nothing_speaks_against_a_machine_that_fits(backend: str) -> None:
 BACKEND_REASONS: dict[str, tuple[Machine, list[str]]] = {
     "not installed": (
         machine(versions={"tensorrt": "10.16"}),
-        ["not installed", "pip install 'hypersd[tensorrt-rtx]'"],
+        ["not installed", "pip install -e '.[tensorrt-rtx]'"],
     ),
     "no GPU": (machine(gpu=None, no_gpu=NO_GPU), [NO_GPU]),
     "driver too old": (machine(driver_cuda=(12, 9)), ["TensorRT-RTX", "CUDA 13", "12.9", "update"]),
@@ -78,9 +78,15 @@ def test_a_driver_of_unknown_age_is_tried() -> None:
 TARGET_REASONS: dict[str, tuple[EngineTarget, Machine, list[str]]] = {
     "version": (whole(version="1.7.0.1"), machine(), ["TensorRT-RTX 1.7.0.1", "1.7.1.116", "hypersd build"]),
     "platform": (
-        whole(platform="win32-x86_64"),
+        whole(backend="tensorrt", platform="win32-x86_64"),
         machine(),
-        ["win32-x86_64", "linux-x86_64", "hypersd build BUNDLE --backend tensorrt-rtx"],
+        ["win32-x86_64", "linux-x86_64", "hypersd build BUNDLE --backend tensorrt"],
+    ),
+    "processor": (whole(platform="aarch64"), machine(), ["aarch64", "x86_64", "hypersd build"]),
+    "portable, on a GPU that has to be named": (
+        whole(),
+        machine(gpu=gpu(name="Tesla T4", compute_capability="7.5")),
+        ["8.0 or newer", "Tesla T4 has 7.5", "--compute-capability 7.5"],
     ),
     "capability": (
         whole(compute_capabilities=("8.6", "12.0")),
@@ -157,7 +163,7 @@ def test_this_machine_is_looked_at() -> None:
     from importlib.metadata import version
 
     here = this_machine()
-    assert here.platform == this_platform()
+    assert here.platforms == {backend: this_platform(backend) for backend in ("tensorrt", "tensorrt-rtx")}
     assert (here.gpu is None) == bool(here.no_gpu) == (not torch.cuda.is_available())
     assert here.versions.get("tensorrt-rtx") == version("tensorrt-rtx")
     assert here.cuda_needed["tensorrt-rtx"] in (12, 13)

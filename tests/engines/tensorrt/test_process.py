@@ -51,6 +51,15 @@ def small_job(folder: Path, operator: str = "MatMul") -> BuildJob:
     )
 
 
+def test_the_users_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of Polygraphy there, or a file called random.py, is not what the worker wants."""
+    for name in ("polygraphy", "hypersd", "random", "json"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the folder that the user is in')")
+    job = small_job(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run_build(job, lambda fraction, detail: None).host_memory > 0
+
+
 @pytest.fixture
 def long_job(sdxl_dynamic_bundle: Path, tmp_path: Path) -> BuildJob:
     """A UNet with ranges: seconds of work, so that there is time to do something to the build."""

@@ -22,6 +22,8 @@ from hypersd.engines.tensorrt.machine import this_machine
 from hypersd.engines.tensorrt.validate import _check_file, compare_engines, validate_plan
 from hypersd.errors import EngineError
 
+from .made_by_hand import gpu, machine
+
 CPU = torch.device("cpu")
 
 
@@ -52,11 +54,29 @@ def plans(rtx_bundle: Path) -> dict[str, Path]:
 def test_real_plans_pass(api: TensorRTApi, rtx_bundle: Path, plans: dict[str, Path]) -> None:
     """Without a GPU that is all there is to see, and there is no error to record."""
     bundle = Bundle.load(rtx_bundle)
+    (target,) = bundle.manifest.engines.values()
     for name, plan in plans.items():
         specs = bundle.component(name)
         _check_file(api, plan, specs)
-        error = validate_plan(api, this_machine(), bundle, name, specs, plan, stripped=False)
+        error = validate_plan(api, this_machine(), bundle, name, specs, target, plan)
         assert (error is None) == (this_machine().gpu is None)
+
+
+def test_plans_for_other_gpus_are_not_run_on_this_one(
+    api: TensorRTApi, rtx_bundle: Path, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built on a machine with a GPU, which is a fake, for others: nothing is loaded here, and they are recorded."""
+    bundle = Bundle.load(rtx_bundle)
+    (target,) = bundle.manifest.engines.values()
+    specs, plan = bundle.component("unet"), plans["unet"]
+    versions = {target.backend: target.version}
+    named = msgspec.structs.replace(target, compute_capabilities=("12.0",))
+    assert validate_plan(api, machine(versions=versions), bundle, "unet", specs, named, plan) is None
+    old = machine(versions=versions, gpu=gpu(compute_capability="7.5"))
+    assert validate_plan(api, old, bundle, "unet", specs, target, plan) is None
+    monkeypatch.setattr(TensorRTApi, "invalidity", lambda *_: "UNSUPPORTED_CC")
+    unknown = machine(versions=versions, gpu=gpu(compute_capability="9.0"))
+    assert validate_plan(api, unknown, bundle, "unet", specs, target, plan) is None
 
 
 def test_plans_of_other_networks_are_refused_by_their_tensors(
