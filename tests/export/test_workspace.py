@@ -298,7 +298,7 @@ def test_the_lock_is_let_go_after_an_error(error: type[BaseException], tmp_path:
 def test_an_output_below_a_file(tmp_path: Path) -> None:
     """A place that cannot hold a folder is one line that names it."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"file/out cannot be written: .*choose another folder") as error:
+    with pytest.raises(UserError, match=r"file/out, cannot be written: .*choose another folder") as error:
         build(tmp_path / "file" / "out")
     assert "\n" not in str(error.value)
 
