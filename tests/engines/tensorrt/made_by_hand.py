@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import pytest
 
 from hypersd.engines.manifest import (
     Component,
@@ -21,6 +23,7 @@ from hypersd.engines.manifest import (
 )
 from hypersd.engines.tensorrt.machine import Gpu, Machine
 from hypersd.engines.tensorrt.targets import narrowed, onnx_hash, plan_key
+from hypersd.errors import HyperSDError
 
 GIB = 1 << 30
 VERSIONS = {"tensorrt": "10.16.1.11", "tensorrt-rtx": "1.7.1.116"}
@@ -144,3 +147,12 @@ def gpu(**changes: Any) -> Gpu:
         "total_memory": 24 * GIB,
     }
     return Gpu(**settings | changes)
+
+
+def refusal(kind: type[HyperSDError], ask: Callable[[], Any]) -> str:
+    """The message of what ``ask`` raises, which is one line."""
+    with pytest.raises(kind) as caught:
+        ask()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

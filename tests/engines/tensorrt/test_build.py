@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from hypersd.engines.tensorrt.targets import narrowed, onnx_hash, plan_key, targ
 from hypersd.errors import BundleError, DeviceError, DiskFullError, HyperSDError, RequestError, UserError
 from hypersd.export import ExportOptions, export_bundle
 
-from .made_by_hand import gpu, machine, shapes
+from .made_by_hand import gpu, machine, refusal, shapes
 
 pytest.importorskip("tensorrt_rtx")
 NETWORKS = {"text_encoder", "vae_decoder", "unet"}
@@ -100,14 +100,6 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a build was started")
 
     monkeypatch.setattr(module, "run_build", start)
-
-
-def refusal(kind: type[HyperSDError], ask: Callable[[], Any]) -> str:
-    with pytest.raises(kind) as caught:
-        ask()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -492,17 +484,9 @@ def test_tensorrt_builds_for_its_own_gpu_alone() -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(mount_disk: Callable[[str], Path]) -> Path:
     """A file system that the exported bundle fits in, and its first engines, but not all of them."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    return mount_disk("8m")
 
 
 def test_space_is_checked_beforehand(bare: Path, no_process: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from hypersd.engines.null import NullEngine
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.tensorrt.machine import Machine
 from hypersd.engines.tensorrt.targets import target_name
-from hypersd.errors import BundleError, DeviceError, HyperSDError, RequestError
+from hypersd.errors import BundleError, DeviceError, RequestError
 
-from .made_by_hand import gpu, machine, manifest, shapes, target, with_plans
+from .made_by_hand import gpu, machine, manifest, refusal, shapes, target, with_plans
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -49,14 +49,6 @@ def with_targets(manifest: Manifest, root: Path, targets: list[EngineTarget]) ->
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(b"p")
     return Bundle(root, msgspec.structs.replace(manifest, engines=engines, files={**manifest.files, **files}))
-
-
-def refusal(kind: type[HyperSDError], ask: Callable[[], Any]) -> str:
-    with pytest.raises(kind) as caught:
-        ask()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # auto
