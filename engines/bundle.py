@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
+import threading
 from pathlib import Path
 
 from ..errors import BundleError
@@ -22,14 +25,29 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write ``bundle.json``; a reader sees the old one or the new one, whole."""
-    temporary = root / f".{MANIFEST_NAME}.tmp"
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of which a reader sees the old content or the new one, whole; a failure leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(encode(manifest))
-        temporary.replace(root / MANIFEST_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write ``bundle.json``, whole."""
+    write_whole(root / MANIFEST_NAME, encode(manifest))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,21 +114,24 @@ def _is_cuda(device: str | torch.device) -> bool:
 def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
     """Why a target of a bundle cannot run here, all of it; None if nothing speaks against it."""
     target = bundle.manifest.engines[name]
+    broken = [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]
     reasons = [why_not_target(target, bundle.manifest, machine)]
+    fits = reasons[0] is None
     if name != target_name(target, bundle.manifest):
         reasons.append("its name is not what the manifest says of it, which was changed by hand")
-    reasons.append(_why_not_plans(bundle, target, machine))
-    if broken := [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]:
+    if fits:
+        whole = {component: plan.file for component, plan in target.plans.items() if plan.file not in broken}
+        reasons.append(_why_not_plans(bundle, target.backend, whole, machine))
+    if broken:
         reasons.append(f"{broken[0]} is missing or shortened: build it again with `hypersd build`")
     return "; ".join(reason for reason in reasons if reason is not None) or None
 
 
-def _why_not_plans(bundle: Bundle, target: EngineTarget, machine: Machine) -> str | None:
+def _why_not_plans(bundle: Bundle, backend: str, plans: Mapping[str, str], machine: Machine) -> str | None:
     """What TensorRT itself has against plans that seem to fit: it knows what each GPU can do."""
-    if why_not_target(target, bundle.manifest, machine) is not None or machine.gpu is None:
-        return None
-    for name, plan in target.plans.items():
-        if bundle.is_whole(plan) and (reason := load_api(target.backend).why_invalid(bundle.path(plan.file))):
+    assert machine.gpu is not None  # without one no target fits
+    for name, file in plans.items():
+        if reason := load_api(backend).why_invalid(bundle.path(file)):
             return f"{name}: TensorRT says {reason} of {machine.gpu.name}"
     return None
 

@@ -20,7 +20,8 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
-OptimizationLevel = Annotated[int, msgspec.Meta(ge=0, le=5)]
+LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5  # of TensorRT's optimization
+OptimizationLevel = Annotated[int, msgspec.Meta(ge=LOWEST_LEVEL, le=HIGHEST_LEVEL)]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..engines.bundle import Bundle, sha256_file
+from ..engines.bundle import Bundle, link_or_copy, sha256_file, write_manifest, write_whole
 from ..engines.lock import locked
 from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, encode
 from ..errors import BundleError, DiskFullError, HyperSDError, UserError
@@ -94,7 +94,7 @@ class Workspace:
             {n: c for n, c in finished.components.items() if n != name},
             {n: r for n, r in finished.files.items() if n not in component.files},
         )
-        self._write(PROGRESS_NAME, encode(self._finished))
+        write_whole(self.root / PROGRESS_NAME, encode(self._finished))
         shutil.rmtree(self.root / name)
 
     @contextlib.contextmanager
@@ -125,7 +125,7 @@ class Workspace:
                     continue
                 with self.component_folder(name):
                     for file in component.files:
-                        _link(bundle.path(file), self.root / file)
+                        link_or_copy(bundle.path(file), self.root / file)
                     self._note(name, component, records)
                 return component
         return None
@@ -146,7 +146,7 @@ class Workspace:
                 if name not in (MANIFEST_NAME, PROGRESS_NAME)
             }
         )
-        self._write(MANIFEST_NAME, encode(manifest))
+        write_manifest(self.root, manifest)
         old = self.out.parent / f".{self.out.name}.old"
         if replace and self.out.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -158,17 +158,11 @@ class Workspace:
 
     def _note(self, name: str, component: Component, files: dict[str, FileRecord]) -> None:
         self._finished = Finished({**self._finished.components, name: component}, {**self._finished.files, **files})
-        self._write(PROGRESS_NAME, encode(self._finished))
+        write_whole(self.root / PROGRESS_NAME, encode(self._finished))
 
     def _record(self, name: str) -> FileRecord:
         path = self.root / name
         return FileRecord(size=path.stat().st_size, sha256=sha256_file(path))
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Write a file of which a reader sees all or nothing."""
-        temporary = self.root / f".{name}.tmp"
-        temporary.write_bytes(content)
-        temporary.replace(self.root / name)
 
 
 def check_place(out: Path) -> None:
@@ -198,14 +192,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"the bundle needs about {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: "
             "free some space or choose another --out"
         )
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _is_disk_full(error: BaseException) -> bool:

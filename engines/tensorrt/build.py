@@ -13,10 +13,12 @@ from pathlib import Path
 import msgspec
 
 from ...errors import BundleError, DeviceError, DiskFullError, EngineError, RequestError, UserError
-from ..bundle import Bundle, sha256_file, write_manifest
+from ..bundle import Bundle, link_or_copy, sha256_file, write_manifest
 from ..lock import locked
 from ..manifest import (
     ENGINES_FOLDER,
+    HIGHEST_LEVEL,
+    LOWEST_LEVEL,
     MANIFEST_NAME,
     Component,
     EngineTarget,
@@ -34,7 +36,6 @@ from .process import run_build
 from .targets import describe, narrowed, onnx_hash, plan_key, target_name, this_platform
 from .validate import validate_plan
 
-LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5
 PLAN_OVERHEAD = 16 << 20  # bytes of a plan besides its weights: kernels and their tables
 
 
@@ -292,7 +293,7 @@ class _Build:
     ) -> tuple[Plan, FileRecord]:
         """A plan of another target or bundle, linked to its place and checked as one that was built here."""
         with _unfinished(path) as unfinished:
-            _link(other.path(plan.file), unfinished)
+            link_or_copy(other.path(plan.file), unfinished)
             error = self._validate(bundle, component, specs, target, unfinished)
         self.progress.note(f"{component}: engine taken from {other.root}, built from the same inputs")
         file = path.relative_to(self.root).as_posix()
@@ -358,13 +359,6 @@ def _summary(built: Built, record: FileRecord, error: float | None) -> str:
     if count := len(built.decomposed_attention):
         words.append(f"{count} attention{'s' if count > 1 else ''} in plain kernels")
     return "; ".join(words)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or a file system without links
-        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BundleError, EngineError, one_line
+from ..bundle import write_whole
 from ..manifest import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api
 from .attention import attentions_without_kernel, mark_decomposable
@@ -191,11 +192,9 @@ class _Build:
 
         Minutes of building are not thrown away because they cannot be kept.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(config.get_timing_cache().serialize())
-            temporary.replace(path)
+            write_whole(path, config.get_timing_cache().serialize())
         except OSError as error:
             self.notes.append(f"the timing cache {path} cannot be written: {error.strerror or error}")
 

@@ -6,6 +6,8 @@ import msgspec
 
 from ..manifest import TensorRTBackend, TensorSpec
 
+SECONDS_TO_STOP = 5.0  # a build looks up between two steps, and some steps take minutes
+
 
 class BuildJob(msgspec.Struct, frozen=True, kw_only=True):
     """One plan to build.

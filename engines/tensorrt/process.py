@@ -18,9 +18,8 @@ from typing import IO
 import msgspec
 
 from ...errors import EngineError, UserError
-from .job import BuildJob, Built, Event, Failed, Progress
+from .job import SECONDS_TO_STOP, BuildJob, Built, Event, Failed, Progress
 
-SECONDS_TO_STOP = 5.0
 SHOWN_OUTPUT = 300  # characters of a crashed process's last words
 POLYGRAPHY_FLAVOUR = "POLYGRAPHY_USE_TENSORRT_RTX"
 

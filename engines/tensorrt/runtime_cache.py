@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 from pathlib import Path
+
+from ..bundle import write_whole
 
 
 def cache_path(plan: Path, compute_capability: str) -> Path:
@@ -23,12 +22,8 @@ def read_cache(path: Path) -> bytes:
 
 def write_cache(path: Path, content: bytes) -> bool:
     """Write the file whole, or say that its folder does not take it: a bundle may lie where nothing can be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         return False
     return True

@@ -17,11 +17,10 @@ from typing import IO
 import msgspec
 
 from ...errors import HyperSDError, UserError, one_line
-from .job import BuildJob, Built, Event, Failed, Progress
+from .job import SECONDS_TO_STOP, BuildJob, Built, Event, Failed, Progress
 
 CANCELLED = Failed("cancelled", "cancelled")
 SECONDS_BETWEEN_REPORTS = 0.05
-SECONDS_TO_STOP = 5.0  # a build looks up between two steps, and some steps take minutes
 
 
 def main() -> None:
