@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.manifest import PictureShapes, Range, TensorSpec
+from ..engines.random_inputs import random_input
 
 TOKENS = 77  # CLIP's context
 LATENT_CHANNELS = 4
@@ -49,13 +50,7 @@ class Network:
 
     def _random_input(self, name: str, spec: TensorSpec, extents: dict[str, int], generator: torch.Generator) -> Tensor:
         shape = [dim if isinstance(dim, int) else extents[dim.name] for dim in spec.shape]
-        if spec.dtype == "int64":
-            return torch.randint(self.vocabulary, shape, generator=generator)
-        if name == "timestep":
-            return torch.randint(1000, shape, generator=generator).float()
-        if name == "time_ids":
-            return torch.randint(8, 1024, shape, generator=generator).to(getattr(torch, spec.dtype))
-        return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
+        return random_input(name, spec, shape, self.vocabulary, generator)
 
 
 class TextEncoder(nn.Module):

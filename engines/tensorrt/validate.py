@@ -114,26 +114,16 @@ def random_feeds(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, Tensor]]
     """Inputs on the CPU, at the smallest and, where something varies, at the largest shapes."""
     import torch
 
+    from ..random_inputs import random_input
+
     spans = {name: extents_of(spec) for name, spec in specs.items()}
     ends = (0,) if all(least == most for least, _, most in spans.values()) else (0, 2)
     for end in ends:
         generator = torch.Generator().manual_seed(SEED + end)
-        yield {name: _random_input(name, spec, spans[name][end], generator) for name, spec in specs.items()}
-
-
-def _random_input(name: str, spec: TensorSpec, shape: tuple[int, ...], generator: object) -> Tensor:
-    """Like a real call's: tokens, a timestep, sizes in pixels, unit-variance latents and embeddings."""
-    import torch
-
-    from ..engine import TORCH_DTYPES
-
-    assert isinstance(generator, torch.Generator)
-    if spec.dtype == "int64":
-        tokens = torch.randint(LARGEST_TOKEN, shape, generator=generator)
-        tokens[:, -1] = LARGEST_TOKEN  # the only largest: the first encoders pool where the largest token is
-        return tokens
-    if name == "timestep":
-        return torch.randint(1000, shape, generator=generator).float()
-    if name == "time_ids":
-        return torch.randint(8, 1024, shape, generator=generator).to(TORCH_DTYPES[spec.dtype])
-    return torch.randn(shape, generator=generator).to(TORCH_DTYPES[spec.dtype])
+        feeds = {
+            name: random_input(name, spec, spans[name][end], LARGEST_TOKEN, generator) for name, spec in specs.items()
+        }
+        for name, spec in specs.items():
+            if spec.dtype == "int64":  # the only largest: the first encoders pool where the largest token is
+                feeds[name][:, -1] = LARGEST_TOKEN
+        yield feeds
