@@ -11,7 +11,6 @@ Hub (tests/loopback_hub.py) or as local folders for --base, --lora and --vae.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -21,12 +20,11 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from real_layout import save_pipeline, scheduler, text_config, write_tokenizer
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
@@ -38,58 +36,17 @@ LORAS = {
     "SD15": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
     "SDXL": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
 }
-BETAS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 WORDS = ["a", "photo", "of", "the", "cat", "dog", "red", "blue", "on", "with", "and", "in", "picture"]
 
 
-def byte_alphabet() -> list[str]:
-    """The 256 printable stand-ins for bytes of GPT-2's byte-level BPE, in CLIP's vocabulary order ("!" is 0)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [256 + i for i in range(256 - len(printable))]
-    return [chr(c) for c in printable + others]
-
-
-def write_tokenizer(folder: Path, pad_token: str) -> None:
-    """A CLIP tokenizer with a small vocabulary: every byte, a few whole words, the two special tokens."""
-    alphabet = byte_alphabet()
-    vocab = alphabet + [c + "</w>" for c in alphabet]
-    merges = []
-    for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            if (merge := f"{pieces[0]} {pieces[1]}") not in merges:
-                merges.append(merge)
-                vocab.append(pieces[0] + pieces[1])
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special["pad_token"] = pad_token
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", "add_prefix_space": False, **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
 def load_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    write_tokenizer(folder, pad_token)
+    write_tokenizer(folder, WORDS, pad_token)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def text_config(tokenizer: CLIPTokenizer, **kwargs: object) -> CLIPTextConfig:
-    size = len(tokenizer)
-    # eos_token_id=2 is what the real files say; it makes CLIP pool at the largest id, which is the end token's.
-    return CLIPTextConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=3,
-        max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1, **kwargs,
-    )  # fmt: skip
+def small_config(tokenizer: CLIPTokenizer, **kwargs: object) -> CLIPTextConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 3}
+    return text_config(tokenizer, **sizes, **kwargs)
 
 
 def kl_vae(scaling_factor: float, force_upcast: bool) -> AutoencoderKL:
@@ -130,12 +87,11 @@ def write_sd15(root: Path) -> UNet2DConditionModel:
     folder = root / SD15_REPO
     tokenizer = load_tokenizer(folder / "tokenizer")
     pipe = StableDiffusionPipeline(
-        tokenizer=tokenizer, text_encoder=CLIPTextModel(text_config(tokenizer)), unet=sd15_unet(),
-        vae=kl_vae(0.18215, force_upcast=False), scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True),
+        tokenizer=tokenizer, text_encoder=CLIPTextModel(small_config(tokenizer)), unet=sd15_unet(),
+        vae=kl_vae(0.18215, force_upcast=False), scheduler=scheduler("sd15"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.scheduler.register_to_config(clip_sample=False)  # stands in the real file, and matters to DDIM
-    save_without_tokenizers(pipe, folder)
+    save_pipeline(pipe, folder)
     return pipe.unet
 
 
@@ -147,25 +103,13 @@ def write_sdxl(root: Path) -> UNet2DConditionModel:
     # The two encoders' activations are those of SDXL's, so that a mix-up of the two shows.
     pipe = StableDiffusionXLPipeline(
         tokenizer=tokenizer, tokenizer_2=tokenizer_2,
-        text_encoder=CLIPTextModel(text_config(tokenizer, hidden_act="quick_gelu")),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer_2, hidden_act="gelu", projection_dim=32)),
-        unet=sdxl_unet(), vae=kl_vae(0.13025, force_upcast=True), scheduler=EulerDiscreteScheduler(
-            **{k: v for k, v in BETAS.items() if k != "set_alpha_to_one"}, timestep_spacing="leading"),
+        text_encoder=CLIPTextModel(small_config(tokenizer, hidden_act="quick_gelu")),
+        text_encoder_2=CLIPTextModelWithProjection(small_config(tokenizer_2, hidden_act="gelu", projection_dim=32)),
+        unet=sdxl_unet(), vae=kl_vae(0.13025, force_upcast=True), scheduler=scheduler("sdxl"),
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
-    pipe.scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
-    save_without_tokenizers(pipe, folder)
+    save_pipeline(pipe, folder)
     return pipe.unet
-
-
-def save_without_tokenizers(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, folder: Path) -> None:
-    """Save the pipeline but keep the tokenizer folders as the real repositories have them: no tokenizer.json."""
-    kept = {path: path.read_bytes() for path in folder.glob("tokenizer*/*")}
-    pipe.save_pretrained(folder)
-    for path in folder.glob("tokenizer*/*"):
-        path.unlink()
-    for path, content in kept.items():
-        path.write_bytes(content)
 
 
 def kohya_lora(unet: UNet2DConditionModel, rank: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:

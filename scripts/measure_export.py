@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from make_tiny_repos import BETAS, kohya_lora, load_tokenizer, save_without_tokenizers
+from make_tiny_repos import kohya_lora, load_tokenizer
 
 CHECKPOINTS = {"sd15": "Hyper-SD15-1step-lora", "sdxl": "Hyper-SDXL-1step-lora"}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -47,11 +47,11 @@ def write_base(folder: Path, family: str) -> None:
     import torch
     from diffusers import (
         AutoencoderKL,
-        PNDMScheduler,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
+    from real_layout import save_pipeline, scheduler
     from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -69,9 +69,8 @@ def write_base(folder: Path, family: str) -> None:
             up_block_types=("UpDecoderBlock2D",) * 4,
             force_upcast=False,  # as the fp16-fix VAE has it
         ),
-        "scheduler": PNDMScheduler(**BETAS, skip_prk_steps=True),
+        "scheduler": scheduler(family),
     }
-    parts["scheduler"].register_to_config(clip_sample=False)
     if is_sdxl:
         parts["tokenizer_2"] = load_tokenizer(folder / "base/tokenizer_2", pad_token="!")
         config = CLIPTextConfig(**CLIP, **CLIP_G, projection_dim=1280, hidden_act="gelu")
@@ -81,7 +80,7 @@ def write_base(folder: Path, family: str) -> None:
         nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = StableDiffusionPipeline(**parts, **nothing)
     save_file(kohya_lora(pipe.unet, rank=64), folder / "lora.safetensors")
-    save_without_tokenizers(pipe, folder / "base")
+    save_pipeline(pipe, folder / "base")
 
 
 def memory(pid: int) -> tuple[int, int]:
