@@ -167,7 +167,10 @@ def say_target(bundle: Bundle, name: str, seconds: float, console: Console) -> N
 
 def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = None) -> None:
     """How to draw, and with what if the engines that were just built cannot run here."""
+    from ..export.checkpoints import example_prompt
+
     if why_not:
         line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime draws here instead"
         err.print(line, markup=False, soft_wrap=True)
-    out.print(f'draw with: hypersd generate {quoted(bundle.root)} "a photo of a cat"', markup=False, soft_wrap=True)
+    prompt = example_prompt(bundle.manifest.checkpoint)
+    out.print(f'draw with: hypersd generate {quoted(bundle.root)} "{prompt}"', markup=False, soft_wrap=True)

@@ -4,7 +4,8 @@ Downloads what is missing, fuses the LoRA into the UNet, traces every network to
 ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is installed (--engine). Interrupted, it
 goes on where it stopped; done, it says so.
 
-Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files.
+Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files; those of the
+demonstration checkpoints lie in the clone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
     sources.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
     sources.add_argument(
-        "--lora", metavar="FILE", help="local file instead of the Hub's (for the one-step UNet: that UNet's file)"
+        "--lora", metavar="FILE", help="local file instead of its own (for the one-step UNet: that UNet's file)"
     )
     sources.add_argument(
         "--lora-scale", type=float, default=1.0, metavar="X", help="its strength, such as 0.8 (default: 1)"

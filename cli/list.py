@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..export.checkpoints import Checkpoint
 
 ROW_WIDTH = 200  # whatever the terminal's, which breaks longer lines: names stay whole, to be copied
 
@@ -12,31 +19,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table."""
-    from rich import box
-    from rich.table import Table
-
-    from ..export.checkpoints import CHECKPOINTS, HYPER_SD_REPO, Checkpoint
+    """Print the tables."""
+    from ..export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, HYPER_SD_REPO
     from .console import out
 
-    def steps(checkpoint: Checkpoint) -> str:
-        first, last = min(checkpoint.allowed_steps), max(checkpoint.allowed_steps)
-        return str(first) if first == last else f"{first} to {last}"
+    console = out()
+    console.width = ROW_WIDTH
+    console.print(f"Checkpoints of {HYPER_SD_REPO}; export one with `hypersd export --ckpt NAME`", markup=False)
+    console.print(_table(CHECKPOINTS))
+    console.print(
+        "Demonstration checkpoints, small, in the clone (tests/assets/demo): nothing is downloaded", markup=False
+    )
+    console.print(_table(DEMO_CHECKPOINTS))
+
+
+def _table(checkpoints: Iterable[Checkpoint]) -> Table:
+    from rich import box
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("checkpoint", "base", "steps", "sampler", "timesteps", "eta", "guidance"):
         table.add_column(heading, no_wrap=True)
-    for checkpoint in CHECKPOINTS:
+    for checkpoint in checkpoints:
         table.add_row(
             checkpoint.name,
             checkpoint.base,
-            steps(checkpoint),
+            _steps(checkpoint),
             checkpoint.sampler,
             ", ".join(map(str, checkpoint.timesteps or ())) or "its own",
             f"{checkpoint.eta:g}",
             f"{checkpoint.guidance_scale:g}" if checkpoint.is_guided else "none",
         )
-    console = out()
-    console.width = ROW_WIDTH
-    console.print(f"Checkpoints of {HYPER_SD_REPO}; export one with `hypersd export --ckpt NAME`", markup=False)
-    console.print(table)
+    return table
+
+
+def _steps(checkpoint: Checkpoint) -> str:
+    first, last = min(checkpoint.allowed_steps), max(checkpoint.allowed_steps)
+    return str(first) if first == last else f"{first} to {last}"

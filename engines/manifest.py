@@ -102,7 +102,10 @@ class FileRecord(_Record, frozen=True, kw_only=True):
 
 
 class SourceFile(_Record, frozen=True, kw_only=True):
-    """A weight file that the bundle was made from: its place on the Hub, or on the exporting machine."""
+    """A weight file that the bundle was made from.
+
+    ``repo`` is its Hub repository or demonstration folder, ``path`` its place on the exporting machine if it has none.
+    """
 
     filename: str
     size: Size
@@ -116,7 +119,7 @@ class Origin(_Record, frozen=True, kw_only=True):
     """Where the parts came from, enough to load them again with diffusers (``hypersd verify``).
 
     Attributes:
-        base: a Hub repository, a folder in diffusers layout or a single-file checkpoint.
+        base: a Hub repository, a folder in diffusers layout, a demonstration folder or a single-file checkpoint.
         revision: the commit of ``base`` if it is on the Hub.
         variant: ``"fp16"`` if the half-precision weight files were taken.
         vae: where the VAE was taken from if not from ``base``.

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["CHECKPOINTS", "ExportOptions", "ShapeOptions", "SourceOptions", "export_bundle"]
+__all__ = ["CHECKPOINTS", "DEMO_CHECKPOINTS", "ExportOptions", "ShapeOptions", "SourceOptions", "export_bundle"]
 
 if TYPE_CHECKING:
-    from .checkpoints import CHECKPOINTS
+    from .checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS
     from .exporter import ExportOptions, export_bundle
     from .shapes import ShapeOptions
     from .sources import SourceOptions
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: the checkpoint table is wanted without torch and diffusers."""
-    if name == "CHECKPOINTS":
-        from .checkpoints import CHECKPOINTS
+    """Load on first use: the checkpoint tables are wanted without torch and diffusers."""
+    if name in ("CHECKPOINTS", "DEMO_CHECKPOINTS"):
+        from . import checkpoints
 
-        return CHECKPOINTS
+        return getattr(checkpoints, name)
     if name in __all__:
         from . import exporter
 

@@ -1,4 +1,4 @@
-"""The published Hyper-SD checkpoints and how each wants to be sampled.
+"""The Hyper-SD checkpoints, published ones and the clone's own, and how each wants to be sampled.
 
 Source: the model card of ``ByteDance/Hyper-SD`` (and Ren et al., "Hyper-SD: Trajectory Segmented Consistency Model for
 Efficient Image Synthesis", https://arxiv.org/abs/2404.13686).
@@ -13,25 +13,62 @@ from typing import Literal
 from ..errors import CheckpointError
 
 HYPER_SD_REPO = "ByteDance/Hyper-SD"
-BASE_REPOS = {
-    # runwayml/stable-diffusion-v1-5, which the model card names, is gone from the Hub; this is its mirror.
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-FIXED_VAE_REPO = "madebyollin/sdxl-vae-fp16-fix"
-TINY_VAE_REPOS = {"sd15": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 
 Family = Literal["sd15", "sdxl"]
 FAMILY_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Series:
+    """Checkpoints distilled from one base, and where they and what goes with them lie.
+
+    Every place is a Hub repository, or a demonstration folder of the clone (``DEMO_FOLDERS``).
+
+    Attributes:
+        name: what the checkpoints' names begin with.
+        family: architecture of the base.
+        files: the place of the checkpoints themselves.
+        base: the place of the base.
+        tiny_vae: the place of its TAESD.
+        fp16_vae: the place of the VAE that replaces the base's in half precision, if the base's own overflows.
+    """
+
+    name: str
+    family: Family
+    files: str
+    base: str
+    tiny_vae: str
+    fp16_vae: str | None = None
+
+
+SD15 = Series(
+    name="Hyper-SD15",
+    family="sd15",
+    files=HYPER_SD_REPO,
+    # runwayml/stable-diffusion-v1-5, which the model card names, is gone from the Hub; this is its mirror.
+    base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    tiny_vae="madebyollin/taesd",
+)
+SDXL = Series(
+    name="Hyper-SDXL",
+    family="sdxl",
+    files=HYPER_SD_REPO,
+    base="stabilityai/stable-diffusion-xl-base-1.0",
+    tiny_vae="madebyollin/taesdxl",
+    fp16_vae="madebyollin/sdxl-vae-fp16-fix",
+)
+DEMO15 = Series(name="Hyper-Demo15", family="sd15", files="Hyper-Demo", base="Demo15", tiny_vae="taesd-Demo")
+DEMOXL = Series(name="Hyper-DemoXL", family="sdxl", files="Hyper-Demo", base="DemoXL", tiny_vae="taesd-Demo")
+DEMO_FOLDERS = frozenset(place for series in (DEMO15, DEMOXL) for place in (series.files, series.base, series.tiny_vae))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A file of ``ByteDance/Hyper-SD`` and its recommended settings.
+    """A Hyper-SD file and its recommended settings.
 
     Attributes:
         name: the file's name without ``.safetensors``.
-        family: architecture of the base that it was distilled from.
+        series: where it, its base and its VAEs are.
         kind: a LoRA for the base's UNet, or a whole UNet in its place.
         sampler: ``ddim`` (trailing), ``tcd`` or ``lcm``.
         allowed_steps: numbers of steps that it was distilled for, the default first.
@@ -41,7 +78,7 @@ class Checkpoint:
     """
 
     name: str
-    family: Family
+    series: Series
     kind: Literal["lora", "unet"] = "lora"
     sampler: Literal["ddim", "tcd", "lcm"]
     allowed_steps: tuple[int, ...]
@@ -54,8 +91,12 @@ class Checkpoint:
         return f"{self.name}.safetensors"
 
     @property
+    def family(self) -> Family:
+        return self.series.family
+
+    @property
     def base(self) -> str:
-        return BASE_REPOS[self.family]
+        return self.series.base
 
     @property
     def is_guided(self) -> bool:
@@ -63,30 +104,49 @@ class Checkpoint:
         return self.guidance_scale > 1.0
 
 
-def _family_checkpoints(prefix: str, family: Family) -> list[Checkpoint]:
+def _loras(series: Series, guided_steps: tuple[int, ...], guidance_scale: float) -> list[Checkpoint]:
     # Unified: 1 to 8 steps with TCD. Its card shows eta 1.0; with several steps a lower eta gives more detail.
     unified = Checkpoint(
-        name=f"{prefix}-1step-lora", family=family, sampler="tcd", allowed_steps=tuple(range(1, 9)), eta=1.0
+        name=f"{series.name}-1step-lora", series=series, sampler="tcd", allowed_steps=tuple(range(1, 9)), eta=1.0
     )
     few_steps = [
-        Checkpoint(name=f"{prefix}-{n}steps-lora", family=family, sampler="ddim", allowed_steps=(n,)) for n in (2, 4, 8)
+        Checkpoint(name=f"{series.name}-{n}steps-lora", series=series, sampler="ddim", allowed_steps=(n,))
+        for n in (2, 4, 8)
     ]
-    # Guidance 5 to 8 on the card.
     guided = [
         Checkpoint(
-            name=f"{prefix}-{n}steps-CFG-lora", family=family, sampler="ddim", allowed_steps=(n,), guidance_scale=5.0
+            name=f"{series.name}-{n}steps-CFG-lora",
+            series=series,
+            sampler="ddim",
+            allowed_steps=(n,),
+            guidance_scale=guidance_scale,
         )
-        for n in (8, 12)
+        for n in guided_steps
     ]
     return [unified, *few_steps, *guided]
 
 
+def _whole_unet(series: Series) -> Checkpoint:
+    return Checkpoint(
+        name=f"{series.name}-1step-Unet",
+        series=series,
+        kind="unet",
+        sampler="lcm",
+        allowed_steps=(1,),
+        timesteps=(800,),
+    )
+
+
 CHECKPOINTS: tuple[Checkpoint, ...] = (
-    *_family_checkpoints("Hyper-SD15", "sd15"),
-    *_family_checkpoints("Hyper-SDXL", "sdxl"),
-    Checkpoint(
-        name="Hyper-SDXL-1step-Unet", family="sdxl", kind="unet", sampler="lcm", allowed_steps=(1,), timesteps=(800,)
-    ),
+    # Guidance 5 to 8 on the card.
+    *_loras(SD15, guided_steps=(8, 12), guidance_scale=5.0),
+    *_loras(SDXL, guided_steps=(8, 12), guidance_scale=5.0),
+    _whole_unet(SDXL),
+)
+# Small ones of our own, made to try everything without a download (scripts/train_demo).
+DEMO_CHECKPOINTS: tuple[Checkpoint, ...] = (
+    *_loras(DEMO15, guided_steps=(8,), guidance_scale=2.0),
+    _whole_unet(DEMOXL),
 )
 
 
@@ -96,7 +156,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     Raises:
         CheckpointError: there is none of that name; the nearest ones are offered.
     """
-    by_name = {checkpoint.name.lower(): checkpoint for checkpoint in CHECKPOINTS}
+    by_name = {checkpoint.name.lower(): checkpoint for checkpoint in (*CHECKPOINTS, *DEMO_CHECKPOINTS)}
     wanted = name.strip().lower().removesuffix(".safetensors")
     if wanted in by_name:
         return by_name[wanted]
@@ -107,3 +167,9 @@ def find_checkpoint(name: str) -> Checkpoint:
     nearest = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.6)
     offer = f"did you mean {' or '.join(by_name[n].name for n in nearest)}?" if nearest else "try `hypersd list`"
     raise CheckpointError(f"checkpoint {name!r} is not known: {offer}")
+
+
+def example_prompt(name: str) -> str:
+    """A prompt of something that the checkpoint of that name knows."""
+    is_demo = any(checkpoint.name == name for checkpoint in DEMO_CHECKPOINTS)
+    return "a red star on a blue background" if is_demo else "a photo of a cat"

@@ -1,4 +1,4 @@
-"""Models in diffusers layout, wherever they lie: a Hub repository, a local folder, or one file beside its configs."""
+"""Models in diffusers layout, wherever they lie: on the Hub, in a folder, in the clone, or in one file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from ..engines.bundle import sha256_file
 from ..engines.manifest import SourceFile
 from ..errors import WeightsError
-from .hub import DownloadProgress, fetch_optional
+from .checkpoints import DEMO_FOLDERS
+from .hub import DownloadProgress, fetch, fetch_optional
 
+DEMO_ROOT = Path(__file__).parents[1] / "tests/assets/demo"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
@@ -21,7 +23,11 @@ SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt f
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A file on this machine; ``repo`` and ``revision`` say where on the Hub it came from, if it did."""
+    """A file on this machine.
+
+    ``repo`` is the Hub repository or the demonstration folder that it came from, if it did; ``revision`` the former's
+    commit.
+    """
 
     path: Path
     filename: str
@@ -74,6 +80,11 @@ class HubRepo:
         self.revision = file.revision
         return Found(file.path, filename, self.name, file.revision)
 
+    def get(self, filename: str) -> Found:
+        """The file, which must be there: if it is not, the Hub's reason is the error."""
+        file = fetch(self.name, filename, revision=self.revision, progress=self.progress)
+        return Found(file.path, filename, self.name, file.revision)
+
 
 @dataclasses.dataclass
 class LocalFolder:
@@ -89,6 +100,29 @@ class LocalFolder:
     def find(self, filename: str) -> Found | None:
         path = self.root / filename
         return Found(path, filename) if path.is_file() else None
+
+
+@dataclasses.dataclass
+class DemoFolder:
+    """A folder of demonstration weights, which is known by its name alone: a bundle is the same from every clone."""
+
+    name: str
+    revision: str | None = None
+
+    def find(self, filename: str) -> Found | None:
+        folder = DEMO_ROOT / self.name
+        if not folder.is_dir():
+            raise WeightsError(
+                f"there is no {folder}: demonstration weights lie in the clone only, run hypersd from one"
+            )
+        path = folder / filename
+        return Found(path, filename, self.name) if path.is_file() else None
+
+    def get(self, filename: str) -> Found:
+        """The file, which must be there."""
+        if (found := self.find(filename)) is None:
+            raise WeightsError(f"there is no {DEMO_ROOT / self.name / filename}: restore it from git")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,14 +214,27 @@ class SingleFileBase:
 
 
 def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
-    """A folder if there is one of that name, else a Hub repository."""
-    if location and Path(location).is_dir():
-        if revision:
-            raise WeightsError(f"{option} {location} is a folder and has no revisions: leave --revision out")
-        return LocalFolder(Path(location))
-    if REPO_ID.fullmatch(location) and not location.startswith("."):
+    """A demonstration folder or another if there is one of that name, else a Hub repository."""
+    if location in DEMO_FOLDERS:
+        folder = DemoFolder(location)
+    elif location and Path(location).is_dir():
+        folder = LocalFolder(Path(location))
+    elif REPO_ID.fullmatch(location) and not location.startswith("."):
         return HubRepo(location, revision, progress)
-    raise WeightsError(f"{option} {location!r} is neither a folder nor the name of a Hub repository (owner/name)")
+    else:
+        raise WeightsError(f"{option} {location!r} is neither a folder nor the name of a Hub repository (owner/name)")
+    if revision:
+        raise WeightsError(f"{option} {location} is a folder and has no revisions: leave --revision out")
+    return folder
+
+
+def open_known(place: str, revision: str | None, progress: DownloadProgress | None) -> HubRepo | DemoFolder:
+    """A place from the table of checkpoints, whatever else lies in the current folder under that name."""
+    if place not in DEMO_FOLDERS:
+        return HubRepo(place, revision, progress)
+    if revision:
+        raise WeightsError(f"{place} is a folder and has no revisions: leave {revision!r} out")
+    return DemoFolder(place)
 
 
 def get_file(files: Files, filename: str) -> Found:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WeightsError
-from .checkpoints import BASE_REPOS, FAMILY_NAMES, FIXED_VAE_REPO, HYPER_SD_REPO, TINY_VAE_REPOS, Checkpoint
-from .hub import DownloadProgress, fetch
+from .checkpoints import FAMILY_NAMES, Checkpoint
+from .hub import DownloadProgress
 from .layout import (
     SAFETENSORS_HINT,
     Base,
     DiffusersBase,
     Found,
-    HubRepo,
     Part,
     SingleFileBase,
     get_file,
     open_files,
+    open_known,
     read_json,
     tokenizer_folder,
 )
@@ -32,10 +32,11 @@ class SourceOptions:
     """What the user says of the sources; None takes the checkpoint's own.
 
     Attributes:
-        base: a Hub repository, a folder in diffusers layout, or a single ``.safetensors`` file.
+        base: a Hub repository, a folder in diffusers layout, a demonstration folder's name, or a single
+            ``.safetensors`` file.
         revision: branch, tag or commit of ``base``.
         variant: ``"fp16"`` for the base's half-precision weight files.
-        lora: a local file in place of the Hyper-SD file on the Hub.
+        lora: a local file in place of the Hyper-SD file.
         lora_revision: branch, tag or commit of that file on the Hub.
         vae: a Hub repository or folder, or ``"tiny"`` for TAESD.
         vae_revision: branch, tag or commit of ``vae``.
@@ -88,7 +89,7 @@ def find_sources(
     Args:
         checkpoint: which of the Hyper-SD files.
         options: what replaces the checkpoint's own base, LoRA or VAE.
-        precision: ``"fp16"`` or ``"fp32"``; SDXL in fp16 takes the repaired VAE.
+        precision: ``"fp16"`` or ``"fp32"``; published SDXL in fp16 takes the repaired VAE.
         progress: told about downloads.
 
     Raises:
@@ -146,7 +147,7 @@ def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: Downloa
     if options.revision or options.variant:
         raise WeightsError(f"--base {location} is one file: leave --revision and --variant out")
     _check_single_file(path, checkpoint)
-    return SingleFileBase(Found(path, path.name), HubRepo(checkpoint.base, None, progress))
+    return SingleFileBase(Found(path, path.name), open_known(checkpoint.base, None, progress))
 
 
 def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
@@ -160,22 +161,23 @@ def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
     if found != checkpoint.family:
         raise WeightsError(
             f"{path} holds a {FAMILY_NAMES[found]} model, {checkpoint.name} needs {wanted}: "
-            f"take a --base of {wanted}, such as {BASE_REPOS[checkpoint.family]}"
+            f"take a --base of {wanted}, such as {checkpoint.base}"
         )
 
 
 def _hyper_file(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Found:
-    """The Hyper-SD file itself: the Hub's, or the local one that ``--lora`` names."""
+    """The Hyper-SD file itself: the published one, or the local one that ``--lora`` names."""
     if options.lora is None:
-        file = fetch(HYPER_SD_REPO, checkpoint.filename, revision=options.lora_revision, progress=progress)
-        return Found(file.path, checkpoint.filename, HYPER_SD_REPO, file.revision)
+        return open_known(checkpoint.series.files, options.lora_revision, progress).get(checkpoint.filename)
     return _local_lora(options.lora)
 
 
 def _local_lora(location: str) -> Found:
     path = Path(location)
     if not path.is_file():
-        raise WeightsError(f"--lora {location!r} is not a file: expected a .safetensors file in place of the Hub's")
+        raise WeightsError(
+            f"--lora {location!r} is not a file: expected a .safetensors file in place of the checkpoint's own"
+        )
     SafetensorsFile(path)  # refuses what is damaged
     return Found(path, path.name)
 
@@ -186,9 +188,9 @@ def _open_vae(
     """The VAE that replaces the base's, if any does."""
     location = options.vae
     if location == "tiny":
-        location = TINY_VAE_REPOS[checkpoint.family]
-    if location is None and checkpoint.family == "sdxl" and precision == "fp16":
-        location = FIXED_VAE_REPO  # SDXL's own overflows in half precision
+        location = checkpoint.series.tiny_vae
+    if location is None and precision == "fp16":
+        location = checkpoint.series.fp16_vae
     if location is None:
         return None
     return DiffusersBase(open_files(location, options.vae_revision, progress, "--vae"))
@@ -207,5 +209,5 @@ def _check_family(model_index: dict[str, Any], checkpoint: Checkpoint, base: str
         wanted = FAMILY_NAMES[checkpoint.family]
         raise WeightsError(
             f"{base} holds a {FAMILY_NAMES.get(found or '', class_name)} model, {checkpoint.name} needs {wanted}: "
-            f"take a --base of {wanted}, such as {BASE_REPOS[checkpoint.family]}"
+            f"take a --base of {wanted}, such as {checkpoint.base}"
         )

@@ -15,19 +15,23 @@ from PIL import Image
 
 from hypersd import Pipeline
 from hypersd.cli import main
-from hypersd.export.checkpoints import CHECKPOINTS
+from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS
 
 REPO = Path(__file__).parents[2]
 
 
 def test_list_names_every_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every row is one line with base, steps and sampler."""
+    """Every row is one line with base, steps and sampler; the clone's own stand apart, below, under their heading."""
     assert main(["list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for checkpoint in CHECKPOINTS:
-        (row,) = [line.split() for line in lines if checkpoint.name in line.split()]
-        assert checkpoint.base in row
-        assert checkpoint.sampler in row
+    published, heading, demo = capsys.readouterr().out.partition("Demonstration checkpoints")
+    assert heading
+    for checkpoints, text in (CHECKPOINTS, published), (DEMO_CHECKPOINTS, demo):
+        for checkpoint in checkpoints:
+            (row,) = [line.split() for line in text.splitlines() if checkpoint.name in line.split()]
+            assert checkpoint.base in row
+            assert checkpoint.sampler in row
+    assert "Hyper-Demo" not in published
+    assert "Hyper-SD" not in demo
 
 
 def test_info_tells_what_is_in_a_bundle(sdxl_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +134,7 @@ def test_narrow_terminals_cut_no_names(
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert "…" not in out
-    assert {checkpoint.name for checkpoint in CHECKPOINTS} <= set(out.split())
+    assert {checkpoint.name for checkpoint in (*CHECKPOINTS, *DEMO_CHECKPOINTS)} <= set(out.split())
 
 
 @pytest.mark.parametrize("command", ["build", "info", "generate", "verify"])
@@ -379,3 +383,25 @@ def test_verify_passes_and_fails(
     (altered / "bundle.json").write_text(json.dumps(manifest))
     assert main(["verify", str(altered), *arguments]) == 1
     assert "not diffusers' pictures" in capsys.readouterr().err
+
+
+def test_a_demonstration_checkpoint_from_export_to_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No options but the name; and the bundle is the same from a clone at another place, which verifies it, too."""
+    bundle = tmp_path / "bundle"
+    export = ["export", "--ckpt", "Hyper-Demo15-2steps-lora", "--vae", "tiny", "--precision", "fp32"]
+    export += ["--engine", "none", "--out", str(bundle)]
+    assert main(export) == 0
+    text = (bundle / "bundle.json").read_text()
+    assert str(REPO) not in text
+    origin = json.loads(text)["origin"]
+    assert (origin["base"], origin["vae"]) == ("Demo15", "taesd-Demo")
+
+    for folder in ("Demo15", "Hyper-Demo", "taesd-Demo"):
+        shutil.copytree(REPO / "tests/assets/demo" / folder, tmp_path / "demo" / folder)
+    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path / "demo")
+    capsys.readouterr()
+    assert main(export) == 0
+    assert "done already" in capsys.readouterr().err
+    assert main(["verify", str(bundle), "--prompt", "a red circle", "--out", str(tmp_path / "pairs")]) == 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hypersd.errors import HyperSDError, RequestError, WeightsError
-from hypersd.export.checkpoints import CHECKPOINTS, find_checkpoint
+from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, Checkpoint, find_checkpoint
 from hypersd.export.hub import HubFile
 from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
 from hypersd.export.models import check_unet_sources, load_text_encoder, load_unet, load_vae
@@ -27,9 +27,11 @@ from hypersd.export.tokenizer import write_tokenizer
 
 SD15, SDXL = find_checkpoint("Hyper-SD15-4steps-lora"), find_checkpoint("Hyper-SDXL-4steps-lora")
 WHOLE_UNET = find_checkpoint("Hyper-SDXL-1step-Unet")
+DEMO15, DEMOXL = find_checkpoint("Hyper-Demo15-4steps-lora"), find_checkpoint("Hyper-DemoXL-1step-Unet")
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
 ENTRIES = {"sd15": SD15, "sdxl": SDXL}
 FAMILIES = pytest.mark.parametrize("family", BASES)
+DEMO_ROOT = Path(__file__).parents[1] / "assets/demo"
 COMMIT = "c0ffee" + "0" * 34
 
 
@@ -62,7 +64,7 @@ class FakeHub:
 def hub(tiny_repos: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub(tiny_repos)
     monkeypatch.setattr("hypersd.export.layout.fetch_optional", hub.fetch_optional)
-    monkeypatch.setattr("hypersd.export.sources.fetch", hub.fetch)
+    monkeypatch.setattr("hypersd.export.layout.fetch", hub.fetch)
     return hub
 
 
@@ -312,6 +314,120 @@ def test_vae_with_the_published_key_names(tiny_repos: Path, copy_base: Callable[
     save_file(tensors, path, metadata={"format": "pt"})
     theirs = load(DiffusersBase(LocalFolder(tiny_repos / SD15_REPO)).part("vae"), "sd15")
     assert_same(load(DiffusersBase(LocalFolder(folder)).part("vae"), "sd15"), theirs)
+
+
+# --- demonstration weights, in the clone ------------------------------------------------------------------------------
+
+
+def precisions(checkpoint: Checkpoint, sources: Sources) -> set[str]:
+    """The types of an fp16 bundle's networks."""
+    records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
+    recipes = make_recipes(checkpoint, sources, records, picture_shapes(ShapeOptions(), 64), "fp16", 1.0)
+    return {recipe.precision for recipe in recipes}
+
+
+@pytest.mark.parametrize("checkpoint", DEMO_CHECKPOINTS, ids=lambda c: c.name)
+def test_demonstration_checkpoints_come_from_the_clone(checkpoint: Checkpoint, hub: FakeHub) -> None:
+    """With nothing said: its own base with that one's VAE, also in fp16, and its own file; the Hub is not asked.
+
+    They are recorded by the folder's name, as Hub files are by their repository's: no path of this machine.
+    """
+    sources = find_sources(checkpoint, SourceOptions(), "fp16")
+    assert hub.asked == []
+    base = {"sd15": "Demo15", "sdxl": "DemoXL"}[checkpoint.family]
+    assert (sources.base, sources.base_revision, sources.vae, sources.vae_revision) == (base, None, None, None)
+    own = "lora" if checkpoint.kind == "lora" else "unet"
+    for name, files in sources.weights.items():
+        (record,) = [file.record() for file in files]
+        assert (record.repo, record.revision, record.path) == ("Hyper-Demo" if name == own else base, None, None)
+        assert files[0].path == DEMO_ROOT / str(record.repo) / record.filename
+    assert sources.weights[own][0].filename == f"{checkpoint.name}.safetensors"
+    assert precisions(checkpoint, sources) == {"fp16"}, "their VAE does not overflow"
+    check_unet_sources(sources.parts["unet"], sources.lora, checkpoint.family)
+
+
+@pytest.mark.parametrize("checkpoint", [DEMO15, DEMOXL], ids=lambda c: c.name)
+def test_tiny_vae_of_the_demonstration(checkpoint: Checkpoint, hub: FakeHub) -> None:
+    """``--vae tiny`` is the clone's own TAESD, one for both families."""
+    from diffusers import AutoencoderTiny
+
+    sources = find_sources(checkpoint, SourceOptions(vae="tiny"), "fp16")
+    assert hub.asked == []
+    assert (sources.vae, sources.vae_revision) == ("taesd-Demo", None)
+    expected = AutoencoderTiny.from_pretrained(str(DEMO_ROOT / "taesd-Demo"))
+    assert_same(load(sources.parts["vae"], checkpoint.family), expected)
+
+
+def test_options_replace_what_the_demonstration_has(hub: FakeHub, tiny_repos: Path) -> None:
+    """--base, --lora and --vae hold for these checkpoints as for others."""
+    lora = tiny_repos / "ByteDance/Hyper-SD" / SD15.filename
+    options = SourceOptions(base=str(tiny_repos / SD15_REPO), lora=str(lora), vae="madebyollin/taesd")
+    sources = find_sources(DEMO15, options, "fp32")
+    assert sources.base == str((tiny_repos / SD15_REPO).resolve())
+    assert sources.lora is not None
+    assert sources.lora.path == lora
+    assert (sources.vae, hub.repos()) == ("madebyollin/taesd", {"madebyollin/taesd"})
+
+
+def test_demonstration_folders_by_name(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--base and --vae take their names for any checkpoint, whatever lies in the current folder: ./NAME is that."""
+    (tmp_path / "Demo15/vae").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    sources = find_sources(SD15, SourceOptions(base="Demo15", vae="taesd-Demo"), "fp32")
+    assert (sources.base, sources.vae) == ("Demo15", "taesd-Demo")
+    assert hub.repos() == {"ByteDance/Hyper-SD"}
+    with pytest.raises(WeightsError) as error:
+        find_sources(SD15, SourceOptions(base="./Demo15"), "fp32")
+    one_line(error, str(tmp_path / "Demo15"), "model_index.json")
+
+
+def test_a_single_file_base_of_the_demonstration(hub: FakeHub, tiny_repos: Path, tmp_path: Path) -> None:
+    """Configuration and tokenizer are those of the checkpoint's own base, in the clone."""
+    file = tmp_path / "base.safetensors"
+    save_file({"cond_stage_model.transformer.x": torch.ones(1)}, file)
+    sources = find_sources(DEMO15, SourceOptions(base=str(file)), "fp32")
+    assert hub.asked == []
+    assert sources.parts["unet"].folder == DEMO_ROOT / "Demo15/unet"
+    assert sources.tokenizers == {"tokenizer": DEMO_ROOT / "Demo15/tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (SourceOptions(base="DemoXL"), ["DemoXL holds a SDXL model", "needs SD1.5", "such as Demo15"]),
+        (SourceOptions(revision="main"), ["--base Demo15", "leave --revision out"]),
+        (SourceOptions(base="Demo16"), ["--base 'Demo16'", "neither a folder"]),
+    ],
+    ids=["family", "revision", "name"],
+)
+def test_what_the_demonstration_does_not_take(options: SourceOptions, words: list[str]) -> None:
+    """What is proposed instead is of the demonstration, not a repository that its LoRAs do not fit."""
+    with pytest.raises(WeightsError) as error:
+        find_sources(DEMO15, options, "fp32")
+    one_line(error, *words)
+
+
+@pytest.mark.parametrize("options", [SourceOptions(), SourceOptions(vae="tiny")], ids=["base", "tiny"])
+def test_installed_without_the_clone(
+    options: SourceOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub
+) -> None:
+    """The demonstration weights are no part of the package: the error says where they are."""
+    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path / "site-packages/tests/assets/demo")
+    with pytest.raises(WeightsError) as error:
+        find_sources(DEMO15, options, "fp32")
+    one_line(error, str(tmp_path), "demonstration weights lie in the clone only")
+    assert hub.asked == []
+
+
+def test_a_demonstration_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone without the one file: it is named."""
+    for folder in ("Demo15", "Hyper-Demo"):
+        shutil.copytree(DEMO_ROOT / folder, tmp_path / folder)
+    (tmp_path / "Hyper-Demo" / DEMO15.filename).unlink()
+    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path)
+    with pytest.raises(WeightsError) as error:
+        find_sources(DEMO15, SourceOptions(), "fp32")
+    one_line(error, str(tmp_path / "Hyper-Demo" / DEMO15.filename), "git")
 
 
 # --- single files ----------------------------------------------------------------------------------------------------
