@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: goes to the repository root and makes .venv. Not a program of its own.
+# Sourced by quickstart.sh, test.sh and others: goes to the repository root and makes .venv. Not a program of its own.
 # shellcheck shell=bash
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"

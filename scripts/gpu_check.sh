@@ -56,7 +56,7 @@ if [[ -z "${PYTHON:-}" ]]; then
     PIP_LOG="$GPU_VENV/install.log"
     # shellcheck disable=SC2034 # common.sh reads it
     STAMP="$GPU_VENV/.installed"
-    set_up export,dev,tensorrt-rtx
+    set_up export,dev,tensorrt-rtx,train-demo
     install_rest
     PYTHON="$VENV_PYTHON"
 fi

@@ -23,7 +23,7 @@ type_check() {
     fi
 }
 
-set_up export,dev,tensorrt-rtx
+set_up export,dev,tensorrt-rtx,train-demo
 
 if (($# == 0)); then
     failed=()

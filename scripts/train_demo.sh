@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Trains the demonstration checkpoints of tests/assets/demo from scratch: about an hour and a half on two cores. Interrupted, it
+# goes on where it was; states are kept in out/train_demo. With names of stages, only these.
+#
+#   scripts/train_demo.sh [--work FOLDER] [--jobs N] [STAGE ...]
+#
+# A relative FOLDER is taken from the repository root.
+# PYTHON names the interpreter that makes .venv.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+set_up export,train-demo
+
+# glibc gives large blocks back to the kernel at once, and training asks for the same ones again: half of its time.
+for library in /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib/*/libjemalloc.so.2; do
+    if [[ -z "${LD_PRELOAD:-}" && -e "$library" ]]; then
+        export LD_PRELOAD="$library"
+    fi
+done
+export HF_HUB_OFFLINE=1 PYTHONPATH="$ROOT/scripts"
+exec "$VENV_PYTHON" -m train_demo "$@"

@@ -1,0 +1,1 @@
+"""Training of the demonstration checkpoints: `scripts/train_demo.sh`."""

@@ -1,0 +1,216 @@
+"""Pictures that can be judged: the demonstration checkpoints, drawn from bundles and by diffusers.
+
+Parity (test_parity.py) says that a picture is diffusers'; here code looks at the picture and says whether it shows what
+the prompt asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from train_demo.data import held_back
+from train_demo.evaluate import Row, draw, evaluate, rows, scores_of
+from train_demo.judge import judge
+
+from hypersd import Pipeline
+from hypersd.export import ExportOptions, SourceOptions, export_bundle
+from hypersd.export.layout import DEMO_ROOT
+from hypersd.runtime import samplers, schedules
+
+PROMPTS = 48
+SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
+UNIFIED = "Hyper-Demo15-1step-lora"
+# Every sampler, and which row of the table of figures is the same checkpoint with the same settings.
+DRAWN = {
+    "DDIM, 2 steps": ("Hyper-Demo15-2steps-lora", {}, "2steps-lora, DDIM"),
+    "DDIM, 4 steps": ("Hyper-Demo15-4steps-lora", {}, "4steps-lora, DDIM"),
+    "DDIM, 8 steps, guidance": ("Hyper-Demo15-8steps-CFG-lora", {}, "8steps-CFG-lora, DDIM"),
+    "TCD, 1 step": (UNIFIED, {"num_inference_steps": 1}, "1step-lora, TCD, 1 step, eta 1"),
+    "TCD, 4 steps, eta 1": (UNIFIED, {"num_inference_steps": 4}, "1step-lora, TCD, 4 steps, eta 1"),
+    "LCM": ("Hyper-DemoXL-1step-Unet", {}, "DemoXL 1step-Unet, LCM"),
+}
+
+
+@pytest.fixture(scope="session")
+def demo_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pipeline]:
+    """``demo_pipeline(name, precision, vae)``: a demonstration checkpoint's bundle, exported once a session."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    @functools.cache
+    def load(name: str, precision: str = "fp32", vae: str | None = None) -> Pipeline:
+        options = ExportOptions(sources=SourceOptions(vae=vae), precision=precision)
+        return Pipeline.load(export_bundle(name, folder / f"{name}-{precision}-{vae}", options).root)
+
+    return load
+
+
+def drawn_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
+    """One picture a prompt, whose place in the list is its seed: uint8 [N, H, W, 3]."""
+    made = [pipe(prompt, seed=seed, output_type="np", **call).images for seed, prompt in enumerate(CAPTIONS)]
+    return np.round(np.concatenate(made) * 255).astype(np.uint8)
+
+
+def row_named(name: str) -> Row:
+    return next(row for row in rows() if row.name == name)
+
+
+@functools.cache
+def drawn_by_diffusers(name: str) -> np.ndarray:
+    """The pictures of a row of the table of figures."""
+    row = row_named(name)
+    return draw(row.pipeline(DEMO_ROOT), CAPTIONS, **row.call)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_bundles_draw_what_diffusers_draws_and_what_was_asked(name: str, demo_pipeline) -> None:
+    """Picture by picture the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
+    checkpoint, call, row = DRAWN[name]
+    ours, theirs = drawn_by_us(demo_pipeline(checkpoint), **call), drawn_by_diffusers(row)
+    pairs = zip(ours, theirs, SCENES, strict=True)
+    differ = [CAPTIONS[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)]
+    # The judge has thresholds: a picture that lies on one may fall to either side by rounding alone.
+    assert len(differ) <= 1, differ
+    assert scores_of(ours, SCENES).overall > 0.95
+
+
+@pytest.mark.parametrize("name", ["TCD, 4 steps, eta 1", "LCM"])
+def test_half_precision_loses_nothing(name: str, demo_pipeline) -> None:
+    """float16 graphs draw what was asked as often as float32 ones."""
+    checkpoint, call, _ = DRAWN[name]
+    half, full = (
+        scores_of(drawn_by_us(demo_pipeline(checkpoint, precision), **call), SCENES) for precision in ("fp16", "fp32")
+    )
+    assert abs(half.overall - full.overall) <= 0.02, (half, full)
+
+
+def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
+    """``--vae tiny`` costs sharpness, not the picture."""
+    tiny, full = (scores_of(drawn_by_us(demo_pipeline(UNIFIED, vae=vae)), SCENES) for vae in ("tiny", None))
+    assert tiny.overall > full.overall - 0.1, (tiny, full)
+
+
+# Ways in which samplers have been got wrong. Each takes the runtime's own part and gives the broken one.
+
+
+def leading_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leading(config: schedules.SchedulerConfig, steps: int) -> list[int]:
+        return [i * (1000 // steps) + config.steps_offset for i in reversed(range(steps))]
+
+    monkeypatch.setattr(schedules, "ddim_timesteps", leading)
+
+
+def no_noise_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDIM without the direction that points back to the sample."""
+
+    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        return c.signal_prev * (sample - c.spread * model_output) / c.signal
+
+    monkeypatch.setitem(samplers._STEPS, "ddim", step)
+
+
+def picture_and_noise_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network's output taken for the picture."""
+
+    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        at_s = c.signal_s * model_output + c.spread_s * sample
+        return at_s if noise is None else c.keep * at_s + c.sigma * noise
+
+    monkeypatch.setitem(samplers._STEPS, "tcd", step)
+
+
+def noise_twice_as_strong(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = samplers._STEPS["tcd"]
+
+    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        return whole(c, model_output, sample, None if noise is None else 2 * noise)
+
+    monkeypatch.setitem(samplers._STEPS, "tcd", step)
+
+
+def first_timestep_of_tcd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "check_timesteps", lambda config, timesteps: [999])
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [
+        ("DDIM, 2 steps", leading_spacing),
+        ("DDIM, 4 steps", no_noise_left),
+        ("DDIM, 8 steps, guidance", no_noise_left),
+        ("TCD, 1 step", picture_and_noise_swapped),
+        ("TCD, 4 steps, eta 1", noise_twice_as_strong),
+        ("LCM", first_timestep_of_tcd),
+    ],
+)
+def test_a_broken_sampler_loses_its_score(
+    name: str, breaks: Callable[[pytest.MonkeyPatch], None], demo_pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge is strong enough to protect us: each mistake costs 15 points or more."""
+    checkpoint, call, _ = DRAWN[name]
+    pipe = demo_pipeline(checkpoint)
+    right = scores_of(drawn_by_us(pipe, **call), SCENES)
+    breaks(monkeypatch)
+    broken = scores_of(drawn_by_us(pipe, **call), SCENES)
+    assert broken.overall < right.overall - 0.15, (right, broken)
+
+
+# The published figures, and whether they are those of the published weights.
+
+POINTS_LOST = {"2steps-lora, DDIM": 10, "4steps-lora, DDIM": 5, "8steps-lora, DDIM": 5, "8steps-CFG-lora, DDIM": 5}
+POINTS_LOST |= {f"1step-lora, TCD, {steps}, eta 1": 10 for steps in ("1 step", "2 steps")}
+POINTS_LOST |= {f"1step-lora, TCD, {steps} steps, eta 1": 5 for steps in (4, 8)}
+BASE = "Demo15, DDIM, 50 steps"
+
+
+@pytest.fixture(scope="session")
+def figures() -> Mapping[str, Mapping[str, Any]]:
+    """Shares of 200 prompts, from 0 to 1, as scripts/train_demo wrote them beside the weights."""
+    return json.loads((DEMO_ROOT / "figures.json").read_text())
+
+
+def test_figures_are_complete(figures) -> None:
+    """Every row that can be drawn has its figures, in the table's order."""
+    assert list(figures) == [row.name for row in rows()]
+
+
+@pytest.mark.parametrize("name", ["Demo15, DDIM, 50 steps", "DemoXL, DDIM, 50 steps"])
+def test_the_bases_are_good_enough_to_judge_others_by(name: str, figures) -> None:
+    assert figures[name]["colours"] >= 0.95
+    assert figures[name]["shapes"] >= 0.85
+
+
+@pytest.mark.parametrize("name", POINTS_LOST)
+@pytest.mark.parametrize("part", ["overall", "colours", "shapes"])
+def test_few_steps_lose_few_points(name: str, part: str, figures) -> None:
+    assert figures[name][part] >= figures[BASE][part] - POINTS_LOST[name] / 100
+
+
+@pytest.mark.parametrize("name", [row.name for row in rows() if row.control])
+def test_mistakes_show_in_the_figures(name: str, figures) -> None:
+    """Every negative control is 15 points worse than what it is the control of."""
+    assert figures[name]["overall"] <= figures[figures[name]["control"]]["overall"] - 0.15
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2steps-lora, DDIM, alpha ignored",
+        "4steps-lora, DDIM, step number for timestep",
+        "4steps-lora, DDIM, as the unified LoRA wants it",
+        "DemoXL 1step-Unet, LCM, as SD1.5's LoRA wants it",
+        "canny, 2steps-lora",
+        "canny, 2steps-lora, edges ignored",
+        "canny, 1step-lora",
+        "canny, 1step-lora, edges ignored",
+    ],
+)
+def test_figures_are_those_of_the_weights(name: str, figures) -> None:
+    """Fewer prompts give about the same share: the published weights, LoRAs and ControlNet are the ones measured."""
+    scores, _ = evaluate(row_named(name), DEMO_ROOT, PROMPTS)
+    assert scores.overall == pytest.approx(figures[name]["overall"], abs=0.1)
