@@ -212,5 +212,5 @@ def test_mistakes_show_in_the_figures(name: str, figures) -> None:
 )
 def test_figures_are_those_of_the_weights(name: str, figures) -> None:
     """Fewer prompts give about the same share: the published weights, LoRAs and ControlNet are the ones measured."""
-    scores, _ = evaluate(row_named(name), DEMO_ROOT, PROMPTS)
+    scores = evaluate(row_named(name), DEMO_ROOT, PROMPTS)
     assert scores.overall == pytest.approx(figures[name]["overall"], abs=0.1)

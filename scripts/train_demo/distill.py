@@ -14,7 +14,6 @@ discriminator (Ren et al., https://arxiv.org/abs/2404.13686): worlds this small 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def train_one_step_unet(work: Path) -> None:
     """Train SDXL's one-step UNet, from the base's: ``unet-1.pt``."""
     torch.manual_seed(UNET_PLAN.seed)
     ways = load_ways("sdxl", work)
-    unet = copy.deepcopy(load_base("sdxl", work).unet).requires_grad_(True)
+    unet = load_base("sdxl", work).unet.requires_grad_(True)
     trained = train(UNET_PLAN, unet, lambda generator: one_step_loss(ways, unet, generator), work)
     keep(trained, work / f"{UNET_PLAN.name}.pt")
 

@@ -206,12 +206,11 @@ def scores_of(pictures: np.ndarray, scenes: Sequence[Scene]) -> Scores:
     return score([judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
 
 
-def evaluate(row: Row, folder: Path, count: int = PROMPTS) -> tuple[Scores, np.ndarray]:
-    """A row's score on held-back prompts, and its pictures."""
+def evaluate(row: Row, folder: Path, count: int = PROMPTS) -> Scores:
+    """A row's score on held-back prompts."""
     scenes, prompts = zip(*(held_back_for_edges if row.edges else held_back)(count), strict=True)
     images = {"image": edge_pictures(scenes)} if row.edges else {}
-    pictures = draw(row.pipeline(folder), prompts, **row.call, **images)
-    return scores_of(pictures, scenes), pictures
+    return scores_of(draw(row.pipeline(folder), prompts, **row.call, **images), scenes)
 
 
 def edge_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:

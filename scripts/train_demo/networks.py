@@ -5,6 +5,8 @@ Everything that does not set a size is as in the real repositories' configuratio
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -99,6 +101,7 @@ def tiny_vae() -> AutoencoderTiny:
     )  # fmt: skip
 
 
+@functools.cache
 def alphas_cumprod() -> torch.Tensor:
     """SD's noise schedule: float64 [1000]."""
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2

@@ -26,8 +26,7 @@ def write_figures(folder: Path) -> None:
     """Score every row: ``figures.json``, shares from 0 to 1."""
     figures = {}
     for row in rows():
-        scores, _ = evaluate(row, folder)
-        figures[row.name] = as_figures(row, scores)
+        figures[row.name] = as_figures(row, evaluate(row, folder))
         print(f"{row.name}: {figures[row.name]}", flush=True)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
