@@ -63,10 +63,19 @@ def weight_of(timestep: Tensor) -> Tensor:
     return ratio.clamp(LOWEST_WEIGHT, HIGHEST_WEIGHT) / ratio
 
 
+def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """How much picture and how much noise there is at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
+
+    At the end, timestep -1, there is as much as at timestep 0 (``set_alpha_to_one=False``).
+    """
+    alphas = networks.alphas_cumprod().to(timesteps.device)[timesteps.clamp(min=0)].view(-1, 1, 1, 1)
+    return alphas.sqrt().float(), (1 - alphas).sqrt().float()
+
+
 def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Latents and noise [N, 4, h, w] as a sample of timesteps, int64 [N]."""
-    alphas = networks.alphas_cumprod().to(timestep.device)[timestep].float().view(-1, 1, 1, 1)
-    return alphas.sqrt() * clean + (1 - alphas).sqrt() * noise
+    alpha, sigma = levels(timestep)
+    return alpha * clean + sigma * noise
 
 
 def load_latents(work: Path) -> np.ndarray:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from . import networks
-from .base import denoise, load_base
+from .base import add_noise, denoise, levels, load_base
 from .loop import Plan, device, fill, keep, train
 from .lora import Lora, WithLora
 from .text import Encoded
-from .trajectories import COUNT, GUIDANCE, STEPS, Ways, ddim, levels, load_ways, trailing
+from .trajectories import COUNT, GUIDANCE, STEPS, Ways, ddim, load_ways, trailing
 
 BATCH = 32
 Unet = Callable[..., object]
@@ -99,7 +99,7 @@ def consistency_loss(ways: Ways, unet: Unet, generator: torch.Generator) -> Tens
     end = ways.at(which, STEPS)
     alpha, sigma = levels(times)
     sample = ways.between(which, times)
-    fresh = alpha * end + sigma * torch.randn(end.shape, generator=generator)
+    fresh = add_noise(end, torch.randn(end.shape, generator=generator), times)
     renoised = (torch.rand(BATCH, generator=generator) < 0.5) & (times < 999)
     sample = torch.where(renoised.view(-1, 1, 1, 1), fresh, sample)
     sample, end, times, alpha, sigma = (x.to(device()) for x in (sample, end, times, alpha, sigma))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import networks
-from .base import Base, denoise, load_base
+from .base import Base, denoise, levels, load_base
 from .data import load_captions
 from .loop import device, seeded
 from .text import Encoded, empty_prompt, encode_all, tokenize, tokenizers
@@ -28,15 +28,6 @@ SEEDS = {"sd15": 7, "sdxl": 8}
 def trailing(steps: int) -> list[int]:
     """DDIM's timesteps with trailing spacing, and -1 for the end."""
     return [round(1000 - i * 1000 / steps) - 1 for i in range(steps)] + [-1]
-
-
-def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """How much picture and how much noise there is at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
-
-    At the end, timestep -1, there is as much as at timestep 0 (``set_alpha_to_one=False``).
-    """
-    alphas = networks.alphas_cumprod().to(timesteps.device)[timesteps.clamp(min=0)].view(-1, 1, 1, 1)
-    return alphas.sqrt().float(), (1 - alphas).sqrt().float()
 
 
 def ddim(sample: Tensor, noise: Tensor, here: Tensor, there: Tensor) -> Tensor:
