@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .engines import Manifest
+from .engines.controlnets import controlnet
 from .engines.manifest import SourceFile
 from .errors import VerifyError, WeightsError
 from .export.checkpoints import find_checkpoint
+from .export.controlnets import ControlNetSource
 from .export.hub import DownloadProgress
 from .export.libraries import quiet
-from .export.models import TORCH_DTYPES, load_text_encoder, load_unet, load_vae
+from .export.models import TORCH_DTYPES, load_controlnet, load_text_encoder, load_unet, load_vae
 from .export.sources import SourceOptions, Sources, find_sources
 from .runtime import Pipeline
 from .runtime.request import Request
@@ -63,21 +65,30 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One prompt and seed."""
+    """One prompt and seed, with the ControlNets that were used."""
 
     prompt: str
     seed: int
     differences: tuple[Difference, ...]
     ours: Image.Image
     theirs: Image.Image
+    controlnets: tuple[str, ...] = ()
 
     @property
     def picture(self) -> Difference:
         return self.differences[-1]
 
 
-def load_reference(manifest: Manifest, progress: DownloadProgress | None = None) -> Any:
-    """diffusers' pipeline of what a bundle was made of.
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """diffusers' pipelines of what a bundle was made of: without ControlNets, and with all of the bundle's."""
+
+    plain: Any
+    controlled: Any | None
+
+
+def load_reference(manifest: Manifest, progress: DownloadProgress | None = None) -> Reference:
+    """Load a bundle's sources with diffusers.
 
     Raises:
         WeightsError: a source has changed since the export.
@@ -109,8 +120,23 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
             pipe.fuse_lora(lora_scale=manifest.origin.lora_scale)
             pipe.unload_lora_weights()
         pipe.unet.to(dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
+        reference = Reference(pipe, _with_controlnets(pipe, nets) if nets else None)
+    for loaded in (reference.plain, reference.controlled):
+        if loaded is not None:
+            loaded.set_progress_bar_config(disable=True)
+    return reference
+
+
+def _with_controlnets(pipe: Any, nets: Sequence[Any]) -> Any:
+    """The same networks in a pipeline that ControlNets act in."""
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+
+    parts = {**pipe.components, "controlnet": list(nets) if len(nets) > 1 else nets[0]}
+    if hasattr(pipe, "text_encoder_2"):
+        zeros = pipe.config.force_zeros_for_empty_prompt
+        return StableDiffusionXLControlNetPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
 
 
 def _source_options(manifest: Manifest) -> SourceOptions:
@@ -124,6 +150,10 @@ def _source_options(manifest: Manifest) -> SourceOptions:
         lora_revision=hyper_file.revision,
         vae=origin.vae,
         vae_revision=origin.vae_revision,
+        controlnets=tuple(
+            ControlNetSource(name=name, location=place.location, revision=place.revision)
+            for name, place in origin.controlnets.items()
+        ),
     )
 
 
@@ -145,25 +175,45 @@ def _scheduler(manifest: Manifest, sources: Sources) -> Any:
     return {"tcd": TCDScheduler, "lcm": LCMScheduler}[manifest.sampler.kind].from_config(config)
 
 
-def compare(pipe: Pipeline, reference: Any, prompt: str, seed: int, steps: int | None = None) -> Comparison:
+def compare(
+    pipe: Pipeline,
+    reference: Reference,
+    prompt: str,
+    seed: int,
+    steps: int | None = None,
+    image: Image.Image | None = None,
+) -> Comparison:
     """Draw one picture with both and compare every stage.
 
     Args:
         pipe: the bundle's pipeline.
-        reference: diffusers' pipeline (:func:`load_reference`).
+        reference: diffusers' pipelines (:func:`load_reference`).
         prompt: what to draw.
         seed: of the noise.
         steps: number of steps; the manifest's if not given.
+        image: a control picture for all ControlNets of the bundle, of the usual size; None runs without them.
     """
-    differences = list(_compare_text(pipe, reference, prompt))
-    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps)
-    theirs, their_steps = _draw_theirs(request, reference, seed)
+    differences = list(_compare_text(pipe, reference.plain, prompt))
+    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, image)
+    theirs, their_steps = _draw_theirs(request, reference, seed, image)
     for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
         differences.append(_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
     decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
     differences.append(_difference("decode", _rows_last(decoded), theirs, peak=1.0))
     differences.append(_difference("picture", ours, theirs, peak=1.0))
-    return Comparison(prompt, seed, tuple(differences), _image(ours), _image(theirs))
+    names = tuple(control.name for control in request.controls)
+    return Comparison(prompt, seed, tuple(differences), _image(ours), _image(theirs), names)
+
+
+def control_picture(manifest: Manifest) -> Image.Image:
+    """White lines on black, of the bundle's usual size: a picture that ControlNets of any kind can be given."""
+    width, height = manifest.shapes.width.opt, manifest.shapes.height.opt
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    stroke = max(1, min(width, height) // 64)
+    draw.ellipse((width // 8, height // 8, width // 2, height // 2), outline="white", width=stroke)
+    draw.rectangle((width // 3, height // 3, width * 7 // 8, height * 3 // 4), outline="white", width=stroke)
+    return image
 
 
 def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Difference]:
@@ -177,17 +227,24 @@ def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Diffe
         yield _difference("pooled text", _array(ours.text_embeds), _array(theirs[2]))
 
 
-def _draw_ours(pipe: Pipeline, prompt: str, seed: int, steps: int | None) -> tuple[Request, np.ndarray, list[Tensor]]:
+def _draw_ours(
+    pipe: Pipeline, prompt: str, seed: int, steps: int | None, image: Image.Image | None
+) -> tuple[Request, np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> None:
         seen.append(tensors["latents"].clone())
 
-    result = pipe(prompt, num_inference_steps=steps, seed=seed, output_type="np", callback_on_step_end=keep)
+    images = None if image is None else dict.fromkeys(pipe.manifest.controlnets, image)
+    result = pipe(
+        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=images, callback_on_step_end=keep
+    )
     return result.request, result.images[0], seen
 
 
-def _draw_theirs(request: Request, reference: Any, seed: int) -> tuple[np.ndarray, list[Tensor]]:
+def _draw_theirs(
+    request: Request, reference: Reference, seed: int, image: Image.Image | None
+) -> tuple[np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,8 +254,19 @@ def _draw_theirs(request: Request, reference: Any, seed: int) -> tuple[np.ndarra
     schedule: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
     if request.timesteps is not None:
         schedule = {"timesteps": list(request.timesteps)}
-    result = reference(
+    pipe: Any = reference.plain
+    control: dict[str, Any] = {}
+    if image is not None:
+        scales = [control.conditioning_scale for control in request.controls]
+        is_one = len(scales) == 1  # which diffusers takes without a list
+        pipe = reference.controlled
+        control = {
+            "image": image if is_one else [image] * len(scales),
+            "controlnet_conditioning_scale": scales[0] if is_one else scales,
+        }
+    result = pipe(
         request.prompts[0],
+        **control,
         **schedule,
         eta=request.eta,
         guidance_scale=request.guidance_scale,

@@ -173,4 +173,8 @@ def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = N
         line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime draws here instead"
         err.print(line, markup=False, soft_wrap=True)
     prompt = example_prompt(bundle.manifest.checkpoint)
-    out.print(f'draw with: hypersd generate {quoted(bundle.root)} "{prompt}"', markup=False, soft_wrap=True)
+    command = f'hypersd generate {quoted(bundle.root)} "{prompt}"'
+    out.print(f"draw with: {command}", markup=False, soft_wrap=True)
+    if names := list(bundle.manifest.controlnets):
+        given = "photo.jpg" if len(names) == 1 else f"{names[0]}=photo.jpg"
+        out.print(f"along a picture: {command} --control-image {given}", markup=False, soft_wrap=True)

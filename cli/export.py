@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHERE",
         help="Hub repository or folder; `tiny` for TAESD (default: the base's; fixed one for fp16 SDXL)",
     )
+    sources.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="WHERE",
+        help="Hub repository or folder of a ControlNet for the bundle, or NAME=WHERE; may be given more than once",
+    )
     form = parser.add_argument_group("bundle")
     form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
     form.add_argument("--height", type=int, metavar="PIXELS", help="default: what the base was trained for")
@@ -100,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export_options(args: argparse.Namespace) -> ExportOptions:
+    from ..export.controlnets import ControlNetSource
     from ..export.exporter import ExportOptions
     from ..export.shapes import ShapeOptions
     from ..export.sources import SourceOptions
@@ -107,7 +115,12 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
     dynamic = None if args.dynamic is None else dict(args.dynamic)
     return ExportOptions(
         sources=SourceOptions(
-            base=args.base, revision=args.revision, variant=args.variant, lora=args.lora, vae=args.vae
+            base=args.base,
+            revision=args.revision,
+            variant=args.variant,
+            lora=args.lora,
+            vae=args.vae,
+            controlnets=tuple(map(ControlNetSource.parse, args.controlnet)),
         ),
         shapes=ShapeOptions(batch=args.batch, height=args.height, width=args.width, dynamic=dynamic),
         precision=args.precision,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import BUNDLE_HELP, folder
+from .control_options import add_control_options, read_controls
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime import Pipeline
     from ..runtime.pipeline import PipelineOutput
     from ..runtime.request import Request
+    from .control_options import Controls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
+    add_control_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the pictures one by one, write them, and print seconds by stage."""
     _check(args)
+    controls = _read_controls(args)
     pipe = _load(args)
-    images = _draw(pipe, args)
+    images = _draw(pipe, controls, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -69,6 +73,13 @@ def _check(args: argparse.Namespace) -> None:
     check_output(args.output)
     _check_target(args)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
+
+
+def _read_controls(args: argparse.Namespace) -> Controls | None:
+    """The control pictures, before the engines are loaded: a file that is none is said at once."""
+    from ..engines import Bundle
+
+    return read_controls(args, Bundle.load(args.bundle).manifest)
 
 
 def _load(args: argparse.Namespace) -> Pipeline:
@@ -94,16 +105,18 @@ def _load(args: argparse.Namespace) -> Pipeline:
     return pipe
 
 
-def _draw(pipe: Pipeline, args: argparse.Namespace) -> list[Image]:
+def _draw(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> list[Image]:
     """Draw and write every picture."""
     from .console import err, out
     from .pictures import numbered, write_png
 
+    control = _control_arguments(pipe, controls, args)
     console, images, is_guided = out(), [], False
     for i in range(args.count):
-        result = _draw_one(pipe, args, i)
+        result = _draw_one(pipe, args, i, control)
         path = numbered(args.output, i, args.count)
-        write_png(path, result.images[0], _metadata(pipe, result.request, args.seed + i))
+        metadata = _metadata(pipe, result.request, args.seed + i) | (controls.metadata() if controls else {})
+        write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
         images.append(result.images[0])
@@ -113,7 +126,29 @@ def _draw(pipe: Pipeline, args: argparse.Namespace) -> list[Image]:
     return images
 
 
-def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int) -> PipelineOutput:
+def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments for the control pictures, which are fitted and changed here, once for all pictures."""
+    from .console import err, out
+    from .pictures import write_png
+
+    if controls is None:
+        return {}
+    width, height = args.width or pipe.manifest.shapes.width.opt, args.height or pipe.manifest.shapes.height.opt
+    images = controls.images(width, height)
+    for name, image in images.items():
+        given = controls.pictures[name]
+        line = (
+            f"{name} follows {given.file} ({given.image.width}x{given.image.height}), preprocess {controls.words(name)}"
+        )
+        err().print(line, markup=False, soft_wrap=True)
+        if args.save_control:
+            path = args.output.with_name(f"{args.output.stem}-{name}.png")
+            write_png(path, image, {})
+            out().print(f"{path}  what {name} sees", markup=False, soft_wrap=True)
+    return {"image": images, **controls.arguments}
+
+
+def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
     with step_bar(f"picture {index + 1} of {args.count}", _steps(pipe, args)) as advance:
@@ -128,6 +163,7 @@ def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int) -> PipelineO
             width=args.width,
             seed=args.seed + index,
             force=args.force,
+            **control,
             callback_on_step_end=lambda *_: advance(),
         )
 
@@ -213,6 +249,7 @@ def _metadata(pipe: Pipeline, request: Request, seed: int) -> dict[str, Any]:
         "height": request.height,
         "width": request.width,
         "seed": seed,
+        **_control_numbers(request),
         "checkpoint": manifest.checkpoint,
         "base": manifest.origin.base,
         "vae": manifest.origin.vae,
@@ -221,3 +258,13 @@ def _metadata(pipe: Pipeline, request: Request, seed: int) -> dict[str, Any]:
         "sampler": manifest.sampler.kind,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _control_numbers(request: Request) -> dict[str, dict[str, float]]:
+    if not request.controls:
+        return {}
+    return {
+        "controlnet_conditioning_scale": {control.name: control.conditioning_scale for control in request.controls},
+        "control_guidance_start": {control.name: control.start for control in request.controls},
+        "control_guidance_end": {control.name: control.end for control in request.controls},
+    }

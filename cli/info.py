@@ -7,7 +7,8 @@ It says of each target whether it runs on this machine, and if not, why. `hypers
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .arguments import BUNDLE_HELP, build_command, folder
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..engines import Bundle
-    from ..engines.manifest import EngineTarget
+    from ..engines.manifest import EngineTarget, TensorSpec
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
 SHOWN_NAMES = 3  # of a network's attentions
@@ -67,9 +68,22 @@ def _network_table(bundle: Bundle) -> Table:
     for name, component in bundle.manifest.components.items():
         size = sum(bundle.manifest.files[file].size for file in component.files)
         specs = (component.inputs, component.outputs)
-        tensors = ("\n".join(f"{key} {spec}" for key, spec in tensors.items()) for tensors in specs)
+        tensors = ("\n".join(_tensor_lines(tensors)) for tensors in specs)
         table.add_row(Text(name), f"{size / 1e6:,.1f}", *map(Text, tensors))
     return table
+
+
+def _tensor_lines(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """A line for each tensor, and one for all of a numbered row, of which a UNet's residuals are a dozen."""
+    rows = Counter(key.rpartition("_")[0] for key in tensors if key.rpartition("_")[2].isdecimal())
+    lines = []
+    for key, spec in tensors.items():
+        row, _, number = key.rpartition("_")
+        if row not in rows:
+            lines.append(f"{key} {spec}")
+        elif number == "0":
+            lines.append(f"{row}_0 to {rows[row] - 1}")
+    return lines
 
 
 def _checked_files(bundle: Bundle) -> str:
@@ -181,10 +195,22 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "pictures": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",
+        **_controlnet_facts(bundle),
         "weights": f"{weights / 1e6:,.1f} MB",
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": ", ".join(["ONNX Runtime", *_backends(bundle)]),
     }
+
+
+def _controlnet_facts(bundle: Bundle) -> dict[str, str]:
+    """Every ControlNet with where it came from and how it wants to be used, a line each."""
+    lines = []
+    for name, settings in bundle.manifest.controlnets.items():
+        origin = bundle.manifest.origin.controlnets.get(name)
+        source = f" of {origin.location}" if origin else ""
+        source += f" at {origin.revision}" if origin and origin.revision else ""
+        lines.append(f"{name}{source}: scale {settings.conditioning_scale:g}, preprocess {settings.preprocess}")
+    return {"ControlNets": "\n".join(lines)} if lines else {}
 
 
 def _backends(bundle: Bundle) -> list[str]:

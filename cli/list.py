@@ -1,4 +1,4 @@
-"""Every checkpoint that hypersd knows, with its base and settings."""
+"""Every checkpoint that hypersd knows, with its base and settings, and the ControlNets that it knows."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def run(args: argparse.Namespace) -> None:
         "Demonstration checkpoints, small, in the clone (tests/assets/demo): nothing is downloaded", markup=False
     )
     console.print(_table(DEMO_CHECKPOINTS))
+    console.print(
+        "ControlNets whose settings are known; any other of this kind can be exported, too: "
+        "`hypersd export --controlnet WHERE`",
+        markup=False,
+    )
+    console.print(_controlnet_table())
 
 
 def _table(checkpoints: Iterable[Checkpoint]) -> Table:
@@ -49,6 +55,24 @@ def _table(checkpoints: Iterable[Checkpoint]) -> Table:
             ", ".join(map(str, checkpoint.timesteps or ())) or "its own",
             f"{checkpoint.eta:g}",
             f"{checkpoint.guidance_scale:g}" if checkpoint.is_guided else "none",
+        )
+    return table
+
+
+def _controlnet_table() -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from ..export.checkpoints import FAMILY_NAMES
+    from ..export.controlnets import KNOWN_CONTROLNETS
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("ControlNet", "for", "scale", "preprocess"):
+        table.add_column(heading, no_wrap=True)
+    for known in KNOWN_CONTROLNETS:
+        settings = known.settings
+        table.add_row(
+            known.location, FAMILY_NAMES[known.family], f"{settings.conditioning_scale:g}", settings.preprocess
         )
     return table
 

@@ -2,7 +2,8 @@
 
 Loads with diffusers what the bundle was made of, draws the same prompts and seeds with both, and prints how far text,
 each step's latents, decoder and picture are apart. Writes each pair side by side with its difference: ours, diffusers',
-the difference at full contrast. Ends with exit code 1 where a picture is further off than the threshold.
+the difference at full contrast. A bundle's ControlNets draw a picture more, of a few lines that they are all given.
+Ends with exit code 1 where a picture is further off than the threshold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from .arguments import BUNDLE_HELP, folder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.table import Table
 
     from ..verify import Comparison
@@ -50,14 +52,19 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
     console, comparisons = out(), []
     prompts = args.prompt or verify.PROMPTS
+    pictures: list[tuple[str, int, Image | None]] = [(prompt, args.seed + i, None) for i, prompt in enumerate(prompts)]
+    if pipe.manifest.controlnets:
+        pictures.append((prompts[0], args.seed, verify.control_picture(pipe.manifest)))
     err().print("loading what the bundle was made of with diffusers")
     reference = verify.load_reference(pipe.manifest, DownloadBar(err()))
-    for i, prompt in enumerate(prompts):
-        with spinner(f"drawing picture {i + 1} of {len(prompts)} with both"):
-            comparison = verify.compare(pipe, reference, prompt, args.seed + i, args.steps)
+    for i, (prompt, seed, image) in enumerate(pictures):
+        with spinner(f"drawing picture {i + 1} of {len(pictures)} with both"):
+            comparison = verify.compare(pipe, reference, prompt, seed, args.steps, image)
         path = folder / f"pair-{i}.png"
         write_png(path, verify.side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
-        console.print(f"\n{comparison.prompt!r}, seed {comparison.seed}: {path}", markup=False, soft_wrap=True)
+        control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""
+        line = f"\n{comparison.prompt!r}, seed {comparison.seed}{control}: {path}"
+        console.print(line, markup=False, soft_wrap=True)
         console.print(_table(comparison))
         comparisons.append(comparison)
     verify.check_thresholds(comparisons, threshold)

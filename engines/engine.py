@@ -50,6 +50,16 @@ class Engine(Protocol):
         ...
 
 
+def varying_extents(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> dict[str, int]:
+    """The extents of all dimensions that vary, by name, as some of an engine's inputs have them."""
+    return {
+        name: extent
+        for key, tensor in feeds.items()
+        if key in specs
+        for name, extent in specs[key].extents(tensor.shape).items()
+    }
+
+
 def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor], device: torch.device) -> None:
     """Refuse tensors that are not what the engine ``name`` takes, saying expected and received.
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from ..errors import BundleError, one_line
+from .controlnets import check_controlnet_name, cond_embedding, controlnet, residual_input
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
+HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: what it is a part of, and the divisor
 
 DType = Literal["float32", "float16", "int64"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+Preprocess = Literal["canny", "scribble", "none"]
 LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5  # of TensorRT's optimization
 OptimizationLevel = Annotated[int, msgspec.Meta(ge=LOWEST_LEVEL, le=HIGHEST_LEVEL)]
 
@@ -47,6 +51,26 @@ class Range(_Record, frozen=True, kw_only=True):
         """The range of a dimension that is a ``factor``-th of this one, as latents are of pixels."""
         return Range(name=name, min=self.min // factor, opt=self.opt // factor, max=self.max // factor)
 
+    def halved(self, times: int) -> Range:
+        """This dimension after so many convolutions of stride 2, each of which rounds up: ``latent_height_div4``."""
+        divisor = 2**times
+        name = f"{self.name}_div{divisor}" if times else self.name
+        return Range(name=name, min=-(-self.min // divisor), opt=-(-self.opt // divisor), max=-(-self.max // divisor))
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether it follows from another dimension, as :meth:`halved` makes it."""
+        return HALVED.fullmatch(self.name) is not None
+
+    def extent(self, extents: Mapping[str, int]) -> int | None:
+        """What it is where some dimensions' extents are known by name; None if it does not follow from them."""
+        if self.name in extents:
+            return extents[self.name]
+        halved = HALVED.fullmatch(self.name)
+        if halved is None or halved[1] not in extents:
+            return None
+        return -(-extents[halved[1]] // int(halved[2]))
+
 
 Dim = Positive | Range
 
@@ -71,6 +95,15 @@ class TensorSpec(_Record, frozen=True, kw_only=True):
             return False
         ranges = (dim_range(dim) for dim in self.shape)
         return all(wide.min <= extent <= wide.max for extent, wide in zip(shape, ranges, strict=True))
+
+    def extents(self, shape: Sequence[int]) -> dict[str, int]:
+        """What the dimensions that vary are in a tensor of ``shape``, by name."""
+        pairs = zip(self.shape, shape, strict=False)  # a tensor that does not fit, the engine refuses
+        return {dim.name: extent for dim, extent in pairs if isinstance(dim, Range)}
+
+    def shape_at(self, extents: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where these dimensions are known; others have their usual extent."""
+        return tuple(dim if isinstance(dim, int) else dim.extent(extents) or dim.opt for dim in self.shape)
 
 
 class Component(_Record, frozen=True, kw_only=True):
@@ -115,6 +148,13 @@ class SourceFile(_Record, frozen=True, kw_only=True):
     path: str | None = None
 
 
+class ControlNetOrigin(_Record, frozen=True, kw_only=True):
+    """Where a ControlNet came from: a Hub repository, a folder or a demonstration folder; ``revision`` its commit."""
+
+    location: str
+    revision: str | None = None
+
+
 class Origin(_Record, frozen=True, kw_only=True):
     """Where the parts came from, enough to load them again with diffusers (``hypersd verify``).
 
@@ -124,6 +164,7 @@ class Origin(_Record, frozen=True, kw_only=True):
         variant: ``"fp16"`` if the half-precision weight files were taken.
         vae: where the VAE was taken from if not from ``base``.
         lora_scale: what the LoRA was scaled with before it was fused; None without a LoRA.
+        controlnets: where each ControlNet came from, by its name.
         weights: for each component the files that its weights came from.
     """
 
@@ -133,6 +174,7 @@ class Origin(_Record, frozen=True, kw_only=True):
     vae: str | None = None
     vae_revision: str | None = None
     lora_scale: float | None = None
+    controlnets: dict[str, ControlNetOrigin] = msgspec.field(default_factory=dict)
     weights: dict[str, tuple[SourceFile, ...]]
 
 
@@ -154,6 +196,16 @@ class VaeSettings(_Record, frozen=True, kw_only=True):
     spatial: Positive = 8
     latent_channels: Positive = 4
     tiny: bool = False
+
+
+class ControlNetSettings(_Record, frozen=True, kw_only=True):
+    """How a ControlNet wants to be used; what a call leaves out comes from here.
+
+    ``preprocess`` is what makes its control picture from a photograph or a drawing.
+    """
+
+    conditioning_scale: float = 1.0
+    preprocess: Preprocess = "none"
 
 
 class PictureShapes(_Record, frozen=True, kw_only=True):
@@ -236,6 +288,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     scheduler: dict[str, Any]
     vae: VaeSettings
     force_zeros_for_empty_prompt: bool
+    controlnets: dict[str, ControlNetSettings] = msgspec.field(default_factory=dict)
     components: dict[str, Component]
     files: dict[str, FileRecord]
     origin: Origin
@@ -248,8 +301,20 @@ class Manifest(_Record, frozen=True, kw_only=True):
         named = {file for component in self.components.values() for file in component.files}
         if unlisted := sorted(named - self.files.keys()):
             raise ValueError(f"component files without a record: {', '.join(unlisted)}")
+        for name in self.controlnets:
+            self._check_controlnet(name)
         for name, target in self.engines.items():
             self._check_target(name, target)
+
+    def _check_controlnet(self, name: str) -> None:
+        """A ControlNet is two networks, and a UNet that takes what they make."""
+        check_controlnet_name(name)
+        needed = {controlnet(name), cond_embedding(name), "unet"}
+        if absent := sorted(needed - self.components.keys()):
+            raise ValueError(f"ControlNet {name} without its {' and '.join(absent)}")
+        made = {residual_input(output) for output in self.components[controlnet(name)].outputs}
+        if lost := sorted(made - self.components["unet"].inputs.keys()):
+            raise ValueError(f"ControlNet {name} makes what the UNet does not take: {', '.join(lost)}")
 
     def _check_target(self, name: str, target: EngineTarget) -> None:
         """A target is one folder of plans, and of nothing else: commands delete it."""

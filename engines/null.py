@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .engine import TORCH_DTYPES, check_feeds
-from .manifest import Component, dim_range
+from .engine import TORCH_DTYPES, check_feeds, varying_extents
+from .manifest import Component
 
 
 class NullEngine:
@@ -29,15 +29,8 @@ class NullEngine:
         """Zeros of the outputs' dtypes and shapes."""
         check_feeds(self.name, self.inputs, feeds, self.device)
         self.runs += 1
-        extents = {
-            dim_range(dim).name: extent
-            for key, spec in self.inputs.items()
-            for dim, extent in zip(spec.shape, feeds[key].shape, strict=True)
-        }
+        extents = varying_extents(self.inputs, feeds)
         return {
-            key: torch.zeros(
-                [dim if isinstance(dim, int) else extents.get(dim.name, dim.opt) for dim in spec.shape],
-                dtype=TORCH_DTYPES[spec.dtype],
-            )
+            key: torch.zeros(spec.shape_at(extents), dtype=TORCH_DTYPES[spec.dtype])
             for key, spec in self.outputs.items()
         }

@@ -14,7 +14,7 @@ from .manifest import TensorSpec
 def random_input(
     name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens below ``vocabulary``, a timestep, sizes in pixels, or unit-variance latents and embeddings.
+    """Tokens below ``vocabulary``, a timestep, sizes in pixels, a scale, or unit-variance latents and embeddings.
 
     Args:
         name: the input's.
@@ -29,4 +29,6 @@ def random_input(
         return torch.randint(1000, tuple(shape), generator=generator).float()
     if name == "time_ids":
         return torch.randint(8, 1024, tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
+    if name == "conditioning_scale":
+        return torch.rand(tuple(shape), generator=generator)
     return torch.randn(tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])

@@ -59,7 +59,10 @@ SDXL = Series(
 )
 DEMO15 = Series(name="Hyper-Demo15", family="sd15", files="Hyper-Demo", base="Demo15", tiny_vae="taesd-Demo")
 DEMOXL = Series(name="Hyper-DemoXL", family="sdxl", files="Hyper-Demo", base="DemoXL", tiny_vae="taesd-Demo")
-DEMO_FOLDERS = frozenset(place for series in (DEMO15, DEMOXL) for place in (series.files, series.base, series.tiny_vae))
+DEMO_CONTROLNET = "controlnet-canny-Demo15"
+DEMO_FOLDERS = frozenset(
+    {place for series in (DEMO15, DEMOXL) for place in (series.files, series.base, series.tiny_vae)} | {DEMO_CONTROLNET}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..engines.bundle import Bundle
+from ..engines.controlnets import controlnet
 from ..engines.manifest import (
     MANIFEST_NAME,
     Component,
@@ -24,10 +25,11 @@ from ..engines.progress import Stage
 from ..errors import RequestError, UserError
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
+from .controlnets import settings_of
 from .layout import Found
 from .libraries import quiet
 from .memory import release_memory
-from .models import check_unet_sources, is_tiny
+from .models import check_controlnet_sources, check_unet_sources, is_tiny
 from .progress import ExportProgress, Silent
 from .recipes import Recipe, latent_scale, make_recipes, tool_versions
 from .safetensors_file import SafetensorsFile
@@ -46,7 +48,7 @@ class ExportOptions:
     """How to export, besides which checkpoint and where to.
 
     Attributes:
-        sources: what replaces the checkpoint's own base, LoRA or VAE.
+        sources: what replaces the checkpoint's own base, LoRA or VAE, and its ControlNets.
         shapes: picture sizes and batch.
         precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
         lora_scale: factor on top of the LoRA's own alpha/rank.
@@ -89,6 +91,8 @@ def export_bundle(
     with quiet():
         sources = find_sources(entry, options.sources, options.precision, progress.downloads)
         check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
+        for name in sources.controlnets:
+            check_controlnet_sources(sources.parts[controlnet(name)])
         return _Export(entry, sources, options, progress).run(out)
 
 
@@ -228,6 +232,7 @@ class _Export:
                 spatial=latent_scale(sources),
                 tiny=is_tiny(vae),
             ),
+            controlnets={name: settings_of(origin.location) for name, origin in sources.controlnets.items()},
             force_zeros_for_empty_prompt=bool(sources.model_index.get("force_zeros_for_empty_prompt", True)),
             components=components,
             files=files,
@@ -238,6 +243,7 @@ class _Export:
                 vae=sources.vae,
                 vae_revision=sources.vae_revision,
                 lora_scale=options.lora_scale if sources.lora else None,
+                controlnets=sources.controlnets,
                 weights=self.records,
             ),
             versions=tool_versions(),

@@ -176,13 +176,16 @@ class DiffusersBase:
         return self.files.name
 
     def part(self, name: str, variant: str | None = None) -> Part:
-        folder = f"{name}/" if name else ""
+        return self.part_in(f"{name}/", name, variant)
+
+    def part_in(self, folder: str, name: str, variant: str | None = None) -> Part:
+        """The network in a folder, which ends with a slash; an empty one is the top."""
         config = get_file(self.files, f"{folder}config.json")
         stem = folder + ("model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
         for candidate in (variant,) if variant else (None, "fp16"):
             if weights := _find_weights(self.files, stem, candidate):
                 return Part(
-                    name=name or "vae",
+                    name=name,
                     folder=config.path.parent,
                     config=read_json(config),
                     weights=weights,

@@ -115,10 +115,12 @@ def _fill(
     _check_keys(part, seen, unet)
 
 
-def _check_shape(path: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check_shape(
+    path: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...], network: str = "UNet"
+) -> None:
     if shape != expected:
         raise WeightsError(
-            f"{path}: {name} has the shape {list(shape)}, the UNet's configuration says {list(expected)}: "
+            f"{path}: {name} has the shape {list(shape)}, the {network}'s configuration says {list(expected)}: "
             "these weights are another model's"
         )
 
@@ -176,6 +178,32 @@ def load_vae(part: Part, dtype: torch.dtype) -> nn.Module:
     if getattr(vae.config, "latents_mean", None) is not None:
         raise WeightsError(f"{part.folder}: a VAE with latents_mean is not Stable Diffusion's: take another --vae")
     return vae.eval().requires_grad_(False)
+
+
+def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
+    """``diffusers.ControlNetModel``, in evaluation mode."""
+    from diffusers import ControlNetModel
+
+    return _from_pretrained(ControlNetModel, part, torch_dtype=dtype).eval().requires_grad_(False)
+
+
+def check_controlnet_sources(part: Part) -> None:
+    """See from the files' headers that all weights of a ControlNet are there, before any time is spent.
+
+    Raises:
+        WeightsError: some are missing, or of another shape than its configuration says.
+    """
+    from diffusers import ControlNetModel
+
+    with _explained(part, "ControlNetModel"), torch.device("meta"):
+        model: Any = ControlNetModel.from_config(part.config)
+    files = [SafetensorsFile(found.path) for found in part.weights]
+    where = {name: file for file in files for name in file.names}
+    expected = dict(model.named_parameters())
+    if missing := sorted(expected.keys() - where.keys()):
+        raise WeightsError(f"{part.weights[0].path} lacks weights of a ControlNetModel: {json.dumps(missing[:30])}")
+    for name, weight in expected.items():
+        _check_shape(where[name].path, name, where[name].shape(name), tuple(weight.shape), "ControlNet")
 
 
 def is_tiny(part: Part) -> bool:

@@ -34,9 +34,10 @@ class Network:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Every dimension that varies, by name."""
+        """Every dimension that varies by itself, by name."""
         specs = [*self.inputs.values(), *self.outputs.values()]
-        return {dim.name: dim for spec in specs for dim in spec.shape if isinstance(dim, Range)}
+        dims = [dim for spec in specs for dim in spec.shape if isinstance(dim, Range)]
+        return {dim.name: dim for dim in dims if not dim.is_halved}
 
     def random_inputs(self, extents: dict[str, int], seed: int) -> list[Tensor]:
         """Inputs like those of real calls: unit-variance latents and embeddings, valid tokens and timesteps.
@@ -49,8 +50,7 @@ class Network:
         return [self._random_input(name, spec, extents, generator) for name, spec in self.inputs.items()]
 
     def _random_input(self, name: str, spec: TensorSpec, extents: dict[str, int], generator: torch.Generator) -> Tensor:
-        shape = [dim if isinstance(dim, int) else extents[dim.name] for dim in spec.shape]
-        return random_input(name, spec, shape, self.vocabulary, generator)
+        return random_input(name, spec, spec.shape_at(extents), self.vocabulary, generator)
 
 
 class TextEncoder(nn.Module):
@@ -93,8 +93,13 @@ class Unet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = added_conditions(text_embeds, time_ids)
         return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def added_conditions(text_embeds: Tensor | None = None, time_ids: Tensor | None = None) -> dict[str, Any] | None:
+    """SDXL's two more inputs as diffusers takes them; None for SD1.5."""
+    return None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
 
 
 class CastOutput(nn.Module):
@@ -123,12 +128,12 @@ class VaeDecoder(nn.Module):
 def text_encoder_network(name: str, family: str, encoder: Any, shapes: PictureShapes) -> Network:
     """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, SDXL's second also ``text_embeds [B,P]``."""
     dtype = DTYPE_NAMES[encoder.dtype]
-    batch = _dim(shapes.batch)
-    outputs = {"hidden_states": _spec(dtype, batch, TOKENS, encoder.config.hidden_size)}
+    batch = extent(shapes.batch)
+    outputs = {"hidden_states": spec(dtype, batch, TOKENS, encoder.config.hidden_size)}
     if pooled := name == "text_encoder_2":
-        outputs["text_embeds"] = _spec(dtype, batch, encoder.config.projection_dim)
+        outputs["text_embeds"] = spec(dtype, batch, encoder.config.projection_dim)
     module = TextEncoder(encoder) if family == "sd15" else PenultimateTextEncoder(encoder, pooled)
-    return Network(module, {"input_ids": _spec("int64", batch, TOKENS)}, outputs, encoder.config.vocab_size)
+    return Network(module, {"input_ids": spec("int64", batch, TOKENS)}, outputs, encoder.config.vocab_size)
 
 
 def unet_network(unet: Any, shapes: PictureShapes, guided: bool, latent_scale: int) -> Network:
@@ -140,45 +145,51 @@ def unet_network(unet: Any, shapes: PictureShapes, guided: bool, latent_scale: i
         guided: whether a call may hold each picture twice, for classifier-free guidance.
         latent_scale: pixels per latent.
     """
-    dtype = DTYPE_NAMES[unet.dtype]
-    batch = shapes.batch
+    inputs = denoiser_inputs(unet, shapes, guided, latent_scale)
+    return Network(Unet(unet), inputs, {"out_sample": inputs["sample"]})
+
+
+def denoiser_inputs(model: Any, shapes: PictureShapes, guided: bool, latent_scale: int) -> dict[str, TensorSpec]:
+    """The inputs that a UNet and its ControlNets have in common; SDXL's embedding of sizes learns to keep its type."""
+    dtype, batch = DTYPE_NAMES[model.dtype], shapes.batch
     if guided:
         batch = Range(name=batch.name, min=batch.min, opt=2 * batch.opt, max=2 * batch.max)
-    rows = _dim(batch)
-    latents = _latents(dtype, rows, shapes, latent_scale)
+    rows = extent(batch)
     inputs = {
-        "sample": latents,
-        "timestep": _spec("float32", 1),
-        "encoder_hidden_states": _spec(dtype, rows, TOKENS, unet.config.cross_attention_dim),
+        "sample": latents_spec(dtype, rows, LATENT_CHANNELS, shapes, latent_scale),
+        "timestep": spec("float32", 1),
+        "encoder_hidden_states": spec(dtype, rows, TOKENS, model.config.cross_attention_dim),
     }
-    if unet.config.addition_embed_type == "text_time":
-        size = TIME_IDS * unet.config.addition_time_embed_dim
-        inputs["text_embeds"] = _spec(dtype, rows, unet.config.projection_class_embeddings_input_dim - size)
-        inputs["time_ids"] = _spec(dtype, rows, TIME_IDS)
-        unet.add_time_proj = CastOutput(unet.add_time_proj, unet.dtype)
-    return Network(Unet(unet), inputs, {"out_sample": latents})
+    if model.config.addition_embed_type == "text_time":
+        size = TIME_IDS * model.config.addition_time_embed_dim
+        inputs["text_embeds"] = spec(dtype, rows, model.config.projection_class_embeddings_input_dim - size)
+        inputs["time_ids"] = spec(dtype, rows, TIME_IDS)
+        model.add_time_proj = CastOutput(model.add_time_proj, model.dtype)
+    return inputs
 
 
 def vae_decoder_network(vae: Any, shapes: PictureShapes, latent_scale: int) -> Network:
     """The decoder: ``latent_sample [B,4,h,w]`` to ``sample [B,3,H,W]`` in -1..1."""
-    dtype, batch = DTYPE_NAMES[vae.dtype], _dim(shapes.batch)
+    dtype, batch = DTYPE_NAMES[vae.dtype], extent(shapes.batch)
     return Network(
         VaeDecoder(vae),
-        {"latent_sample": _latents(dtype, batch, shapes, latent_scale)},
-        {"sample": _spec(dtype, batch, 3, _dim(shapes.height), _dim(shapes.width))},
+        {"latent_sample": latents_spec(dtype, batch, LATENT_CHANNELS, shapes, latent_scale)},
+        {"sample": spec(dtype, batch, 3, extent(shapes.height), extent(shapes.width))},
     )
 
 
-def _spec(dtype: Any, *shape: int | Range) -> TensorSpec:
+def spec(dtype: Any, *shape: int | Range) -> TensorSpec:
     return TensorSpec(dtype=dtype, shape=shape)
 
 
-def _latents(dtype: Any, batch: int | Range, shapes: PictureShapes, scale: int) -> TensorSpec:
-    height = shapes.height.divided(scale, "latent_height")
-    width = shapes.width.divided(scale, "latent_width")
-    return _spec(dtype, batch, LATENT_CHANNELS, _dim(height), _dim(width))
+def latents_spec(
+    dtype: Any, rows: int | Range, channels: int, shapes: PictureShapes, scale: int, halvings: int = 0
+) -> TensorSpec:
+    """A tensor of latents' size, or of a half, a quarter and so on of it."""
+    sides = [getattr(shapes, side).divided(scale, f"latent_{side}").halved(halvings) for side in ("height", "width")]
+    return spec(dtype, rows, channels, *map(extent, sides))
 
 
-def _dim(extent: Range) -> int | Range:
+def extent(wide: Range) -> int | Range:
     """A range of one value is a fixed dimension."""
-    return extent.opt if extent.min == extent.max else extent
+    return wide.opt if wide.min == wide.max else wide

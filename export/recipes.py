@@ -9,12 +9,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ..engines.controlnets import cond_embedding, controlnet
 from ..engines.manifest import PictureShapes, SourceFile
 from .checkpoints import Checkpoint
+from .control_networks import cond_embedding_network, controlled_unet_network, controlnet_network
 from .layout import Part
-from .models import TORCH_DTYPES, is_tiny, load_text_encoder, load_unet, load_vae
+from .models import TORCH_DTYPES, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
 from .networks import Network, text_encoder_network, unet_network, vae_decoder_network
-from .sources import ENCODERS, Sources
+from .sources import ENCODERS, Sources, pixels_per_latent
 from .trace import OPSET
 
 RECIPE_VERSION = 1  # raise it when the exporter makes another graph from the same inputs
@@ -90,10 +92,27 @@ def make_recipes(
 
         return recipe("vae_decoder", "vae", vae_precision, load, shapes=_described(shapes))
 
+    def controlnet_recipe(name: str) -> Recipe:
+        def load() -> Network:
+            loaded = load_controlnet(parts[controlnet(name)], TORCH_DTYPES[precision])
+            return controlnet_network(loaded, shapes, checkpoint.is_guided, latent_scale(sources))
+
+        more = {"shapes": _described(shapes), "guided": checkpoint.is_guided, "latent_scale": latent_scale(sources)}
+        return recipe(controlnet(name), controlnet(name), precision, load, **more)
+
+    def cond_embedding_recipe(name: str) -> Recipe:
+        def load() -> Network:
+            loaded = load_controlnet(parts[controlnet(name)], TORCH_DTYPES[precision])
+            return cond_embedding_network(loaded, shapes, latent_scale(sources))
+
+        more = {"shapes": _described(shapes), "latent_scale": latent_scale(sources)}
+        return recipe(cond_embedding(name), controlnet(name), precision, load, **more)
+
     def unet() -> Recipe:
         def load() -> Network:
             loaded = load_unet(parts["unet"], sources.lora, family, lora_scale, TORCH_DTYPES[precision])
-            return unet_network(loaded, shapes, checkpoint.is_guided, latent_scale(sources))
+            network = controlled_unet_network if sources.controlnets else unet_network
+            return network(loaded, shapes, checkpoint.is_guided, latent_scale(sources))
 
         lora = [record.sha256 for record in records.get("lora", ())]
         more = {
@@ -101,17 +120,23 @@ def make_recipes(
             "lora_scale": lora_scale,
             "guided": checkpoint.is_guided,
             "latent_scale": latent_scale(sources),
+            **({"residuals": True} if sources.controlnets else {}),
         }
         return recipe("unet", "unet", precision, load, shapes=_described(shapes), **more)
 
-    return [*(text_encoder(name) for name in ENCODERS[family]), vae_decoder(), unet()]
+    names = sources.controlnets
+    return [
+        *map(text_encoder, ENCODERS[family]),
+        vae_decoder(),
+        *map(cond_embedding_recipe, names),
+        *map(controlnet_recipe, names),
+        unet(),
+    ]
 
 
 def latent_scale(sources: Sources) -> int:
-    """Pixels per latent: each level of the VAE but the first halves the picture."""
-    config = sources.parts["vae"].config
-    levels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
-    return 2 ** (len(levels) - 1) if levels else 8
+    """Pixels per latent."""
+    return pixels_per_latent(sources.parts["vae"].config)
 
 
 def needs_float32(vae: Part, family: str) -> bool:

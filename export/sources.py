@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..engines.controlnets import controlnet
+from ..engines.manifest import ControlNetOrigin
 from ..errors import WeightsError
 from .checkpoints import FAMILY_NAMES, Checkpoint
+from .controlnets import ControlNetSource, check_fits, named
 from .hub import DownloadProgress
 from .layout import (
     SAFETENSORS_HINT,
@@ -40,6 +43,7 @@ class SourceOptions:
         lora_revision: branch, tag or commit of that file on the Hub.
         vae: a Hub repository or folder, or ``"tiny"`` for TAESD.
         vae_revision: branch, tag or commit of ``vae``.
+        controlnets: ControlNets for the bundle.
     """
 
     base: str | None = None
@@ -49,6 +53,7 @@ class SourceOptions:
     lora_revision: str | None = None
     vae: str | None = None
     vae_revision: str | None = None
+    controlnets: tuple[ControlNetSource, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,9 +64,10 @@ class Sources:
         base: where the base model is, as ``--base`` takes it.
         base_revision: its commit, if it is on the Hub.
         tokenizers: folders by name (``tokenizer``, ``tokenizer_2``).
-        parts: networks by name (``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``).
+        parts: networks by name (``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``, ``controlnet/NAME``).
         vae: where the VAE was taken from if not from the base.
         lora: the LoRA to fuse, if the checkpoint is one.
+        controlnets: where the ControlNets were taken from, by name.
     """
 
     base: str
@@ -73,6 +79,7 @@ class Sources:
     vae: str | None
     vae_revision: str | None
     lora: Found | None
+    controlnets: dict[str, ControlNetOrigin]
 
     @property
     def weights(self) -> dict[str, tuple[Found, ...]]:
@@ -88,7 +95,7 @@ def find_sources(
 
     Args:
         checkpoint: which of the Hyper-SD files.
-        options: what replaces the checkpoint's own base, LoRA or VAE.
+        options: what replaces the checkpoint's own base, LoRA or VAE, and its ControlNets.
         precision: ``"fp16"`` or ``"fp32"``; published SDXL in fp16 takes the repaired VAE.
         progress: told about downloads.
 
@@ -106,8 +113,14 @@ def find_sources(
     scheduler_config = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
     names = [encoder.replace("text_encoder", "tokenizer") for encoder in ENCODERS[checkpoint.family]]
     tokenizers = {name: tokenizer_folder(base.files, name) for name in names}
+    controlnets = _open_controlnets(options, progress)
+    _check_controlnets(controlnets, checkpoint, base, vae)
     hyper_file = _hyper_file(checkpoint, options, progress)
     parts = _find_parts(checkpoint, base, vae, hyper_file, options.variant)
+    parts |= {
+        controlnet(name): place.part_in(_folder(place, "controlnet"), controlnet(name))
+        for name, place in controlnets.items()
+    }
     for part in parts.values():
         for file in part.weights:
             SafetensorsFile(file.path)  # refuse a damaged file now, not after minutes of work
@@ -121,6 +134,10 @@ def find_sources(
         vae=vae.location if vae else None,
         vae_revision=vae.files.revision if vae else None,
         lora=hyper_file if checkpoint.kind == "lora" else None,
+        controlnets={
+            name: ControlNetOrigin(location=place.location, revision=place.files.revision)
+            for name, place in controlnets.items()
+        },
     )
 
 
@@ -134,7 +151,7 @@ def _find_parts(
         parts["unet"] = Part(name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,))
     else:
         parts["unet"] = base.part("unet", variant)
-    parts["vae"] = _vae_part(vae) if vae else base.part("vae", variant)
+    parts["vae"] = vae.part_in(_folder(vae, "vae"), "vae") if vae else base.part("vae", variant)
     return parts
 
 
@@ -196,9 +213,37 @@ def _open_vae(
     return DiffusersBase(open_files(location, options.vae_revision, progress, "--vae"))
 
 
-def _vae_part(vae: DiffusersBase) -> Part:
-    """A repository of only a VAE has its files at the top; of a whole model, in ``vae/``."""
-    return vae.part("" if vae.files.find("config.json") else "vae")
+def _open_controlnets(options: SourceOptions, progress: DownloadProgress | None) -> dict[str, DiffusersBase]:
+    return {
+        name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
+        for name, source in named(options.controlnets).items()
+    }
+
+
+def _check_controlnets(
+    controlnets: dict[str, DiffusersBase], checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None
+) -> None:
+    """Compare the ControlNets' configurations with the UNet's, before gigabytes of weights are fetched."""
+    if not controlnets:
+        return
+    unet = read_json(get_file(base.files, "unet/config.json"))
+    vae_config = f"{_folder(vae, 'vae')}config.json" if vae else "vae/config.json"
+    scale = pixels_per_latent(read_json(get_file((vae or base).files, vae_config)))
+    for place in controlnets.values():
+        config = read_json(get_file(place.files, f"{_folder(place, 'controlnet')}config.json"))
+        check_fits(place.location, config, unet, checkpoint.family, base.location, scale)
+
+
+def pixels_per_latent(vae: dict[str, Any]) -> int:
+    """Pixels per latent, from a VAE's configuration: each of its levels but the first halves the picture."""
+    levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    return 2 ** (len(levels) - 1) if levels else 8
+
+
+def _folder(place: DiffusersBase, name: str) -> str:
+    """A repository of one network has its files at the top; of a whole model, in a folder of the network's name."""
+    is_inside = not place.files.find("config.json") and place.files.find(f"{name}/config.json")
+    return f"{name}/" if is_inside else ""
 
 
 def _check_family(model_index: dict[str, Any], checkpoint: Checkpoint, base: str) -> None:

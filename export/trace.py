@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.export import Dim
 
 from ..engines.manifest import Range, TensorSpec
@@ -36,13 +37,13 @@ def trace(network: Network, path: Path) -> list[Path]:
     example = network.random_inputs(extents, TRACE_SEED)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            network.module,
+            Positional(network.module),
             tuple(example),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(network.inputs),
             output_names=list(network.outputs),
-            dynamic_shapes=tuple(_dynamic_dims(spec) for spec in network.inputs.values()),
+            dynamic_shapes=(tuple(_dynamic_dims(spec) for spec in network.inputs.values()),),
             optimize=False,
             verbose=False,
         )
@@ -57,6 +58,17 @@ def trace(network: Network, path: Path) -> list[Path]:
     ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
     _drop_weights([*weights, *model.graph.initializers.values()])
     return [path, data] if data.exists() else [path]
+
+
+class Positional(nn.Module):
+    """A module whose inputs are all of one variadic argument: the exporter has a rule for those and one for others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
 
 
 def _trace_extent(extent: Range, index: int) -> int:

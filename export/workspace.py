@@ -74,13 +74,28 @@ class Workspace:
             self._finished = msgspec.json.decode((self.root / PROGRESS_NAME).read_bytes(), type=Finished)
         if any(not self._is_whole(name, record) for name, record in self._finished.files.items()):
             self._finished = Finished({}, {})
-        for path in self.root.iterdir():
-            if not path.is_dir():
-                if path.name != PROGRESS_NAME:
-                    path.unlink()
-            elif path.name not in self._finished.components:
-                shutil.rmtree(path)
+        self._sweep(self.root)
         return dict(self._finished.components)
+
+    def _sweep(self, folder: Path) -> None:
+        """Delete what is no finished component. A component's folder may lie in one of its kind's."""
+        for path in folder.iterdir():
+            name = path.relative_to(self.root).as_posix()
+            if not path.is_dir():
+                if name != PROGRESS_NAME:
+                    path.unlink()
+            elif any(component.startswith(f"{name}/") for component in self._finished.components):
+                self._sweep(path)
+            elif name not in self._finished.components:
+                shutil.rmtree(path)
+
+    def _remove(self, name: str) -> None:
+        """Delete a component's folder, and that of its kind with the last of them."""
+        folder = self.root / name
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent != self.root:
+            with contextlib.suppress(OSError):  # there are others
+                folder.parent.rmdir()
 
     def _is_whole(self, name: str, record: FileRecord) -> bool:
         path = self.root / name
@@ -95,18 +110,18 @@ class Workspace:
             {n: r for n, r in finished.files.items() if n not in component.files},
         )
         write_whole(self.root / PROGRESS_NAME, encode(self._finished))
-        shutil.rmtree(self.root / name)
+        self._remove(name)
 
     @contextlib.contextmanager
     def component_folder(self, name: str) -> Iterator[Path]:
         """A new folder for a component's files, deleted again if it does not get finished."""
+        self._remove(name)
         folder = self.root / name
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
             yield folder
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._remove(name)
             raise
 
     def finish_component(self, name: str, component: Component) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engines import Engine
 from ..engines.manifest import dim_range
 
-SHARED = frozenset({"timestep"})  # inputs that have no row per picture
+SHARED = frozenset({"timestep", "conditioning_scale"})  # inputs that have no row per picture
 
 
 def run_rows(engine: Engine, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

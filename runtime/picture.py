@@ -16,15 +16,17 @@ from torch import Tensor
 from ..engines import Engine, Manifest
 from ..engines.engine import TORCH_DTYPES
 from .batching import run_rows
+from .controlnets import ControlledUnet
 from .images import to_pixels
 from .noise import Generators
 from .request import Request
 from .samplers import Sampler
 from .text import TextConditioner, TextEmbeddings
 
-# A timestep's row is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
-TIMESTEP_ROW = 64
+# A row of one number is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
+NUMBER_ROW = 64
 NOISE = "noise_"  # and the step's number: an input for every step that takes noise
+CONDITION = "controlnet_cond/"  # and the ControlNet's name: its control pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class PictureSettings:
         zeroed_negatives: zeros instead of the embeddings of negative prompts.
         num_inference_steps: None with ``timesteps``, and the other way round.
         output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+        controls: for every step the names of the ControlNets that act on it.
     """
 
     prompts: int
@@ -47,6 +50,7 @@ class PictureSettings:
     timesteps: tuple[int, ...] | None
     eta: float
     output_type: str
+    controls: tuple[tuple[str, ...], ...]
 
     @property
     def is_guided(self) -> bool:
@@ -56,6 +60,11 @@ class PictureSettings:
     def steps(self) -> dict[str, Any]:
         """What the sampler's methods take."""
         return {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The ControlNets that act on some step."""
+        return tuple(dict.fromkeys(name for names in self.controls for name in names))
 
 
 class Painter:
@@ -68,10 +77,12 @@ class Painter:
         self.sampler = sampler
         self.text = text
         self.unet = engines["unet"]
+        self.controlled_unet = ControlledUnet(manifest, engines)
         self.vae_decoder = engines["vae_decoder"]
 
     def settings(self, request: Request, output_type: str) -> PictureSettings:
         """What of a request, its values apart, decides how it is computed."""
+        steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
         return PictureSettings(
             prompts=len(request.prompts),
             images_per_prompt=request.num_images_per_prompt,
@@ -81,22 +92,34 @@ class Painter:
             timesteps=request.timesteps,
             eta=request.eta,
             output_type=output_type,
+            controls=tuple(
+                tuple(control.name for control in request.controls if control.is_active(step, steps))
+                for step in range(steps)
+            ),
         )
 
     def make_constants(self, request: Request, settings: PictureSettings) -> dict[str, Tensor]:
         """The inputs that follow from the request alone, on the device.
 
         ``timesteps`` [steps, 64] float32, a row of one value each; for SDXL ``time_ids`` [B, 6], the size conditioning:
-        original size, crop corner and target size (Podell et al., section 2.2), B twice the pictures with guidance.
+        original size, crop corner and target size (Podell et al., section 2.2), B twice the pictures with guidance;
+        with ControlNets ``conditioning_scales`` [ControlNets, 64] float32, a row of one value for each that acts.
         """
         steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
-        rows = torch.tensor(steps, dtype=torch.float32).unsqueeze(1).repeat(1, TIMESTEP_ROW)
-        constants = {"timesteps": rows.to(self.unet.device)}
+        constants = {"timesteps": self._rows_of(steps)}
+        if settings.controlnets:
+            scales = {control.name: control.conditioning_scale for control in request.controls}
+            constants["conditioning_scales"] = self._rows_of([scales[name] for name in settings.controlnets])
         if (spec := self.unet.inputs.get("time_ids")) is not None:
             row = [request.height, request.width, 0, 0, request.height, request.width]
             ids = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype])
             constants["time_ids"] = ids.repeat(request.batch * (2 if settings.is_guided else 1), 1).to(self.unet.device)
         return constants
+
+    def _rows_of(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers that engines take one of at a time: [N, 64] float32, a row of each."""
+        rows = torch.tensor(numbers, dtype=torch.float32).unsqueeze(1).repeat(1, NUMBER_ROW)
+        return rows.to(self.unet.device)
 
     def draw_noise(self, settings: PictureSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
@@ -107,9 +130,11 @@ class Painter:
     def paint(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
 
-        ``inputs`` are the token ids by text encoder, ``latents``, and what the two methods above make.
+        ``inputs`` are the token ids by text encoder, ``latents``, control pictures [1 or prompts, 3, H, W] as
+        ``controlnet_cond/NAME``, and what the two methods above make.
         """
-        latents = self.denoise(settings, self.encode(settings, inputs), inputs)
+        embeddings, controls = self.encode(settings, inputs), self.embed_controls(settings, inputs)
+        latents = self.denoise(settings, embeddings, controls, inputs)
         if settings.output_type == "latent":
             return {"output": latents}
         return {"output": to_pixels(self.decode(latents), settings.output_type)}
@@ -128,10 +153,19 @@ class Painter:
             return positive.map(torch.zeros_like).cat(positive)
         return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
 
+    def embed_controls(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The control pictures as the ControlNets that act see them, [B, C, h, w], by name: once for all steps."""
+        pictures = settings.prompts * settings.images_per_prompt
+        return {
+            name: self.controlled_unet.embed(name, inputs[f"{CONDITION}{name}"], pictures, settings.is_guided)
+            for name in settings.controlnets
+        }
+
     def denoise(
         self,
         settings: PictureSettings,
         embeddings: TextEmbeddings,
+        controls: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor],
         *,
         generator: Generators = None,
@@ -139,10 +173,11 @@ class Painter:
     ) -> Tensor:
         """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
 
+        ``embeddings`` and ``controls`` are what ``encode`` and ``embed_controls`` returned.
         ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
         """
         steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
-        denoiser = Denoiser(self.unet, embeddings, settings, steps, inputs)
+        denoiser = Denoiser(self.controlled_unet, embeddings, controls, settings, steps, inputs)
         return self.sampler.sample(
             denoiser,
             inputs["latents"],
@@ -167,20 +202,25 @@ class Painter:
 class Denoiser:
     """The UNet under one call's conditioning, with classifier-free guidance if the call asks for it.
 
-    ``feeds`` are the UNet's inputs that stay the same from step to step; a callback may replace them.
+    ``feeds`` are inputs of the UNet and of the ControlNets that stay the same from step to step; a callback may
+    replace them.
     """
 
     def __init__(
         self,
-        unet: Engine,
+        unet: ControlledUnet,
         embeddings: TextEmbeddings,
+        controls: Mapping[str, Tensor],
         settings: PictureSettings,
         timesteps: Sequence[int],
         inputs: Mapping[str, Tensor],
     ) -> None:
         self.unet = unet
         self.settings = settings
-        self.timesteps = {t: inputs["timesteps"][i, :1] for i, t in enumerate(timesteps)}  # [1] each
+        self.controls = controls
+        self.steps = {t: i for i, t in enumerate(timesteps)}
+        self.timesteps = inputs["timesteps"]
+        self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
         self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
         if embeddings.text_embeds is not None and "time_ids" in inputs:
             self.feeds["text_embeds"] = embeddings.text_embeds
@@ -189,8 +229,9 @@ class Denoiser:
     def __call__(self, sample: Tensor, t: int) -> Tensor:
         """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
         rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
-        feeds = {"sample": rows, "timestep": self.timesteps[t], **self.feeds}
-        output = run_rows(self.unet, feeds)["out_sample"]
+        step = self.steps[t]
+        feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
+        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales)
         if not self.settings.is_guided:
             return output
         negative, positive = output.chunk(2)

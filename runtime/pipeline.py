@@ -20,9 +20,11 @@ from ..engines.graphed_engine import GraphedEngine
 from ..engines.load import Choice, choose, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
+from .control import PerControlNet, images_by_name, make_conditions, make_controls
+from .controlnets import with_plain_unet
 from .images import check_output_type, to_images, to_pixels
 from .noise import Generators, randn
-from .picture import Denoiser, Painter, PictureSettings
+from .picture import CONDITION, Denoiser, Painter, PictureSettings
 from .request import Request, make_request
 from .samplers import Sampler, make_sampler
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings
@@ -38,9 +40,10 @@ class PipelineOutput:
 
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
-        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``; and ``total``. On a
-            GPU with CUDA graphs all that the GPU does is one stage, ``draw``, which ends when the picture is on the
-            host; for ``"pt"`` and ``"latent"`` nobody waits for that, and it ends when the work is enqueued.
+        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``, and ``control``, the
+            fitting of control pictures if there are any; and ``total``. On a GPU with CUDA graphs all that the GPU does
+            is one stage, ``draw``, which ends when the picture is on the host; for ``"pt"`` and ``"latent"`` nobody
+            waits for that, and it ends when the work is enqueued.
         request: what was drawn: the call's arguments, the manifest's where they were left out.
         seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
     """
@@ -81,6 +84,7 @@ class Pipeline:
         self.device = self.unet.device
         self.dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
         self._graphed = None
+        engines = with_plain_unet(engines)
         is_graphed = capture is not None and all(engine.capturable for engine in engines.values())
         if is_graphed:  # the whole picture as one graph; called stage by stage, every network is one
             whole = Painter(manifest, engines, self.sampler, TextConditioner(tokenizers, engines))
@@ -152,6 +156,11 @@ class Pipeline:
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        image: Any = None,
+        controlnet_conditioning_scale: PerControlNet = None,
+        control_guidance_start: PerControlNet = None,
+        control_guidance_end: PerControlNet = None,
+        resize_mode: str = "crop",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         force: bool = False,
@@ -173,6 +182,14 @@ class Pipeline:
             generator: a ``torch.Generator``, or a list of one for each picture.
             latents: unit-variance noise [B, 4, height/8, width/8] to start from.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+            image: the control picture: a ``PIL.Image`` of any size and mode, an array [H, W, 3] or a tensor [3, H, W]
+                of floats in 0..1 of the size that is drawn, or a list of one for each prompt. Of several ControlNets a
+                list of one for each, or a dict of some by name. Without one no ControlNet runs.
+            controlnet_conditioning_scale: how strongly the ControlNets act, 0 for not at all: a number for all, a list
+                of one for each, or a dict of some by name.
+            control_guidance_start: the part of the steps, 0..1, before which they do not act (default: 0); likewise.
+            control_guidance_end: the part after which they do not act (default: 1); likewise.
+            resize_mode: ``"crop"`` keeps the aspect of control pictures and cuts what is over, ``"stretch"`` does not.
             callback_on_step_end: called as ``callback(pipe, step_index, timestep, tensors)`` after every step; tensors
                 in the dict that it returns replace the loop's.
             callback_on_step_end_tensor_inputs: which tensors it gets, of ``latents`` and ``prompt_embeds``.
@@ -184,6 +201,10 @@ class Pipeline:
         """
         check_output_type(output_type)
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
+        images = {} if image is None else images_by_name(self.manifest, image)
+        control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        if image is None and control_numbers != (None, None, None):
+            raise RequestError("controlnet_conditioning_scale and control_guidance_*: expected an image with them")
         request = make_request(
             self.manifest,
             prompt,
@@ -197,6 +218,7 @@ class Pipeline:
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             force=force,
+            controls=make_controls(self.manifest, images, *control_numbers),
             bundle_shapes=self._bundle_shapes,
             engines=(self.choice and self.choice.target) or "",
         )
@@ -205,16 +227,20 @@ class Pipeline:
         clock = _Clock()
         with clock.stage("tokenize"):
             tokens = self._tokenize(request, settings)
+        conditions: dict[str, Tensor] = {}
+        if images:
+            with clock.stage("control"):
+                conditions = make_conditions(images, request.width, request.height, resize_mode, len(request.prompts))
         with _out_of_memory_in_words(request), self._turn() as caller:
-            call = _Call(request, settings, tokens, generator, latents)
+            call = _Call(request, settings, tokens, conditions, generator, latents)
             if self._graphed is not None and callback_on_step_end is None:
-                images = self._draw_graphed(self._graphed, call, clock, caller)
+                drawn = self._draw_graphed(self._graphed, call, clock, caller)
             else:
                 callback = None
                 if callback_on_step_end is not None:
                     callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-                images = self._draw_by_stages(call, clock, callback, caller)
-        return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)
+                drawn = self._draw_by_stages(call, clock, callback, caller)
+        return PipelineOutput(images=drawn, timings=clock.timings(), request=request, seed=used_seed)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each."""
@@ -256,8 +282,11 @@ class Pipeline:
         with clock.stage("encode", self.device):
             inputs = self._inputs(call)
             embeddings = self._painter.encode(settings, inputs)
+            controls = self._painter.embed_controls(settings, inputs)
         with clock.stage("denoise", self.device):
-            latents = self._painter.denoise(settings, embeddings, inputs, generator=call.generator, callback=callback)
+            latents = self._painter.denoise(
+                settings, embeddings, controls, inputs, generator=call.generator, callback=callback
+            )
         if settings.output_type == "latent":
             return hand_out(latents, caller)
         with clock.stage("decode", self.device):
@@ -280,9 +309,13 @@ class Pipeline:
         """The painter's inputs, the noise apart, on the device."""
         return {
             **{name: ids.to(self.device) for name, ids in call.tokens.items()},
+            **{f"{CONDITION}{name}": self._condition(call, name) for name in call.settings.controlnets},
             "latents": self._latents(call.request, call.generator, call.latents),
             **self._painter.make_constants(call.request, call.settings),
         }
+
+    def _condition(self, call: _Call, name: str) -> Tensor:
+        return call.conditions[name].to(self.device, self.dtype)
 
     def _tokenize(self, request: Request, settings: PictureSettings) -> dict[str, Tensor]:
         """Token ids of the negative prompts, if the text encoders have to see them, then of the prompts."""
@@ -323,6 +356,7 @@ class _Call:
     request: Request
     settings: PictureSettings
     tokens: dict[str, Tensor]
+    conditions: dict[str, Tensor]
     generator: Generators
     latents: Tensor | None
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 from ..engines import Manifest
 from ..engines.manifest import PictureShapes, Range
 from ..errors import RequestError
+from .control import Control
+from .numbers import is_whole, real_number, whole_number
 
 LARGEST_GUIDANCE = 50.0
 LARGEST_SEED = 2**63 - 1
@@ -26,6 +27,7 @@ class Request:
         timesteps: custom ones; None with ``num_inference_steps``.
         guidance_scale: above 1 for classifier-free guidance.
         seeds: one, or one for each picture.
+        controls: the ControlNets that take part.
     """
 
     prompts: tuple[str, ...]
@@ -38,6 +40,7 @@ class Request:
     width: int
     num_images_per_prompt: int
     seeds: tuple[int, ...] | None
+    controls: tuple[Control, ...] = ()
 
     @property
     def is_guided(self) -> bool:
@@ -63,6 +66,7 @@ def make_request(
     num_images_per_prompt: int,
     seed: int | Sequence[int] | None,
     force: bool,
+    controls: tuple[Control, ...] = (),
     bundle_shapes: PictureShapes | None = None,
     engines: str = "",
 ) -> Request:
@@ -82,20 +86,21 @@ def make_request(
     if timesteps is None and sampler.timesteps is not None and steps == len(sampler.timesteps):
         timesteps = sampler.timesteps
     wide = bundle_shapes or manifest.shapes
-    images = _whole("num_images_per_prompt", num_images_per_prompt, 1, 1024)
+    images = whole_number("num_images_per_prompt", num_images_per_prompt, 1, 1024)
     return Request(
         prompts=prompts,
         negative_prompts=_negative_prompts(negative_prompt, prompts),
         num_inference_steps=None if timesteps is not None else steps,
         timesteps=None if timesteps is None else tuple(timesteps),
-        eta=sampler.eta if eta is None else _real("eta", eta, 0.0, 1.0),
+        eta=sampler.eta if eta is None else real_number("eta", eta, 0.0, 1.0),
         guidance_scale=sampler.guidance_scale
         if guidance_scale is None
-        else _real("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
+        else real_number("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
         height=_side(manifest, manifest.shapes.height, wide.height, engines, height),
         width=_side(manifest, manifest.shapes.width, wide.width, engines, width),
         num_images_per_prompt=images,
         seeds=_seeds(seed, len(prompts) * images),
+        controls=controls,
     )
 
 
@@ -126,7 +131,9 @@ def _check_steps(
     """The number of steps, if the checkpoint was distilled for it."""
     if timesteps is not None and not isinstance(timesteps, (list, tuple)):
         raise RequestError(f"timesteps {timesteps!r}: expected a list of whole numbers")
-    steps = len(timesteps) if timesteps is not None else _whole("num_inference_steps", num_inference_steps, 1, 1000)
+    steps = (
+        len(timesteps) if timesteps is not None else whole_number("num_inference_steps", num_inference_steps, 1, 1000)
+    )
     if timesteps is not None and num_inference_steps not in (None, steps):
         raise RequestError(f"num_inference_steps {num_inference_steps} and {steps} timesteps: give one of the two")
     allowed = sorted(manifest.sampler.allowed_steps)
@@ -145,7 +152,7 @@ def _side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent:
     if extent is None:
         return allowed.opt
     multiple = manifest.vae.spatial
-    if not _is_whole(extent):
+    if not is_whole(extent):
         raise RequestError(f"{allowed.name} {extent!r}: expected a whole number of pixels")
     if extent % multiple:
         nearest = min(max(round(extent / multiple) * multiple, allowed.min), allowed.max)
@@ -169,27 +176,4 @@ def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
     seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
     if isinstance(seed, (list, tuple)) and len(seeds) != batch:
         raise RequestError(f"seed: expected one, or {batch}, as pictures, got {len(seeds)}")
-    return tuple(_whole("seed", one, 0, LARGEST_SEED) for one in seeds)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if not _is_whole(value) or not least <= value <= most:
-        raise RequestError(f"{name} {value!r} is out of range: expected a whole number from {least} to {most}")
-    return int(value)
-
-
-def _real(name: str, value: Any, least: float, most: float) -> float:
-    refusal = RequestError(f"{name} {value!r} is out of range: expected a number from {least:g} to {most:g}")
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise refusal
-    try:
-        number = float(value)
-    except OverflowError:
-        raise refusal from None
-    if not least <= number <= most:  # so is nan
-        raise refusal
-    return number
+    return tuple(whole_number("seed", one, 0, LARGEST_SEED) for one in seeds)

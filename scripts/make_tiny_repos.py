@@ -20,6 +20,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -32,6 +33,12 @@ from transformers.utils import logging as transformers_logging
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 HYPER_REPO = "ByteDance/Hyper-SD"
+CONTROLNETS = {
+    "lllyasviel/control_v11p_sd15_canny": "SD15",
+    "lllyasviel/sd-controlnet-scribble": "SD15",
+    "diffusers/controlnet-canny-sdxl-1.0": "SDXL",
+    "xinsir/controlnet-scribble-sdxl-1.0": "SDXL",
+}
 LORAS = {
     "SD15": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
     "SDXL": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
@@ -147,10 +154,30 @@ def write_vaes(root: Path) -> None:
     tiny_vae().save_pretrained(root / "madebyollin/taesdxl")
 
 
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """A ControlNet of a UNet's architecture on which the control picture has an effect, and it on the UNet."""
+    model = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(4, 4, 8, 8), load_weights_from_unet=False
+    )
+    for module in (*model.controlnet_down_blocks, model.controlnet_mid_block):
+        module.reset_parameters()  # they begin as zeros
+    for module in model.controlnet_cond_embedding.modules():
+        if isinstance(module, torch.nn.Conv2d):  # PyTorch's own weights are so small that no picture gets through
+            torch.nn.init.normal_(module.weight, std=2.5 / module.weight[0].numel() ** 0.5)
+    return model
+
+
+def write_controlnets(root: Path, unets: dict[str, UNet2DConditionModel]) -> None:
+    for seed, (repo, family) in enumerate(CONTROLNETS.items()):
+        torch.manual_seed(seed)
+        controlnet(unets[family]).save_pretrained(root / repo)
+
+
 def write_all(root: Path) -> None:
     """Write every repository under ``root``, which must not hold them yet."""
     transformers_logging.disable_progress_bar()
     unets = {"SD15": write_sd15(root), "SDXL": write_sdxl(root)}
+    write_controlnets(root, unets)
     write_hyper_sd(root, unets)
     write_vaes(root)
 

@@ -20,12 +20,23 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")
-def tiny_repos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of a run's processes (pytest -n). Who writes there takes a lock, as an export does itself."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def tiny_repos(shared_folder: Path) -> Path:
     """Tiny random repositories under their real names (see scripts/make_tiny_repos.py). Do not write there."""
+    from filelock import FileLock
     from make_tiny_repos import write_all
 
-    root = tmp_path_factory.mktemp("hub")
-    write_all(root)
+    root, unfinished = shared_folder / "hub", shared_folder / "hub-unfinished"
+    with FileLock(shared_folder / "hub.lock"):
+        if not root.exists():
+            write_all(unfinished)
+            unfinished.rename(root)
     return root
 
 
@@ -35,7 +46,7 @@ def source_options(tiny_repos: Path) -> Callable[..., object]:
     from hypersd.export.checkpoints import HYPER_SD_REPO, find_checkpoint
     from hypersd.export.sources import SourceOptions
 
-    def options(name: str, **changes: str | None) -> SourceOptions:
+    def options(name: str, **changes: Any) -> SourceOptions:
         checkpoint = find_checkpoint(name)
         lora = tiny_repos / HYPER_SD_REPO / checkpoint.filename
         return SourceOptions(**{"base": str(tiny_repos / checkpoint.base), "lora": str(lora), **changes})
@@ -44,16 +55,51 @@ def source_options(tiny_repos: Path) -> Callable[..., object]:
 
 
 @pytest.fixture(scope="session")
-def export_tiny(tmp_path_factory: pytest.TempPathFactory, source_options) -> Callable[..., Path]:
+def controlnet_sources(tiny_repos: Path) -> Callable[..., tuple[Any, ...]]:
+    """``controlnet_sources(name, *kinds)``: tiny ControlNets of a checkpoint's family, ``canny`` and ``scribble``."""
+    from make_tiny_repos import CONTROLNETS
+
+    from hypersd.export.controlnets import ControlNetSource
+
+    def sources(name: str, *kinds: str) -> tuple[ControlNetSource, ...]:
+        repos = [repo for repo, family in CONTROLNETS.items() if family in name]
+        by_kind = {kind: next(repo for repo in repos if kind in repo) for kind in kinds}
+        return tuple(ControlNetSource(name=kind, location=str(tiny_repos / repo)) for kind, repo in by_kind.items())
+
+    return sources
+
+
+@pytest.fixture(scope="session")
+def bundles_folder(shared_folder: Path) -> Path:
+    """Where bundles lie beside each other: they take finished networks from each other, and processes whole bundles."""
+    folder = shared_folder / "bundles"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_tiny(bundles_folder: Path, source_options) -> Callable[..., Path]:
     """``export_tiny(name)``: the folder of a tiny checkpoint's fp32 bundle, made once a session. Do not write to it."""
     from hypersd.export import ExportOptions, export_bundle
-
-    folder = tmp_path_factory.mktemp("bundles")
 
     @functools.cache
     def export(name: str) -> Path:
         options = ExportOptions(sources=source_options(name), precision="fp32")
-        return export_bundle(name, folder / name, options).root
+        return export_bundle(name, bundles_folder / name, options).root
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def export_controlled(bundles_folder: Path, source_options, controlnet_sources) -> Callable[[str], Path]:
+    """``export_controlled(name)``: the same with two ControlNets, ``canny`` and ``scribble``."""
+    from hypersd.export import ExportOptions, export_bundle
+
+    @functools.cache
+    def export(name: str) -> Path:
+        sources = source_options(name, controlnets=controlnet_sources(name, "canny", "scribble"))
+        options = ExportOptions(sources=sources, precision="fp32")
+        return export_bundle(name, bundles_folder / f"{name}-controlled", options).root
 
     return export
 
@@ -69,31 +115,38 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rtx_bundle(tmp_path_factory: pytest.TempPathFactory, source_options) -> Path:
-    """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""
+def rtx_bundle(shared_folder: Path, source_options, controlnet_sources) -> Path:
+    """An fp16 SD1.5 bundle with a ControlNet and portable TensorRT-RTX engines for all networks. Do not write to it."""
     pytest.importorskip("tensorrt_rtx")
     from hypersd.engines import build_engines
     from hypersd.export import ExportOptions, export_bundle
 
     name = "Hyper-SD15-1step-lora"
-    options = ExportOptions(sources=source_options(name), precision="fp16")
-    bundle = export_bundle(name, tmp_path_factory.mktemp("rtx") / name, options)
+    sources = source_options(name, controlnets=controlnet_sources(name, "canny"))
+    bundle = export_bundle(name, shared_folder / "rtx" / name, ExportOptions(sources=sources, precision="fp16"))
     return build_engines(bundle, "tensorrt-rtx").root
 
 
 @pytest.fixture(scope="session")
-def sdxl_dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_repos: Path, source_options) -> Path:
-    """An fp16 SDXL bundle with ranges of batch (1 to 2), height and width (64 to 104 and 96), and the fp16-fix VAE."""
+def sdxl_dynamic_bundle(shared_folder: Path, tiny_repos: Path, source_options, controlnet_sources) -> Path:
+    """An fp16 SDXL bundle with ranges of batch (1 to 2), height and width (64 to 104 and 96), and the fp16-fix VAE.
+
+    It has a ControlNet, ``canny``.
+    """
     from hypersd.export import ExportOptions, export_bundle
     from hypersd.export.shapes import ShapeOptions
 
     name = "Hyper-SDXL-8steps-CFG-lora"
     options = ExportOptions(
-        sources=source_options(name, vae=str(tiny_repos / "madebyollin/sdxl-vae-fp16-fix")),
+        sources=source_options(
+            name,
+            vae=str(tiny_repos / "madebyollin/sdxl-vae-fp16-fix"),
+            controlnets=controlnet_sources(name, "canny"),
+        ),
         shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 104), "width": (64, 64, 96)}),
         precision="fp16",
     )
-    return export_bundle(name, tmp_path_factory.mktemp("dynamic") / name, options).root
+    return export_bundle(name, shared_folder / "dynamic" / name, options).root
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +175,30 @@ def reference(tiny_repos: Path) -> Callable[[str], Any]:
                 pipe.scheduler = TCDScheduler.from_config(pipe.scheduler.config)
             else:
                 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def controlled_reference(tiny_repos: Path, reference) -> Callable[..., Any]:
+    """``controlled_reference(name, *kinds)``: diffusers' own pipeline with the tiny ControlNets of these kinds."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    from make_tiny_repos import CONTROLNETS
+
+    @functools.cache
+    def load(name: str, *kinds: str) -> Any:
+        repos = [repo for repo, family in CONTROLNETS.items() if family in name]
+        nets = [
+            ControlNetModel.from_pretrained(str(tiny_repos / next(repo for repo in repos if kind in repo)))
+            for kind in kinds
+        ]
+        parts = {**reference(name).components, "controlnet": nets if len(nets) > 1 else nets[0]}
+        if "SDXL" in name:
+            pipe: Any = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+        else:
+            pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from train_demo.data import held_back
+from PIL import Image
+from train_demo.data import held_back, held_back_for_edges
 from train_demo.evaluate import Row, draw, evaluate, rows, scores_of
 from train_demo.judge import judge
+from train_demo.scenes import render
 
 from hypersd import Pipeline
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
+from hypersd.export.checkpoints import DEMO_CONTROLNET
+from hypersd.export.controlnets import ControlNetSource
 from hypersd.export.layout import DEMO_ROOT
 from hypersd.runtime import samplers, schedules
+from hypersd.runtime.control_images import canny
 
 PROMPTS = 32
 SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
@@ -37,9 +43,9 @@ DRAWN = {
 
 
 @pytest.fixture(scope="session")
-def demo_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pipeline]:
+def demo_pipeline(shared_folder: Path) -> Callable[..., Pipeline]:
     """``demo_pipeline(name, precision, vae)``: a demonstration checkpoint's bundle, exported once a session."""
-    folder = tmp_path_factory.mktemp("demo")
+    folder = shared_folder / "demo"
 
     @functools.cache
     def load(name: str, precision: str = "fp32", vae: str | None = None) -> Pipeline:
@@ -92,6 +98,44 @@ def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
     """``--vae tiny`` costs sharpness, not the picture."""
     tiny, full = (scores_of(drawn_by_us(demo_pipeline(UNIFIED, vae=vae)), SCENES) for vae in ("tiny", None))
     assert tiny.overall > full.overall - 0.1, (tiny, full)
+
+
+# Under the ControlNet: what the caption leaves out, the edges say.
+
+
+@pytest.fixture(scope="session")
+def controlled_pipeline(shared_folder: Path) -> Callable[[str], Pipeline]:
+    """``controlled_pipeline(name)``: a demonstration checkpoint's bundle with the ControlNet on edges."""
+    folder = shared_folder / "demo-controlled"
+
+    @functools.cache
+    def load(name: str) -> Pipeline:
+        sources = SourceOptions(controlnets=(ControlNetSource(location=DEMO_CONTROLNET),))
+        return Pipeline.load(export_bundle(name, folder / name, ExportOptions(sources=sources, precision="fp32")).root)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("name", "row"), [("Hyper-Demo15-2steps-lora", "canny, 2steps-lora"), (UNIFIED, "canny, 1step-lora")]
+)
+def test_edges_are_followed(name: str, row: str, controlled_pipeline, figures) -> None:
+    """The bundle's score is the published one, which diffusers' pipeline got; without its edges it loses it."""
+    scenes, captions = zip(*held_back_for_edges(PROMPTS), strict=True)
+    photos = [Image.fromarray(render(scene, np.random.default_rng(i))) for i, scene in enumerate(scenes)]
+    pipe = controlled_pipeline(name)
+
+    def drawn(**control: Any) -> np.ndarray:
+        made = [
+            pipe(caption, seed=i, image=canny(photo), output_type="np", **control).images
+            for i, (caption, photo) in enumerate(zip(captions, photos, strict=True))
+        ]
+        return np.round(np.concatenate(made) * 255).astype(np.uint8)
+
+    followed, ignored = scores_of(drawn(), scenes), scores_of(drawn(controlnet_conditioning_scale=0.0), scenes)
+    assert followed.overall == pytest.approx(figures[row]["overall"], abs=0.07)
+    assert ignored.overall < followed.overall - 0.1
+    assert followed.places > ignored.places + 0.5
 
 
 # Ways in which samplers have been got wrong. Each takes the runtime's own part and gives the broken one.

@@ -16,6 +16,7 @@ from .api import TITLES
 
 BUILDER_VERSION = 1  # raise it when the builder makes another plan from the same inputs
 DIMS = ("batch", "height", "width")
+MOST_HALVINGS = 5  # of a latent's sides, on the way down a UNet: three in SD1.5's, two in SDXL's
 
 
 def this_platform(backend: str) -> str:
@@ -115,13 +116,9 @@ def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
     if shapes == manifest.shapes:
         return manifest
     shapes = choose_shapes(manifest, {name: (span.min, span.opt, span.max) for name, span in spans.items()})
-    extents = {
-        "batch": shapes.batch,
-        "height": shapes.height,
-        "width": shapes.width,
-        "latent_height": shapes.height.divided(manifest.vae.spatial, "latent_height"),
-        "latent_width": shapes.width.divided(manifest.vae.spatial, "latent_width"),
-    }
+    latents = [getattr(shapes, side).divided(manifest.vae.spatial, f"latent_{side}") for side in ("height", "width")]
+    halved = [side.halved(times) for side in latents for times in range(MOST_HALVINGS + 1)]
+    extents = {extent.name: extent for extent in (*shapes.extents, *halved)}
     components = {
         name: msgspec.structs.replace(
             component,

@@ -46,6 +46,7 @@ MANIFEST: dict[str, Any] = {
     "scheduler": {"beta_start": 0.00085, "trained_betas": None},
     "vae": {"scaling_factor": 0.18215, "spatial": 8, "latent_channels": 4, "tiny": False},
     "force_zeros_for_empty_prompt": False,
+    "controlnets": {},
     "components": {
         "unet": {
             "inputs": {
@@ -70,6 +71,7 @@ MANIFEST: dict[str, Any] = {
         "vae": None,
         "vae_revision": None,
         "lora_scale": 1.0,
+        "controlnets": {},
         "weights": {
             "unet": [
                 {"filename": "x.safetensors", "size": 9, "sha256": HASH, "repo": "a/b", "revision": None, "path": None}

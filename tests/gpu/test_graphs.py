@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
@@ -137,6 +138,18 @@ def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.
             ours, theirs = (pictures(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
             assert np.array_equal(ours, theirs), f"round {i}, {call}"
     assert_recorded(graphed, len(calls))
+
+
+def test_control_pictures_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None:
+    """Pictures and strengths that change are drawn by one graph, to the bit; zeros of plain calls stay zeros."""
+    graphed, plain = load(sdxl_dynamic_bundle)
+    images = [Image.effect_noise((64, 64), sigma) for sigma in (20, 90)]
+    for i in range(WARM_UPS + 4):
+        control = {"image": images[i % 2], "controlnet_conditioning_scale": 0.2 * i + 0.1}
+        for call in (control, {}):
+            settings = {"num_inference_steps": 8, "seed": i, "output_type": "np", **call}
+            assert np.array_equal(pictures(graphed, PROMPTS[0], **settings), pictures(plain, PROMPTS[0], **settings))
+    assert_recorded(graphed, 2)
 
 
 def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:

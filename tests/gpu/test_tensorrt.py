@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hypersd.engines.progress import Silent
 
@@ -115,6 +116,16 @@ def test_shapes_change_inside_one_recording(backend: str, sdxl_dynamic_bundle: P
     root = build_engines(copied(sdxl_dynamic_bundle, tmp_path), backend).root
     assert_draws_as_the_cpu(root, backend, num_inference_steps=8, num_images_per_prompt=3)
     assert_draws_as_the_cpu(root, backend, num_inference_steps=8, num_images_per_prompt=3, height=104, width=96)
+
+
+def test_a_controlnet_beside_the_unet(backend: str, sdxl_dynamic_bundle: Path, tmp_path: Path) -> None:
+    """Its residuals go from engine to engine, in ranged shapes, with and without guidance, for part of the steps."""
+    from hypersd.engines import build_engines
+
+    root = build_engines(copied(sdxl_dynamic_bundle, tmp_path), backend).root
+    image = Image.effect_noise((96, 104), 60)
+    for control in ({}, {"guidance_scale": 1.0}, {"control_guidance_end": 0.5}, {"num_images_per_prompt": 3}):
+        assert_draws_as_the_cpu(root, backend, num_inference_steps=8, image=image, **control)
 
 
 def test_many_calls_take_no_more_device_memory(pipe) -> None:

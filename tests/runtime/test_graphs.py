@@ -6,6 +6,7 @@ Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from capture_stand_in import Capturable, StandInCapture
+from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
@@ -95,6 +97,32 @@ def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> Non
     ]
     assert_same(graphed, plain, calls)
     assert capture.captures == 3
+
+
+def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callable[[str], Path]) -> None:
+    """They are inputs of the graph; which ControlNets act at which step is its key."""
+    graphed, plain, capture = make_pipes(export_controlled("Hyper-SD15-1step-lora"))
+    rng = np.random.default_rng(0)
+    one, other = (Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(2))
+    base: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    for i, image in enumerate([one, other] * 3):
+        call = {**base, "image": {"canny": image}, "controlnet_conditioning_scale": 0.3 + 0.1 * i}
+        assert_same(graphed, plain, [call], rounds=1)
+    assert capture.captures == 1
+    others: list[dict[str, Any]] = [
+        {},
+        {"image": {"scribble": one}},
+        {"image": [one, other]},
+        {"image": [one, other], "control_guidance_start": [0.0, 0.5]},
+        {"image": {"canny": one}, "control_guidance_end": 0.5},
+        {"image": {"canny": one}, "guidance_scale": 3.0, "num_images_per_prompt": 2},
+    ]
+    assert_same(graphed, plain, [{**base, **call} for call in others])
+    assert capture.captures == 1 + len(others)
+    captures = capture.captures
+    without_effect = {**base, "image": {"canny": one}, "controlnet_conditioning_scale": 0.0}
+    assert_same(graphed, plain, [without_effect])
+    assert capture.captures == captures, "that is the plain picture's graph"
 
 
 def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:

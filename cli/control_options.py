@@ -1,0 +1,198 @@
+"""Options of `hypersd generate` for ControlNets: which picture, made into what, how strongly and when."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..engines.manifest import Manifest, Preprocess
+
+T = TypeVar("T")
+Given = tuple[str | None, T]  # the ControlNet's name, if one was given
+PREPROCESSES: tuple[Preprocess, ...] = ("canny", "scribble", "none")
+
+
+def add_control_options(parser: argparse.ArgumentParser) -> None:
+    """All that takes a value per ControlNet takes it as NAME=VALUE too, and more than once."""
+    group = parser.add_argument_group(
+        "ControlNets", "of a bundle that has several each takes NAME=VALUE, or one value for each in their order"
+    )
+    each: dict[str, Any] = {"action": "append", "default": []}
+    group.add_argument("--control-image", type=_file, metavar="FILE", help="photograph or drawing to follow", **each)
+    group.add_argument(
+        "--preprocess",
+        type=_preprocess,
+        metavar="|".join(PREPROCESSES),
+        help="what to make of it: edges, light lines of dark ones, nothing (default: what the ControlNet is known for)",
+        **each,
+    )
+    group.add_argument("--canny-low", type=float, metavar="N", help="threshold (default: 100)")
+    group.add_argument("--canny-high", type=float, metavar="N", help="threshold (default: 200)")
+    group.add_argument(
+        "--control-scale", type=_number, metavar="X", help="strength (default: the ControlNet's, mostly 1)", **each
+    )
+    group.add_argument(
+        "--control-start", type=_number, metavar="X", help="first part of the steps, 0..1, left out", **each
+    )
+    group.add_argument(
+        "--control-end", type=_number, metavar="X", help="part of the steps, 0..1, where it ends", **each
+    )
+    group.add_argument(
+        "--resize-mode",
+        choices=["crop", "stretch"],
+        default="crop",
+        help="how FILE gets the size that is drawn: cut to its aspect, or distorted (default: crop)",
+    )
+    group.add_argument("--save-control", action="store_true", help="write what the ControlNets see, too")
+
+
+def _split(text: str) -> Given[str]:
+    """``NAME=VALUE`` or ``VALUE``; a folder may have the sign in its name."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and "/" not in name and "\\" not in name else (None, text)
+
+
+def _file(text: str) -> Given[Path]:
+    name, value = (None, text) if os.path.exists(text) else _split(text)  # Path.exists raises for a long name
+    return name, Path(value)
+
+
+def _preprocess(text: str) -> Given[Preprocess]:
+    name, value = _split(text)
+    for known in PREPROCESSES:
+        if value == known:
+            return name, known
+    raise argparse.ArgumentTypeError(f"{value!r} is not known: expected {', '.join(PREPROCESSES)}")
+
+
+def _number(text: str) -> Given[float]:
+    name, value = _split(text)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlPicture:
+    """A file to follow, as it was read, and what is to be made of it."""
+
+    file: Path
+    image: Image
+    preprocess: Preprocess
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Controls:
+    """What the options say, by ControlNet; ``arguments`` are the pipeline's, pictures apart."""
+
+    pictures: Mapping[str, ControlPicture]
+    arguments: Mapping[str, Any]
+    thresholds: tuple[float, float]
+
+    def images(self, width: int, height: int) -> dict[str, Image]:
+        """What the ControlNets are to see, of the size that is drawn: fitted first, so that edges stay sharp."""
+        from ..runtime.control_images import canny, fit, scribble
+
+        changes: dict[str, Callable[[Image], Image]] = {
+            "canny": lambda image: canny(image, *self.thresholds),
+            "scribble": scribble,
+            "none": lambda image: image,
+        }
+        mode = self.arguments["resize_mode"]
+        return {
+            name: changes[picture.preprocess](fit(picture.image, width, height, mode))
+            for name, picture in self.pictures.items()
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What to write into the picture, besides the request."""
+        return {
+            "control_image": {name: picture.file.name for name, picture in self.pictures.items()},
+            "preprocess": {name: self.words(name) for name in self.pictures},
+            "resize_mode": self.arguments["resize_mode"],
+        }
+
+    def words(self, name: str) -> str:
+        """What is made of a picture."""
+        preprocess = self.pictures[name].preprocess
+        low, high = self.thresholds
+        return f"canny {low:g} {high:g}" if preprocess == "canny" else preprocess
+
+
+def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | None:
+    """Read the control pictures; None if there are none.
+
+    Raises:
+        RequestError: a file is no picture, an option names a ControlNet that the bundle has not got, or there are more
+            or fewer values than ControlNets.
+    """
+    from ..errors import RequestError
+    from ..runtime.control import make_controls
+    from ..runtime.control_images import CANNY_THRESHOLDS, check_thresholds, open_image
+
+    numbers = {option: getattr(args, option) for option in ("control_scale", "control_start", "control_end")}
+    if not args.control_image:
+        lonely = next((option for option in (*numbers, "preprocess") if getattr(args, option)), None)
+        if lonely or args.save_control:
+            option = f"--{(lonely or 'save_control').replace('_', '-')}"
+            raise RequestError(f"{option} is about a control picture: expected --control-image FILE with it")
+        return None
+    names = list(manifest.controlnets)
+    if not names:
+        raise RequestError(
+            f"--control-image: {args.bundle} was exported without a ControlNet: export one with --controlnet"
+        )
+    files = _by_name("--control-image", args.control_image, names, spread=False)
+    preprocess: dict[str, Preprocess] = {name: settings.preprocess for name, settings in manifest.controlnets.items()}
+    preprocess |= _by_name("--preprocess", args.preprocess, names)
+    low, high = CANNY_THRESHOLDS
+    thresholds = (
+        low if args.canny_low is None else args.canny_low,
+        high if args.canny_high is None else args.canny_high,
+    )
+    check_thresholds(*thresholds)
+    scales, starts, ends = (
+        _by_name(f"--{option.replace('_', '-')}", given, names) for option, given in numbers.items()
+    )
+    make_controls(manifest, files, scales, starts, ends)  # refuses numbers that are out of range
+    pictures = {
+        name: ControlPicture(file=file, image=open_image(file), preprocess=preprocess[name])
+        for name, file in files.items()
+    }
+    arguments = {
+        "controlnet_conditioning_scale": scales or None,
+        "control_guidance_start": starts or None,
+        "control_guidance_end": ends or None,
+        "resize_mode": args.resize_mode,
+    }
+    return Controls(pictures=pictures, arguments=arguments, thresholds=thresholds)
+
+
+def _by_name(option: str, given: Sequence[Given[T]], names: Sequence[str], spread: bool = True) -> dict[str, T]:
+    """Values by the ControlNet's name: as given, or one for each, or, with ``spread``, one for all."""
+    from ..errors import RequestError
+
+    said = [name for name, _ in given if name is not None]
+    if unknown := [name for name in said if name not in names]:
+        raise RequestError(f"{option} {unknown[0]}=: the bundle has no such ControlNet, it has {', '.join(names)}")
+    if len(said) != len(set(said)):
+        raise RequestError(f"{option}: two values for the same ControlNet, expected one")
+    if len(said) == len(given):
+        return {name: value for name in names for given_name, value in given if name == given_name}
+    if said:
+        raise RequestError(f"{option}: some values with NAME= and some without: expected all or none")
+    values = [value for _, value in given]
+    if len(values) == 1 and spread:
+        values *= len(names)
+    if len(values) != len(names):
+        count = f"{len(names)} ControlNet{'s' if len(names) > 1 else ''} ({', '.join(names)})"
+        raise RequestError(f"{option}: {len(values)} for {count}: expected one for each, or NAME=VALUE")
+    return dict(zip(names, values, strict=True))
