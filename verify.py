@@ -7,7 +7,7 @@ LoRA with peft and runs its own pipeline. Only the reading of the base's weight 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -182,6 +182,7 @@ def compare(
     seed: int,
     steps: int | None = None,
     image: Image.Image | None = None,
+    controlnets: Sequence[str] | None = None,
 ) -> Comparison:
     """Draw one picture with both and compare every stage.
 
@@ -191,11 +192,13 @@ def compare(
         prompt: what to draw.
         seed: of the noise.
         steps: number of steps; the manifest's if not given.
-        image: a control picture for all ControlNets of the bundle, of the usual size; None runs without them.
+        image: a control picture, of the usual size; None runs without ControlNets.
+        controlnets: those that are given the picture; all if it is None.
     """
     differences = list(_compare_text(pipe, reference.plain, prompt))
-    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, image)
-    theirs, their_steps = _draw_theirs(request, reference, seed, image)
+    followed = {} if image is None else dict.fromkeys(controlnets or pipe.manifest.controlnets, image)
+    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, followed)
+    theirs, their_steps = _draw_theirs(request, reference, seed, followed, list(pipe.manifest.controlnets))
     for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
         differences.append(_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
     decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
@@ -228,22 +231,22 @@ def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Diffe
 
 
 def _draw_ours(
-    pipe: Pipeline, prompt: str, seed: int, steps: int | None, image: Image.Image | None
+    pipe: Pipeline, prompt: str, seed: int, steps: int | None, followed: Mapping[str, Image.Image]
 ) -> tuple[Request, np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> None:
         seen.append(tensors["latents"].clone())
 
-    images = None if image is None else dict.fromkeys(pipe.manifest.controlnets, image)
+    image = followed or None
     result = pipe(
-        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=images, callback_on_step_end=keep
+        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=image, callback_on_step_end=keep
     )
     return result.request, result.images[0], seen
 
 
 def _draw_theirs(
-    request: Request, reference: Reference, seed: int, image: Image.Image | None
+    request: Request, reference: Reference, seed: int, followed: Mapping[str, Image.Image], names: Sequence[str]
 ) -> tuple[np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
@@ -256,12 +259,14 @@ def _draw_theirs(
         schedule = {"timesteps": list(request.timesteps)}
     pipe: Any = reference.plain
     control: dict[str, Any] = {}
-    if image is not None:
-        scales = [control.conditioning_scale for control in request.controls]
-        is_one = len(scales) == 1  # which diffusers takes without a list
+    if followed:  # diffusers runs all ControlNets: one without a picture is given another's, at strength 0
+        some = next(iter(followed.values()))
+        used = {control.name: control.conditioning_scale for control in request.controls}
+        images, scales = [followed.get(name, some) for name in names], [used.get(name, 0.0) for name in names]
+        is_one = len(names) == 1  # which diffusers takes without a list
         pipe = reference.controlled
         control = {
-            "image": image if is_one else [image] * len(scales),
+            "image": images[0] if is_one else images,
             "controlnet_conditioning_scale": scales[0] if is_one else scales,
         }
     result = pipe(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Given = tuple[str | None, T]  # the ControlNet's name, if one was given
+PER_CONTROLNET = ("preprocess", "control_scale", "control_start", "control_end")
 PREPROCESSES: tuple[Preprocess, ...] = ("canny", "scribble", "none")
 
 
@@ -47,7 +48,6 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resize-mode",
         choices=["crop", "stretch"],
-        default="crop",
         help="how FILE gets the size that is drawn: cut to its aspect, or distorted (default: crop)",
     )
     group.add_argument("--save-control", action="store_true", help="write what the ControlNets see, too")
@@ -136,14 +136,10 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
     """
     from ..errors import RequestError
     from ..runtime.control import make_controls
-    from ..runtime.control_images import CANNY_THRESHOLDS, check_thresholds, open_image
+    from ..runtime.control_images import CANNY_THRESHOLDS, check_opencv, check_thresholds, open_image
 
-    numbers = {option: getattr(args, option) for option in ("control_scale", "control_start", "control_end")}
     if not args.control_image:
-        lonely = next((option for option in (*numbers, "preprocess") if getattr(args, option)), None)
-        if lonely or args.save_control:
-            option = f"--{(lonely or 'save_control').replace('_', '-')}"
-            raise RequestError(f"{option} is about a control picture: expected --control-image FILE with it")
+        _check_lonely(args)
         return None
     names = list(manifest.controlnets)
     if not names:
@@ -151,17 +147,22 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
             f"--control-image: {args.bundle} was exported without a ControlNet: export one with --controlnet"
         )
     files = _by_name("--control-image", args.control_image, names, spread=False)
+    values = {option: _by_name(_spelt(option), getattr(args, option), names) for option in PER_CONTROLNET}
+    for option in PER_CONTROLNET:
+        named = {name for name, _ in getattr(args, option)} - {None}
+        if without := sorted(named - files.keys()):
+            raise RequestError(f"{_spelt(option)} {without[0]}=: expected --control-image {without[0]}=FILE with it")
     preprocess: dict[str, Preprocess] = {name: settings.preprocess for name, settings in manifest.controlnets.items()}
-    preprocess |= _by_name("--preprocess", args.preprocess, names)
+    preprocess |= values["preprocess"]
     low, high = CANNY_THRESHOLDS
     thresholds = (
         low if args.canny_low is None else args.canny_low,
         high if args.canny_high is None else args.canny_high,
     )
     check_thresholds(*thresholds)
-    scales, starts, ends = (
-        _by_name(f"--{option.replace('_', '-')}", given, names) for option, given in numbers.items()
-    )
+    if any(preprocess[name] == "canny" for name in files):
+        check_opencv()
+    scales, starts, ends = (values[option] for option in ("control_scale", "control_start", "control_end"))
     make_controls(manifest, files, scales, starts, ends)  # refuses numbers that are out of range
     pictures = {
         name: ControlPicture(file=file, image=open_image(file), preprocess=preprocess[name])
@@ -171,9 +172,22 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
         "controlnet_conditioning_scale": scales or None,
         "control_guidance_start": starts or None,
         "control_guidance_end": ends or None,
-        "resize_mode": args.resize_mode,
+        "resize_mode": args.resize_mode or "crop",
     }
     return Controls(pictures=pictures, arguments=arguments, thresholds=thresholds)
+
+
+def _spelt(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _check_lonely(args: argparse.Namespace) -> None:
+    """Refuse options that have no effect without a control picture."""
+    from ..errors import RequestError
+
+    for option in (*PER_CONTROLNET, "canny_low", "canny_high", "resize_mode", "save_control"):
+        if getattr(args, option) not in (None, False, []):
+            raise RequestError(f"{_spelt(option)} is about a control picture: expected --control-image FILE with it")
 
 
 def _by_name(option: str, given: Sequence[Given[T]], names: Sequence[str], spread: bool = True) -> dict[str, T]:

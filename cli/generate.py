@@ -111,7 +111,7 @@ def _draw(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -
     from .pictures import numbered, write_png
 
     control = _control_arguments(pipe, controls, args)
-    console, images, is_guided = out(), [], False
+    console, images, is_guided, idle = out(), [], False, []
     for i in range(args.count):
         result = _draw_one(pipe, args, i, control)
         path = numbered(args.output, i, args.count)
@@ -120,20 +120,33 @@ def _draw(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
         images.append(result.images[0])
-        is_guided = result.request.is_guided
+        is_guided, idle = result.request.is_guided, _idle_controls(result.request)
     if args.negative_prompt and not is_guided:
         err().print("the negative prompt has no effect: --guidance is 1 or less", markup=False)
+    for name in idle:
+        err().print(f"{name} has no effect: no step lies between its start and its end", markup=False)
     return images
+
+
+def _idle_controls(request: Request) -> list[str]:
+    """ControlNets that are to act, and do at no step."""
+    steps = len(request.timesteps or ()) or request.num_inference_steps or 0
+    return [
+        control.name
+        for control in request.controls
+        if control.conditioning_scale > 0 and not any(control.is_active(step, steps) for step in range(steps))
+    ]
 
 
 def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments for the control pictures, which are fitted and changed here, once for all pictures."""
+    from ..errors import RequestError
     from .console import err, out
     from .pictures import write_png
 
     if controls is None:
         return {}
-    width, height = args.width or pipe.manifest.shapes.width.opt, args.height or pipe.manifest.shapes.height.opt
+    height, width = pipe.picture_size(args.height, args.width)
     images = controls.images(width, height)
     for name, image in images.items():
         given = controls.pictures[name]
@@ -142,7 +155,9 @@ def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse
         )
         err().print(line, markup=False, soft_wrap=True)
         if args.save_control:
-            path = args.output.with_name(f"{args.output.stem}-{name}.png")
+            path = args.output.with_name(f"{args.output.stem}-control-{name}.png")
+            if path.resolve() in {picture.file.resolve() for picture in controls.pictures.values()}:
+                raise RequestError(f"--save-control would write over {path}: give another -o")
             write_png(path, image, {})
             out().print(f"{path}  what {name} sees", markup=False, soft_wrap=True)
     return {"image": images, **controls.arguments}

@@ -2,7 +2,7 @@
 
 Loads with diffusers what the bundle was made of, draws the same prompts and seeds with both, and prints how far text,
 each step's latents, decoder and picture are apart. Writes each pair side by side with its difference: ours, diffusers',
-the difference at full contrast. A bundle's ControlNets draw a picture more, of a few lines that they are all given.
+the difference at full contrast. A bundle's ControlNets draw more, along a few lines, each alone and all together.
 Ends with exit code 1 where a picture is further off than the threshold.
 """
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from .arguments import BUNDLE_HELP, folder
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.table import Table
 
     from ..verify import Comparison
@@ -52,14 +51,16 @@ def run(args: argparse.Namespace) -> None:
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
     console, comparisons = out(), []
     prompts = args.prompt or verify.PROMPTS
-    pictures: list[tuple[str, int, Image | None]] = [(prompt, args.seed + i, None) for i, prompt in enumerate(prompts)]
-    if pipe.manifest.controlnets:
-        pictures.append((prompts[0], args.seed, verify.control_picture(pipe.manifest)))
+    pictures: list[tuple[str, int, list[str]]] = [(prompt, args.seed + i, []) for i, prompt in enumerate(prompts)]
+    names, followed = list(pipe.manifest.controlnets), verify.control_picture(pipe.manifest)
+    pictures += [(prompts[0], args.seed, [name]) for name in names]
+    pictures += [(prompts[0], args.seed, names)] if len(names) > 1 else []
     err().print("loading what the bundle was made of with diffusers")
     reference = verify.load_reference(pipe.manifest, DownloadBar(err()))
-    for i, (prompt, seed, image) in enumerate(pictures):
+    for i, (prompt, seed, controlnets) in enumerate(pictures):
+        image = followed if controlnets else None
         with spinner(f"drawing picture {i + 1} of {len(pictures)} with both"):
-            comparison = verify.compare(pipe, reference, prompt, seed, args.steps, image)
+            comparison = verify.compare(pipe, reference, prompt, seed, args.steps, image, controlnets)
         path = folder / f"pair-{i}.png"
         write_png(path, verify.side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
         control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""

@@ -23,6 +23,8 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
+LARGEST_SCALE = 10.0  # of a ControlNet's residuals; above 2 pictures break
+ConditioningScale = Annotated[float, msgspec.Meta(ge=0, le=LARGEST_SCALE)]
 Preprocess = Literal["canny", "scribble", "none"]
 LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5  # of TensorRT's optimization
 OptimizationLevel = Annotated[int, msgspec.Meta(ge=LOWEST_LEVEL, le=HIGHEST_LEVEL)]
@@ -204,7 +206,7 @@ class ControlNetSettings(_Record, frozen=True, kw_only=True):
     ``preprocess`` is what makes its control picture from a photograph or a drawing.
     """
 
-    conditioning_scale: float = 1.0
+    conditioning_scale: ConditioningScale = 1.0
     preprocess: Preprocess = "none"
 
 

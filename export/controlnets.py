@@ -7,6 +7,7 @@ https://arxiv.org/abs/2302.05543; of the settings: the model cards, Hyper-SD's f
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -72,7 +73,7 @@ class ControlNetSource:
             RequestError: NAME is not one.
         """
         name, equals, location = text.partition("=")
-        if not equals or "/" in name or "\\" in name:  # a folder may have the sign in its name
+        if not equals or "/" in name or "\\" in name or os.path.isdir(text):  # a folder may have the sign in its name
             return cls(location=text)
         return cls(location=location, name=_checked(name, text))
 

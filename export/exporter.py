@@ -146,7 +146,8 @@ class _Export:
         wanted = self._manifest(bundle.manifest.components, bundle.manifest.files)
         wanted = msgspec.structs.replace(wanted, engines=bundle.manifest.engines)
         keys = {recipe.name: recipe.key for recipe in self.recipes}
-        if wanted == bundle.manifest and keys == {n: c.key for n, c in bundle.manifest.components.items()}:
+        is_same = wanted == bundle.manifest and keys == {n: c.key for n, c in bundle.manifest.components.items()}
+        if is_same and list(wanted.controlnets) == list(bundle.manifest.controlnets):  # calls' lists have their order
             return bundle
         if not self.options.replace:
             raise UserError(

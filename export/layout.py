@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,6 +223,8 @@ def open_files(location: str, revision: str | None, progress: DownloadProgress |
         folder = DemoFolder(location)
     elif location and Path(location).is_dir():
         folder = LocalFolder(Path(location))
+    elif os.path.isfile(location):
+        raise WeightsError(f"{option} {location!r} is a file: expected a folder in diffusers layout, or a repository")
     elif REPO_ID.fullmatch(location) and not location.startswith("."):
         return HubRepo(location, revision, progress)
     else:

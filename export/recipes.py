@@ -19,7 +19,7 @@ from .networks import Network, text_encoder_network, unet_network, vae_decoder_n
 from .sources import ENCODERS, Sources, pixels_per_latent
 from .trace import OPSET
 
-RECIPE_VERSION = 1  # raise it when the exporter makes another graph from the same inputs
+RECIPE_VERSION = 2  # raise it when the exporter makes another graph from the same inputs
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 

@@ -104,6 +104,7 @@ def find_sources(
         DownloadError: the Hub could not give a file.
     """
     # What is small or wrong comes first, and gigabytes last.
+    wanted = named(options.controlnets)
     if options.lora is not None:
         _local_lora(options.lora)
     base = _open_base(checkpoint, options, progress)
@@ -113,12 +114,15 @@ def find_sources(
     scheduler_config = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
     names = [encoder.replace("text_encoder", "tokenizer") for encoder in ENCODERS[checkpoint.family]]
     tokenizers = {name: tokenizer_folder(base.files, name) for name in names}
-    controlnets = _open_controlnets(options, progress)
+    controlnets = {
+        name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
+        for name, source in wanted.items()
+    }
     _check_controlnets(controlnets, checkpoint, base, vae)
     hyper_file = _hyper_file(checkpoint, options, progress)
     parts = _find_parts(checkpoint, base, vae, hyper_file, options.variant)
     parts |= {
-        controlnet(name): place.part_in(_folder(place, "controlnet"), controlnet(name))
+        controlnet(name): _controlnet_part(place, controlnet(name), options.variant)
         for name, place in controlnets.items()
     }
     for part in parts.values():
@@ -213,13 +217,6 @@ def _open_vae(
     return DiffusersBase(open_files(location, options.vae_revision, progress, "--vae"))
 
 
-def _open_controlnets(options: SourceOptions, progress: DownloadProgress | None) -> dict[str, DiffusersBase]:
-    return {
-        name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
-        for name, source in named(options.controlnets).items()
-    }
-
-
 def _check_controlnets(
     controlnets: dict[str, DiffusersBase], checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None
 ) -> None:
@@ -232,6 +229,13 @@ def _check_controlnets(
     for place in controlnets.values():
         config = read_json(get_file(place.files, f"{_folder(place, 'controlnet')}config.json"))
         check_fits(place.location, config, unet, checkpoint.family, base.location, scale)
+
+
+def _controlnet_part(place: DiffusersBase, component: str, variant: str | None) -> Part:
+    """Half-size files where they are wanted and there are some: not every ControlNet has them."""
+    folder = _folder(place, "controlnet")
+    has_variant = variant and place.files.find(f"{folder}diffusion_pytorch_model.{variant}.safetensors")
+    return place.part_in(folder, component, variant if has_variant else None)
 
 
 def pixels_per_latent(vae: dict[str, Any]) -> int:

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ..engines import Manifest
+from ..engines.manifest import LARGEST_SCALE
 from ..errors import RequestError
-from .control_images import check_resize_mode, to_condition
+from .control_images import to_condition
 from .numbers import real_number
-
-LARGEST_SCALE = 10.0
 
 PerControlNet = float | Sequence[float] | Mapping[str, float] | None
 
@@ -130,7 +129,6 @@ def make_conditions(
     Raises:
         RequestError: one is no picture, or there are neither one nor as many as prompts for a ControlNet.
     """
-    check_resize_mode(resize_mode)
     conditions = {}
     for name, image in images.items():
         try:

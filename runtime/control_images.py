@@ -66,7 +66,9 @@ def open_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, turned as its EXIF orientation says; what is transparent is laid on white.
+    """A picture as 8-bit RGB, a new one, turned as its EXIF orientation says; what is transparent is laid on white.
+
+    It has no metadata: nobody turns it once more.
 
     Raises:
         RequestError: it is smaller than a latent, or of a mode that has no usual meaning as a picture.
@@ -81,7 +83,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise
     except Exception as error:
         raise RequestError(f"control picture is damaged ({one_line(error)}): copy or save it again") from error
-    image = _upright(image)
+    rgb = _in_colours(_upright(image))
+    rgb.info.clear()
+    return rgb
+
+
+def _in_colours(image: Image.Image) -> Image.Image:
     if image.mode in DEEP_MODES:
         return _from_16_bits(image).convert("RGB")
     if image.mode == "La":  # of which Pillow converts to nothing else
@@ -154,11 +161,18 @@ def canny(image: Image.Image, low: float = CANNY_THRESHOLDS[0], high: float = CA
         RequestError: OpenCV is missing, or the thresholds are out of order.
     """
     check_thresholds(low, high)
+    check_opencv()
+    import cv2
+
+    return Image.fromarray(cv2.Canny(np.asarray(image), low, high)).convert("RGB")
+
+
+def check_opencv() -> None:
+    """OpenCV comes with an extra: what needs it says so at once."""
     try:
-        import cv2
+        import cv2  # noqa: F401
     except ImportError as error:
         raise RequestError('Canny\'s edges need OpenCV: pip install "hypersd[control]"') from error
-    return Image.fromarray(cv2.Canny(np.asarray(image), low, high)).convert("RGB")
 
 
 def check_thresholds(low: float, high: float) -> None:

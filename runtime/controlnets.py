@@ -49,11 +49,10 @@ class ControlledUnet:
             is_guided: whether the UNet is run on each picture twice.
 
         Returns:
-            [B, C, h, w], a row for each of the UNet's; it may be the engine's own buffer.
+            [B, C, h, w], a row for each of the UNet's; a copy, which a call inside this one's callback leaves alone.
         """
         embedding = run_rows(self._embeddings[name], {"controlnet_cond": condition})["cond_embedding"]
-        if len(embedding) != rows:
-            embedding = embedding.repeat_interleave(rows // len(embedding), dim=0)
+        embedding = embedding.repeat_interleave(rows // len(embedding), dim=0)
         return torch.cat([embedding, embedding]) if is_guided else embedding
 
     def run(

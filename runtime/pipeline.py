@@ -21,11 +21,12 @@ from ..engines.load import Choice, choose, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
 from .control import PerControlNet, images_by_name, make_conditions, make_controls
+from .control_images import check_resize_mode
 from .controlnets import with_plain_unet
 from .images import check_output_type, to_images, to_pixels
 from .noise import Generators, randn
 from .picture import CONDITION, Denoiser, Painter, PictureSettings
-from .request import Request, make_request
+from .request import Request, check_side, make_request
 from .samplers import Sampler, make_sampler
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings
 from .turns import Turns, hand_out
@@ -93,6 +94,10 @@ class Pipeline:
         self.text = TextConditioner(tokenizers, engines)
         self._painter = Painter(manifest, engines, self.sampler, self.text)
         self._turns = Turns(self.device) if is_graphed or self.device.type == "cuda" else None
+
+    @property
+    def _engines_name(self) -> str:
+        return (self.choice and self.choice.target) or ""
 
     @classmethod
     def load(
@@ -182,9 +187,10 @@ class Pipeline:
             generator: a ``torch.Generator``, or a list of one for each picture.
             latents: unit-variance noise [B, 4, height/8, width/8] to start from.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
-            image: the control picture: a ``PIL.Image`` of any size and mode, an array [H, W, 3] or a tensor [3, H, W]
-                of floats in 0..1 of the size that is drawn, or a list of one for each prompt. Of several ControlNets a
-                list of one for each, or a dict of some by name. Without one no ControlNet runs.
+            image: the control picture: a ``PIL.Image`` of any size, an array [H, W, 3] or a tensor [3, H, W] of floats
+                in 0..1 of the size that is drawn, or a list of one for each prompt. Of several ControlNets a list of
+                one for each, or a dict of some by name. Without one no ControlNet runs. It does not decide the size
+                that is drawn, as in diffusers, but is fitted to it.
             controlnet_conditioning_scale: how strongly the ControlNets act, 0 for not at all: a number for all, a list
                 of one for each, or a dict of some by name.
             control_guidance_start: the part of the steps, 0..1, before which they do not act (default: 0); likewise.
@@ -200,6 +206,7 @@ class Pipeline:
             EngineError: an engine failed, or the device's memory is not enough.
         """
         check_output_type(output_type)
+        check_resize_mode(resize_mode)
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
         images = {} if image is None else images_by_name(self.manifest, image)
         control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
@@ -220,7 +227,7 @@ class Pipeline:
             force=force,
             controls=make_controls(self.manifest, images, *control_numbers),
             bundle_shapes=self._bundle_shapes,
-            engines=(self.choice and self.choice.target) or "",
+            engines=self._engines_name,
         )
         generator, used_seed = _generator(request, generator)
         settings = self._painter.settings(request, output_type)
@@ -241,6 +248,18 @@ class Pipeline:
                     callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = self._draw_by_stages(call, clock, callback, caller)
         return PipelineOutput(images=drawn, timings=clock.timings(), request=request, seed=used_seed)
+
+    def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of what a call with these arguments draws.
+
+        Raises:
+            RequestError: they are not among those that the bundle or its engines were made for.
+        """
+        shapes, wide, engines = self.manifest.shapes, self._bundle_shapes, self._engines_name
+        return (
+            check_side(self.manifest, shapes.height, wide.height, engines, height),
+            check_side(self.manifest, shapes.width, wide.width, engines, width),
+        )
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each."""

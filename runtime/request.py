@@ -96,8 +96,8 @@ def make_request(
         guidance_scale=sampler.guidance_scale
         if guidance_scale is None
         else real_number("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
-        height=_side(manifest, manifest.shapes.height, wide.height, engines, height),
-        width=_side(manifest, manifest.shapes.width, wide.width, engines, width),
+        height=check_side(manifest, manifest.shapes.height, wide.height, engines, height),
+        width=check_side(manifest, manifest.shapes.width, wide.width, engines, width),
         num_images_per_prompt=images,
         seeds=_seeds(seed, len(prompts) * images),
         controls=controls,
@@ -147,7 +147,7 @@ def _check_steps(
     return steps
 
 
-def _side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent: int | None) -> int:
+def check_side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent: int | None) -> int:
     """A side, if it is in the range ``allowed``, which is the bundle's ``wide`` or the part that ``engines`` take."""
     if extent is None:
         return allowed.opt

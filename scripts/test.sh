@@ -37,6 +37,6 @@ if (($# == 0)); then
         die "failed: $(printf '%s; ' "${failed[@]}")tests were not run."
     fi
     say "pytest"
-    set -- -n 2 --dist loadfile # a file's tests share what they export; two workers, because exporting is one thread's work
+    set -- -n 2 --dist worksteal # exporting is one thread's work; what is exported is shared (tests/conftest.py)
 fi
 exec "$VENV_PYTHON" -m pytest "$@"

@@ -16,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = (
 )
 if os.environ.get("CI") == "true":
     import tensorrt_rtx  # noqa: F401  # elsewhere its tests are skipped; here they are what "built without a GPU" means
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # "gw0": a core for each worker. Otherwise the threads of every library of each take turns on all cores.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -115,15 +119,15 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rtx_bundle(shared_folder: Path, source_options, controlnet_sources) -> Path:
-    """An fp16 SD1.5 bundle with a ControlNet and portable TensorRT-RTX engines for all networks. Do not write to it."""
+def rtx_bundle(shared_folder: Path, source_options) -> Path:
+    """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""
     pytest.importorskip("tensorrt_rtx")
     from hypersd.engines import build_engines
     from hypersd.export import ExportOptions, export_bundle
 
     name = "Hyper-SD15-1step-lora"
-    sources = source_options(name, controlnets=controlnet_sources(name, "canny"))
-    bundle = export_bundle(name, shared_folder / "rtx" / name, ExportOptions(sources=sources, precision="fp16"))
+    options = ExportOptions(sources=source_options(name), precision="fp16")
+    bundle = export_bundle(name, shared_folder / "rtx" / name, options)
     return build_engines(bundle, "tensorrt-rtx").root
 
 

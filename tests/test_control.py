@@ -255,6 +255,19 @@ def test_rows_are_doubled_for_guidance_alone(guidance_scale: float, rows: int, c
     assert runs[CANNY] == 8
 
 
+def test_a_picture_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
+    """Engines' buffers hold until the next run: what lasts for all steps is the call's own."""
+    pipe, one, other = load(UNIFIED), photograph(seed=1), photograph(seed=2)
+    call: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "output_type": "np"}
+
+    def draw_another(*_: Any) -> None:
+        pipe("blue dog", image={"canny": other}, **call)
+
+    images = {"image": {"canny": one}, **call}
+    disturbed = pipe(PROMPT, callback_on_step_end=draw_another, **images).images
+    assert np.array_equal(disturbed, pipe(PROMPT, **images).images)
+
+
 # --- calls that cannot be ------------------------------------------------------------------------------------------
 
 

@@ -106,12 +106,13 @@ def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
 @pytest.fixture(scope="session")
 def controlled_pipeline(shared_folder: Path) -> Callable[[str], Pipeline]:
     """``controlled_pipeline(name)``: a demonstration checkpoint's bundle with the ControlNet on edges."""
-    folder = shared_folder / "demo-controlled"
+    folder = shared_folder / "demo"
 
     @functools.cache
     def load(name: str) -> Pipeline:
         sources = SourceOptions(controlnets=(ControlNetSource(location=DEMO_CONTROLNET),))
-        return Pipeline.load(export_bundle(name, folder / name, ExportOptions(sources=sources, precision="fp32")).root)
+        options = ExportOptions(sources=sources, precision="fp32")
+        return Pipeline.load(export_bundle(name, folder / f"{name}-controlled", options).root)
 
     return load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,14 +41,24 @@ def test_what_was_done_is_said_and_kept(
 ) -> None:
     """A line tells what the ControlNet follows; the PNG keeps the settings; --save-control shows what it saw."""
     words = ["--control-image", f"canny={photo}", "--preprocess", "canny", "--control-scale", "0.5"]
-    words += ["--canny-low", "50", "--canny-high", "120", "--save-control", "--control-end", "canny=0.9"]
+    words += [
+        "--canny-low",
+        "50",
+        "--canny-high",
+        "120",
+        "--save-control",
+        "--control-end",
+        "canny=0.9",
+        "--steps",
+        "8",
+    ]
     picture = generate(bundle, tmp_path / "out.png", *words)
     settings = json.loads(picture.info["hypersd"])
     assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
     assert settings["control_guidance_end"] == {"canny": 0.9}
     assert settings["control_image"] == {"canny": "photo.jpg"}, "the name alone: folders are nobody's business"
     assert settings["preprocess"] == {"canny": "canny 50 120"}
-    seen = Image.open(tmp_path / "out-canny.png")
+    seen = Image.open(tmp_path / "out-control-canny.png")
     assert seen.size == (64, 64)
     assert set(np.unique(np.asarray(seen))) == {0, 255}
     assert "canny follows" in capsys.readouterr().err
@@ -102,6 +113,10 @@ def test_the_whole_count_follows_one_picture(bundle: Path, photo: Path, tmp_path
         (["--control-image", "canny=TEXT"], "not a picture"),
         (["--control-scale", "0.5"], "--control-image"),
         (["--save-control"], "--control-image"),
+        (["--canny-low", "5"], "--canny-low"),
+        (["--resize-mode", "crop"], "--resize-mode"),
+        (["--control-image", "canny=PHOTO", "--control-scale", "scribble=1"], "scribble=FILE"),
+        (["--control-image", "canny=" + "x" * 300], "is not there"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -115,6 +130,52 @@ def test_what_cannot_be(
     line = fails("generate", bundle, "a cat", "-o", tmp_path / "out.png", *words)
     assert said in line
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("size", ["104x96", "9000x9000"])
+def test_a_size_that_cannot_be_is_not_the_pictures_fault(
+    size: str, bundle: Path, photo: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    """The size is refused as without a picture, before anything is fitted or written."""
+    words = ["--size", size, "--control-image", f"canny={photo}", "--save-control", "-o", tmp_path / "out.png"]
+    assert "outside this bundle's 64" in fails("generate", bundle, "a cat", *words)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_saved_takes_no_place_of_what_is_read(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saving edges, editing them and drawing again is what one does; the file that was edited is left alone."""
+    edited = tmp_path / "out-control-canny.png"
+    Image.new("RGB", (64, 64)).save(edited)
+    before = edited.read_bytes()
+    words = ["--control-image", f"canny={edited}", "--preprocess", "none", "--save-control", "-o", tmp_path / "out.png"]
+    assert main([str(word) for word in ("generate", bundle, "a cat", *words)]) == 2
+    assert "would write over" in capsys.readouterr().err
+    assert edited.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["--control-end", "0.5"], ["--control-start", "0.1"]])
+def test_a_controlnet_that_never_acts_is_told(
+    words: list[str], bundle: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one step no half can be left out: the window would be without effect, and nobody would know."""
+    one_step = ["--steps", "1", "--control-image", f"canny={photo}", *words]
+    picture = generate(bundle, tmp_path / "out.png", *one_step)
+    assert "canny has no effect" in capsys.readouterr().err
+    assert picture.tobytes() == generate(bundle, tmp_path / "plain.png", "--steps", "1").tobytes()
+    generate(bundle, tmp_path / "out.png", *one_step[:-2])
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_without_opencv_it_is_said_before_engines_are_loaded(
+    bundle: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    """Loading takes minutes at full size."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("loaded first"))
+    line = fails("generate", bundle, "a cat", "--control-image", f"canny={photo}", "--preprocess", "canny")
+    assert "hypersd[control]" in line
 
 
 def test_a_bundle_without_controlnet(sd15_bundle: Path, photo: Path, fails: Callable[..., str]) -> None:

@@ -146,10 +146,10 @@ def test_control_pictures_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> No
     images = [Image.effect_noise((64, 64), sigma) for sigma in (20, 90)]
     for i in range(WARM_UPS + 4):
         control = {"image": images[i % 2], "controlnet_conditioning_scale": 0.2 * i + 0.1}
-        for call in (control, {}):
+        for call in (control, {}, {**control, "control_guidance_end": 0.5}):
             settings = {"num_inference_steps": 8, "seed": i, "output_type": "np", **call}
             assert np.array_equal(pictures(graphed, PROMPTS[0], **settings), pictures(plain, PROMPTS[0], **settings))
-    assert_recorded(graphed, 2)
+    assert_recorded(graphed, 3)
 
 
 def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:

@@ -553,3 +553,15 @@ def test_scribbles_are_inverted() -> None:
     """Dark lines on white become light lines on black."""
     drawing = picture()
     assert np.array_equal(np.asarray(scribble(drawing)), 255 - np.asarray(drawing))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_upright_is_not_turned_again(tmp_path: Path, orientation: int) -> None:
+    """A picture that was read with ``open_image`` goes through the pipeline as it is."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    upright = open_image(saved(tmp_path / "phone.jpg", picture(), exif=exif))
+    assert upright.info == {}
+    again = to_rgb(upright)
+    assert again.size == upright.size
+    assert again.tobytes() == upright.tobytes()

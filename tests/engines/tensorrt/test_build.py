@@ -297,12 +297,12 @@ def test_fp32_builds(sd15_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_ranges_and_parts_of_it(sdxl_dynamic_bundle: Path, tmp_path: Path) -> None:
-    """SDXL, guided: the whole range, and two sizes that share the text encoders."""
+    """SDXL, guided, with a ControlNet: the whole range, and two sizes that share the text encoders."""
     root = copy(sdxl_dynamic_bundle, tmp_path / "ranged")
     build(root)
     build(root, shapes=shapes(1, 64, 64))
     bundle, watched = build(root, shapes=shapes(1, 104, 96))
-    assert watched.built == {"unet", "vae_decoder"}
+    assert watched.built == {"unet", "vae_decoder", "controlnet/canny", "controlnet_cond_embedding/canny"}
     whole, small, large = bundle.manifest.engines.values()
     for target in (whole, small, large):
         assert_complete(Bundle.load(root, hashes=True), target)
