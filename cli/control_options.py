@@ -136,7 +136,7 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
     """
     from ..errors import RequestError
     from ..runtime.control import make_controls
-    from ..runtime.control_images import CANNY_THRESHOLDS, check_opencv, check_thresholds, open_image
+    from ..runtime.control_images import check_opencv, open_image
 
     if not args.control_image:
         _check_lonely(args)
@@ -147,19 +147,10 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
             f"--control-image: {args.bundle} was exported without a ControlNet: export one with --controlnet"
         )
     files = _by_name("--control-image", args.control_image, names, spread=False)
-    values = {option: _by_name(_spelt(option), getattr(args, option), names) for option in PER_CONTROLNET}
-    for option in PER_CONTROLNET:
-        named = {name for name, _ in getattr(args, option)} - {None}
-        if without := sorted(named - files.keys()):
-            raise RequestError(f"{_spelt(option)} {without[0]}=: expected --control-image {without[0]}=FILE with it")
+    values = {option: _values(args, option, names, files) for option in PER_CONTROLNET}
     preprocess: dict[str, Preprocess] = {name: settings.preprocess for name, settings in manifest.controlnets.items()}
     preprocess |= values["preprocess"]
-    low, high = CANNY_THRESHOLDS
-    thresholds = (
-        low if args.canny_low is None else args.canny_low,
-        high if args.canny_high is None else args.canny_high,
-    )
-    check_thresholds(*thresholds)
+    thresholds = _thresholds(args)
     if any(preprocess[name] == "canny" for name in files):
         check_opencv()
     scales, starts, ends = (values[option] for option in ("control_scale", "control_start", "control_end"))
@@ -175,6 +166,26 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
         "resize_mode": args.resize_mode or "crop",
     }
     return Controls(pictures=pictures, arguments=arguments, thresholds=thresholds)
+
+
+def _values(args: argparse.Namespace, option: str, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any]:
+    """An option's values; one that is named is of a ControlNet that has a picture."""
+    from ..errors import RequestError
+
+    values = _by_name(_spelt(option), getattr(args, option), names)
+    named = {name for name, _ in getattr(args, option)} - {None}
+    if without := sorted(named - files.keys()):
+        raise RequestError(f"{_spelt(option)} {without[0]}=: expected --control-image {without[0]}=FILE with it")
+    return values
+
+
+def _thresholds(args: argparse.Namespace) -> tuple[float, float]:
+    from ..runtime.control_images import CANNY_THRESHOLDS, check_thresholds
+
+    given = zip((args.canny_low, args.canny_high), CANNY_THRESHOLDS, strict=True)
+    low, high = (usual if number is None else number for number, usual in given)
+    check_thresholds(low, high)
+    return low, high
 
 
 def _spelt(option: str) -> str:

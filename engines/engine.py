@@ -50,6 +50,29 @@ class Engine(Protocol):
         ...
 
 
+class EngineWrapper:
+    """What is around an engine, and like it but for what a class of its own says."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self.engine.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self.engine.outputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def capturable(self) -> bool:
+        return self.engine.capturable
+
+
 def varying_extents(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> dict[str, int]:
     """The extents of all dimensions that vary, by name, as some of an engine's inputs have them."""
     return {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cuda_graphs import Capture, GraphedFunction
-from .engine import Engine
+from .engine import Engine, EngineWrapper
 
 
-class GraphedEngine:
+class GraphedEngine(EngineWrapper):
     """Runs an engine by replaying a CUDA graph of it, one for each stream and set of shapes.
 
     Inside a larger graph that is being recorded, and on the default stream, which cannot be, the engine itself runs.
@@ -21,25 +20,9 @@ class GraphedEngine:
     """
 
     def __init__(self, engine: Engine, capture: Capture | None = None) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._capture = capture
         self._graphs: dict[int, GraphedFunction] = {}  # by stream, of which torch has few
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        return self.engine.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, Any]:
-        return self.engine.outputs
-
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
-
-    @property
-    def capturable(self) -> bool:
-        return self.engine.capturable
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the network once."""

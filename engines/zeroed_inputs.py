@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .cuda_graphs import retain
-from .engine import TORCH_DTYPES, Engine, varying_extents
+from .engine import TORCH_DTYPES, Engine, EngineWrapper, varying_extents
 from .manifest import TensorSpec
 
 KEPT_SHAPES = 8  # sets of zeros; the least recently used goes first
 
 
-class ZeroedInputs:
+class ZeroedInputs(EngineWrapper):
     """An engine without its inputs ``zeroed``, for which it feeds zeros.
 
     The zeros are made once for every set of shapes and only read: several threads may share them, on a CUDA device on
@@ -27,23 +27,15 @@ class ZeroedInputs:
     """
 
     def __init__(self, engine: Engine, zeroed: Iterable[str]) -> None:
-        self.engine = engine
+        super().__init__(engine)
         names = frozenset(zeroed)
-        self.inputs: Mapping[str, TensorSpec] = {k: spec for k, spec in engine.inputs.items() if k not in names}
+        self._inputs = {name: spec for name, spec in engine.inputs.items() if name not in names}
         self._specs = {name: spec for name, spec in engine.inputs.items() if name in names}
         self._zeros: OrderedDict[tuple[tuple[str, int], ...], dict[str, Tensor]] = OrderedDict()
 
     @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        return self.engine.outputs
-
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
-
-    @property
-    def capturable(self) -> bool:
-        return self.engine.capturable
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._inputs
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the engine once."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from hypersd import Pipeline
 from hypersd.cli import main
 from hypersd.engines import Bundle, Engine, load_engines
-from hypersd.errors import RequestError
+from hypersd.errors import RequestError, UserError
+from hypersd.export import ExportOptions, export_bundle
 from hypersd.runtime.text import ENCODERS, ClipTokenizer
 
 TOLERANCE = 2e-3  # of full scale
@@ -266,6 +267,15 @@ def test_a_picture_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
     images = {"image": {"canny": one}, **call}
     disturbed = pipe(PROMPT, callback_on_step_end=draw_another, **images).images
     assert np.array_equal(disturbed, pipe(PROMPT, **images).images)
+
+
+def test_the_order_of_controlnets_is_part_of_a_bundle(
+    export_controlled: Callable[[str], Path], source_options, controlnet_sources
+) -> None:
+    """Lists of pictures and strengths are in it: an export with another order is another bundle."""
+    sources = source_options(UNIFIED, controlnets=controlnet_sources(UNIFIED, "scribble", "canny"))
+    with pytest.raises(UserError, match="other inputs"):
+        export_bundle(UNIFIED, export_controlled(UNIFIED), ExportOptions(sources=sources, precision="fp32"))
 
 
 # --- calls that cannot be ------------------------------------------------------------------------------------------

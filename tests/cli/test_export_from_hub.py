@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub
+from PIL import Image
 
 from hypersd.engines import Bundle
+from hypersd.engines.manifest import ControlNetOrigin, ControlNetSettings
 
 NAME = "Hyper-SDXL-1step-lora"
+CANNY = "diffusers/controlnet-canny-sdxl-1.0"
 
 
 @pytest.fixture
@@ -46,7 +50,8 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, picture."""
     env = hub.environment(tmp_path / "cache")
     hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
-    done = hypersd("export", "--ckpt", NAME, "--engine", "none", cwd=tmp_path, env=env)
+    words = ["--engine", "none", "--controlnet", f"canny={CANNY}"]
+    done = hypersd("export", "--ckpt", NAME, *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr + done.stdout, "no bar and no colour in a pipe"
@@ -61,16 +66,22 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     assert origin.revision == hub.commit("stabilityai/stable-diffusion-xl-base-1.0")
     assert origin.vae == "madebyollin/sdxl-vae-fp16-fix", "SDXL's own VAE overflows in fp16"
     assert origin.weights["lora"][0].repo == "ByteDance/Hyper-SD"
+    assert origin.controlnets == {"canny": ControlNetOrigin(location=CANNY, revision=hub.commit(CANNY))}
+    recommended = ControlNetSettings(conditioning_scale=0.5, preprocess="canny")
+    assert bundle.manifest.controlnets == {"canny": recommended}, "what is known of it by its name"
 
     offline = {**env, "HF_HUB_OFFLINE": "1"}
     hub.forget_requests()
-    again = hypersd("export", "--ckpt", f"{NAME}.safetensors", "--engine", "none", cwd=tmp_path, env=offline)
+    again = hypersd("export", "--ckpt", f"{NAME}.safetensors", *words, cwd=tmp_path, env=offline)
     assert again.returncode == 0, again.stderr
     assert "done already" in again.stderr
-    drawn = hypersd(
-        "generate", f"bundles/{NAME}", "a photo of a cat", "--seed", 0, "-o", "cat.png", cwd=tmp_path, env=offline
-    )
+    Image.effect_noise((80, 60), 90).save(tmp_path / "photo.jpg")
+    words = ["--seed", 0, "-o", "cat.png", "--control-image", "photo.jpg"]
+    drawn = hypersd("generate", f"bundles/{NAME}", "a photo of a cat", *words, cwd=tmp_path, env=offline)
     assert drawn.returncode == 0, drawn.stderr
+    settings = json.loads(Image.open(tmp_path / "cat.png").info["hypersd"])
+    assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
+    assert settings["preprocess"] == {"canny": "canny 100 200"}
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
     verified = hypersd("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
     assert verified.returncode == 0, verified.stderr

