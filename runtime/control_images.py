@@ -35,7 +35,7 @@ TURNS: dict[Any, Image.Transpose] = {
 }
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """A picture file, whole, as RGB and upright (:func:`to_rgb`).
 
     Raises:

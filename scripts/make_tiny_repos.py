@@ -154,11 +154,9 @@ def write_vaes(root: Path) -> None:
     tiny_vae().save_pretrained(root / "madebyollin/taesdxl")
 
 
-def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+def controlnet(unet: UNet2DConditionModel, embedding: tuple[int, ...] = (4, 4, 8, 8)) -> ControlNetModel:
     """A ControlNet of a UNet's architecture on which the control picture has an effect, and it on the UNet."""
-    model = ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=(4, 4, 8, 8), load_weights_from_unet=False
-    )
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding, load_weights_from_unet=False)
     for module in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         module.reset_parameters()  # they begin as zeros
     for module in model.controlnet_cond_embedding.modules():

@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_tiny_repos
 import msgspec
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from measure_export import SD15_UNET, SDXL_UNET
 
 from hypersd.engines.manifest import Component
@@ -29,6 +30,7 @@ from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.random_inputs import random_input
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.export.control_networks import cond_embedding_network, controlled_unet_network, controlnet_network
+from hypersd.export.controlnets import EMBEDDING_CHANNELS
 from hypersd.export.networks import Network, unet_network
 from hypersd.export.shapes import ShapeOptions, picture_shapes
 from hypersd.export.trace import trace
@@ -43,10 +45,7 @@ def unet(family: str) -> Any:
 
 
 def controlnet(family: str) -> Any:
-    made = ControlNetModel.from_unet(unet(family)).eval().requires_grad_(False)
-    for module in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
-        module.reset_parameters()
-    return made
+    return make_tiny_repos.controlnet(unet(family), EMBEDDING_CHANNELS).eval().requires_grad_(False)
 
 
 def networks(family: str, size: int) -> dict[str, Callable[[], Network]]:

@@ -2,6 +2,7 @@
 """Measure an export at full size: seconds and peak memory, with random weights in the real architecture.
 
     python scripts/measure_export.py --family sdxl --precision fp16 --folder /tmp/full
+    python scripts/measure_export.py --family sd15 --controlnet --folder /tmp/full
 
 The base (SDXL: 14 GB in float32) and the LoRA are written to the folder first, unless they are there, with the tiny
 tokenizer of scripts/make_tiny_repos.py. Peak memory is the largest sum over the export's process of anonymous memory
@@ -83,6 +84,19 @@ def write_base(folder: Path, family: str) -> None:
     save_pipeline(pipe, folder / "base")
 
 
+def write_controlnet(folder: Path, family: str) -> None:
+    """A ControlNet of the real architecture, float32, random weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from make_tiny_repos import controlnet
+
+    from hypersd.export.controlnets import EMBEDDING_CHANNELS
+
+    torch.manual_seed(1)
+    made = controlnet(UNet2DConditionModel(**(SDXL_UNET if family == "sdxl" else SD15_UNET)), EMBEDDING_CHANNELS)
+    made.save_pretrained(folder / "controlnet")
+
+
 def memory(pid: int) -> tuple[int, int]:
     """Bytes of anonymous memory and of resident file pages of a process."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
@@ -121,24 +135,28 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(CHECKPOINTS), required=True)
     parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16")
     parser.add_argument("--folder", type=Path, required=True, help="for the base, the LoRA and the bundle")
+    parser.add_argument("--controlnet", action="store_true", help="export a ControlNet, too")
     args = parser.parse_args()
     folder = args.folder / args.family
     if not (folder / "base/model_index.json").exists():
-        subprocess.run(
-            [sys.executable, "-c", _write_command(folder, args.family)], check=True, cwd=Path(__file__).parent
-        )
+        _write("write_base", folder, args.family)
+    if args.controlnet and not (folder / "controlnet/config.json").exists():
+        _write("write_controlnet", folder, args.family)
     command = [sys.executable, "-m", "hypersd.cli", "export", "--ckpt", CHECKPOINTS[args.family], "--replace"]
     command += ["--engine", "none"]
     command += ["--base", str(folder / "base"), "--lora", str(folder / "lora.safetensors")]
-    command += ["--vae", str(folder / "base"), "--precision", args.precision, "--out", str(folder / args.precision)]
+    command += ["--vae", str(folder / "base"), "--precision", args.precision]
+    command += ["--out", str(folder / (f"{args.precision}-controlnet" if args.controlnet else args.precision))]
+    command += ["--controlnet", str(folder / "controlnet")] if args.controlnet else []
     result = run_measured(command)
     machine = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
     print(json.dumps({"family": args.family, "precision": args.precision, **result, **machine}, indent=2))
 
 
-def _write_command(folder: Path, family: str) -> str:
+def _write(what: str, folder: Path, family: str) -> None:
     """In a process of its own, whose memory is gone before the measured one starts."""
-    return f"from pathlib import Path; import measure_export as m; m.write_base(Path({str(folder)!r}), {family!r})"
+    command = f"from pathlib import Path; import measure_export as m; m.{what}(Path({str(folder)!r}), {family!r})"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parent)
 
 
 if __name__ == "__main__":
