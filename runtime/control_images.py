@@ -172,7 +172,7 @@ def check_opencv() -> None:
     try:
         import cv2  # noqa: F401
     except ImportError as error:
-        raise RequestError('Canny\'s edges need OpenCV: pip install "hypersd[control]"') from error
+        raise RequestError("Canny's edges need OpenCV: pip install -e '.[control]' in hypersd's clone") from error
 
 
 def check_thresholds(low: float, high: float) -> None:

@@ -175,7 +175,7 @@ def test_without_opencv_it_is_said_before_engines_are_loaded(
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pytest.fail("loaded first"))
     line = fails("generate", bundle, "a cat", "--control-image", f"canny={photo}", "--preprocess", "canny")
-    assert "hypersd[control]" in line
+    assert "pip install -e '.[control]'" in line
 
 
 def test_a_bundle_without_controlnet(sd15_bundle: Path, photo: Path, fails: Callable[..., str]) -> None:

@@ -540,10 +540,10 @@ def test_thresholds_that_are_no_numbers_are_refused(thresholds: tuple[Any, Any])
 
 
 def test_without_opencv_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCV is in an extra, and the extra that is named exists."""
+    """OpenCV is in an extra, and the extra that is named exists; hypersd itself is on no package index."""
     monkeypatch.setitem(sys.modules, "cv2", None)
     message = refusal(canny, picture())
-    named = re.search(r'pip install "hypersd\[([\w-]+)\]"', message)
+    named = re.search(r"pip install -e '\.\[([\w-]+)\]'", message)
     assert named is not None
     extras = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
     assert re.search(rf"^{named[1]} = \[.*opencv", extras, re.MULTILINE)
