@@ -20,27 +20,7 @@ from hypersd.engines.manifest import decode
 from hypersd.errors import RequestError
 from hypersd.runtime.control import LARGEST_SCALE, Control, images_by_name, make_conditions, make_controls
 
-SPEC = {"dtype": "float32", "shape": [1]}
-BASE: dict[str, Any] = {
-    "schema_version": 1,
-    "checkpoint": "Hyper-SD15-test",
-    "family": "sd15",
-    "precision": "fp32",
-    "opset": 23,
-    "shapes": {
-        name: {"name": name, "min": extent, "opt": extent, "max": extent}
-        for name, extent in {"batch": 1, "height": 512, "width": 512}.items()
-    },
-    "sampler": {"kind": "tcd", "num_inference_steps": 2, "allowed_steps": [2], "eta": 0.5, "guidance_scale": 0.0},
-    "scheduler": {},
-    "vae": {"scaling_factor": 0.18215},
-    "force_zeros_for_empty_prompt": False,
-    "components": {},
-    "files": {},
-    "origin": {"base": "a/b", "weights": {}},
-    "versions": {},
-}
-
+from .test_request import BASE, SPEC
 
 KINDS = ("controlnet", "controlnet_cond_embedding")
 
