@@ -181,8 +181,7 @@ def compare(
     prompt: str,
     seed: int,
     steps: int | None = None,
-    image: Image.Image | None = None,
-    controlnets: Sequence[str] | None = None,
+    images: Mapping[str, Image.Image] | None = None,
 ) -> Comparison:
     """Draw one picture with both and compare every stage.
 
@@ -192,13 +191,11 @@ def compare(
         prompt: what to draw.
         seed: of the noise.
         steps: number of steps; the manifest's if not given.
-        image: a control picture, of the usual size; None runs without ControlNets.
-        controlnets: those that are given the picture; all if it is None.
+        images: control pictures of the usual size, by the ControlNet's name; without any no ControlNet runs.
     """
     differences = list(_compare_text(pipe, reference.plain, prompt))
-    followed = {} if image is None else dict.fromkeys(controlnets or pipe.manifest.controlnets, image)
-    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, followed)
-    theirs, their_steps = _draw_theirs(request, reference, seed, followed, list(pipe.manifest.controlnets))
+    request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, images or None)
+    theirs, their_steps = _draw_theirs(request, reference, seed, images or {}, list(pipe.manifest.controlnets))
     for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
         differences.append(_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
     decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
@@ -231,22 +228,21 @@ def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Diffe
 
 
 def _draw_ours(
-    pipe: Pipeline, prompt: str, seed: int, steps: int | None, followed: Mapping[str, Image.Image]
+    pipe: Pipeline, prompt: str, seed: int, steps: int | None, images: Mapping[str, Image.Image] | None
 ) -> tuple[Request, np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: Any, i: int, t: int, tensors: dict[str, Tensor]) -> None:
         seen.append(tensors["latents"].clone())
 
-    image = followed or None
     result = pipe(
-        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=image, callback_on_step_end=keep
+        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=images, callback_on_step_end=keep
     )
     return result.request, result.images[0], seen
 
 
 def _draw_theirs(
-    request: Request, reference: Reference, seed: int, followed: Mapping[str, Image.Image], names: Sequence[str]
+    request: Request, reference: Reference, seed: int, images: Mapping[str, Image.Image], names: Sequence[str]
 ) -> tuple[np.ndarray, list[Tensor]]:
     seen: list[Tensor] = []
 
@@ -259,14 +255,14 @@ def _draw_theirs(
         schedule = {"timesteps": list(request.timesteps)}
     pipe: Any = reference.plain
     control: dict[str, Any] = {}
-    if followed:  # diffusers runs all ControlNets: one without a picture is given another's, at strength 0
-        some = next(iter(followed.values()))
+    if images:  # diffusers runs all ControlNets: one without a picture is given another's, at strength 0
+        some = next(iter(images.values()))
         used = {control.name: control.conditioning_scale for control in request.controls}
-        images, scales = [followed.get(name, some) for name in names], [used.get(name, 0.0) for name in names]
+        pictures, scales = [images.get(name, some) for name in names], [used.get(name, 0.0) for name in names]
         is_one = len(names) == 1  # which diffusers takes without a list
         pipe = reference.controlled
         control = {
-            "image": images[0] if is_one else images,
+            "image": pictures[0] if is_one else pictures,
             "controlnet_conditioning_scale": scales[0] if is_one else scales,
         }
     result = pipe(

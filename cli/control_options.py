@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..engines.controlnets import split_named
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -53,19 +55,13 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-control", action="store_true", help="write what the ControlNets see, too")
 
 
-def _split(text: str) -> Given[str]:
-    """``NAME=VALUE`` or ``VALUE``; a folder may have the sign in its name."""
-    name, equals, value = text.partition("=")
-    return (name, value) if equals and "/" not in name and "\\" not in name else (None, text)
-
-
 def _file(text: str) -> Given[Path]:
-    name, value = (None, text) if os.path.exists(text) else _split(text)  # Path.exists raises for a long name
+    name, value = (None, text) if os.path.exists(text) else split_named(text)  # Path.exists raises for a long name
     return name, Path(value)
 
 
 def _preprocess(text: str) -> Given[Preprocess]:
-    name, value = _split(text)
+    name, value = split_named(text)
     for known in PREPROCESSES:
         if value == known:
             return name, known
@@ -73,7 +69,7 @@ def _preprocess(text: str) -> Given[Preprocess]:
 
 
 def _number(text: str) -> Given[float]:
-    name, value = _split(text)
+    name, value = split_named(text)
     try:
         return name, float(value)
     except ValueError:

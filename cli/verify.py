@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> None:
     err().print("loading what the bundle was made of with diffusers")
     reference = verify.load_reference(pipe.manifest, DownloadBar(err()))
     for i, (prompt, seed, controlnets) in enumerate(pictures):
-        image = followed if controlnets else None
         with spinner(f"drawing picture {i + 1} of {len(pictures)} with both"):
-            comparison = verify.compare(pipe, reference, prompt, seed, args.steps, image, controlnets)
+            comparison = verify.compare(pipe, reference, prompt, seed, args.steps, dict.fromkeys(controlnets, followed))
         path = folder / f"pair-{i}.png"
         write_png(path, verify.side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
         control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""

@@ -22,6 +22,12 @@ def residual_input(output: str) -> str:
     return output.replace("_res_sample", "_additional_residual")
 
 
+def split_named(text: str) -> tuple[str | None, str]:
+    """``NAME=VALUE``, or None and the whole text: what comes before the sign may be a folder's path, and no name."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and "/" not in name and "\\" not in name else (None, text)
+
+
 def check_controlnet_name(name: str) -> None:
     """A ControlNet's name is that of a folder, and a word of options such as ``NAME=VALUE``."""
     if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) or not name.strip("."):

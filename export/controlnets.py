@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-from ..engines.controlnets import check_controlnet_name
+from ..engines.controlnets import check_controlnet_name, split_named
 from ..engines.manifest import ControlNetSettings
 from ..errors import RequestError, WeightsError, one_line
 from .checkpoints import DEMO_CONTROLNET, FAMILY_NAMES, Family
@@ -72,10 +72,8 @@ class ControlNetSource:
         Raises:
             RequestError: NAME is not one.
         """
-        name, equals, location = text.partition("=")
-        if not equals or "/" in name or "\\" in name or os.path.isdir(text):  # a folder may have the sign in its name
-            return cls(location=text)
-        return cls(location=location, name=_checked(name, text))
+        name, location = (None, text) if os.path.isdir(text) else split_named(text)
+        return cls(location=location, name="" if name is None else _checked(name, text))
 
 
 def named(sources: Iterable[ControlNetSource]) -> dict[str, ControlNetSource]:

@@ -26,7 +26,7 @@ from .controlnets import with_plain_unet
 from .images import check_output_type, to_images, to_pixels
 from .noise import Generators, randn
 from .picture import CONDITION, Denoiser, Painter, PictureSettings
-from .request import Request, check_side, make_request
+from .request import Request, make_request, picture_size
 from .samplers import Sampler, make_sampler
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings
 from .turns import Turns, hand_out
@@ -255,11 +255,7 @@ class Pipeline:
         Raises:
             RequestError: they are not among those that the bundle or its engines were made for.
         """
-        shapes, wide, engines = self.manifest.shapes, self._bundle_shapes, self._engines_name
-        return (
-            check_side(self.manifest, shapes.height, wide.height, engines, height),
-            check_side(self.manifest, shapes.width, wide.width, engines, width),
-        )
+        return picture_size(self.manifest, self._bundle_shapes, self._engines_name, height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each."""

@@ -85,7 +85,7 @@ def make_request(
     steps = _check_steps(manifest, num_inference_steps, timesteps, force)
     if timesteps is None and sampler.timesteps is not None and steps == len(sampler.timesteps):
         timesteps = sampler.timesteps
-    wide = bundle_shapes or manifest.shapes
+    height, width = picture_size(manifest, bundle_shapes or manifest.shapes, engines, height, width)
     images = whole_number("num_images_per_prompt", num_images_per_prompt, 1, 1024)
     return Request(
         prompts=prompts,
@@ -96,8 +96,8 @@ def make_request(
         guidance_scale=sampler.guidance_scale
         if guidance_scale is None
         else real_number("guidance_scale", guidance_scale, 0.0, LARGEST_GUIDANCE),
-        height=check_side(manifest, manifest.shapes.height, wide.height, engines, height),
-        width=check_side(manifest, manifest.shapes.width, wide.width, engines, width),
+        height=height,
+        width=width,
         num_images_per_prompt=images,
         seeds=_seeds(seed, len(prompts) * images),
         controls=controls,
@@ -147,7 +147,22 @@ def _check_steps(
     return steps
 
 
-def check_side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent: int | None) -> int:
+def picture_size(
+    manifest: Manifest, wide: PictureShapes, engines: str, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width of what is drawn, the usual ones where they are left out.
+
+    Raises:
+        RequestError: they are outside the bundle's shapes ``wide``, or what its ``engines`` were built for.
+    """
+    shapes = manifest.shapes
+    return (
+        _side(manifest, shapes.height, wide.height, engines, height),
+        _side(manifest, shapes.width, wide.width, engines, width),
+    )
+
+
+def _side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent: int | None) -> int:
     """A side, if it is in the range ``allowed``, which is the bundle's ``wide`` or the part that ``engines`` take."""
     if extent is None:
         return allowed.opt

@@ -17,9 +17,9 @@ from PIL import Image
 
 from hypersd.engines import Manifest
 from hypersd.engines.manifest import decode
-from hypersd.errors import RequestError
 from hypersd.runtime.control import LARGEST_SCALE, Control, images_by_name, make_conditions, make_controls
 
+from .test_control_images import refusal
 from .test_request import BASE, SPEC
 
 KINDS = ("controlnet", "controlnet_cond_embedding")
@@ -52,16 +52,6 @@ NUMBERS = ("scale", "start", "end")
 
 def make(of: Manifest = TWO, images: Any = NAMES, **numbers: Any) -> tuple[Control, ...]:
     return make_controls(of, images, **{"scale": None, "start": None, "end": None, **numbers})
-
-
-def refusal(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """The one line with which something is refused; callers that expect a ValueError get one."""
-    with pytest.raises(RequestError) as caught:
-        call(*arguments, **options)
-    assert isinstance(caught.value, ValueError)
-    message = str(caught.value)
-    assert message.isprintable()
-    return message
 
 
 def control(scale: float, start: float = 0.0, end: float = 1.0, name: str = "tile") -> Control:
