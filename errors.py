@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import warnings
+
+#: whose frames lie between what the user wrote and a warning
+PASSED_OVER = ("hypersd", "torch", "contextlib")
+
 
 class HyperSDError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -66,3 +73,13 @@ class DiskFullError(UserError):
 def one_line(error: BaseException) -> str:
     """Another library's error as one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn of the line outside this package that led here: Python shows it, and filters go by its module."""
+    for level in itertools.count(1):
+        frame = sys._getframe(level)
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module not in PASSED_OVER or frame.f_back is None:
+            warnings.warn(message, category, stacklevel=level + 1)
+            return

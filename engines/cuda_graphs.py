@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import EngineError, one_line
+from ..errors import EngineError, one_line, warn_user
 
 T = TypeVar("T")
 Replay = Callable[[], None]
@@ -135,7 +134,7 @@ class GraphedFunction:
             f"{one_line(error)}: this kind of call now runs without a graph, and slower; "
             "Pipeline.load(..., cuda_graphs=False) silences this"
         )
-        warnings.warn(message, GraphWarning, stacklevel=7)  # shown at the call of the pipeline
+        warn_user(message, GraphWarning)
 
 
 def _finish(entry: _Entry) -> None:

@@ -95,13 +95,15 @@ class TensorSpec(_Record, frozen=True, kw_only=True):
         """Whether a tensor of ``shape`` lies inside every range."""
         if len(shape) != len(self.shape):
             return False
-        ranges = (dim_range(dim) for dim in self.shape)
-        return all(wide.min <= extent <= wide.max for extent, wide in zip(shape, ranges, strict=True))
+        for dim, extent in zip(self.shape, shape, strict=True):  # at every run of an engine: nothing is made here
+            if not (dim == extent if isinstance(dim, int) else dim.min <= extent <= dim.max):
+                return False
+        return True
 
     def extents(self, shape: Sequence[int]) -> dict[str, int]:
         """What the dimensions that vary are in a tensor of ``shape``, by name."""
         pairs = zip(self.shape, shape, strict=False)  # a tensor that does not fit, the engine refuses
-        return {dim.name: extent for dim, extent in pairs if isinstance(dim, Range)}
+        return {dim.name: extent for dim, extent in pairs if not isinstance(dim, int)}
 
     def shape_at(self, extents: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where these dimensions are known; others have their usual extent."""

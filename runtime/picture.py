@@ -1,4 +1,4 @@
-"""The whole picture as a function of tensors: token ids and noise in, pixels out, and nothing that waits or draws.
+"""The picture as a function of tensors: embedded prompts and noise in, pixels out, and nothing that waits or draws.
 
 Everything here enqueues on the current stream and copies nothing from or to the host, so that it can be recorded as one
 CUDA graph. What it needs of the host comes in as tensors that ``make_constants`` and the sampler's ``draw_noise`` make.
@@ -21,7 +21,7 @@ from .images import to_pixels
 from .noise import Generators
 from .request import Request
 from .samplers import Sampler
-from .text import TextConditioner, TextEmbeddings
+from .text import TextEmbeddings
 
 # A row of one number is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
 NUMBER_ROW = 64
@@ -68,14 +68,11 @@ class PictureSettings:
 
 
 class Painter:
-    """A bundle's networks and sampler, as functions of tensors on their device."""
+    """What a bundle does after its text encoders, as functions of tensors on their device."""
 
-    def __init__(
-        self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, text: TextConditioner
-    ) -> None:
+    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler) -> None:
         self.manifest = manifest
         self.sampler = sampler
-        self.text = text
         self.unet = engines["unet"]
         self.controlled_unet = ControlledUnet(manifest, engines)
         self.vae_decoder = engines["vae_decoder"]
@@ -130,21 +127,26 @@ class Painter:
     def paint(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
 
-        ``inputs`` are the token ids by text encoder, ``latents``, control pictures [1 or prompts, 3, H, W] as
-        ``controlnet_cond/NAME``, and what the two methods above make.
+        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, as ``arrange`` orders them, ``latents``,
+        control pictures [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, and what the two methods above make.
         """
-        embeddings, controls = self.encode(settings, inputs), self.embed_controls(settings, inputs)
+        embeddings = TextEmbeddings(inputs["prompt_embeds"], inputs.get("pooled_prompt_embeds"))
+        controls = self.embed_controls(settings, inputs)
         latents = self.denoise(settings, embeddings, controls, inputs)
         if settings.output_type == "latent":
             return {"output": latents}
         return {"output": to_pixels(self.decode(latents), settings.output_type)}
 
-    def encode(self, settings: PictureSettings, inputs: Mapping[str, Tensor]) -> TextEmbeddings:
-        """One row a picture; with guidance first those of the negative prompts, as diffusers orders them."""
-        encoded, count = self.text.encode({name: inputs[name] for name in self.text.encoders}), settings.prompts
+    def arrange(self, settings: PictureSettings, encoded: TextEmbeddings) -> TextEmbeddings:
+        """One row a picture; with guidance first those of the negative prompts, as diffusers orders them.
+
+        ``encoded`` has a row for each prompt, after those of the negative prompts if they are encoded.
+        """
+        count = settings.prompts
 
         def repeat(rows: Tensor) -> Tensor:
-            return rows.repeat_interleave(settings.images_per_prompt, dim=0)
+            repeats = settings.images_per_prompt
+            return rows if repeats == 1 else rows.repeat_interleave(repeats, dim=0)
 
         positive = encoded.map(lambda rows: repeat(rows[-count:]))
         if not settings.is_guided:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..engines.graphed_engine import GraphedEngine
 from ..engines.load import Choice, choose, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
+from .clock import Clock, Steps
 from .control import PerControlNet, images_by_name, make_conditions, make_controls
 from .control_images import check_resize_mode
 from .controlnets import with_plain_unet
@@ -28,7 +28,7 @@ from .noise import Generators, randn
 from .picture import CONDITION, Denoiser, Painter, PictureSettings
 from .request import Request, make_request, picture_size
 from .samplers import Sampler, make_sampler
-from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings
+from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts
 from .turns import Turns, hand_out
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -42,7 +42,8 @@ class PipelineOutput:
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
         timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``, and ``control``, the
-            fitting of control pictures if there are any; and ``total``. On a GPU with CUDA graphs all that the GPU does
+            fitting of control pictures if there are any; and ``total``. ``step_1`` and so on are what ``denoise`` is
+            made of, callbacks included. On a GPU with CUDA graphs all that the GPU does
             is one stage, ``draw``, which ends when the picture is on the host; for ``"pt"`` and ``"latent"`` nobody
             waits for that, and it ends when the work is enqueued.
         request: what was drawn: the call's arguments, the manifest's where they were left out.
@@ -60,10 +61,11 @@ class Pipeline:
 
     Several threads may call one pipeline. On the CPU their calls run side by side: they share no state but the engines,
     which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
-    work of the caller's current stream, and which that stream waits for. If all engines can be recorded there, the
+    work of the caller's current stream, and which that stream waits for. If the engines can be recorded there, the
     whole picture is a CUDA graph (see :class:`..engines.cuda_graphs.GraphedFunction`) for each of the last few kinds of
-    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network. What
-    cannot be recorded after all runs without a graph, and a :class:`..engines.cuda_graphs.GraphWarning` says so once.
+    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network. The
+    text encoders are graphs of their own: they do not run for prompts that were seen lately. What cannot be recorded
+    after all runs without a graph, and a :class:`..engines.cuda_graphs.GraphWarning` says so once.
     """
 
     def __init__(
@@ -86,13 +88,16 @@ class Pipeline:
         self.dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
         self._graphed = None
         engines = with_plain_unet(engines)
-        is_graphed = capture is not None and all(engine.capturable for engine in engines.values())
-        if is_graphed:  # the whole picture as one graph; called stage by stage, every network is one
-            whole = Painter(manifest, engines, self.sampler, TextConditioner(tokenizers, engines))
-            self._graphed = GraphedFunction(whole.paint, capture)
-            engines = {name: GraphedEngine(engine, capture) for name, engine in engines.items()}
+        drawing = [engine for name, engine in engines.items() if name not in ENCODERS.values()]
+        is_graphed = capture is not None and all(engine.capturable for engine in drawing)
+        if is_graphed:  # all that draws as one graph; called stage by stage, every network is one
+            self._graphed = GraphedFunction(Painter(manifest, engines, self.sampler).paint, capture)
+            engines = {
+                name: GraphedEngine(engine, capture) if engine.capturable else engine
+                for name, engine in engines.items()
+            }
         self.text = TextConditioner(tokenizers, engines)
-        self._painter = Painter(manifest, engines, self.sampler, self.text)
+        self._painter = Painter(manifest, engines, self.sampler)
         self._turns = Turns(self.device) if is_graphed or self.device.type == "cuda" else None
 
     @property
@@ -231,15 +236,15 @@ class Pipeline:
         )
         generator, used_seed = _generator(request, generator)
         settings = self._painter.settings(request, output_type)
-        clock = _Clock()
+        clock = Clock()
         with clock.stage("tokenize"):
-            tokens = self._tokenize(request, settings)
+            tokenized = self._tokenize(request, settings)
         conditions: dict[str, Tensor] = {}
         if images:
             with clock.stage("control"):
                 conditions = make_conditions(images, request.width, request.height, resize_mode, len(request.prompts))
         with _out_of_memory_in_words(request), self._turn() as caller:
-            call = _Call(request, settings, tokens, conditions, generator, latents)
+            call = _Call(request, settings, tokenized, conditions, generator, latents)
             if self._graphed is not None and callback_on_step_end is None:
                 drawn = self._draw_graphed(self._graphed, call, clock, caller)
             else:
@@ -258,10 +263,10 @@ class Pipeline:
         return picture_size(self.manifest, self._bundle_shapes, self._engines_name, height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
-        """The text encoders' outputs for some prompts, one row each."""
-        tokens = self.text.tokenize(prompts)
+        """The text encoders' outputs for some prompts, one row each; those of prompts seen lately are kept."""
+        tokenized = self.text.tokenize(prompts)
         with self._turn() as caller:
-            return self.text.encode(tokens).map(lambda tensor: hand_out(tensor, caller))
+            return self.text.encode(tokenized).map(lambda tensor: hand_out(tensor, caller))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1, a tensor of the caller's own."""
@@ -272,11 +277,11 @@ class Pipeline:
         return nullcontext() if self._turns is None else self._turns.turn()
 
     def _draw_graphed(
-        self, graphed: GraphedFunction, call: _Call, clock: _Clock, caller: torch.cuda.Stream | None
+        self, graphed: GraphedFunction, call: _Call, clock: Clock, caller: torch.cuda.Stream | None
     ) -> Any:
         """All at once; the random numbers are drawn here, in the same order as step by step."""
         with clock.stage("draw"):
-            inputs = self._inputs(call)
+            inputs = self._inputs(call) | self._embeddings(call).named()
             inputs |= self._painter.draw_noise(call.settings, inputs["latents"], call.generator)
             output = graphed(call.settings, inputs)["output"]
             if call.settings.output_type in ("pt", "latent"):
@@ -288,7 +293,7 @@ class Pipeline:
     def _draw_by_stages(
         self,
         call: _Call,
-        clock: _Clock,
+        clock: Clock,
         callback: Callable[[Denoiser, int, int, Tensor], Tensor | None] | None,
         caller: torch.cuda.Stream | None,
     ) -> Any:
@@ -296,12 +301,20 @@ class Pipeline:
         settings = call.settings
         with clock.stage("encode", self.device):
             inputs = self._inputs(call)
-            embeddings = self._painter.encode(settings, inputs)
+            embeddings = self._embeddings(call)
             controls = self._painter.embed_controls(settings, inputs)
         with clock.stage("denoise", self.device):
+            steps = Steps(self.device)
+
+            def after_step(denoiser: Denoiser, i: int, t: int, latents: Tensor) -> Tensor | None:
+                replaced = callback and callback(denoiser, i, t, latents)
+                steps.mark()
+                return replaced
+
             latents = self._painter.denoise(
-                settings, embeddings, controls, inputs, generator=call.generator, callback=callback
+                settings, embeddings, controls, inputs, generator=call.generator, callback=after_step
             )
+        clock.add_steps(steps)
         if settings.output_type == "latent":
             return hand_out(latents, caller)
         with clock.stage("decode", self.device):
@@ -321,9 +334,8 @@ class Pipeline:
         return images.copy() if output_type == "np" and self._turns is not None else images
 
     def _inputs(self, call: _Call) -> dict[str, Tensor]:
-        """The painter's inputs, the noise apart, on the device."""
+        """The painter's inputs, prompts and noise apart, on the device."""
         return {
-            **{name: ids.to(self.device) for name, ids in call.tokens.items()},
             **{f"{CONDITION}{name}": self._condition(call, name) for name in call.settings.controlnets},
             "latents": self._latents(call.request, call.generator, call.latents),
             **self._painter.make_constants(call.request, call.settings),
@@ -332,8 +344,11 @@ class Pipeline:
     def _condition(self, call: _Call, name: str) -> Tensor:
         return call.conditions[name].to(self.device, self.dtype)
 
-    def _tokenize(self, request: Request, settings: PictureSettings) -> dict[str, Tensor]:
-        """Token ids of the negative prompts, if the text encoders have to see them, then of the prompts."""
+    def _embeddings(self, call: _Call) -> TextEmbeddings:
+        return self._painter.arrange(call.settings, self.text.encode(call.tokenized))
+
+    def _tokenize(self, request: Request, settings: PictureSettings) -> TokenizedTexts:
+        """The negative prompts, if the text encoders have to see them, then the prompts."""
         negatives: tuple[str, ...] = ()
         if settings.is_guided and not settings.zeroed_negatives:
             negatives = request.negative_prompts or ("",) * len(request.prompts)
@@ -370,30 +385,10 @@ class _Call:
 
     request: Request
     settings: PictureSettings
-    tokens: dict[str, Tensor]
+    tokenized: TokenizedTexts
     conditions: dict[str, Tensor]
     generator: Generators
     latents: Tensor | None
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Time what is inside, and what it enqueues on the current stream of a CUDA ``device``."""
-        began = time.perf_counter()
-        yield
-        if device is not None and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        self._stages[name] = time.perf_counter() - began
-
-    def timings(self) -> dict[str, float]:
-        return {**self._stages, "total": time.perf_counter() - self._began}
 
 
 @contextmanager

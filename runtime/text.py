@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..engines import Engine
-from ..errors import BundleError, one_line
+from ..errors import BundleError, one_line, warn_user
 from .batching import run_rows
 
 LONGEST_SHOWN = 200  # characters of a text in a warning
+KEPT_TEXTS = 64  # whose embeddings are kept, SDXL's in float32 635 KB each; the least recently used goes first
 ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
 
@@ -33,11 +35,11 @@ class ClipTokenizer:
             raise BundleError(f"{path} is not a tokenizer ({one_line(error)}): export the bundle again") from error
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids [B, 77], int64, and what was cut off from texts that are too long."""
+        """Token ids [B, 77], int64, and what was cut off each text: nothing (``""``) unless it is too long."""
         encodings = self._tokenizer.encode_batch(list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         cut = [[i for part in encoding.overflowing for i in part.ids] for encoding in encodings]
-        return ids, [self._decode(rest) for rest in cut if rest]
+        return ids, [self._decode(rest) if rest else "" for rest in cut]
 
     def _decode(self, ids: list[int]) -> str:
         """The text of some tokens. CLIP marks the end of a word in the token; transformers shows a space for it."""
@@ -62,39 +64,82 @@ class TextEmbeddings:
             change(self.hidden_states), None if self.text_embeds is None else change(self.text_embeds)
         )
 
-    def cat(self, other: TextEmbeddings) -> TextEmbeddings:
-        """These rows, then the other's."""
-        pooled = None
-        if self.text_embeds is not None and other.text_embeds is not None:
-            pooled = torch.cat([self.text_embeds, other.text_embeds])
-        return TextEmbeddings(torch.cat([self.hidden_states, other.hidden_states]), pooled)
+    def named(self) -> dict[str, Tensor]:
+        """The tensors under diffusers' names, as a painter takes them."""
+        named = {"prompt_embeds": self.hidden_states}
+        return named if self.text_embeds is None else {**named, "pooled_prompt_embeds": self.text_embeds}
+
+    def cat(self, *others: TextEmbeddings) -> TextEmbeddings:
+        """These rows, then the others': tensors of their own."""
+        every = (self, *others)
+        pooled = [each.text_embeds for each in every if each.text_embeds is not None]
+        return TextEmbeddings(
+            torch.cat([each.hidden_states for each in every]), torch.cat(pooled) if len(pooled) == len(every) else None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedTexts:
+    """Texts on their way to the text encoders, which those that were seen lately need not take again.
+
+    Attributes:
+        texts: one a row.
+        known: embeddings of one row each, by text.
+        input_ids: token ids [1, 77] by text encoder, of each of the other texts.
+        cut: what was cut off, of each of the other texts.
+    """
+
+    texts: tuple[str, ...]
+    known: Mapping[str, TextEmbeddings]
+    input_ids: Mapping[str, Mapping[str, Tensor]]
+    cut: Mapping[str, str]
 
 
 class TextConditioner:
-    """The bundle's tokenizers and text encoders."""
+    """The bundle's tokenizers and text encoders, and the embeddings of the last texts.
+
+    Each text is encoded by itself, so that its embeddings do not depend on what else was asked for, nor when.
+    """
 
     def __init__(self, tokenizers: Mapping[str, ClipTokenizer], engines: Mapping[str, Engine]) -> None:
         self._tokenizers = tokenizers
         self._engines = engines
+        self._kept: OrderedDict[str, tuple[TextEmbeddings, str]] = OrderedDict()  # with what was cut off
+        self._lock = threading.Lock()  # of what is kept; threads may encode side by side
 
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """The text encoders' names, in the order that their embeddings are joined in."""
-        return tuple(ENCODERS[name] for name in self._tokenizers)
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
+        """Look up or tokenize some texts. Warns of text that is cut off, and names it."""
+        known, cut = self._known(texts)
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        input_ids, cut_of_new = self._tokenize(new) if new else ({}, {})
+        cut |= cut_of_new
+        for rest in dict.fromkeys(cut[text] for text in texts):
+            if rest:
+                _warn_of_truncation(rest)
+        return TokenizedTexts(tuple(texts), known, input_ids, cut_of_new)
 
-    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids [B, 77] for each text encoder, by its name. Warns of text that is cut off, and names it."""
-        ids: dict[str, Tensor] = {}
-        cut_off: list[str] = []
+    def encode(self, tokenized: TokenizedTexts) -> TextEmbeddings:
+        """One row a text, run through the text encoders where they are new. The tensors are the caller's to keep."""
+        rows = dict(tokenized.known)
+        for text, input_ids in tokenized.input_ids.items():
+            rows[text] = self._encode(input_ids)
+            self._keep(text, rows[text], tokenized.cut[text])
+        first, *others = (rows[text] for text in tokenized.texts)
+        return first.cat(*others)
+
+    def _tokenize(self, texts: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+        """Token ids by text and encoder, and what was cut off by text: SDXL's two tokenizers cut at the same place."""
+        ids: dict[str, dict[str, Tensor]] = {text: {} for text in texts}
+        cut: dict[str, str] = {}
         for name, tokenizer in self._tokenizers.items():
-            ids[ENCODERS[name]], cut = tokenizer(texts)
-            cut_off = cut_off or cut  # SDXL's two tokenizers cut at the same place: it is said once
-        for text in dict.fromkeys(cut_off):
-            _warn_of_truncation(text)
-        return ids
+            rows, rests = tokenizer(texts)
+            for text, row in zip(texts, rows.split(1), strict=True):
+                ids[text][ENCODERS[name]] = row
+            cut = cut or dict(zip(texts, rests, strict=True))
+        return ids, cut
 
-    def encode(self, input_ids: Mapping[str, Tensor]) -> TextEmbeddings:
-        """Run the text encoders. The tensors are the caller's to keep."""
+    def _encode(self, input_ids: Mapping[str, Tensor]) -> TextEmbeddings:
+        """Run the text encoders on one text."""
         hidden, pooled = [], None
         for name, ids in input_ids.items():
             engine = self._engines[name]
@@ -104,8 +149,21 @@ class TextConditioner:
         joined = torch.cat(hidden, dim=-1)  # copies, so that the engines' buffers are free again
         return TextEmbeddings(joined, None if pooled is None else pooled.clone())
 
+    def _known(self, texts: Sequence[str]) -> tuple[dict[str, TextEmbeddings], dict[str, str]]:
+        with self._lock:
+            found = {text: self._kept[text] for text in texts if text in self._kept}
+            for text in found:
+                self._kept.move_to_end(text)
+        return {text: kept[0] for text, kept in found.items()}, {text: kept[1] for text, kept in found.items()}
+
+    def _keep(self, text: str, embeddings: TextEmbeddings, cut: str) -> None:
+        with self._lock:
+            self._kept[text] = embeddings, cut
+            self._kept.move_to_end(text)
+            if len(self._kept) > KEPT_TEXTS:
+                self._kept.popitem(last=False)
+
 
 def _warn_of_truncation(cut: str) -> None:
     shown = cut if len(cut) <= LONGEST_SHOWN else f"{cut[:LONGEST_SHOWN]}…"
-    message = f"the prompt is longer than the 77 tokens that CLIP takes; cut off: {shown!r}"
-    warnings.warn(message, TruncationWarning, stacklevel=6)  # shown at the call of the pipeline
+    warn_user(f"the prompt is longer than the 77 tokens that CLIP takes; cut off: {shown!r}", TruncationWarning)

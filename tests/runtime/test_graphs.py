@@ -81,10 +81,10 @@ def test_pictures_are_those_of_the_plain_pipeline(family: str, request: pytest.F
     zeroed = (
         family == "sdxl"
     )  # a negative prompt that is given goes through the encoders, an SDXL one that is not does not
-    assert capture.captures == len(calls), "one each"
-    assert capture.replays == len(calls) * (4 - WARM_UPS)
+    assert capture.picture_captures == len(calls), "one each"
+    assert capture.picture_replays == len(calls) * (4 - WARM_UPS)
     assert_same(graphed, plain, [{"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pil"}], rounds=5)
-    assert capture.captures == len(calls) + (1 if zeroed else 0)
+    assert capture.picture_captures == len(calls) + (1 if zeroed else 0)
 
 
 def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> None:
@@ -96,7 +96,7 @@ def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> Non
         {"height": 64, "width": 96, "guidance_scale": 1.0, "num_images_per_prompt": 3},
     ]
     assert_same(graphed, plain, calls)
-    assert capture.captures == 3
+    assert capture.picture_captures == 3
 
 
 def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callable[[str], Path]) -> None:
@@ -108,7 +108,7 @@ def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callabl
     for i, image in enumerate([one, other] * 3):
         call = {**base, "image": {"canny": image}, "controlnet_conditioning_scale": 0.3 + 0.1 * i}
         assert_same(graphed, plain, [call], rounds=1)
-    assert capture.captures == 1
+    assert capture.picture_captures == 1
     others: list[dict[str, Any]] = [
         {},
         {"image": {"scribble": one}},
@@ -118,11 +118,11 @@ def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callabl
         {"image": {"canny": one}, "guidance_scale": 3.0, "num_images_per_prompt": 2},
     ]
     assert_same(graphed, plain, [{**base, **call} for call in others])
-    assert capture.captures == 1 + len(others)
-    captures = capture.captures
+    assert capture.picture_captures == 1 + len(others)
+    captures = capture.picture_captures
     without_effect = {**base, "image": {"canny": one}, "controlnet_conditioning_scale": 0.0}
     assert_same(graphed, plain, [without_effect])
-    assert capture.captures == captures, "that is the plain picture's graph"
+    assert capture.picture_captures == captures, "that is the plain picture's graph"
 
 
 def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:
@@ -138,12 +138,12 @@ def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:
         {"num_inference_steps": None, "timesteps": [999, 500, 20]},
     ]
     assert_same(graphed, plain, [{**base, **change} for change in changes])
-    assert capture.captures == len(changes)
+    assert capture.picture_captures == len(changes)
     graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=0.0)
-    captures = capture.captures
+    captures = capture.picture_captures
     for scale in (0.5, 1.0, 0.0):
         graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=scale)
-    assert capture.captures == captures + 1, "no guidance is no guidance"
+    assert capture.picture_captures == captures + 1, "no guidance is no guidance"
 
 
 def test_generators_and_latents_are_used_as_without_a_graph(sd15_bundle: Path) -> None:
@@ -190,7 +190,7 @@ def test_callbacks_run_step_by_step(sd15_bundle: Path) -> None:
         assert_same(graphed, plain, [{"num_inference_steps": 3, "callback_on_step_end": halve}], rounds=1)
         assert_same(graphed, plain, [{"num_inference_steps": 3}], rounds=1)
     assert seen == [0, 1, 2] * 8
-    assert capture.captures == 1 + 3, "the picture, and step by step each of the three networks"
+    assert capture.captures == 1 + 2, "the picture, and step by step UNet and decoder; the prompt was encoded once"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_one_engine_that_cannot_be_recorded_is_enough(sd15_bundle: Path) -> None
     pipe = Pipeline(graphed.manifest, engines, graphed.text._tokenizers, capture=capture)
     for i in range(4):
         assert "denoise" in pipe(PROMPT, seed=i).timings
-    assert capture.captures == 0
+    assert capture.picture_captures == 0
 
 
 def test_a_failed_recording_is_a_warning_and_the_pictures_are_right(sd15_bundle: Path) -> None:
@@ -227,10 +227,10 @@ def test_a_failed_recording_is_a_warning_and_the_pictures_are_right(sd15_bundle:
     assert_same(graphed, plain, [{}], rounds=WARM_UPS)
     with pytest.warns(GraphWarning, match="recording failed") as caught:
         assert_same(graphed, plain, [{}, {"output_type": "np"}, {"output_type": "pt"}], rounds=WARM_UPS + 3)
-    assert [warning.filename for warning in caught] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__] * 2, "the text encoder and the picture"
     with pytest.warns(GraphWarning) as caught:
         assert_same(graphed, plain, [{"callback_on_step_end": lambda *_: None}], rounds=WARM_UPS + 3)
-    assert len(caught) == len(graphed.engines)
+    assert len(caught) == len(graphed.engines) - 1, "UNet and decoder, which run by themselves now"
 
 
 def test_bad_requests_leave_nothing_behind(sd15_bundle: Path) -> None:
@@ -245,14 +245,14 @@ def test_bad_requests_leave_nothing_behind(sd15_bundle: Path) -> None:
             with pytest.raises(RequestError):
                 graphed(PROMPT, **bad)
         assert_same(graphed, plain, [{"seed": i}], rounds=1)
-    assert capture.captures == 1
+    assert capture.picture_captures == 1
 
 
 def test_the_null_backend_is_recorded_too(sdxl_bundle: Path) -> None:
     """The loop without networks, as a graph: what a launch costs."""
     graphed, plain, capture = make_pipes(sdxl_bundle, "null")
     assert_same(graphed, plain, [{"num_inference_steps": 4, "guidance_scale": 4.0}], rounds=5)
-    assert capture.captures == 1
+    assert capture.picture_captures == 1
 
 
 def test_a_thread_for_every_call_gets_to_the_graph(sd15_bundle: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_thread_for_every_call_gets_to_the_graph(sd15_bundle: Path) -> None:
         for call in ({}, {"callback_on_step_end": lambda *_: None}):
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(assert_same, graphed, plain, [call], 1).result(60)
-    assert capture.captures == 1 + len(graphed.engines)
+    assert capture.captures == 1 + 2, "the picture, and step by step UNet and decoder; the prompt was encoded once"
 
 
 def test_threads_take_turns_and_draw_what_they_draw_alone(sd15_bundle: Path) -> None:
@@ -283,4 +283,4 @@ def test_threads_take_turns_and_draw_what_they_draw_alone(sd15_bundle: Path) -> 
     with ThreadPoolExecutor(len(calls)) as pool:
         for i, results in enumerate(pool.map(work, range(len(calls)))):
             assert all(np.array_equal(result, alone[i]) for result in results)
-    assert capture.captures == 2
+    assert capture.picture_captures == 2

@@ -6,6 +6,7 @@ That the pictures themselves are diffusers' is tested in tests/test_parity.py.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import counting_pipe
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, Engine, Manifest, load_engines
+from hypersd.engines import Bundle, Manifest
 from hypersd.engines.load import Choice
 from hypersd.engines.manifest import PictureShapes, Range, TensorSpec
 from hypersd.engines.null import NullEngine
@@ -28,7 +30,6 @@ from hypersd.engines.tensorrt.targets import narrowed
 from hypersd.errors import EngineError, RequestError
 from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows
-from hypersd.runtime.text import ENCODERS, ClipTokenizer
 
 PROMPT = "a photo of a cat"
 TOLERANCE = 2e-3  # of full scale, as in tests/test_parity.py
@@ -38,35 +39,6 @@ NAMES = {"sd15": "Hyper-SD15-1step-lora", "sdxl": "Hyper-SDXL-1step-lora"}
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-class Counting:
-    """An engine that notes the shapes that it is run with."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device
-        self.capturable = engine.capturable
-        self.rows: list[int] = []
-        self.timesteps: list[float] = []
-
-    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        self.rows.append(len(next(tensor for name, tensor in feeds.items() if name != "timestep")))
-        if "timestep" in feeds:
-            self.timesteps.append(feeds["timestep"].item())
-        return self.engine.run(feeds)
-
-
-def counting_pipe(root: Path, backend: str = "onnxruntime") -> tuple[Pipeline, dict[str, Counting]]:
-    """A pipeline whose engines count."""
-    bundle = Bundle.load(root)
-    engines = {name: Counting(engine) for name, engine in load_engines(bundle, backend).items()}
-    tokenizers = {
-        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
-        for name, encoder in ENCODERS.items()
-        if encoder in engines
-    }
-    return Pipeline(bundle.manifest, engines, tokenizers), engines
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +124,24 @@ def test_unknown_output_types_are_refused_before_any_work(sd15_bundle: Path) -> 
     ],
 )
 def test_timings_name_every_stage(kind: str, stages: list[str], sd15: Pipeline) -> None:
-    """Seconds by stage in order, and a total that holds them all."""
-    timings = sd15(PROMPT, seed=0, output_type=kind).timings
-    assert list(timings) == [*stages, "total"]
+    """Seconds by stage in order, a total that holds them all, and the steps that denoising is made of."""
+    timings = sd15(PROMPT, seed=0, output_type=kind, num_inference_steps=3).timings
+    steps = ["step_1", "step_2", "step_3"]
+    assert [name for name in timings if name not in steps] == [*stages, "total"]
     assert all(seconds > 0 for seconds in timings.values())
     assert sum(timings[stage] for stage in stages) <= timings["total"] < 60
+    assert sum(timings[step] for step in steps) <= timings["denoise"]
+
+
+def test_a_callbacks_time_is_its_steps(sd15: Pipeline) -> None:
+    """A slow callback does not show as a slow network of the next step."""
+    timings = sd15(
+        PROMPT,
+        seed=0,
+        num_inference_steps=2,
+        callback_on_step_end=lambda _pipe, i, _t, _tensors: time.sleep(0.5) if i == 0 else None,
+    ).timings
+    assert timings["step_1"] > 0.5 > timings["step_2"]
 
 
 # Noise
@@ -449,7 +434,7 @@ def test_a_fixed_batch_of_one_serves_any_number_of_pictures(family: str, request
     pipe([PROMPT, "blue dog"], guidance_scale=2.0, **arguments)
     assert engines["unet"].rows == [1] * (2 * 2 * 6)
     zeroed = family == "sdxl"  # SDXL's missing negative prompt is zeros and needs no encoder
-    assert engines["text_encoder"].rows == [1] * (2 if zeroed else 4)
+    assert engines["text_encoder"].rows == ([] if zeroed else [1]), "the prompts are known, the empty text is not"
 
 
 def test_a_ranged_batch_is_used(sdxl_dynamic_bundle: Path) -> None:

@@ -1,0 +1,41 @@
+"""Engines that count their runs, and a pipeline of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from hypersd import Pipeline
+from hypersd.engines import Bundle, Engine, load_engines
+from hypersd.runtime.text import ENCODERS, ClipTokenizer
+
+
+class Counting:
+    """An engine that notes the shapes that it is run with."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device
+        self.capturable = engine.capturable
+        self.rows: list[int] = []
+        self.timesteps: list[float] = []
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self.rows.append(len(next(tensor for name, tensor in feeds.items() if name != "timestep")))
+        if "timestep" in feeds:
+            self.timesteps.append(feeds["timestep"].item())
+        return self.engine.run(feeds)
+
+
+def counting_pipe(root: Path, backend: str = "onnxruntime") -> tuple[Pipeline, dict[str, Counting]]:
+    """A pipeline whose engines count."""
+    bundle = Bundle.load(root)
+    engines = {name: Counting(engine) for name, engine in load_engines(bundle, backend).items()}
+    tokenizers = {
+        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
+        for name, encoder in ENCODERS.items()
+        if encoder in engines
+    }
+    return Pipeline(bundle.manifest, engines, tokenizers), engines
