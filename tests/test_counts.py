@@ -108,8 +108,8 @@ def test_what_a_step_adds(sd15_bundle: Path) -> None:
 
 
 KINDS = ("Attention", "GroupNormalization", "LayerNormalization", "Cast")  # opset 23 has the first three whole
-# (bundle, network): nodes at most, and how many of these kinds. Casts: the last token's place; in float16 the embeddings
-# of timestep and sizes, which are computed in float32.
+# (bundle, network): nodes at most, and how many of these kinds. Casts: the last token's place; in float16 embeddings
+# of the timestep and the sizes, which are computed in float32.
 GRAPHS = {
     ("sd15_bundle", "text_encoder"): (88, 3, 0, 7, 0),
     ("sd15_bundle", "unet"): (323, 8, 21, 12, 0),
