@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -40,8 +41,18 @@ class Threshold:
 
 
 # Measured on tiny and on full-size models: fp32 lies at 100 dB and above; in fp16 diffusers and ONNX Runtime round
-# differently, and sampling carries that on from step to step.
-THRESHOLDS = {"fp32": Threshold(psnr=60.0, largest=2e-3), "fp16": Threshold(psnr=30.0, largest=0.5)}
+# differently, and sampling carries that on from step to step. OpenVINO's bf16 rounds at every layer, to 8 bits.
+THRESHOLDS = {
+    "fp32": Threshold(psnr=60.0, largest=2e-3),
+    "fp16": Threshold(psnr=30.0, largest=0.5),
+    "bf16": Threshold(psnr=30.0, largest=0.5),
+}
+
+
+def find_threshold(pipe: Pipeline) -> Threshold:
+    """What a bundle's pictures must reach in the precision that they are computed in."""
+    is_bf16 = pipe.choice is not None and pipe.choice.precision == "bf16"
+    return THRESHOLDS["bf16" if is_bf16 else pipe.manifest.precision]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +105,42 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
         WeightsError: a source has changed since the export.
         DownloadError: a source cannot be had any more.
     """
-    checkpoint = find_checkpoint(manifest.checkpoint)
+    sources = find_reference_sources(manifest, progress)
+    pipe = load_pipeline(manifest, sources)
+    if not manifest.controlnets:
+        return Reference(pipe, None)
+    with quiet():
+        dtype = TORCH_DTYPES[manifest.precision]
+        nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
+        controlled = _with_controlnets(pipe, nets)
+    controlled.set_progress_bar_config(disable=True)
+    return Reference(pipe, controlled)
+
+
+def find_reference_sources(manifest: Manifest, progress: DownloadProgress | None = None) -> Sources:
+    """Find what a bundle was made of and see that it is still the same; raises as :func:`load_reference`."""
+    if manifest.random_weights and not Path(manifest.origin.base).is_dir():
+        again = f"the same command, hypersd export --ckpt {manifest.checkpoint} --random-weights ..., writes them again"
+        raise WeightsError(f"the bundle's random weights in {manifest.origin.base} are gone: {again}")
+    with quiet():
+        checkpoint = find_checkpoint(manifest.checkpoint)
+        sources = find_sources(checkpoint, _source_options(manifest), manifest.precision, progress)
+        _check_unchanged(manifest, sources)
+    return sources
+
+
+def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
+    """diffusers' own pipeline of these sources, in the bundle's precision and without ControlNets."""
     with quiet():
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
         from transformers import CLIPTokenizer
 
-        sources = find_sources(checkpoint, _source_options(manifest), manifest.precision, progress)
-        _check_unchanged(manifest, sources)
         dtype = TORCH_DTYPES[manifest.precision]
         encoders = [name for name in sources.parts if name.startswith("text_encoder")]
         modules: dict[str, Any] = {name: load_text_encoder(sources.parts[name], dtype) for name in encoders}
         modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
         # The base without the LoRA, for diffusers to fuse; in float32, because it is to be rounded once.
-        modules["unet"] = load_unet(sources.parts["unet"], None, checkpoint.family, 1.0, torch.float32)
+        modules["unet"] = load_unet(sources.parts["unet"], None, manifest.family, 1.0, torch.float32)
         modules["vae"] = load_vae(sources.parts["vae"], dtype)
         modules["scheduler"] = _scheduler(manifest, sources)
         if manifest.family == "sdxl":
@@ -120,12 +154,8 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
             pipe.fuse_lora(lora_scale=manifest.origin.lora_scale)
             pipe.unload_lora_weights()
         pipe.unet.to(dtype)
-        nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
-        reference = Reference(pipe, _with_controlnets(pipe, nets) if nets else None)
-    for loaded in (reference.plain, reference.controlled):
-        if loaded is not None:
-            loaded.set_progress_bar_config(disable=True)
-    return reference
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _with_controlnets(pipe: Any, nets: Sequence[Any]) -> Any:
@@ -197,10 +227,10 @@ def compare(
     request, ours, our_steps = _draw_ours(pipe, prompt, seed, steps, images or None)
     theirs, their_steps = _draw_theirs(request, reference, seed, images or {}, list(pipe.manifest.controlnets))
     for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
-        differences.append(_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
+        differences.append(measure_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
     decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
-    differences.append(_difference("decode", _rows_last(decoded), theirs, peak=1.0))
-    differences.append(_difference("picture", ours, theirs, peak=1.0))
+    differences.append(measure_difference("decode", _rows_last(decoded), theirs, peak=1.0))
+    differences.append(measure_difference("picture", ours, theirs, peak=1.0))
     names = tuple(control.name for control in request.controls)
     return Comparison(prompt, seed, tuple(differences), _image(ours), _image(theirs), names)
 
@@ -222,9 +252,9 @@ def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Diffe
         theirs = reference.encode_prompt(
             prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-    yield _difference("text", _array(ours.hidden_states), _array(theirs[0]))
+    yield measure_difference("text", _array(ours.hidden_states), _array(theirs[0]))
     if ours.text_embeds is not None:
-        yield _difference("pooled text", _array(ours.text_embeds), _array(theirs[2]))
+        yield measure_difference("pooled text", _array(ours.text_embeds), _array(theirs[2]))
 
 
 def _draw_ours(
@@ -280,7 +310,7 @@ def _draw_theirs(
     return result.images[0], seen
 
 
-def _difference(stage: str, ours: np.ndarray, theirs: np.ndarray, peak: float | None = None) -> Difference:
+def measure_difference(stage: str, ours: np.ndarray, theirs: np.ndarray, peak: float | None = None) -> Difference:
     """Compare two arrays [H, W, C], or others, which then have no structural similarity."""
     from skimage.metrics import structural_similarity
 

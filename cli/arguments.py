@@ -24,3 +24,12 @@ def quoted(path: Path) -> str:
 def build_command(bundle: Path, *options: str) -> str:
     """What builds a bundle's engines. The bundle comes first: some options take all words that follow."""
     return " ".join(["hypersd build", quoted(bundle), *map(shlex.quote, options)])
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """What OpenVINO computes in; the other backends compute in what the bundle was exported in."""
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        help="what OpenVINO computes in (default: bf16 where the processor multiplies in it, else fp32)",
+    )

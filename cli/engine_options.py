@@ -173,6 +173,9 @@ def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = N
         line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime draws here instead"
         err.print(line, markup=False, soft_wrap=True)
     prompt = example_prompt(bundle.manifest.checkpoint)
+    if bundle.manifest.random_weights:
+        out.print(f"measure with: hypersd bench {quoted(bundle.root)}", markup=False, soft_wrap=True)
+        return
     command = f'hypersd generate {quoted(bundle.root)} "{prompt}"'
     out.print(f"draw with: {command}", markup=False, soft_wrap=True)
     if names := list(bundle.manifest.controlnets):

@@ -5,7 +5,8 @@ ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is i
 goes on where it stopped; done, it says so.
 
 Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files; those of the
-demonstration checkpoints lie in the clone.
+demonstration checkpoints lie in the clone. With --random-weights nothing is downloaded: see what a checkpoint costs on
+this machine before you fetch it (`hypersd bench`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .engine_options import add_engine_options, option_words, span_type
 
 if TYPE_CHECKING:
     from ..engines import BuildOptions, Bundle
+    from ..export.checkpoints import Checkpoint
     from ..export.exporter import ExportOptions
     from .console import StageLines
     from .engine_options import Builder
@@ -27,7 +29,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to export, from what, how and where to."""
     parser.add_argument("--ckpt", required=True, metavar="NAME", help="a checkpoint that `hypersd list` shows")
-    parser.add_argument("--out", type=folder, metavar="FOLDER", help="the bundle (default: bundles/NAME)")
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="FOLDER",
+        help="the bundle (default: bundles/NAME, with random weights NAME-random)",
+    )
     parser.add_argument("--replace", action="store_true", help="replace a bundle made from other inputs")
     sources = parser.add_argument_group("sources")
     sources.add_argument(
@@ -55,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHERE",
         help="Hub repository or folder of a ControlNet for the bundle, or NAME=WHERE; may be given more than once",
     )
+    sources.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="download nothing: random weights in the published architecture, for measurements; pictures are noise",
+    )
     form = parser.add_argument_group("bundle")
     form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
     form.add_argument("--height", type=int, metavar="PIXELS", help="default: what the base was trained for")
@@ -66,6 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=span_type(),
         metavar="DIM=MIN:OPT:MAX",
         help="let batch, height or width vary; with no values all three: batch 1 to 4, sides half to one and a half",
+    )
+    form.add_argument(
+        "--one-graph",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="STEPS",
+        help="add a graph of the whole picture for each number of steps: tokens and noise in, pixels out",
     )
     form.add_argument(
         "--engine",
@@ -83,10 +103,11 @@ def run(args: argparse.Namespace) -> None:
     from .console import StageLines, err, out
     from .engine_options import make_build_options, say_next, say_target
 
-    find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
+    checkpoint = find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
     build_options = make_build_options(args)
     if args.engine == "none" and (given := option_words(args)):
         raise RequestError(f"{given[0]} says how to build engines, --engine none builds none: leave one of them out")
+    _check_one_graphs(checkpoint, args)
     began = time.perf_counter()
     builder, why_none = _find_builder(args.engine, build_options)
     from ..export.exporter import export_bundle
@@ -95,7 +116,11 @@ def run(args: argparse.Namespace) -> None:
     bundle = export_bundle(args.ckpt, args.out, _export_options(args), progress)
     built, why_not = time.perf_counter(), None
     _say_bundle(bundle, built - began)
+    bundle = _add_one_graphs(bundle, args.one_graph, progress)
     if builder is not None:
+        if bundle.manifest.one_graphs:
+            line = "the engines are those of the separate networks; one-graphs run on ONNX Runtime and OpenVINO"
+            err().print(line, markup=False, soft_wrap=True)
         bundle = _build(bundle, args, build_options, progress)
         target = builder.target(bundle, build_options)
         why_not = builder.why_not(bundle, target)
@@ -106,9 +131,39 @@ def run(args: argparse.Namespace) -> None:
     say_next(bundle, out(), err(), why_not)
 
 
+def _check_one_graphs(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Refuse graphs of the whole picture that cannot be, before the export takes minutes."""
+    if not args.one_graph:
+        return
+    from ..errors import RequestError
+    from ..one_graph import check_can_compose
+
+    check_can_compose(checkpoint.name, checkpoint.guidance_scale, args.controlnet)
+    if unknown := [steps for steps in args.one_graph if steps not in checkpoint.allowed_steps]:
+        allowed = ", ".join(map(str, checkpoint.allowed_steps))
+        raise RequestError(f"--one-graph {unknown[0]}: {checkpoint.name} was distilled for {allowed} steps")
+
+
+def _add_one_graphs(bundle: Bundle, steps: list[int], progress: StageLines) -> Bundle:
+    """The bundle with a graph of the whole picture for each number of steps, and a line for each."""
+    if not steps:
+        return bundle
+    from ..one_graph import add_one_graph
+    from .console import out
+
+    for number in dict.fromkeys(steps):
+        bundle = add_one_graph(bundle, number, progress=progress)
+    for name, one_graph in bundle.manifest.one_graphs.items():
+        size = bundle.manifest.files[one_graph.network.onnx].size
+        line = f"{name}: {size / 1e6:,.1f} MB, its weights are those of the other networks"
+        out().print(line, markup=False, soft_wrap=True)
+    return bundle
+
+
 def _export_options(args: argparse.Namespace) -> ExportOptions:
     from ..export.controlnets import ControlNetSource
     from ..export.exporter import ExportOptions
+    from ..export.random_weights import RandomWeights
     from ..export.shapes import ShapeOptions
     from ..export.sources import SourceOptions
 
@@ -125,6 +180,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
         shapes=ShapeOptions(batch=args.batch, height=args.height, width=args.width, dynamic=dynamic),
         precision=args.precision,
         lora_scale=args.lora_scale,
+        random_weights=RandomWeights() if args.random_weights else None,
         replace=args.replace,
     )
 

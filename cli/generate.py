@@ -6,18 +6,20 @@ Writes PNG files that carry their settings, and with --count above 1 a contact s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, folder
+from .arguments import BUNDLE_HELP, add_precision, folder
 from .control_options import add_control_options, read_controls
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..engines import Manifest
     from ..engines.load import Choice
     from ..runtime import Pipeline
+    from ..runtime.one_graph import OneGraphPipeline
     from ..runtime.pipeline import PipelineOutput
     from ..runtime.request import Request
     from .control_options import Controls
@@ -39,23 +41,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        choices=["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"],
+        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
         help="auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)",
     )
+    add_precision(parser)
     parser.add_argument(
         "--target", metavar="NAME", help="TensorRT engines by the name that `hypersd info` shows, or a part of it"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="PIXELS",
+        help="decode in tiles with sides of so many pixels, for less memory; the bundle must be --dynamic",
+    )
+    parser.add_argument(
+        "--one-graph",
+        action="store_true",
+        help="draw with the bundle's graph of the whole picture that has these settings (ONNX Runtime, OpenVINO)",
+    )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
+    parser.add_argument(
+        "--allow-random-weights", action="store_true", help="draw the noise of a bundle that has no trained weights"
+    )
     add_control_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw the pictures one by one, write them, and print seconds by stage."""
     _check(args)
-    controls = _read_controls(args)
-    pipe = _load(args)
-    images = _draw(pipe, controls, args)
+    manifest = _read_manifest(args)
+    controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no picture is said at once
+    if args.one_graph:
+        whole = _load_one_graph(args)
+        images = _draw(whole.manifest, lambda i: _draw_whole(whole, args, i), controls, args)
+    else:
+        pipe = _load(args)
+        control = _control_arguments(pipe, controls, args)
+        images = _draw(pipe.manifest, lambda i: _draw_one(pipe, args, i, control), controls, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -72,14 +95,22 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"--count {args.count} is out of range: expected 1 to 1000")
     check_output(args.output)
     _check_target(args)
+    _check_one_graph(args)
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
 
 
-def _read_controls(args: argparse.Namespace) -> Controls | None:
-    """The control pictures, before the engines are loaded: a file that is none is said at once."""
+def _read_manifest(args: argparse.Namespace) -> Manifest:
+    """The bundle's manifest, if its pictures are worth drawing."""
     from ..engines import Bundle
+    from ..errors import RequestError
 
-    return read_controls(args, Bundle.load(args.bundle).manifest)
+    manifest = Bundle.load(args.bundle).manifest
+    if manifest.random_weights and not args.allow_random_weights:
+        raise RequestError(
+            f"{args.bundle} has random weights, its pictures are noise: export {manifest.checkpoint} without "
+            "--random-weights, or draw them with --allow-random-weights"
+        )
+    return manifest
 
 
 def _load(args: argparse.Namespace) -> Pipeline:
@@ -97,25 +128,68 @@ def _load(args: argparse.Namespace) -> Pipeline:
     progress = StageNotes()
     progress.start(f"loading {args.bundle}")
     try:
-        pipe = Pipeline.load(args.bundle, args.backend, args.device, args.target, progress)
+        pipe = Pipeline.load(
+            args.bundle,
+            args.backend,
+            args.device,
+            args.target,
+            progress,
+            precision=args.precision,
+            vae_tile=args.vae_tile,
+        )
     finally:
         progress.hide()
     args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
-    _say_loaded(pipe, time.perf_counter() - began, progress.notes)
+    _say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
     return pipe
 
 
-def _draw(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> list[Image]:
-    """Draw and write every picture."""
+def _load_one_graph(args: argparse.Namespace) -> OneGraphPipeline:
+    """The pipeline of the one-graph that has the steps that are asked for, or of the bundle's first."""
+    import time
+
+    began = time.perf_counter()
+    from ..engines import Bundle
+    from ..runtime.one_graph import OneGraphPipeline, find_one_graph
+    from .console import err
+
+    name = None
+    if args.steps is not None or args.timesteps is not None:
+        name = find_one_graph(Bundle.load(args.bundle).manifest, **_one_graph_settings(args))
+    pipe = OneGraphPipeline.load(args.bundle, name, args.backend, args.device)
+    args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
+    seconds = time.perf_counter() - began
+    runs_it = "OpenVINO" if args.backend == "openvino" else "ONNX Runtime"
+    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {runs_it}, {pipe.name}, loaded in {seconds:.2f} s"
+    err().print(line, markup=False, soft_wrap=True)
+    return pipe
+
+
+def _one_graph_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_inference_steps": args.steps,
+        "timesteps": args.timesteps,
+        "eta": args.eta,
+        "height": args.height,
+        "width": args.width,
+    }
+
+
+def _draw(
+    manifest: Manifest,
+    draw_one: Callable[[int], PipelineOutput],
+    controls: Controls | None,
+    args: argparse.Namespace,
+) -> list[Image]:
+    """Draw and write every picture; ``draw_one`` draws the one of an index."""
     from .console import err, out
     from .pictures import numbered, write_png
 
-    control = _control_arguments(pipe, controls, args)
     console, images, is_guided, idle = out(), [], False, []
     for i in range(args.count):
-        result = _draw_one(pipe, args, i, control)
+        result = draw_one(i)
         path = numbered(args.output, i, args.count)
-        metadata = _metadata(pipe, result.request, args.seed + i) | (controls.metadata() if controls else {})
+        metadata = _metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
         write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
@@ -183,6 +257,11 @@ def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Map
         )
 
 
+def _draw_whole(pipe: OneGraphPipeline, args: argparse.Namespace, index: int) -> PipelineOutput:
+    """By a one-graph, which has no steps to be told of."""
+    return pipe(args.prompt, **_one_graph_settings(args), seed=args.seed + index)
+
+
 def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:
     from .console import out
     from .pictures import contact_sheet, write_png
@@ -195,15 +274,32 @@ def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:
 def _check_target(args: argparse.Namespace) -> None:
     from ..errors import RequestError
 
-    for option, value in (("--backend", "onnxruntime"), ("--device", "cpu")):
+    for option, value in (("--backend", "onnxruntime"), ("--backend", "openvino"), ("--device", "cpu")):
         if args.target is not None and getattr(args, option[2:]) == value:
             raise RequestError(
                 f"--target {args.target} names TensorRT engines, {option} {value} has none: leave one out"
             )
 
 
-def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str]) -> None:
-    """What runs where, and what that has to do with engines that were passed over or compiled."""
+def _check_one_graph(args: argparse.Namespace) -> None:
+    """A one-graph draws one kind of pictures, with one network."""
+    from ..errors import RequestError
+
+    given = {
+        "--guidance": args.guidance,
+        "--negative-prompt": args.negative_prompt,
+        "--control-image": args.control_image,
+        "--target": args.target,
+        "--precision": args.precision,
+        "--vae-tile": args.vae_tile,
+        "--backend": args.backend if args.backend.startswith("tensorrt") else None,
+    }
+    if args.one_graph and (others := [option for option, value in given.items() if value]):
+        raise RequestError(f"a one-graph has no {others[0]}: leave it or --one-graph out")
+
+
+def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> None:
+    """What runs where, and what that has to do with engines that were passed over or compiled, or might be faster."""
     from .console import err
 
     choice, console = pipe.choice, err()
@@ -215,7 +311,16 @@ def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str]) -> None:
     if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
         unkept = "; " in compiled[0]
         line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
+    if auto and choice.backend == "onnxruntime" and pipe.device.type == "cpu" and _openvino_is_faster():
+        line += "; --backend openvino draws faster here, in bfloat16"
     console.print(line, markup=False, soft_wrap=True)
+
+
+def _openvino_is_faster() -> bool:
+    """Whether it is installed, and this processor has what makes it several times faster than ONNX Runtime."""
+    from ..engines.openvino import has_native_bf16, is_installed
+
+    return is_installed() and has_native_bf16()
 
 
 def _each_once(reasons: Mapping[str, str]) -> str:
@@ -229,7 +334,7 @@ def _each_once(reasons: Mapping[str, str]) -> str:
     return "; ".join(of_all + of_some)
 
 
-def _where(pipe: Pipeline) -> str:
+def _where(pipe: Pipeline | OneGraphPipeline) -> str:
     if pipe.device.type != "cuda":
         return str(pipe.device)
     import torch
@@ -241,6 +346,10 @@ def _backend(choice: Choice) -> str:
     """The backend in words, with the version that built its engines."""
     from ..engines.tensorrt.api import TITLES
 
+    if choice.precision is not None:
+        from ..engines.openvino import openvino_version
+
+        return f"OpenVINO {openvino_version()} in {choice.precision}"
     if choice.target is None:
         return "ONNX Runtime"
     target = choice.manifest.engines[choice.target]
@@ -251,9 +360,8 @@ def _steps(pipe: Pipeline, args: argparse.Namespace) -> int:
     return len(args.timesteps) if args.timesteps else args.steps or pipe.manifest.sampler.num_inference_steps
 
 
-def _metadata(pipe: Pipeline, request: Request, seed: int) -> dict[str, Any]:
+def _metadata(manifest: Manifest, request: Request, seed: int) -> dict[str, Any]:
     """All that is needed to draw the picture again, under the pipeline's argument names where it has them."""
-    manifest = pipe.manifest
     settings = {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
@@ -266,6 +374,7 @@ def _metadata(pipe: Pipeline, request: Request, seed: int) -> dict[str, Any]:
         "seed": seed,
         **_control_numbers(request),
         "checkpoint": manifest.checkpoint,
+        "random_weights": manifest.random_weights or None,
         "base": manifest.origin.base,
         "vae": manifest.origin.vae,
         "lora_scale": manifest.origin.lora_scale,

@@ -190,12 +190,14 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     base = origin.base + (f" at {origin.revision}" if origin.revision else "")
     return {
         "checkpoint": manifest.checkpoint + scale,
+        **({"random weights": "yes, for measurements: its pictures are noise"} if manifest.random_weights else {}),
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
         "decoder": f"{'tiny (TAESD)' if manifest.vae.tiny else 'full'}, scaling factor {manifest.vae.scaling_factor:g}",
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "pictures": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",
         **_controlnet_facts(bundle),
+        **_one_graph_facts(bundle),
         "weights": f"{weights / 1e6:,.1f} MB",
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": ", ".join(["ONNX Runtime", *_backends(bundle)]),
@@ -211,6 +213,19 @@ def _controlnet_facts(bundle: Bundle) -> dict[str, str]:
         source += f" at {origin.revision}" if origin and origin.revision else ""
         lines.append(f"{name}{source}: scale {settings.conditioning_scale:g}, preprocess {settings.preprocess}")
     return {"ControlNets": "\n".join(lines)} if lines else {}
+
+
+def _one_graph_facts(bundle: Bundle) -> dict[str, str]:
+    """Every graph of a whole picture with what it is fixed to, a line each."""
+    lines = []
+    for name, one_graph in bundle.manifest.one_graphs.items():
+        timesteps = f" at timesteps {list(one_graph.timesteps)}" if one_graph.timesteps else ""
+        size = f"{one_graph.batch} of {one_graph.width} x {one_graph.height}"
+        megabytes = bundle.manifest.files[one_graph.network.onnx].size / 1e6
+        plural = "s" if one_graph.steps > 1 else ""
+        steps = f"{one_graph.steps} step{plural}{timesteps}, eta {one_graph.eta:g}"
+        lines.append(f"{name}: {steps}, {size}, {megabytes:,.1f} MB")
+    return {"one-graphs": "\n".join(lines)} if lines else {}
 
 
 def _backends(bundle: Bundle) -> list[str]:

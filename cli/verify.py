@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, folder
+from .arguments import BUNDLE_HELP, add_precision, folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: two)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")
-    parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16")
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16 and bf16")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+        help="what draws the bundle's pictures, as for `hypersd generate` (default: auto)",
+    )
+    add_precision(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the pairs (default: BUNDLE-verify)")
 
 
@@ -42,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     from .pictures import write_png
 
     with spinner(f"loading {args.bundle}"):
-        pipe = Pipeline.load(args.bundle)
-    threshold = verify.THRESHOLDS[pipe.manifest.precision]
+        pipe = Pipeline.load(args.bundle, args.backend, precision=args.precision)
+    threshold = verify.find_threshold(pipe)
     if args.min_psnr is not None:
         if not math.isfinite(args.min_psnr):
             raise RequestError(f"--min-psnr {args.min_psnr}: expected a number of decibels")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import EngineError
-from .manifest import TensorSpec
+from ..errors import BundleError, EngineError
+from .manifest import Component, TensorSpec
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "uint8": torch.uint8}
 
 
 class Engine(Protocol):
@@ -101,3 +102,14 @@ def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, 
             raise EngineError(f"{name}: input {key!r} expected on {device}, received on {tensor.device}")
         if not tensor.is_contiguous():
             raise EngineError(f"{name}: input {key!r} is not contiguous: call .contiguous() on it")
+
+
+def check_graph(path: Path, component: Component, graph: Iterable[str]) -> None:
+    """See that the names of a graph's inputs and outputs are the manifest's.
+
+    Raises:
+        BundleError: they are not: the bundle was put together by hand.
+    """
+    names, manifest = set(graph), component.inputs.keys() | component.outputs.keys()
+    if names != manifest:
+        raise BundleError(f"{path} has the tensors {sorted(names)}, the manifest says {sorted(manifest)}")

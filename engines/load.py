@@ -18,7 +18,8 @@ from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
 from .tensorrt.targets import narrowed, target_name
 
-BACKENDS = ("auto", "onnxruntime", *TENSORRT_BACKENDS, "null")
+BACKENDS = ("auto", "onnxruntime", "openvino", *TENSORRT_BACKENDS, "null")
+ONNX_BACKENDS = ("onnxruntime", "openvino", "null")  # which need no engines to be built
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,19 +27,27 @@ class Choice:
     """What a bundle is run with.
 
     Attributes:
-        backend: ``"onnxruntime"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"null"``.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"null"``.
         target: the plans, for TensorRT.
         manifest: the bundle's, made as narrow as the plans are.
         passed_over: targets that cannot run here, and why.
+        precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; None for others, which go by the bundle.
     """
 
     backend: str
     target: str | None
     manifest: Manifest
     passed_over: Mapping[str, str]
+    precision: str | None = None
 
 
-def choose(bundle: Bundle, backend: str = "auto", device: str = "auto", target: str | None = None) -> Choice:
+def choose(
+    bundle: Bundle,
+    backend: str = "auto",
+    device: str = "auto",
+    target: str | None = None,
+    precision: str | None = None,
+) -> Choice:
     """Decide what to run a bundle with.
 
     Args:
@@ -46,16 +55,21 @@ def choose(bundle: Bundle, backend: str = "auto", device: str = "auto", target: 
         backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else ONNX Runtime.
         device: as for :func:`load_engines`.
         target: a target of the bundle by its name, or by a part of the name that no other target has.
+        precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; by default bf16 where the processor has it.
 
     Raises:
-        RequestError: the backend or the target is not known.
+        RequestError: the backend, the target or the precision is not known, or is not for the others.
         DeviceError: what was asked for cannot run here; the message says why.
         BundleError: the bundle has no plans for the backend.
     """
     if backend not in BACKENDS:
         raise RequestError(f"backend {backend!r} is not known: expected one of {', '.join(BACKENDS)}")
-    if target is not None and backend in ("onnxruntime", "null"):
+    if target is not None and backend in ONNX_BACKENDS:
         raise RequestError(f"target {target!r}: only TensorRT has targets, not {backend}: leave one of the two out")
+    if backend == "openvino":
+        return _choose_openvino(bundle, device, precision)
+    if precision is not None:
+        raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
     targets, is_cuda = _asked_for(bundle, backend, target), _is_cuda(device)
     if backend in ("onnxruntime", "null") or (backend == "auto" and target is None and not (targets and is_cuda)):
         return Choice(
@@ -81,6 +95,14 @@ def choose(bundle: Bundle, backend: str = "auto", device: str = "auto", target: 
         return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over=passed_over)
     told = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise DeviceError(f"{bundle.root} cannot run here: {told}")
+
+
+def _choose_openvino(bundle: Bundle, device: str, precision: str | None) -> Choice:
+    from .openvino import check_device, resolve_precision
+
+    check_device(device)
+    precision = resolve_precision(precision)
+    return Choice(backend="openvino", target=None, manifest=bundle.manifest, passed_over={}, precision=precision)
 
 
 def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
@@ -155,8 +177,8 @@ def load_engines(
 
     Args:
         bundle: the opened bundle.
-        backend: ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"onnxruntime"``; ``"auto"`` for the best that this machine has;
-            ``"null"`` computes nothing and shows what the loop around the networks costs.
+        backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` for TensorRT if it
+            can run here, else ONNX Runtime; ``"null"`` computes nothing and shows what the loop itself costs.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
         progress: told of what takes long: TensorRT-RTX compiles its kernels at the first load.
 
@@ -180,6 +202,13 @@ def load_choice(
 
         cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
         return load_target(bundle, choice.target, components, cuda, progress or Silent())
+    if choice.precision is not None:
+        from .openvino import OpenVinoEngine
+
+        return {
+            name: OpenVinoEngine(name, bundle.path(component.onnx), component, choice.precision)
+            for name, component in components.items()
+        }
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
     resolved = resolve_device(device)
@@ -188,3 +217,31 @@ def load_choice(
         name: OnnxRuntimeEngine(name, bundle.path(component.onnx), component, resolved, stream=stream)
         for name, component in components.items()
     }
+
+
+def load_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Engine:
+    """Make the graph of a whole picture ready to run.
+
+    Args:
+        bundle: the opened bundle.
+        name: the one-graph's.
+        backend: ``"onnxruntime"``, which ``"auto"`` takes, or ``"openvino"``. OpenVINO computes in float32: in bfloat16
+            the sampler's arithmetic would be, too.
+        device: as for :func:`load_engines`.
+
+    Raises:
+        RequestError: the backend or the device is not known.
+        BundleError: its files are damaged.
+        EngineError: it cannot run here.
+    """
+    network = bundle.manifest.one_graphs[name].network
+    if backend == "openvino":
+        from .openvino import OpenVinoEngine, check_device
+
+        check_device(device)
+        return OpenVinoEngine(name, bundle.path(network.onnx), network, "fp32")
+    if backend not in ("auto", "onnxruntime"):
+        raise RequestError(f"backend {backend!r} runs no one-graph: expected auto, onnxruntime or openvino")
+    from .onnx_runtime import OnnxRuntimeEngine, resolve_device
+
+    return OnnxRuntimeEngine(name, bundle.path(network.onnx), network, resolve_device(device))

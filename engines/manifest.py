@@ -12,13 +12,14 @@ import msgspec
 
 from ..errors import BundleError, one_line
 from .controlnets import check_controlnet_name, cond_embedding, controlnet, residual_input
+from .one_graphs import check_one_graph_name, one_graph_file
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: what it is a part of, and the divisor
 
-DType = Literal["float32", "float16", "int64"]
+DType = Literal["float32", "float16", "int64", "uint8"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -224,6 +225,42 @@ class PictureShapes(_Record, frozen=True, kw_only=True):
         return self.batch, self.height, self.width
 
 
+class OneGraph(_Record, frozen=True, kw_only=True):
+    """The whole picture as one network, for settings that are fixed: tokens and noise in, finished pixels out.
+
+    Attributes:
+        network: its tensors and files: its graph, and then the files of the components' weights, which it reads.
+        num_inference_steps: None with ``timesteps``, and the other way round.
+        timesteps: custom ones.
+        eta: 0..1, stochasticity (DDIM's eta, TCD's gamma).
+        batch: pictures per run.
+        height: in pixels.
+        width: in pixels.
+    """
+
+    network: Component
+    num_inference_steps: Positive | None = None
+    timesteps: tuple[Size, ...] | None = None
+    eta: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    batch: Positive
+    height: Positive
+    width: Positive
+
+    def __post_init__(self) -> None:
+        if (self.num_inference_steps is None) == (not self.timesteps):
+            raise ValueError("a one-graph has either num_inference_steps or timesteps")
+
+    @property
+    def steps(self) -> int:
+        """How often the UNet is in it."""
+        return len(self.timesteps) if self.timesteps else self.num_inference_steps or 0
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """As those of :class:`PictureShapes`: pictures, height and width."""
+        return self.batch, self.height, self.width
+
+
 class Plan(_Record, frozen=True, kw_only=True):
     """One component as TensorRT built it.
 
@@ -280,10 +317,14 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
 
 
 class Manifest(_Record, frozen=True, kw_only=True):
-    """The whole of ``bundle.json``."""
+    """The whole of ``bundle.json``.
+
+    ``random_weights`` says that the weights are not the checkpoint's: such a bundle is for measurements.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint: str
+    random_weights: bool = False
     family: Literal["sd15", "sdxl"]
     precision: Literal["fp16", "fp32"]
     opset: Positive
@@ -297,6 +338,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     files: dict[str, FileRecord]
     origin: Origin
     versions: dict[str, str]
+    one_graphs: dict[str, OneGraph] = msgspec.field(default_factory=dict)
     engines: dict[str, EngineTarget] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -307,6 +349,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
             raise ValueError(f"component files without a record: {', '.join(unlisted)}")
         for name in self.controlnets:
             self._check_controlnet(name)
+        for name, one_graph in self.one_graphs.items():
+            self._check_one_graph(name, one_graph)
         for name, target in self.engines.items():
             self._check_target(name, target)
 
@@ -319,6 +363,21 @@ class Manifest(_Record, frozen=True, kw_only=True):
         made = {residual_input(output) for output in self.components[controlnet(name)].outputs}
         if lost := sorted(made - self.components["unet"].inputs.keys()):
             raise ValueError(f"ControlNet {name} makes what the UNet does not take: {', '.join(lost)}")
+
+    def _check_one_graph(self, name: str, one_graph: OneGraph) -> None:
+        """A one-graph is a file of its own, and otherwise made of the components' files."""
+        check_one_graph_name(name)
+        graph, *weights = one_graph.network.files
+        if graph != one_graph_file(name):
+            raise ValueError(f"one-graph {name} in {graph!r}: expected {one_graph_file(name)}")
+        if graph not in self.files:
+            raise ValueError(f"one-graph {name} without a record of its file")
+        named = {file for component in self.components.values() for file in component.files}
+        if unknown := sorted(set(weights) - named):
+            raise ValueError(f"one-graph {name} reads files of no component: {', '.join(unknown)}")
+        for extent, wide in zip(one_graph.extents, self.shapes.extents, strict=True):
+            if not wide.min <= extent <= wide.max:
+                raise ValueError(f"one-graph {name}: {wide.name} {extent} is outside the bundle's {wide}")
 
     def _check_target(self, name: str, target: EngineTarget) -> None:
         """A target is one folder of plans, and of nothing else: commands delete it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,29 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
+from .cores import available_cores
 from .cuda_graphs import retain
-from .engine import check_feeds
+from .engine import check_feeds, check_graph
 from .manifest import Component
 
-NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.uint8: np.uint8}
 KEPT_SHAPES = 8  # sets of buffers a thread or stream; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
-
-
-def available_cores(quota: Path = CGROUP_QUOTA) -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has.
-
-    ``quota`` is where the kernel says how much processor time a control group gets (cgroup v2: "MICROSECONDS PERIOD").
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        share, period = quota.read_text().split()
-        return max(1, min(cores, math.ceil(int(share) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores
 
 
 def ort_version() -> str:
@@ -134,7 +119,8 @@ class OnnxRuntimeEngine:
         self._stream = stream or torch.cuda.Stream(device) if device.type == "cuda" else None
         self._session, self.capturable = _make_session(path, device, threads or available_cores(), self._stream)
         self._options = _cuda_run_options() if device.type == "cuda" else None
-        self._check_graph(path)
+        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        check_graph(path, component, (end.name for end in ends))
         self._local = threading.local()  # buffers on the CPU
         self._by_stream: dict[int, OrderedDict[tuple, _Binding]] = {}  # on CUDA; torch has few streams
         self._lock = nullcontext() if self._stream is None else threading.Lock()
@@ -178,13 +164,6 @@ class OnnxRuntimeEngine:
         if len(bindings) > KEPT_SHAPES:
             bindings.popitem(last=False)
         return binding.outputs
-
-    def _check_graph(self, path: Path) -> None:
-        """The graph's names must be the manifest's, else the bundle was put together by hand."""
-        graph = {node.name for node in [*self._session.get_inputs(), *self._session.get_outputs()]}
-        manifest = self.inputs.keys() | self.outputs.keys()
-        if graph != manifest:
-            raise BundleError(f"{path} has the tensors {sorted(graph)}, the manifest says {sorted(manifest)}")
 
 
 @contextmanager

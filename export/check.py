@@ -64,10 +64,10 @@ def check_graph(path: Path, weight_bytes: int) -> None:
 
     try:
         onnx.checker.check_model(str(path))
-        model = onnx.load(str(path), load_external_data=False)
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # onnx raises several unrelated classes
         raise ExportError(f"{path} is not valid ONNX: {one_line(error)}") from error
+    model = onnx.load(str(path), load_external_data=False)
+    check_types(model, path)
     wider = {onnx.TensorProto.DOUBLE: "float64"} | ({onnx.TensorProto.FLOAT: "float32"} if weight_bytes == 2 else {})
     for kind, name in wider.items():
         wide = [
@@ -78,6 +78,20 @@ def check_graph(path: Path, weight_bytes: int) -> None:
         if wide:
             graph = f"float{8 * weight_bytes}"
             raise ExportError(f"{path}: weights stayed {name} in a {graph} graph: {', '.join(sorted(wide)[:10])}")
+
+
+def check_types(model: Any, path: Path) -> None:
+    """See that every node of an ``onnx.ModelProto`` gets the types and shapes that it takes.
+
+    Raises:
+        ExportError: what is wrong with the file ``path``.
+    """
+    import onnx
+
+    try:
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except Exception as error:  # onnx raises several unrelated classes
+        raise ExportError(f"{path} is not valid ONNX: {one_line(error)}") from error
 
 
 def check_outputs(path: Path, cases: list[Case]) -> float:

@@ -31,6 +31,7 @@ from .libraries import quiet
 from .memory import release_memory
 from .models import check_controlnet_sources, check_unet_sources, is_tiny
 from .progress import ExportProgress, Silent
+from .random_weights import RandomWeights, check_random_weights, random_sources
 from .recipes import Recipe, latent_scale, make_recipes, tool_versions
 from .safetensors_file import SafetensorsFile
 from .scheduler import scheduler_constants
@@ -52,6 +53,7 @@ class ExportOptions:
         shapes: picture sizes and batch.
         precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
         lora_scale: factor on top of the LoRA's own alpha/rank.
+        random_weights: random weights in the place of all but the ControlNets', for measurements.
         replace: replace a bundle that was made from other inputs.
     """
 
@@ -59,6 +61,7 @@ class ExportOptions:
     shapes: ShapeOptions = dataclasses.field(default_factory=ShapeOptions)
     precision: Literal["fp16", "fp32"] = "fp16"
     lora_scale: float = 1.0
+    random_weights: RandomWeights | None = None
     replace: bool = False
 
 
@@ -72,7 +75,7 @@ def export_bundle(
 
     Args:
         checkpoint: a name that ``hypersd list`` shows.
-        out: the bundle's folder; ``bundles/NAME`` if not given.
+        out: the bundle's folder; ``bundles/NAME`` if not given, ``bundles/NAME-random`` with random weights.
         options: everything else.
         progress: told what happens.
 
@@ -84,16 +87,24 @@ def export_bundle(
     options = options or ExportOptions()
     progress = progress or Silent()
     _check_options(entry, options)
-    out = Path(out) if out is not None else Path("bundles") / entry.name
+    out = Path(out) if out is not None else _default_out(entry, options)
     if out.name in ("", ".."):  # "." and such, beside which nothing can be named
         out = out.resolve()
     check_place(out)
     with quiet():
-        sources = find_sources(entry, options.sources, options.precision, progress.downloads)
+        given = options.sources
+        if options.random_weights is not None:
+            given = random_sources(entry, given, options.random_weights, progress)
+        sources = find_sources(entry, given, options.precision, progress.downloads)
         check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
         for name in sources.controlnets:
             check_controlnet_sources(sources.parts[controlnet(name)])
         return _Export(entry, sources, options, progress).run(out)
+
+
+def _default_out(entry: Checkpoint, options: ExportOptions) -> Path:
+    """Random weights never lie where the real ones are looked for."""
+    return Path("bundles") / (entry.name if options.random_weights is None else f"{entry.name}-random")
 
 
 def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
@@ -101,6 +112,8 @@ def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
         raise RequestError(f"precision {options.precision!r} is not known: expected fp16 or fp32")
     if not math.isfinite(options.lora_scale) or abs(options.lora_scale) > 10:
         raise RequestError(f"lora_scale {options.lora_scale} is out of range: expected -10 to 10, usually 1")
+    if options.random_weights is not None:
+        check_random_weights(entry, options.sources, options.lora_scale)
     picture_shapes(options.shapes, 512)  # what is wrong with them is wrong at every default size
     if entry.kind == "unet" and options.lora_scale != 1.0:
         raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
@@ -144,7 +157,9 @@ class _Export:
                 return None
             raise
         wanted = self._manifest(bundle.manifest.components, bundle.manifest.files)
-        wanted = msgspec.structs.replace(wanted, engines=bundle.manifest.engines)
+        wanted = msgspec.structs.replace(  # what is added to a bundle that is finished
+            wanted, engines=bundle.manifest.engines, one_graphs=bundle.manifest.one_graphs
+        )
         keys = {recipe.name: recipe.key for recipe in self.recipes}
         is_same = wanted == bundle.manifest and keys == {n: c.key for n, c in bundle.manifest.components.items()}
         if is_same and list(wanted.controlnets) == list(bundle.manifest.controlnets):  # calls' lists have their order
@@ -215,6 +230,7 @@ class _Export:
         vae = sources.parts["vae"]
         return Manifest(
             checkpoint=entry.name,
+            random_weights=options.random_weights is not None,
             family=entry.family,
             precision=options.precision,
             opset=OPSET,

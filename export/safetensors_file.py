@@ -1,11 +1,13 @@
-"""Reading big safetensors files tensor by tensor without keeping what was read in memory."""
+"""Reading and writing big safetensors files tensor by tensor, keeping none of them in memory."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -55,3 +57,33 @@ class SafetensorsFile:
         """Every tensor by name, in the file's order."""
         for name in self.names:
             yield name, self.read(name)
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> None:
+    """Write a file of float16 tensors, which are taken one at a time.
+
+    Args:
+        path: the file; replaced if it is there.
+        shapes: of every tensor, by name.
+        tensors: in that order, on the CPU; rounded to float16.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        file.write(_header(shapes))
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tuple(tensor.shape) == shape
+            file.write(tensor.to(torch.float16).reshape(-1).numpy().data)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """What stands before the tensors (https://github.com/huggingface/safetensors#format)."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + torch.float16.itemsize * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text

@@ -194,8 +194,16 @@ def check_place(out: Path) -> None:
         raise UserError(f"{out} cannot be written: {existing} is no folder that you may write to; choose another --out")
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(
+    folder: Path, needed: int, what: str = "the bundle needs", remedy: str = "choose another --out"
+) -> None:
     """Say that the disk is too small before anything is written to it.
+
+    Args:
+        folder: where it will be written; need not be there yet.
+        needed: bytes.
+        what: the beginning of the error, up to the number.
+        remedy: what helps besides freeing space.
 
     Raises:
         DiskFullError: less than ``needed`` bytes are free.
@@ -204,8 +212,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskFullError(
-            f"the bundle needs about {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: "
-            "free some space or choose another --out"
+            f"{what} about {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: free some space or {remedy}"
         )
 
 

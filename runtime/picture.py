@@ -22,6 +22,7 @@ from .noise import Generators
 from .request import Request
 from .samplers import Sampler
 from .text import TextEmbeddings
+from .tiling import least_latents, tiled_decode
 
 # A row of one number is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
 NUMBER_ROW = 64
@@ -68,14 +69,20 @@ class PictureSettings:
 
 
 class Painter:
-    """What a bundle does after its text encoders, as functions of tensors on their device."""
+    """What a bundle does after its text encoders, as functions of tensors on their device.
 
-    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler) -> None:
+    With ``vae_tile`` pictures are decoded in tiles with sides of so many pixels (:mod:`.tiling`).
+    """
+
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, vae_tile: int | None = None
+    ) -> None:
         self.manifest = manifest
         self.sampler = sampler
         self.unet = engines["unet"]
         self.controlled_unet = ControlledUnet(manifest, engines)
         self.vae_decoder = engines["vae_decoder"]
+        self.vae_tile = vae_tile
 
     def settings(self, request: Request, output_type: str) -> PictureSettings:
         """What of a request, its values apart, decides how it is computed."""
@@ -191,9 +198,16 @@ class Painter:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
-        dtype = TORCH_DTYPES[self.vae_decoder.inputs["latent_sample"].dtype]
-        scaled = latents.to(dtype) / self.manifest.vae.scaling_factor  # a float32 decoder's division is float32 too
-        return run_rows(self.vae_decoder, {"latent_sample": scaled.contiguous()})["sample"]
+        spec = self.vae_decoder.inputs["latent_sample"]
+        # A float32 decoder's division is float32 too.
+        scaled = latents.to(TORCH_DTYPES[spec.dtype]) / self.manifest.vae.scaling_factor
+
+        def decode(rows: Tensor) -> Tensor:
+            return run_rows(self.vae_decoder, {"latent_sample": rows})["sample"]
+
+        if self.vae_tile is None:
+            return decode(scaled.contiguous())
+        return tiled_decode(scaled, decode, self.vae_tile, scale=self.manifest.vae.spatial, least=least_latents(spec))
 
     def _zeroed_negatives(self, request: Request) -> bool:
         """SDXL's base was trained with zeros, not with an empty text, where no negative prompt is given."""

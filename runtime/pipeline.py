@@ -28,7 +28,8 @@ from .noise import Generators, randn
 from .picture import CONDITION, Denoiser, Painter, PictureSettings
 from .request import Request, make_request, picture_size
 from .samplers import Sampler, make_sampler
-from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts
+from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
+from .tiling import check_tile
 from .turns import Turns, hand_out
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -75,8 +76,9 @@ class Pipeline:
         tokenizers: Mapping[str, ClipTokenizer],
         *,
         capture: Capture | None = capture_cuda_graph,
+        vae_tile: int | None = None,
     ) -> None:
-        """Put a pipeline together; ``capture`` records its work, None for never."""
+        """Put a pipeline together; ``capture`` records its work, None for never. ``vae_tile`` as for :meth:`load`."""
         self.manifest = manifest
         self.engines = engines
         self.choice: Choice | None = None  # what ``load`` decided on
@@ -91,13 +93,13 @@ class Pipeline:
         drawing = [engine for name, engine in engines.items() if name not in ENCODERS.values()]
         is_graphed = capture is not None and all(engine.capturable for engine in drawing)
         if is_graphed:  # all that draws as one graph; called stage by stage, every network is one
-            self._graphed = GraphedFunction(Painter(manifest, engines, self.sampler).paint, capture)
+            self._graphed = GraphedFunction(Painter(manifest, engines, self.sampler, vae_tile).paint, capture)
             engines = {
                 name: GraphedEngine(engine, capture) if engine.capturable else engine
                 for name, engine in engines.items()
             }
         self.text = TextConditioner(tokenizers, engines)
-        self._painter = Painter(manifest, engines, self.sampler)
+        self._painter = Painter(manifest, engines, self.sampler, vae_tile)
         self._turns = Turns(self.device) if is_graphed or self.device.type == "cuda" else None
 
     @property
@@ -113,37 +115,43 @@ class Pipeline:
         target: str | None = None,
         progress: BuildProgress | None = None,
         cuda_graphs: bool = True,
+        precision: str | None = None,
+        vae_tile: int | None = None,
     ) -> Pipeline:
         """Load a bundle.
 
         Args:
             bundle: the folder that ``hypersd export`` wrote.
-            backend: ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"onnxruntime"``; ``"auto"`` takes TensorRT engines of the
-                bundle that can run here, else ONNX Runtime, and :attr:`choice` says what and why; ``"null"`` computes
-                nothing, to measure the loop itself.
+            backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` takes TensorRT
+                engines of the bundle that can run here, else ONNX Runtime, and :attr:`choice` says what and why;
+                ``"null"`` computes nothing, to measure the loop itself.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
             target: which of the bundle's TensorRT engines, by the name that ``hypersd info`` shows or a part of it.
             progress: told of what takes long; TensorRT-RTX compiles its kernels at the first load on a machine.
             cuda_graphs: record what the GPU does and replay it; False enqueues every kernel anew at every call.
+            precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; by default ``"bf16"`` where the processor
+                multiplies in it. The other backends compute in what the bundle was exported in.
+            vae_tile: decode pictures in tiles with sides of so many pixels, which overlap by a quarter and are blended
+                as diffusers' ``vae.enable_tiling()`` does it: less memory, more time, and seams that a smooth surface
+                may show. For bundles that take a range of sizes.
 
         Raises:
             BundleError: the bundle is missing, damaged, altered or of another version.
             EngineError: the backend or device cannot be used here.
+            RequestError: ``vae_tile`` is none that the decoder takes.
         """
         opened = Bundle.load(bundle)
-        tokenizers = {}
-        for name, encoder in ENCODERS.items():
-            if encoder in opened.manifest.components:
-                file = f"{name}/tokenizer.json"
-                if file not in opened.manifest.files:
-                    raise BundleError(f"{opened.root} has no {file}: export the bundle again")
-                tokenizers[name] = ClipTokenizer(opened.path(file))
+        tokenizers = load_tokenizers(opened)
         for name in ("text_encoder", "unet", "vae_decoder"):
             opened.component(name)
-        choice = choose(opened, backend, device, target)
+        choice = choose(opened, backend, device, target, precision)
+        if vae_tile is not None:
+            latent_sample = choice.manifest.components["vae_decoder"].inputs["latent_sample"]
+            vae_tile = check_tile(latent_sample, vae_tile, choice.manifest.vae.spatial)
         engines = load_choice(opened, choice, device, progress)
         try:
-            pipe = cls(choice.manifest, engines, tokenizers, capture=capture_cuda_graph if cuda_graphs else None)
+            capture = capture_cuda_graph if cuda_graphs else None
+            pipe = cls(choice.manifest, engines, tokenizers, capture=capture, vae_tile=vae_tile)
         except RequestError as error:  # the manifest's scheduler is none
             raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
         pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
@@ -234,7 +242,7 @@ class Pipeline:
             bundle_shapes=self._bundle_shapes,
             engines=self._engines_name,
         )
-        generator, used_seed = _generator(request, generator)
+        generator, used_seed = make_generators(request, generator)
         settings = self._painter.settings(request, output_type)
         clock = Clock()
         with clock.stage("tokenize"):
@@ -266,7 +274,7 @@ class Pipeline:
         """The text encoders' outputs for some prompts, one row each; those of prompts seen lately are kept."""
         tokenized = self.text.tokenize(prompts)
         with self._turn() as caller:
-            return self.text.encode(tokenized).map(lambda tensor: hand_out(tensor, caller))
+            return self.text.encode(tokenized).map(lambda tensor: hand_out(tensor.clone(), caller))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1, a tensor of the caller's own."""
@@ -371,6 +379,8 @@ class Pipeline:
 
         def call(denoiser: Denoiser, i: int, t: int, latents: Tensor) -> Tensor | None:
             tensors = {"latents": latents, "prompt_embeds": denoiser.feeds["encoder_hidden_states"]}
+            if i == 0 and "prompt_embeds" in names:  # the callback may change it in place, and the next call knows it
+                tensors["prompt_embeds"] = denoiser.feeds["encoder_hidden_states"] = tensors["prompt_embeds"].clone()
             replaced = callback(self, i, t, {name: tensors[name] for name in names}) or {}
             if "prompt_embeds" in replaced:
                 denoiser.feeds["encoder_hidden_states"] = replaced["prompt_embeds"].to(self.device).contiguous()
@@ -407,7 +417,7 @@ def _out_of_memory_in_words(request: Request) -> Iterator[None]:
         ) from error
 
 
-def _generator(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
+def make_generators(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
     """The generator to draw from, and the seed that made it if it was made here."""
     if generator is not None:
         if request.seeds is not None:

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..engines import Engine
+from ..engines import Bundle, Engine
 from ..errors import BundleError, one_line, warn_user
 from .batching import run_rows
 
@@ -44,6 +44,22 @@ class ClipTokenizer:
     def _decode(self, ids: list[int]) -> str:
         """The text of some tokens. CLIP marks the end of a word in the token; transformers shows a space for it."""
         return self._tokenizer.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
+
+
+def load_tokenizers(bundle: Bundle) -> dict[str, ClipTokenizer]:
+    """The tokenizers of a bundle's text encoders, by their own names.
+
+    Raises:
+        BundleError: one is missing or damaged.
+    """
+    tokenizers = {}
+    for name, encoder in ENCODERS.items():
+        if encoder in bundle.manifest.components:
+            file = f"{name}/tokenizer.json"
+            if file not in bundle.manifest.files:
+                raise BundleError(f"{bundle.root} has no {file}: export the bundle again")
+            tokenizers[name] = ClipTokenizer(bundle.path(file))
+    return tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +135,16 @@ class TextConditioner:
         return TokenizedTexts(tuple(texts), known, input_ids, cut_of_new)
 
     def encode(self, tokenized: TokenizedTexts) -> TextEmbeddings:
-        """One row a text, run through the text encoders where they are new. The tensors are the caller's to keep."""
+        """One row a text, run through the text encoders where they are new.
+
+        A single row is the tensor that is kept itself, so that nothing is copied for it: do not write to it.
+        """
         rows = dict(tokenized.known)
         for text, input_ids in tokenized.input_ids.items():
             rows[text] = self._encode(input_ids)
             self._keep(text, rows[text], tokenized.cut[text])
         first, *others = (rows[text] for text in tokenized.texts)
-        return first.cat(*others)
+        return first.cat(*others) if others else first
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
         """Token ids by text and encoder, and what was cut off by text: SDXL's two tokenizers cut at the same place."""

@@ -25,10 +25,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from real_layout import save_pipeline, scheduler, text_config, write_tokenizer
+from real_layout import save_pipeline, scheduler, text_config
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
+
+from hypersd.export.byte_tokenizer import write_byte_tokenizer
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -47,7 +49,7 @@ WORDS = ["a", "photo", "of", "the", "cat", "dog", "red", "blue", "on", "with", "
 
 
 def load_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    write_tokenizer(folder, WORDS, pad_token)
+    write_byte_tokenizer(folder, WORDS, pad_token)
     return CLIPTokenizer.from_pretrained(folder)
 
 

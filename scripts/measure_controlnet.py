@@ -23,12 +23,12 @@ import make_tiny_repos
 import msgspec
 import torch
 from diffusers import UNet2DConditionModel
-from measure_export import SD15_UNET, SDXL_UNET
 
 from hypersd.engines.manifest import Component
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.random_inputs import random_input
 from hypersd.engines.zeroed_inputs import ZeroedInputs
+from hypersd.export.architectures import SD15_UNET, SDXL_UNET
 from hypersd.export.control_networks import cond_embedding_network, controlled_unet_network, controlnet_network
 from hypersd.export.controlnets import EMBEDDING_CHANNELS
 from hypersd.export.networks import Network, unet_network

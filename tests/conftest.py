@@ -118,6 +118,31 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SDXL-1step-lora")
 
 
+@pytest.fixture
+def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
+    """``copy_bundle(folder, name, **changes)``: a bundle of links to another's files, whose manifest says other things.
+
+    Changes are the manifest's fields or its sampler's.
+    """
+    import shutil
+
+    import msgspec
+
+    from hypersd.engines import Bundle
+    from hypersd.engines.bundle import link_or_copy, write_manifest
+    from hypersd.engines.manifest import MANIFEST_NAME, SamplerSettings
+
+    def copy(folder: Path, name: str = "copy", **changes: Any) -> Bundle:
+        root, manifest = tmp_path / name, Bundle.load(folder).manifest
+        shutil.copytree(folder, root, copy_function=link_or_copy, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+        sampler = {field: changes.pop(field) for field in SamplerSettings.__struct_fields__ if field in changes}
+        sampler = msgspec.structs.replace(manifest.sampler, **sampler)
+        write_manifest(root, msgspec.structs.replace(manifest, sampler=sampler, **changes))
+        return Bundle.load(root)
+
+    return copy
+
+
 @pytest.fixture(scope="session")
 def rtx_bundle(shared_folder: Path, source_options) -> Path:
     """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""

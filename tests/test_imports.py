@@ -14,7 +14,7 @@ import pytest
 import hypersd
 
 ROOT = Path(hypersd.__file__).parent
-PACKAGES = ("", "cli", "engines", "export", "runtime")
+PACKAGES = ("", "bench", "cli", "engines", "export", "runtime")
 EXPORT_ONLY = (
     "diffusers",
     "transformers",
@@ -144,7 +144,7 @@ def test_onnxruntime_is_loaded_by_its_own_module_alone() -> None:
     assert python(program) == "False True"
 
 
-@pytest.mark.parametrize("library", ["onnxruntime", "tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("library", ["onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"])
 def test_engine_libraries_are_imported_only_where_they_are_wrapped(library: str) -> None:
     """DESIGN.md: an engine library is named in one module of engines/, also in imports inside a function."""
     places = [
@@ -152,8 +152,8 @@ def test_engine_libraries_are_imported_only_where_they_are_wrapped(library: str)
         for path in files("", "cli", "engines", "runtime")
         if library in {name.partition(".")[0] for name in imported(path)}
     ]
-    if library == "onnxruntime":
-        assert places == ["engines/onnx_runtime.py"]
+    if library in ("onnxruntime", "openvino"):
+        assert places == [{"onnxruntime": "engines/onnx_runtime.py", "openvino": "engines/openvino.py"}[library]]
     assert len(places) <= 1
     assert all(place.startswith("engines/") for place in places)
 

@@ -22,7 +22,8 @@ from .lowering import without_attention
 
 BACKENDS: tuple[TensorRTBackend, ...] = ("tensorrt", "tensorrt-rtx")
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}  # TensorRT's to the manifest's
+# TensorRT's to the manifest's
+DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 OLDEST = {"tensorrt": (10, 8), "tensorrt-rtx": (1, 7)}
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DISTRIBUTIONS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 
 from ...errors import BundleError, DeviceError, DiskFullError, EngineError, RequestError, UserError
 from ..bundle import Bundle, link_or_copy, sha256_file, write_manifest
+from ..cache_folder import cache_folder
 from ..lock import locked
 from ..manifest import (
     ENGINES_FOLDER,
@@ -324,9 +324,8 @@ class _Build:
         )
 
     def _default_timing_cache(self) -> Path:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         gpu = self.machine.gpu.name.replace(" ", "-").replace("/", "-") if self.machine.gpu else "none"
-        return cache / "hypersd" / f"{self.api.backend}-{self.api.version}-{gpu}.timing"
+        return cache_folder() / f"{self.api.backend}-{self.api.version}-{gpu}.timing"
 
 
 def find_plan(root: Path, component: str, key: str) -> tuple[Bundle, Plan] | None:

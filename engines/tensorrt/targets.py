@@ -119,6 +119,11 @@ def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
     latents = [getattr(shapes, side).divided(manifest.vae.spatial, f"latent_{side}") for side in ("height", "width")]
     halved = [side.halved(times) for side in latents for times in range(MOST_HALVINGS + 1)]
     extents = {extent.name: extent for extent in (*shapes.extents, *halved)}
+    one_graphs = {
+        name: one_graph
+        for name, one_graph in manifest.one_graphs.items()
+        if all(span.min <= extent <= span.max for extent, span in zip(one_graph.extents, shapes.extents, strict=True))
+    }
     components = {
         name: msgspec.structs.replace(
             component,
@@ -127,7 +132,7 @@ def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
         )
         for name, component in manifest.components.items()
     }
-    return msgspec.structs.replace(manifest, shapes=shapes, components=components, engines={})
+    return msgspec.structs.replace(manifest, shapes=shapes, components=components, one_graphs=one_graphs, engines={})
 
 
 def _narrowed_specs(

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from real_layout import write_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
+
+from hypersd.export.byte_tokenizer import write_byte_tokenizer
 
 from . import networks
 from .data import SCENES, load_captions, scene_of
@@ -33,7 +34,7 @@ def tokenizers(family: str, work: Path) -> list[CLIPTokenizer]:
         folder = work / f"{family}-tokenizer-{number}"
         if not folder.exists():
             shutil.rmtree(partial := folder.with_suffix(".partial"), ignore_errors=True)
-            write_tokenizer(partial, words(), pad_token)
+            write_byte_tokenizer(partial, words(), pad_token)
             partial.rename(folder)
         found.append(CLIPTokenizer.from_pretrained(folder))
     return found

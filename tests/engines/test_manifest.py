@@ -107,6 +107,23 @@ TARGET: dict[str, Any] = {
 }
 MANIFEST["files"][PLAN] = {"size": 7, "sha256": HASH}
 MANIFEST["engines"] = {"some-target": TARGET}
+ONE_GRAPH: dict[str, Any] = {
+    "network": {
+        "inputs": {"latents": {"dtype": "float32", "shape": [1, 4, 8, 8]}},
+        "outputs": {"images": {"dtype": "uint8", "shape": [1, 64, 64, 3]}},
+        "files": ["one-graph-2steps.onnx", "unet/model.onnx_data"],
+        "key": HASH,
+    },
+    "num_inference_steps": 2,
+    "timesteps": None,
+    "eta": 0.5,
+    "batch": 1,
+    "height": 64,
+    "width": 64,
+}
+MANIFEST["files"]["one-graph-2steps.onnx"] = {"size": 5, "sha256": HASH}
+MANIFEST["one_graphs"] = {"one-graph-2steps": ONE_GRAPH}
+MANIFEST["random_weights"] = True
 DELETE = object()
 
 
@@ -157,6 +174,55 @@ def test_bundles_from_before_there_were_engines_are_read() -> None:
     older = decode(text(changed("engines", to=DELETE)), WHERE)
     assert older.engines == {}
     assert older == decode(text(changed("engines", to={})), WHERE)
+
+
+def test_bundles_from_before_there_were_one_graphs_are_read() -> None:
+    """Older bundles have no ``one_graphs``, and are bundles without any."""
+    older = decode(text(changed("one_graphs", to=DELETE)), WHERE)
+    assert older.one_graphs == {}
+    assert older == decode(text(changed("one_graphs", to={})), WHERE)
+
+
+def test_bundles_from_before_there_were_random_weights_have_real_ones() -> None:
+    """Older bundles do not say, and can be drawn with."""
+    assert not decode(text(changed("random_weights", to=DELETE)), WHERE).random_weights
+
+
+BAD_ONE_GRAPHS = {
+    "another's file": (
+        {"network": {**ONE_GRAPH["network"], "files": ["unet/model.onnx"]}},
+        "expected one-graph-",
+    ),
+    "weights of nobody": (
+        {"network": {**ONE_GRAPH["network"], "files": ["one-graph-2steps.onnx", "vae/model.onnx_data"]}},
+        "files of no component: vae/model.onnx_data",
+    ),
+    "no steps": ({"num_inference_steps": None}, "either num_inference_steps or timesteps"),
+    "no timesteps": ({"num_inference_steps": None, "timesteps": []}, "either num_inference_steps or timesteps"),
+    "both": ({"timesteps": [999, 499]}, "either num_inference_steps or timesteps"),
+    "eta": ({"eta": 1.5}, "eta"),
+    "height": ({"height": 256}, "height 256 is outside the bundle's 64..128"),
+    "batch": ({"batch": 3}, "batch 3 is outside"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD_ONE_GRAPHS.values(), ids=BAD_ONE_GRAPHS)
+def test_one_graphs_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
+    """A one-graph is a file of its own that reads the components' weights, for settings that the bundle has."""
+    assert said in refusal(text(changed("one_graphs", "one-graph-2steps", to={**ONE_GRAPH, **changes})))
+
+
+@pytest.mark.parametrize("name", ["", "unet", "one-graph-", "one-graph-../unet", "one-graph-a b", "one-graph-a\n"])
+def test_a_one_graph_is_named_as_its_file(name: str) -> None:
+    """Its name goes into a path and to terminals."""
+    refused = refusal(text(changed("one_graphs", to={name: ONE_GRAPH})))
+    assert "one-graph name" in refused
+
+
+def test_a_one_graph_without_a_record_is_refused() -> None:
+    """Without a size and a digest nobody sees that it was shortened or altered."""
+    refused = refusal(text(changed("files", "one-graph-2steps.onnx", to=DELETE)))
+    assert "without a record of its file" in refused
 
 
 def test_plans_without_a_record_are_refused() -> None:

@@ -16,67 +16,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import TensorProto, helper
+from small_graphs import component, random_feeds, write_add, write_graph
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines import onnx_runtime as module
 from hypersd.engines.cuda_graphs import GraphedFunction
-from hypersd.engines.engine import TORCH_DTYPES
-from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
 
 CPU = torch.device("cpu")
-ROWS, COLUMNS = (Range(name=name, min=1, opt=2, max=8) for name in ("rows", "columns"))
 
 
 def write_model(path: Path, nodes: list[Any], inputs: dict[str, Any], outputs: dict[str, Any]) -> OnnxRuntimeEngine:
-    """An engine of a hand-made graph; ``inputs`` and ``outputs`` are shapes, floats all."""
-
-    def describe(name: str, shape: tuple[Any, ...]) -> onnx.ValueInfoProto:
-        named = [dim.name if isinstance(dim, Range) else dim for dim in shape]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, named)
-
-    graph = helper.make_graph(
-        nodes, "g", [describe(*item) for item in inputs.items()], [describe(*item) for item in outputs.items()]
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    return OnnxRuntimeEngine("net", path, component(inputs, outputs), CPU)
-
-
-def component(inputs: dict[str, Any], outputs: dict[str, Any]) -> Component:
-    def specs(shapes: dict[str, Any]) -> dict[str, TensorSpec]:
-        return {name: TensorSpec(dtype="float32", shape=shape) for name, shape in shapes.items()}
-
-    return Component(inputs=specs(inputs), outputs=specs(outputs), files=("net.onnx",), key="0" * 64)
+    """An engine of a hand-made graph."""
+    return OnnxRuntimeEngine("net", path, write_graph(path, nodes, inputs, outputs), CPU)
 
 
 @pytest.fixture
 def add(tmp_path: Path) -> OnnxRuntimeEngine:
     """out [rows, columns] = a [rows, columns] + the transpose of b [columns, rows], all sizes 1 to 8."""
-    nodes = [helper.make_node("Transpose", ["b"], ["t"]), helper.make_node("Add", ["a", "t"], ["out"])]
-    return write_model(
-        tmp_path / "add.onnx", nodes, {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}, {"out": (ROWS, COLUMNS)}
-    )
-
-
-def random_feeds(specs: Mapping[str, TensorSpec], seed: int) -> dict[str, Tensor]:
-    """Inputs at the usual extents."""
-    generator = torch.Generator().manual_seed(seed)
-    feeds = {}
-    for name, spec in specs.items():
-        shape = [dim_range(dim).opt for dim in spec.shape]
-        if spec.dtype == "int64":
-            feeds[name] = torch.randint(0, 500, shape, generator=generator)
-        else:
-            feeds[name] = torch.randn(shape, generator=generator).to(TORCH_DTYPES[spec.dtype])
-    return feeds
+    path = tmp_path / "add.onnx"
+    return OnnxRuntimeEngine("net", path, write_add(path), CPU)
 
 
 def plain_session(path: Path) -> ort.InferenceSession:

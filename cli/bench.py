@@ -1,0 +1,114 @@
+"""Measure a bundle's latency on this machine, beside the alternatives that are installed.
+
+Every contender draws the same pictures from the same fused weights, in a process of its own; one draws at a time, round
+by round, and their pictures are compared. Left alone it takes all contenders that can run here. A contender that lives
+in another environment is named with its Python: --python optimum=/path/to/python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from .arguments import BUNDLE_HELP, folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which bundle, which contenders, which pictures, and where the result goes."""
+    from ..bench.contenders import CONTENDERS
+
+    names = ", ".join(contender.name for contender in CONTENDERS)
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help=f"some of: {names}")
+    parser.add_argument("--steps", nargs="+", type=int, default=[], metavar="N", help="default: the checkpoint's own")
+    parser.add_argument("--height", type=int, metavar="PIXELS", help="inside the bundle's range")
+    parser.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
+    parser.add_argument("--eta", type=float, help="0..1, stochasticity")
+    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="pictures of each (default: 5)")
+    parser.add_argument(
+        "--warmup", type=_count, metavar="N", help="pictures before them that do not count (default: 1; 3 on a GPU)"
+    )
+    parser.add_argument("--prompt", default="a photo of a cat", metavar="TEXT", help="default: a photo of a cat")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--python", nargs="+", type=_named, default=[], metavar="NAME=PYTHON", help="what runs a contender"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the stages as bars")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected such as optimum=/path/to/python")
+    return name, value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    _check_outputs(args)
+    from ..bench.options import BenchOptions
+    from ..bench.report import encode
+    from ..bench.session import run_bench
+    from ..bench.table import print_report
+    from ..engines import Bundle
+    from ..engines.bundle import write_whole
+    from .console import StageLines, out
+
+    options = BenchOptions(
+        contenders=args.contenders,
+        steps=args.steps,
+        height=args.height,
+        width=args.width,
+        eta=args.eta,
+        rounds=args.rounds,
+        warmup=args.warmup,
+        prompt=args.prompt,
+        seed=args.seed,
+        device=args.device,
+        pythons=dict(args.python),
+    )
+    report = run_bench(Bundle.load(args.bundle), options, _command(args), StageLines())
+    if args.json is not None:  # first, for a reader of the tables may leave
+        write_whole(args.json, encode(report))
+    if args.plot is not None:
+        from ..bench.plot import plot_report
+
+        plot_report(report, args.plot)
+    print_report(report, out())
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """See before minutes are spent that the results can be written.
+
+    Raises:
+        RequestError: a folder is not there, or what draws the plot is not.
+    """
+    import importlib.util
+
+    from ..errors import RequestError
+
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise RequestError(f"{option} {path}: expected a file name in a folder that is there")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib, which is not installed; in the clone: pip install -e '.[bench]'")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that measures the same again; without where the results went."""
+    words = ["hypersd", "bench", str(args.bundle)]
+    for name in ("contenders", "steps", "height", "width", "eta", "rounds", "warmup", "prompt", "seed", "device"):
+        value = getattr(args, name)
+        if value is not None and value != []:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    words += [word for name, python in args.python for word in ("--python", f"{name}={python}")]
+    return shlex.join(words)
