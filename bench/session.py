@@ -177,6 +177,6 @@ def _drawing(requests: Sequence[Request], options: BenchOptions, warmup: int) ->
 
 
 def _bundle_notes(bundle: Bundle) -> list[str]:
-    if getattr(bundle.manifest, "random_weights", False):
+    if bundle.manifest.random_weights:
         return ["the bundle's weights are random numbers: its pictures show nothing, its timings are a real model's"]
     return []

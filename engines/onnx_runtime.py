@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,21 @@ from .cores import available_cores
 from .cuda_graphs import retain
 from .engine import check_feeds, check_graph
 from .manifest import Component
+from .stored_models import find_stored_model, open_stored
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.uint8: np.uint8}
 KEPT_SHAPES = 8  # sets of buffers a thread or stream; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
+# How a model is stored. Smaller weights lie in the graph: the text encoder's mask, of an odd size, would shift others.
+STORED_WEIGHTS = {
+    "session.optimized_model_external_initializers_file_name": "model.onnx_data",
+    "session.optimized_model_external_initializers_min_size_in_bytes": str(1 << 16),
+}
+STORE_PACKED = "session.save_external_prepacked_constant_initializers"
+PACKED, PACKED_OFFSET = re.compile(rb"prepacked_\d"), re.compile(rb"\|(\d+);\d+;\d+")  # in a stored graph
+PACKED_ALIGNMENT = 64  # bytes; kernels read packed weights by aligned loads
 
 
 def ort_version() -> str:
@@ -117,7 +127,11 @@ class OnnxRuntimeEngine:
         self.outputs = component.outputs
         self.device = device
         self._stream = stream or torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._session, self.capturable = _make_session(path, device, threads or available_cores(), self._stream)
+        threads = threads or available_cores()
+        if self._stream is None:
+            self._session, self.capturable = _make_cpu_session(path, component, threads), False
+        else:
+            self._session, self.capturable = _make_cuda_session(path, device, threads, self._stream)
         self._options = _cuda_run_options() if device.type == "cuda" else None
         ends = [*self._session.get_inputs(), *self._session.get_outputs()]
         check_graph(path, component, (end.name for end in ends))
@@ -191,15 +205,67 @@ def _cuda_run_options() -> ort.RunOptions:
     return options
 
 
-def _make_session(
-    path: Path, device: torch.device, threads: int, stream: torch.cuda.Stream | None
-) -> tuple[ort.InferenceSession, bool]:
-    """A session, and whether its runs can be recorded in a CUDA graph."""
+def _session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what fails is raised, and said once
-    if stream is None:
-        return _open_session(path, options, ["CPUExecutionProvider"]), False
+    # Every network has threads of its own: those that spin take the cores from the next network and from torch.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _make_cpu_session(path: Path, component: Component, threads: int) -> ort.InferenceSession:
+    """A session on the CPU; of the stored model, where models are stored (see ``stored_models``)."""
+    # Not the number of threads: neither the graph nor the packed weights depend on it.
+    runtime = f"{ort.__version__} {ort.get_build_info()} {STORED_WEIGHTS}"
+    stored = find_stored_model(path, component, runtime)
+    session = stored and open_stored(
+        stored,
+        lambda graph: _store_model(path, graph, threads),
+        lambda graph: _open_stored_model(graph, threads),
+    )
+    return session or _open_session(path, _session_options(threads), ["CPUExecutionProvider"])
+
+
+def _store_model(path: Path, stored: Path, threads: int) -> None:
+    """Write a graph as it is optimised for this processor, with its weights, also as the kernels pack them.
+
+    ONNX Runtime lays the packed weights one behind another, whatever their sizes, and has no check when it maps them:
+    run where they are not aligned, they end the process. Then the model is stored again without them.
+    """
+    _write_optimized(path, stored, threads, packed="1")
+    if not _packed_are_aligned(stored.read_bytes()):
+        for file in stored.parent.iterdir():
+            file.unlink()
+        _write_optimized(path, stored, threads, packed="0")
+
+
+def _write_optimized(path: Path, stored: Path, threads: int, packed: str) -> None:
+    options = _session_options(threads)
+    options.optimized_model_filepath = str(stored)
+    for key, value in {**STORED_WEIGHTS, STORE_PACKED: packed}.items():
+        options.add_session_config_entry(key, value)
+    _open_session(path, options, ["CPUExecutionProvider"])
+
+
+def _packed_are_aligned(graph: bytes) -> bool:
+    """Whether all packed weights of a stored graph lie where kernels can read them; False if that cannot be seen."""
+    offsets = [int(offset) for offset in PACKED_OFFSET.findall(graph)]
+    is_legible = len(offsets) >= len(PACKED.findall(graph))  # a packed weight has one part or more
+    return is_legible and all(offset % PACKED_ALIGNMENT == 0 for offset in offsets)
+
+
+def _open_stored_model(stored: Path, threads: int) -> ort.InferenceSession:
+    options = _session_options(threads)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it was done
+    return _open_session(stored, options, ["CPUExecutionProvider"])
+
+
+def _make_cuda_session(
+    path: Path, device: torch.device, threads: int, stream: torch.cuda.Stream
+) -> tuple[ort.InferenceSession, bool]:
+    """A session, and whether its runs can be recorded in a CUDA graph."""
+    options = _session_options(threads)
     try:
         return _open_cuda_session(path, options, device, stream, recordable=True), True
     except BundleError as error:

@@ -81,6 +81,15 @@ def _is_the_automatic_choice(context: Context) -> str | None:
     return f"it is what {OURS} takes by itself" if chosen == "onnxruntime" else None
 
 
+def _one_graph_options(context: Context) -> dict[str, Any]:
+    return {"bundle": str(context.bundle.root), "device": context.device}
+
+
+def _why_no_one_graph(context: Context) -> str | None:
+    has = context.bundle.manifest.one_graphs
+    return None if has else "the bundle has no graph of the whole picture: export it with --one-graph"
+
+
 def _diffusers(name: str, summary: str, precision: str, mode: str) -> Contender:
     def options(context: Context) -> dict[str, Any]:
         bundle = str(context.bundle.root)
@@ -133,6 +142,14 @@ CONTENDERS = (
     ),
     _ours(
         "hypersd-openvino-fp32", "hypersd on OpenVINO in float32", ("openvino",), backend="openvino", precision="fp32"
+    ),
+    Contender(
+        name="hypersd-one-graph",
+        summary="hypersd's graph of the whole picture on ONNX Runtime",
+        module=f"{__name__}.one_graph",
+        options=_one_graph_options,
+        libraries=("onnxruntime",),
+        why_not=_why_no_one_graph,
     ),
     _diffusers("diffusers", "diffusers, eager (on a CPU in float32)", "bundle", "eager"),
     _diffusers("diffusers-bf16", "diffusers, eager, in bfloat16", "bf16", "eager"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from hypersd.bench.contenders import CONTENDERS, find_contender
+from hypersd.bench.contenders import CONTENDERS, Context, find_contender
 from hypersd.bench.contenders import diffusers as diffusers_contender
 from hypersd.bench.contenders import hypersd as hypersd_contender
+from hypersd.bench.contenders import one_graph as one_graph_contender
+from hypersd.bench.contenders.timed import TimedPipeline
 from hypersd.bench.drawing import Drawn, Settings
 from hypersd.bench.options import BenchOptions
 from hypersd.bench.pictures import make_requests, picture
 from hypersd.bench.sameness import compare_pictures
 from hypersd.engines import Bundle
 from hypersd.errors import RequestError
+from hypersd.one_graph import add_one_graph
+from hypersd.verify import find_reference_sources, load_pipeline
 
 
 def settings_of(bundle: Path, **options: Any) -> Settings:
@@ -36,8 +41,6 @@ def ours(bundle: Path, settings: Settings) -> Drawn:
 @pytest.fixture
 def diffusers_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts diffusers' noise back that a contender exchanged in its process, which here is that of all tests."""
-    import inspect
-
     from diffusers import (
         DDIMScheduler,
         LCMScheduler,
@@ -68,13 +71,17 @@ def test_diffusers_draws_the_same_picture(name: str, export_tiny: Callable[[str]
 
 
 @pytest.mark.usefixtures("diffusers_noise")
-def test_noise_is_that_of_the_bundles_precision(sdxl_dynamic_bundle: Path) -> None:
-    """A seed is other noise in float16 than in float32: diffusers, in float32 on a CPU, starts from float16 noise."""
-    settings = settings_of(sdxl_dynamic_bundle)
-    drawer = diffusers_contender.Drawer(str(sdxl_dynamic_bundle), "cpu", "bundle", "eager")
-    assert drawer.load().precision == "fp32"
-    theirs, expected = drawer.draw(settings), ours(sdxl_dynamic_bundle, settings)
-    assert compare_pictures(expected.pixels, theirs.pixels, {"fp16", "fp32"}).verdict == "same"
+def test_noise_is_that_of_the_bundles_precision(sd15_bundle: Path) -> None:
+    """A seed is other noise in float16 than in float32: what is computed in float32 starts from the bundle's too."""
+    manifest = Bundle.load(sd15_bundle).manifest
+    pipe = load_pipeline(manifest, find_reference_sources(manifest))
+    TimedPipeline(pipe, torch.device("cpu"), torch.float16)
+    shape, expected = (1, 4, 8, 8), torch.randn(1, 4, 8, 8, generator=torch.manual_seed(5), dtype=torch.float16)
+    for function in (type(pipe).prepare_latents, type(pipe.scheduler).step):  # what draws the first noise, and the rest
+        draw = inspect.unwrap(function).__globals__["randn_tensor"]
+        noise = draw(shape, generator=torch.manual_seed(5), device=torch.device("cpu"), dtype=torch.float32)
+        assert noise.dtype == torch.float32
+        assert torch.equal(noise, expected.float())
 
 
 @pytest.mark.usefixtures("diffusers_noise")
@@ -133,3 +140,24 @@ def test_contenders_are_told_apart() -> None:
     assert len(set(names)) == len(names)
     for module in {contender.module for contender in CONTENDERS} - {"hypersd.bench.contenders.optimum"}:
         assert hasattr(importlib.import_module(module), "Drawer")
+
+
+def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """The same picture from another graph for each number of steps; a bundle without one is told what to do."""
+    contender = find_contender("hypersd-one-graph")
+    why = contender.why_not_here(Context(Bundle.load(sd15_bundle), "cpu", tmp_path), has_own_python=False)
+    assert why is not None
+    assert "--one-graph" in why
+    root = copy_bundle(sd15_bundle).root
+    for steps in (1, 2):
+        bundle = add_one_graph(root, steps)
+    assert contender.why_not_here(Context(bundle, "cpu", tmp_path), has_own_python=False) is None
+    drawer = one_graph_contender.Drawer(str(root), "cpu")
+    drawer.load()
+    for steps in (1, 2, 1):
+        settings = settings_of(root, steps=(steps,))
+        drawn = drawer.draw(settings)
+        assert compare_pictures(ours(root, settings).pixels, drawn.pixels, {"fp32"}).verdict == "same"
+        assert sum(drawn.stages.values()) <= drawn.seconds
+    with pytest.raises(RequestError, match="no one-graph of this bundle draws that"):
+        drawer.draw(settings_of(root, steps=(4,)))

@@ -445,7 +445,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
         module.ort, "InferenceSession", lambda path, options, **_: real(path, options, ["CPUExecutionProvider"])
     )
     with pytest.raises(DeviceError, match="CUDA provider"):
-        module._make_session(tmp_path / "add.onnx", torch.device("cuda", 0), 1, SomeStream())
+        module._make_cuda_session(tmp_path / "add.onnx", torch.device("cuda", 0), 1, SomeStream())
 
 
 class SomeStream:
@@ -474,7 +474,7 @@ def record_sessions(monkeypatch: pytest.MonkeyPatch, error: str = "") -> list[di
 def test_a_cuda_session_runs_on_our_stream_and_may_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """On our stream, without ONNX Runtime's fall-back, which makes a session that failed again without its options."""
     calls = record_sessions(monkeypatch)
-    _, capturable = module._make_session(Path("net.onnx"), torch.device("cuda", 1), 1, SomeStream())
+    _, capturable = module._make_cuda_session(Path("net.onnx"), torch.device("cuda", 1), 1, SomeStream())
     assert capturable
     (call,) = calls
     expected = {"device_id": "1", "user_compute_stream": "1234567", "enable_cuda_graph": "1"}
@@ -486,7 +486,7 @@ def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.Monkey
     """One that copies between host and device: ONNX Runtime refuses to record it, and it is run step by step."""
     told = "This session cannot use the graph capture feature as requested by the user as the model has control flow"
     calls = record_sessions(monkeypatch, told)
-    _, capturable = module._make_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+    _, capturable = module._make_cuda_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
     assert not capturable
     assert [call["providers"][0][1].get("enable_cuda_graph") for call in calls] == ["1", None]
     assert calls[1]["providers"][0][1]["user_compute_stream"] == "1234567"
@@ -496,7 +496,7 @@ def test_a_session_that_fails_for_another_reason_is_not_tried_again(monkeypatch:
     """A damaged file is a damaged file."""
     calls = record_sessions(monkeypatch, "Protobuf parsing failed")
     with pytest.raises(BundleError, match="Protobuf"):
-        module._make_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+        module._make_cuda_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
     assert len(calls) == 1
 
 
