@@ -12,7 +12,9 @@ from .process import check_python
 
 
 def choose_contenders(bundle: Bundle, options: BenchOptions) -> tuple[list[Contender], list[str]]:
-    """hypersd, always and first, and the others; and in one line each why some do not take part.
+    """hypersd first, with which all are compared, and the others; and in one line each why some do not take part.
+
+    If only some of hypersd's backends are named, the first of them takes its place.
 
     Raises:
         RequestError: one that was named is not known or cannot run here, or an interpreter does not run.
@@ -34,7 +36,9 @@ def choose_contenders(bundle: Bundle, options: BenchOptions) -> tuple[list[Conte
 
 
 def _named(context: Context, options: BenchOptions) -> list[Contender]:
-    named = [find_contender(name) for name in dict.fromkeys([OURS, *options.contenders])]
+    ours = [name for name in options.contenders if name.startswith(OURS)]
+    first = OURS if OURS in ours or not ours else ours[0]
+    named = [find_contender(name) for name in dict.fromkeys([first, *options.contenders])]
     for contender in named:
         if reason := contender.why_not_here(context, contender.name in options.pythons):
             raise RequestError(f"contender {contender.name} cannot run here: {reason}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .contenders import OURS
 from .drawing import DECODE, DRAW, TEXT_ENCODERS
 from .figures import TOTAL
 from .report import Comparison, Report, Row
@@ -79,7 +78,7 @@ def _words(row: Row, unit: TimeUnit) -> str:
 def _draw_panel(axes: Any, comparison: Comparison) -> None:
     """The bars of one number of steps."""
     unit = comparison_unit(comparison)
-    bars = _bars(comparison, unit)
+    bars, ours = _bars(comparison, unit), comparison.rows[0].contender
     longest = max((sum(parts.values()) for _, parts, _ in bars), default=1.0) * unit.scale
     for y, (_, parts, words) in enumerate(bars):
         left = 0.0
@@ -92,7 +91,7 @@ def _draw_panel(axes: Any, comparison: Comparison) -> None:
         axes.text(left + longest * 0.01, y, words, va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=9)
     for label in axes.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == OURS else "normal")
+        label.set_fontweight("bold" if label.get_text() == ours else "normal")
     axes.set_xlim(0, longest * 1.35)  # room for the words
     axes.set_xlabel(f"{unit.name} a picture, median", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)

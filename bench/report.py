@@ -173,6 +173,11 @@ class Report:
     comparisons: list[Comparison]
     notes: list[str]
 
+    @property
+    def baseline(self) -> Entry:
+        """What all others are compared with."""
+        return self.contenders[0]
+
     def entry(self, name: str) -> Entry:
         """A contender by its name."""
         return next(entry for entry in self.contenders if entry.name == name)

@@ -15,7 +15,7 @@ from ..engines import Bundle
 from ..engines.progress import BuildProgress, Stage
 from ..runtime.request import Request
 from .choice import choose_contenders
-from .contenders import OURS, Context
+from .contenders import Context
 from .drawing import Settings
 from .entrant import Entrant
 from .figures import summarize
@@ -86,7 +86,7 @@ def start_all(
     program = write_start(folder / "program")
     for entrant in entrants:
         with Stage(progress, f"start {entrant.name}") as stage:
-            if reason := why_no_room(bundle, available_memory()):
+            if reason := why_no_room(bundle, available_memory(), entrant.contender.holds_halves):
                 entrant.fail(reason)
             else:
                 own = folder / entrant.name
@@ -96,10 +96,15 @@ def start_all(
             stage.note = entrant.failure or ""
 
 
-def why_no_room(bundle: Bundle, free: int | None) -> str | None:
-    """Why one more process would take memory that the others need, of which ``free`` bytes are left; None if not."""
+def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) -> str | None:
+    """Why one more process would take memory that the others need, of which ``free`` bytes are left; None if not.
+
+    ``holds_halves``: it keeps two bytes of every weight.
+    """
     components = bundle.manifest.components.values()
     weights = sum(bundle.manifest.files[file].size for component in components for file in component.files)
+    if holds_halves and bundle.manifest.precision == "fp32":
+        weights //= 2
     if free is None or free > weights:
         return None
     return (
@@ -141,7 +146,7 @@ def _any_on_cuda(entrants: Sequence[Entrant]) -> bool:
 def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken], floors: Floors) -> Comparison:
     """The rows of one number of steps."""
     steps = count_steps(request)
-    ours = taken[OURS]
+    ours = taken[entrants[0].name]
     rows = [
         Row(
             contender=entrant.name,

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .contenders import OURS
 from .drawing import DECODE, DRAW, TEXT_ENCODERS, is_step
 from .figures import TOTAL
 from .report import Comparison, Entry, Report, Row, Summary
@@ -132,7 +131,10 @@ def _latency_table(report: Report, comparison: Comparison, width: int) -> Table:
     for column in columns:
         table.add_column(column.heading, justify="left" if column.heading == "picture" else "right", no_wrap=True)
     for row in sorted(comparison.rows, key=lambda row: row.summary.median if row.summary else float("inf")):
-        entry, name = report.entry(row.contender), Text(row.contender, "bold" if row.contender == OURS else "")
+        entry, name = (
+            report.entry(row.contender),
+            Text(row.contender, "bold" if row.contender == report.baseline.name else ""),
+        )
         if row.summary is None:
             table.add_row(name, "failed")
         else:
@@ -143,12 +145,12 @@ def _latency_table(report: Report, comparison: Comparison, width: int) -> Table:
 
 def _floor_table(report: Report, comparison: Comparison) -> Table:
     """The least that each stage could take, by precision, and how far hypersd is from it."""
-    ours = next(row.summary for row in comparison.rows if row.contender == OURS)
+    ours = next(row.summary for row in comparison.rows if row.contender == report.baseline.name)
     unit = time_unit([sum(floor.values()) for floor in comparison.floors.values()])
     table = _empty_table("stage")
     for precision in comparison.floors:
         table.add_column(f"{precision}, {unit.name}", justify="right")
-    table.add_column(f"{OURS}, {report.entry(OURS).precision}", justify="right")
+    table.add_column(f"{report.baseline.name}, {report.baseline.precision}", justify="right")
     stages = list(next(iter(comparison.floors.values())))
     for stage in [*stages, TOTAL]:
         least = [sum(floor.values()) if stage == TOTAL else floor[stage] for floor in comparison.floors.values()]
@@ -159,7 +161,7 @@ def _floor_table(report: Report, comparison: Comparison) -> Table:
 
 def _lines(report: Report) -> list[str]:
     """What each contender was, what failed, and what the columns mean."""
-    lines = []
+    lines, ours = [], report.baseline.name
     for entry in report.contenders:
         if entry.failure is not None:
             lines.append(f"{entry.name} failed: {entry.failure}")
@@ -167,7 +169,7 @@ def _lines(report: Report) -> list[str]:
             memory = "" if entry.device_memory is None else f"; {_memory(entry.device_memory)} of device memory"
             lines.append(f"{entry.name}: {entry.how}, {entry.precision} on {entry.device}{memory}")
     lines += [
-        f"ratio: the median, over rounds, of its seconds divided by {OURS}'s; picture: beside {OURS}'s first one",
+        f"ratio: the median, over rounds, of its seconds divided by {ours}'s; picture: beside {ours}'s first one",
         "start: from the start of a process to its first picture, imports and loading included",
         "floor: how many times the least that this machine's own rates allow for its precision",
         "memory: the most that was resident, mapped weight files included",

@@ -1,8 +1,9 @@
 """Measure a bundle's latency on this machine, beside the alternatives that are installed.
 
 Every contender draws the same pictures from the same fused weights, in a process of its own; one draws at a time, round
-by round, and their pictures are compared. Left alone it takes all contenders that can run here. A contender that lives
-in another environment is named with its Python: --python optimum=/path/to/python.
+by round, and their pictures are compared with those of hypersd, or, if only some of its backends are named, of the
+first. Left alone it takes all contenders that can run here. A contender that lives in another environment is named with
+its Python: --python optimum=/path/to/python.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ class Contender:
         module: its name; it holds a class ``Drawer`` (:class:`hypersd.bench.drawing.Drawer`).
         options: what ``Drawer`` takes, as JSON has it; called once, right before its process starts.
         libraries: modules without which it cannot run.
+        holds_halves: it keeps its weights in two bytes each, whatever the bundle does.
         why_not: why it cannot run here although its libraries are there; None if it can.
         why_not_usual: why it is left out unless it is named; None if it is not.
     """
@@ -52,6 +53,7 @@ class Contender:
     module: str
     options: Callable[[Context], Mapping[str, Any]]
     libraries: tuple[str, ...] = ()
+    holds_halves: bool = False
     why_not: Callable[[Context], str | None] = lambda _: None
     why_not_usual: Callable[[Context], str | None] = lambda _: None
 
@@ -101,6 +103,7 @@ def _diffusers(name: str, summary: str, precision: str, mode: str) -> Contender:
         module=f"{__name__}.diffusers",
         options=options,
         libraries=("diffusers", "transformers", "peft"),
+        holds_halves=precision == "bf16",
         why_not=_why_no_compiler if mode == "compiled" else lambda _: None,
     )
 

@@ -204,6 +204,15 @@ def test_what_is_not_there_is_left_out_unless_it_is_named(bench, stand_in) -> No
         bench(stand_in(), absent, contenders=["b"])
 
 
+def test_a_backend_may_take_the_place_of_the_one_that_does_not_fit(bench, stand_in) -> None:
+    """SDXL in float32 needs more memory than many machines have: another backend of ours is then measured alone."""
+    ours, named = stand_in("hypersd-b"), stand_in("c")
+    report = bench(stand_in(), ours, named, contenders=["c", "hypersd-b"], rounds=1)
+    assert [entry.name for entry in report.contenders] == ["hypersd-b", "c"]
+    assert report.baseline.name == "hypersd-b"
+    assert [row.sameness is None for row in report.comparisons[0].rows] == [True, False]
+
+
 def test_what_would_be_measured_twice_is_left_out(sd15_bundle: Path) -> None:
     """Without engines for this machine `hypersd` runs on ONNX Runtime: the same again only if it is named."""
     named = {contender.name: contender for contender in CONTENDERS}
@@ -222,4 +231,6 @@ def test_no_process_is_started_into_full_memory(sd15_bundle: Path) -> None:
     )
     assert why_no_room(bundle, weights + 1) is None
     assert why_no_room(bundle, None) is None
+    assert why_no_room(bundle, weights // 2 + 1, holds_halves=True) is None  # bfloat16 of a float32 bundle
+    assert "name fewer" in (why_no_room(bundle, weights // 2 - 1, holds_halves=True) or "")
     assert "name fewer --contenders" in (why_no_room(bundle, weights) or "")
