@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,16 +95,11 @@ class Controls:
 
     def images(self, width: int, height: int) -> dict[str, Image]:
         """What the ControlNets are to see, of the size that is drawn: fitted first, so that edges stay sharp."""
-        from ..runtime.control_images import canny, fit, scribble
+        from ..runtime.control_images import fit, preprocess
 
-        changes: dict[str, Callable[[Image], Image]] = {
-            "canny": lambda image: canny(image, *self.thresholds),
-            "scribble": scribble,
-            "none": lambda image: image,
-        }
         mode = self.arguments["resize_mode"]
         return {
-            name: changes[picture.preprocess](fit(picture.image, width, height, mode))
+            name: preprocess(fit(picture.image, width, height, mode), picture.preprocess, self.thresholds)
             for name, picture in self.pictures.items()
         }
 

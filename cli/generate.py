@@ -102,15 +102,10 @@ def _check(args: argparse.Namespace) -> None:
 def _read_manifest(args: argparse.Namespace) -> Manifest:
     """The bundle's manifest, if its pictures are worth drawing."""
     from ..engines import Bundle
-    from ..errors import RequestError
 
-    manifest = Bundle.load(args.bundle).manifest
-    if manifest.random_weights and not args.allow_random_weights:
-        raise RequestError(
-            f"{args.bundle} has random weights, its pictures are noise: export {manifest.checkpoint} without "
-            "--random-weights, or draw them with --allow-random-weights"
-        )
-    return manifest
+    bundle = Bundle.load(args.bundle)
+    bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
+    return bundle.manifest
 
 
 def _load(args: argparse.Namespace) -> Pipeline:
@@ -182,6 +177,7 @@ def _draw(
     args: argparse.Namespace,
 ) -> list[Image]:
     """Draw and write every picture; ``draw_one`` draws the one of an index."""
+    from ..runtime.metadata import picture_metadata
     from .console import err, out
     from .pictures import numbered, write_png
 
@@ -189,7 +185,7 @@ def _draw(
     for i in range(args.count):
         result = draw_one(i)
         path = numbered(args.output, i, args.count)
-        metadata = _metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
+        metadata = picture_metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
         write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
@@ -358,37 +354,3 @@ def _backend(choice: Choice) -> str:
 
 def _steps(pipe: Pipeline, args: argparse.Namespace) -> int:
     return len(args.timesteps) if args.timesteps else args.steps or pipe.manifest.sampler.num_inference_steps
-
-
-def _metadata(manifest: Manifest, request: Request, seed: int) -> dict[str, Any]:
-    """All that is needed to draw the picture again, under the pipeline's argument names where it has them."""
-    settings = {
-        "prompt": request.prompts[0],
-        "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,
-        "num_inference_steps": request.num_inference_steps,
-        "timesteps": request.timesteps,
-        "eta": request.eta,
-        "guidance_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "seed": seed,
-        **_control_numbers(request),
-        "checkpoint": manifest.checkpoint,
-        "random_weights": manifest.random_weights or None,
-        "base": manifest.origin.base,
-        "vae": manifest.origin.vae,
-        "lora_scale": manifest.origin.lora_scale,
-        "precision": manifest.precision,
-        "sampler": manifest.sampler.kind,
-    }
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _control_numbers(request: Request) -> dict[str, dict[str, float]]:
-    if not request.controls:
-        return {}
-    return {
-        "controlnet_conditioning_scale": {control.name: control.conditioning_scale for control in request.controls},
-        "control_guidance_start": {control.name: control.start for control in request.controls},
-        "control_guidance_end": {control.name: control.end for control in request.controls},
-    }

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 
 from ..errors import DiskFullError, RequestError, UserError
 
-METADATA_KEY = "hypersd"
 CAPTION_HEIGHT = 16
 MARGIN = 4
 
@@ -57,17 +54,31 @@ def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    info = PngInfo()
-    if metadata:
-        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+    from ..runtime.metadata import png_info  # torch comes with it
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(temporary, format="PNG", pnginfo=png_info(metadata))
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one line why a file cannot be written.
+
+    Raises:
+        UserError: its place cannot be written.
+        DiskFullError: there is no room left.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kind = DiskFullError if error.errno == errno.ENOSPC else UserError
         raise kind(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
 

@@ -10,7 +10,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from ..errors import BundleError
+from ..errors import BundleError, RequestError
 from .manifest import MANIFEST_NAME, Component, Manifest, Plan, decode, encode
 
 HASH_CHUNK = 1 << 22
@@ -113,6 +113,18 @@ class Bundle:
         except KeyError:
             has = ", ".join(sorted(self.manifest.components))
             raise BundleError(f"{self.root} has no component {name!r}, it has {has}; export it again") from None
+
+    def check_weights(self, allow_random: bool, option: str) -> None:
+        """Refuse to draw with weights that were never trained, unless that is wanted: ``option`` is what says so.
+
+        Raises:
+            RequestError: its pictures are noise.
+        """
+        if self.manifest.random_weights and not allow_random:
+            raise RequestError(
+                f"{self.root} has random weights, its pictures are noise: export {self.manifest.checkpoint} without "
+                f"--random-weights, or take it with {option}"
+            )
 
     def check_file(self, name: str, hashes: bool = False) -> None:
         """Raise a BundleError where a file is missing, shortened or, with ``hashes``, altered."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,17 @@ def open_image(path: str | Path) -> Image.Image:
     shown = repr(str(path))
     if not os.path.isfile(path):  # Path.is_file raises for a long name
         raise RequestError(f"control picture {shown} is not there: expected a file such as photo.jpg")
+    with warnings.catch_warnings(), reading(shown):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            return to_rgb(image)
+
+
+@contextmanager
+def reading(shown: str) -> Iterator[None]:
+    """What Pillow raises for a picture that it cannot read, as a RequestError that begins with ``shown``."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return to_rgb(image)
+        yield
     except RequestError as error:
         raise RequestError(f"{shown}: {error}") from error
     except UnidentifiedImageError as error:
@@ -185,6 +193,26 @@ def check_thresholds(low: float, high: float) -> None:
 def scribble(image: Image.Image) -> Image.Image:
     """A drawing in dark lines on white as light lines on black, which scribble ControlNets were trained with."""
     return ImageOps.invert(image)
+
+
+def preprocess(image: Image.Image, kind: str, thresholds: tuple[float, float] = CANNY_THRESHOLDS) -> Image.Image:
+    """What a ControlNet is to see of an RGB picture, which has the size that is drawn: else edges would blur.
+
+    Args:
+        image: an RGB picture.
+        kind: ``"canny"``, ``"scribble"`` or ``"none"``.
+        thresholds: those of :func:`canny`.
+
+    Raises:
+        RequestError: the kind is not known, or OpenCV is missing.
+    """
+    if kind == "canny":
+        return canny(image, *thresholds)
+    if kind == "scribble":
+        return scribble(image)
+    if kind == "none":
+        return image
+    raise RequestError(f"preprocess {kind!r} is not known: expected canny, scribble or none")
 
 
 def to_condition(image: Any, width: int, height: int, resize_mode: str = "crop") -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,7 @@ class Pipeline:
         control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
         if image is None and control_numbers != (None, None, None):
             raise RequestError("controlnet_conditioning_scale and control_guidance_*: expected an image with them")
-        request = make_request(
-            self.manifest,
+        request = self.make_request(
             prompt,
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
@@ -238,9 +237,10 @@ class Pipeline:
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
             force=force,
-            controls=make_controls(self.manifest, images, *control_numbers),
-            bundle_shapes=self._bundle_shapes,
-            engines=self._engines_name,
+            controlled_by=images,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start,
+            control_guidance_end=control_guidance_end,
         )
         generator, used_seed = make_generators(request, generator)
         settings = self._painter.settings(request, output_type)
@@ -261,6 +261,51 @@ class Pipeline:
                     callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
                 drawn = self._draw_by_stages(call, clock, callback, caller)
         return PipelineOutput(images=drawn, timings=clock.timings(), request=request, seed=used_seed)
+
+    def make_request(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        controlled_by: Iterable[str] = (),
+        controlnet_conditioning_scale: PerControlNet = None,
+        control_guidance_start: PerControlNet = None,
+        control_guidance_end: PerControlNet = None,
+        force: bool = False,
+    ) -> Request:
+        """What a call with these arguments draws, everything decided; nothing is drawn.
+
+        ``controlled_by`` are names of the ControlNets that get a picture; for the rest see :meth:`__call__`.
+
+        Raises:
+            RequestError: an argument is out of range.
+        """
+        control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
+        return make_request(
+            self.manifest,
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            force=force,
+            controls=make_controls(self.manifest, controlled_by, *control_numbers),
+            bundle_shapes=self._bundle_shapes,
+            engines=self._engines_name,
+        )
 
     def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of what a call with these arguments draws.
