@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import HyperSDError
 
 #: subcommands and the modules that hold them, in the order that --help shows
-COMMANDS = ("list", "export", "build", "info", "generate", "verify", "bench")
+COMMANDS = ("list", "export", "build", "info", "generate", "batch", "serve", "verify", "bench")
 INTERRUPTED = 130
 
 

@@ -15,7 +15,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .arguments import build_command, folder
+from .arguments import build_command, folder, quoted
 from .engine_options import add_engine_options, option_words, span_type
 
 if TYPE_CHECKING:
@@ -93,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="build TensorRT engines too; auto takes what is installed, and none if nothing is (default: auto)",
     )
+    form.add_argument(
+        "--triton",
+        type=folder,
+        metavar="FOLDER",
+        help="add the bundle to a model repository for Triton Inference Server; it is read where it is",
+    )
     add_engine_options(parser)
 
 
@@ -108,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
     if args.engine == "none" and (given := option_words(args)):
         raise RequestError(f"{given[0]} says how to build engines, --engine none builds none: leave one of them out")
     _check_one_graphs(checkpoint, args)
+    _check_triton(args)
     began = time.perf_counter()
     builder, why_none = _find_builder(args.engine, build_options)
     from ..export.exporter import export_bundle
@@ -128,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
     elif why_none:
         line = f"the bundle is ONNX only, because {why_none}; then: {build_command(bundle.root, *option_words(args))}"
         err().print(line, markup=False, soft_wrap=True)
+    _write_triton(bundle, args)
     say_next(bundle, out(), err(), why_not)
 
 
@@ -158,6 +166,25 @@ def _add_one_graphs(bundle: Bundle, steps: list[int], progress: StageLines) -> B
         line = f"{name}: {size / 1e6:,.1f} MB, its weights are those of the other networks"
         out().print(line, markup=False, soft_wrap=True)
     return bundle
+
+
+def _check_triton(args: argparse.Namespace) -> None:
+    if args.triton is not None:
+        from ..triton_backend.repository import check_repository
+
+        check_repository(args.triton, args.out)
+
+
+def _write_triton(bundle: Bundle, args: argparse.Namespace) -> None:
+    """Add the bundle to a model repository for Triton, and say what is to be run."""
+    if args.triton is None:
+        return
+    from ..triton_backend.repository import write_repository
+    from .console import out
+
+    model = write_repository(bundle, args.triton, args.replace)
+    line = f"Triton model {model}; serve it with: tritonserver --model-repository {quoted(args.triton.resolve())}"
+    out().print(line, markup=False, soft_wrap=True)
 
 
 def _export_options(args: argparse.Namespace) -> ExportOptions:

@@ -23,7 +23,7 @@ type_check() {
     fi
 }
 
-set_up export,dev,tensorrt-rtx,openvino,train-demo
+set_up export,dev,tensorrt-rtx,openvino,train-demo,ray
 
 if (($# == 0)); then
     failed=()

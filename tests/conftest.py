@@ -118,6 +118,29 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SDXL-1step-lora")
 
 
+def _export_demo(shared_folder: Path, folder: str, *controlnets: str) -> Path:
+    """A bundle of the demonstration checkpoint, which draws what it is asked for; made once for all of a run."""
+    from hypersd.export import ExportOptions, export_bundle
+    from hypersd.export.controlnets import ControlNetSource
+    from hypersd.export.sources import SourceOptions
+
+    sources = SourceOptions(controlnets=tuple(ControlNetSource(location=name) for name in controlnets))
+    root = shared_folder / "demo" / folder  # beside those of test_demo.py, whose finished networks it takes
+    return export_bundle("Hyper-Demo15-1step-lora", root, ExportOptions(sources=sources, precision="fp32")).root
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(shared_folder: Path) -> Path:
+    """The demonstration checkpoint, 96x96, fp32. Do not write to it."""
+    return _export_demo(shared_folder, "demo15")
+
+
+@pytest.fixture(scope="session")
+def demo_canny_bundle(shared_folder: Path) -> Path:
+    """The same with its ControlNet, ``canny``. Do not write to it."""
+    return _export_demo(shared_folder, "demo15-canny", "controlnet-canny-Demo15")
+
+
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
     """``copy_bundle(folder, name, **changes)``: a bundle of links to another's files, whose manifest says other things.

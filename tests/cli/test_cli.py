@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from hypersd import Pipeline
-from hypersd.cli import main
+from hypersd.cli import COMMANDS, main
 from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS
 
 REPO = Path(__file__).parents[2]
@@ -345,7 +345,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("list", "export", "build", "info", "generate", "verify")),
+        *([name, "--help"] for name in COMMANDS),
     ):
         assert main(words) == 0
         assert len(capsys.readouterr().out) > 10

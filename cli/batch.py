@@ -1,0 +1,181 @@
+"""Draw a file of prompts, on all GPUs of a Ray cluster.
+
+FILE has a prompt a line, or is named *.jsonl and has an object a line with the fields of a request to `hypersd serve`,
+such as {"prompt": "a cat", "seed": 7, "steps": 4}. Pictures are named LINE-SEED.png. Started again, it draws what is
+missing or would be another picture now; pictures.jsonl in the folder lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import BUNDLE_HELP, add_precision, folder
+
+if TYPE_CHECKING:
+    from ..cluster.batch import ActorOptions
+    from ..cluster.jobs import PromptJob
+
+EXTRA = "ray"
+INDEX_NAME = "pictures.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The bundle, the prompts, settings for lines that have none of their own, and who draws."""
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
+    parser.add_argument("prompts", type=Path, metavar="FILE", help="a prompt a line, or *.jsonl")
+    parser.add_argument("-o", "--output", type=folder, required=True, metavar="FOLDER", help="where pictures go")
+    parser.add_argument("--seed", type=int, default=0, help="of line 1; line i has seed SEED+i-1 (default: 0)")
+    parser.add_argument("--count", type=int, metavar="N", help="pictures of each line, with consecutive seeds")
+    parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
+    parser.add_argument("--eta", type=float, help="0..1, stochasticity")
+    parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
+    parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+        help="as for generate (default: auto)",
+    )
+    add_precision(parser)
+    parser.add_argument("--address", help="of the Ray cluster (default: this machine's, or one of its own)")
+    parser.add_argument("--actors", type=int, metavar="N", help="that draw (default: one for each GPU, else one)")
+    parser.add_argument(
+        "--num-gpus", type=float, metavar="X", help="of an actor, 0 for the CPU (default: 1 if there are any)"
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="pictures drawn at once on a GPU (default: 8)"
+    )
+    parser.add_argument(
+        "--allow-random-weights", action="store_true", help="draw the noise of a bundle that has no trained weights"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw what is missing; pictures that fail are told of at the end, and the exit code is 1 then."""
+    from ..cluster.jobs import read_jobs
+    from ..engines import Bundle
+    from ..engines.lock import locked
+    from .console import err
+    from .pictures import writing
+
+    bundle = Bundle.load(args.bundle)
+    bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
+    _check(args)
+    jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args))
+    waiting = f"waiting for another process that draws into {args.output}"
+    with locked(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
+        with writing(args.output):
+            args.output.mkdir(parents=True, exist_ok=True)
+        missing = [job for job in jobs if not job.is_drawn(args.output)]
+        _say_found(args, jobs, missing)
+        errors: dict[str, str] = {}
+        try:
+            if missing:
+                _draw(args, missing, errors)
+        finally:  # also of what an interruption left
+            _write_index(args.output, jobs, errors)
+    _say_end(args, jobs, errors)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ..runtime.numbers import real_number, whole_number
+    from ..runtime.request import LARGEST_SEED
+
+    whole_number("--seed", args.seed, 0, LARGEST_SEED)
+    whole_number("--max-batch", args.max_batch, 1, 1024)
+    if args.actors is not None:
+        whole_number("--actors", args.actors, 1, 100_000)
+    if args.num_gpus is not None:
+        real_number("--num-gpus", args.num_gpus, 0.0, 1.0)
+
+
+def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a request, for lines that do not have them."""
+    fields = {
+        "n": args.count,
+        "steps": args.steps,
+        "eta": args.eta,
+        "guidance_scale": args.guidance,
+        "negative_prompt": args.negative_prompt,
+        "size": args.size,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Sequence[PromptJob]) -> None:
+    from .console import err
+
+    changed = sum((args.output / job.file).exists() for job in missing)
+    line = f"{len(jobs)} pictures: {len(jobs) - len(missing)} are there, {len(missing)} to draw"
+    if changed:
+        line += f", {changed} of them because they would be others now"
+    strangers = {path.name for path in args.output.glob("*.png")} - {job.file for job in jobs}
+    if strangers:
+        line += f"; {len(strangers)} more in {args.output} are of no line of {args.prompts}"
+    err().print(line, markup=False, soft_wrap=True)
+
+
+def _draw(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
+    """Draw and write pictures; ``errors`` gets those that failed, by the picture's name."""
+    from ..cluster.batch import connect, draw_jobs
+    from ..engines.bundle import write_whole
+    from .console import step_bar
+    from .pictures import writing
+
+    connect(args.address)
+    errors.update({job.file: "not drawn" for job in jobs})
+    with step_bar(f"drawing into {args.output}", len(jobs)) as advance:
+        for result in draw_jobs(args.bundle, jobs, _actors(args)):
+            if result.png is None:
+                errors[result.file] = result.error or "not drawn"
+            else:
+                with writing(args.output / result.file):
+                    write_whole(args.output / result.file, result.png)
+                del errors[result.file]
+            advance()
+
+
+def _actors(args: argparse.Namespace) -> ActorOptions:
+    from ..cluster.batch import ActorOptions, default_actors
+
+    count, num_gpus = default_actors()
+    return ActorOptions(
+        count=args.actors or count,
+        num_gpus=num_gpus if args.num_gpus is None else args.num_gpus,
+        max_batch=args.max_batch,
+        backend=args.backend,
+        precision=args.precision,
+    )
+
+
+def _write_index(output: Path, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
+    from ..engines.bundle import write_whole
+    from .pictures import writing
+
+    lines = [
+        {"file": job.file, "line": job.line, "seed": job.seed, "prompt": job.body.prompt, "error": errors.get(job.file)}
+        for job in jobs
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with writing(output / INDEX_NAME):
+        write_whole(output / INDEX_NAME, text.encode())
+
+
+def _say_end(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
+    """Where the pictures are; or an error if some failed."""
+    from ..errors import HyperSDError
+    from .console import err, out
+
+    by_name = {job.file: job for job in jobs}
+    for name, message in errors.items():
+        err().print(f"{args.prompts} line {by_name[name].line}: {message}", markup=False, soft_wrap=True)
+    if errors:
+        raise HyperSDError(
+            f"{len(errors)} of {len(jobs)} pictures failed; the same command tries them again, and only them"
+        )
+    out().print(f"{args.output}  {len(jobs)} pictures, listed in {INDEX_NAME}", markup=False, soft_wrap=True)

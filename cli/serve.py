@@ -1,0 +1,113 @@
+"""Serve bundles over HTTP, with a page that draws as you type.
+
+Requests have the shape of the OpenAI images API (POST /v1/images/generations). A bundle is called as its folder is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import BUNDLE_HELP, add_precision, folder
+
+if TYPE_CHECKING:
+    from ..serve.settings import ServeSettings
+
+EXTRA = "serve"
+MEGABYTE = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The bundles, where to listen, what draws, and the limits."""
+    parser.add_argument("bundles", type=folder, nargs="+", metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="requests must present the bearer token that is in it"
+    )
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+        help="as for generate (default: auto)",
+    )
+    add_precision(parser)
+    parser.add_argument(
+        "--device",
+        nargs="+",
+        default=["auto"],
+        metavar="DEVICE",
+        help="auto, cpu, cuda, or several such as cuda:0 cuda:1, which share the queue (default: auto)",
+    )
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="pictures that may wait (default: 64)")
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="pictures drawn at once on a GPU (default: 8)"
+    )
+    parser.add_argument("--max-count", type=int, default=8, metavar="N", help="pictures of one request (default: 8)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="then a request is given up (default: 60)"
+    )
+    parser.add_argument("--max-prompt", type=int, default=2000, metavar="N", help="characters (default: 2000)")
+    parser.add_argument(
+        "--max-body-mb", type=float, default=8.0, metavar="MB", help="of a request, pictures included (default: 8)"
+    )
+    parser.add_argument(
+        "--allow-random-weights", action="store_true", help="serve the noise of a bundle that has no trained weights"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or Ctrl-C, which lets running work end."""
+    settings = _settings(args)
+    from ..engines import Bundle
+    from ..serve.calls import keep_prompts_out_of_the_log
+    from ..serve.server import run_server
+    from ..serve.service import LocalService
+
+    keep_prompts_out_of_the_log()
+    for bundle in args.bundles:
+        Bundle.load(bundle).check_weights(args.allow_random_weights, "--allow-random-weights")
+    service = LocalService(
+        args.bundles,
+        devices=args.device,
+        queue=args.queue,
+        max_batch=args.max_batch,
+        backend=args.backend,
+        precision=args.precision,
+    )
+    names = ", ".join(service.folders)
+
+    def say(address: str) -> None:
+        from .console import err
+
+        line = f"serving {names} on {address} (the page; the API is at {address}v1, figures at {address}metrics)"
+        err().print(line, markup=False, soft_wrap=True, highlight=False)
+
+    run_server(service, settings, args.host, args.port, say)
+
+
+def _settings(args: argparse.Namespace) -> ServeSettings:
+    """The limits.
+
+    Raises:
+        RequestError: one is out of range, or the file has no token in it.
+    """
+    from ..errors import RequestError
+    from ..runtime.numbers import real_number, whole_number
+    from ..serve.server import LOOPBACK
+    from ..serve.settings import ServeSettings, read_token
+
+    whole_number("--port", args.port, 0, 65535)
+    for option, most in (("queue", 1_000_000), ("max_batch", 1024), ("max_count", 1024), ("max_prompt", 10**9)):
+        whole_number(f"--{option.replace('_', '-')}", getattr(args, option), 1, most)
+    if args.max_count > args.queue:
+        raise RequestError(f"--max-count {args.max_count} is above --queue {args.queue}: expected at most that")
+    return ServeSettings(
+        timeout=real_number("--timeout", args.timeout, 0.001, 86_400.0),
+        max_count=args.max_count,
+        max_body=int(real_number("--max-body-mb", args.max_body_mb, 0.001, 1024.0) * MEGABYTE),
+        max_prompt=args.max_prompt,
+        token=None if args.token_file is None else read_token(args.token_file),
+        loopback_only=args.host in LOOPBACK,
+    )

@@ -1,0 +1,143 @@
+"""Bundles on the machines of a cluster: each gets a copy once, if they do not share a file system."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ..engines import Bundle
+from ..engines.bundle import write_whole
+from ..engines.cache_folder import cache_folder
+from ..engines.lock import locked
+from ..engines.manifest import MANIFEST_NAME, decode
+from ..errors import BundleError, UserError
+
+CHUNK = 16 << 20  # bytes that one message carries
+
+#: ``read(digest, file, offset)``: up to CHUNK bytes of a bundle's file, none behind its end
+Read = Callable[[str, str, int], bytes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedBundle:
+    """A bundle as the machine that shares it sees it.
+
+    Attributes:
+        name: the folder's.
+        folder: where it lies there, and on every machine that has the same file system.
+        digest: SHA-256 of its manifest, which has that of every other file.
+        files: those that are there; plans of TensorRT may have been deleted.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+    files: tuple[str, ...]
+
+
+def share(folder: Path) -> SharedBundle:
+    """Look at a bundle of this machine.
+
+    Raises:
+        BundleError: the folder holds none.
+    """
+    bundle = Bundle.load(folder.resolve())
+    plans = bundle.plan_files()
+    files = (name for name in bundle.manifest.files if name not in plans or (bundle.root / name).is_file())
+    return SharedBundle(
+        name=bundle.root.name, folder=bundle.root, digest=_digest(bundle.root) or "", files=tuple(files)
+    )
+
+
+class BundleShelf:
+    """Hands out the files of bundles, from the machine that has them."""
+
+    def __init__(self, bundles: Iterable[SharedBundle]) -> None:
+        """``bundles``: those that may be read, and nothing else.
+
+        Raises:
+            BundleError: this machine does not have them.
+        """
+        self._bundles = {bundle.digest: Bundle.load(bundle.folder) for bundle in bundles}
+
+    def read(self, digest: str, file: str, offset: int) -> bytes:
+        """Up to CHUNK bytes of a file; none behind its end.
+
+        Raises:
+            BundleError: the bundle has no such file.
+        """
+        bundle = self._bundles[digest]
+        if file != MANIFEST_NAME and file not in bundle.manifest.files:
+            raise BundleError(f"{bundle.root} has no file {file!r}: expected one that its manifest lists")
+        with bundle.path(file).open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(CHUNK)
+
+
+def find_or_fetch(bundle: SharedBundle, read: Read, cache: Path | None = None) -> Path:
+    """The bundle's folder on this machine: the same as where it is shared from, else a copy.
+
+    The copy is made by one process while the others wait, and appears whole: every file's SHA-256 is checked. It lies
+    in ``cache``, or where this package keeps such things, under the manifest's hash: another bundle under the old name
+    is another copy.
+
+    Raises:
+        BundleError: what arrived is not what was to be shared.
+        UserError: the cache's folder cannot be written.
+    """
+    if _digest(bundle.folder) == bundle.digest:
+        return bundle.folder
+    target = (cache or cache_folder() / "bundles") / bundle.digest[:16] / bundle.name
+    with locked(target, on_wait=lambda: None):
+        if _digest(target) != bundle.digest:
+            _fetch(bundle, read, target)
+    return target
+
+
+def _fetch(bundle: SharedBundle, read: Read, target: Path) -> None:
+    """Copy a bundle's files; the folder has its name once they are whole."""
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        for leftover in (unfinished, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        manifest = b"".join(_chunks(bundle, read, MANIFEST_NAME))
+        decode(manifest, f"the manifest of {bundle.name}")  # refuses names that lead out of the folder
+        for file in bundle.files:
+            _copy(_chunks(bundle, read, file), unfinished / file)
+        write_whole(unfinished / MANIFEST_NAME, manifest)
+        if _digest(unfinished) != bundle.digest:
+            raise BundleError(f"{bundle.name} was exported anew while it was fetched: start the service again")
+        Bundle.load(unfinished, hashes=True)
+        unfinished.rename(target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = error.strerror or error
+        raise UserError(
+            f"{target} cannot be written: {reason}; make room, or move the cache with XDG_CACHE_HOME"
+        ) from error
+
+
+def _chunks(bundle: SharedBundle, read: Read, file: str) -> Iterable[bytes]:
+    offset = 0
+    while chunk := read(bundle.digest, file, offset):
+        yield chunk
+        offset += len(chunk)
+
+
+def _copy(chunks: Iterable[bytes], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+
+
+def _digest(folder: Path) -> str | None:
+    """SHA-256 of the folder's manifest, None if it has none."""
+    try:
+        return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,145 @@
+"""A file of prompts: what is to be drawn, under which names, and what of that is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from PIL import Image
+from pydantic import ValidationError
+
+from ..engines import Manifest
+from ..engines.manifest import encode
+from ..errors import RequestError
+from ..runtime.metadata import METADATA_KEY
+from ..runtime.request import LARGEST_SEED
+from ..serve.schemas import GenerationRequest
+
+JSON_LINES = (".jsonl", ".ndjson")
+KEY_NAME = "batch_key"  # in a picture's metadata
+#: fields of a request that change no picture
+WITHOUT_EFFECT = {"model", "user", "quality", "style", "background", "moderation", "stream", "partial_images", "n"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptJob:
+    """One picture of a line.
+
+    Attributes:
+        line: from 1, as editors count.
+        body: what to draw, for this picture alone and with its seed.
+        key: another one if anything about the picture changes, the bundle included; TensorRT engines apart.
+    """
+
+    line: int
+    body: GenerationRequest
+    key: str
+
+    @property
+    def seed(self) -> int:
+        return self.body.seed or 0
+
+    @property
+    def file(self) -> str:
+        """The picture's name."""
+        return f"{self.line:06d}-{self.seed}.png"
+
+    @property
+    def settings(self) -> str:
+        """Equal for pictures that one call may draw."""
+        return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "control_image"})
+
+    def is_drawn(self, folder: Path) -> bool:
+        """Whether the picture is in a folder as it would be drawn now."""
+        return picture_key(folder / self.file) == self.key
+
+
+def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping[str, Any]) -> list[PromptJob]:
+    """The pictures that a file asks for.
+
+    Args:
+        path: a prompt a line; or, if its name ends in .jsonl, an object a line with the fields of a request of the HTTP
+            service. Empty lines count, and ask for nothing.
+        manifest: the bundle's.
+        first_seed: of line 1; the others have those that follow, unless they say another.
+        defaults: fields of requests, for lines that do not have them.
+
+    Raises:
+        RequestError: the file cannot be read or asks for nothing; or a line is no request, or ``defaults`` are none.
+    """
+    _checked("the options", {"prompt": "", **defaults})  # once, not as the fault of the first line
+    bundle = _bundle_key(manifest)
+    jobs = []
+    for line, text in _lines(path):
+        body = _read_body(path, line, text, {"seed": first_seed + line - 1, **defaults})
+        jobs.extend(PromptJob(line=line, body=one, key=_key(bundle, one)) for one in _singles(path, line, body))
+    if not jobs:
+        raise RequestError(f"{path} has no prompts in it: expected one a line")
+    return jobs
+
+
+def picture_key(path: Path) -> str | None:
+    """The key that a picture was written with; None if there is none, or no picture."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return json.loads(image.info.get(METADATA_KEY, "{}")).get(KEY_NAME)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read ({error}): expected a text file in UTF-8") from error
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            yield line, content.strip()
+
+
+def _read_body(path: Path, line: int, text: str, defaults: Mapping[str, Any]) -> GenerationRequest:
+    fields: Any = {"prompt": text}
+    if path.suffix.lower() in JSON_LINES:
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            example = '{"prompt": "a cat", "seed": 7}'
+            raise RequestError(f"{path} line {line} is no request: expected an object such as {example}")
+    body = _checked(f"{path} line {line}", {**defaults, **fields})
+    if body.output_format != "png":
+        raise RequestError(f"{path} line {line}: output_format {body.output_format}: expected png, or none")
+    return body
+
+
+def _checked(where: str, fields: Mapping[str, Any]) -> GenerationRequest:
+    """A request's fields as such; ``where`` is where they came from."""
+    try:
+        return GenerationRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RequestError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _singles(path: Path, line: int, body: GenerationRequest) -> Iterator[GenerationRequest]:
+    """A request for n pictures as n requests."""
+    seed = body.seed or 0
+    if seed + body.n - 1 > LARGEST_SEED:
+        raise RequestError(f"{path} line {line}: seed {seed} with n {body.n}: the last seed is above {LARGEST_SEED}")
+    for i in range(body.n):
+        yield body.model_copy(update={"n": 1, "seed": seed + i})
+
+
+def _bundle_key(manifest: Manifest) -> str:
+    return hashlib.sha256(encode(msgspec.structs.replace(manifest, engines={}))).hexdigest()
+
+
+def _key(bundle: str, body: GenerationRequest) -> str:
+    fields = body.model_dump(exclude_none=True, exclude=WITHOUT_EFFECT)
+    return hashlib.sha256(json.dumps([bundle, fields], sort_keys=True).encode()).hexdigest()[:32]

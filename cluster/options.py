@@ -1,0 +1,109 @@
+"""What ``serve run hypersd.cluster.serve:app NAME=VALUE ...`` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..engines import Bundle
+from ..errors import RequestError
+from ..serve.settings import ServeSettings, read_token
+
+MEGABYTE = 1 << 20
+
+
+class ClusterOptions(BaseModel):
+    """Where they mean the same, names and defaults are those of ``hypersd serve``.
+
+    Attributes:
+        bundles: folders on the head node, commas between them.
+        num_gpus: of a replica; a part of 1 puts several on one GPU, 0 draws on the CPU.
+        num_cpus: cores that Ray sets aside for a replica.
+        min_replicas: replicas that always run.
+        max_replicas: the most that the queue makes run.
+        target_ongoing_requests: requests to be at a replica, drawn or waiting; with more there Ray adds replicas.
+        queue: requests that wait until a replica takes them, more are refused.
+        max_batch: pictures drawn at once; a replica takes twice as many requests, so that the next are there in time.
+        ingresses: processes that speak HTTP, read requests and encode pictures.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    bundles: tuple[Path, ...] = Field(min_length=1)
+    num_gpus: float = Field(1.0, ge=0, le=1)
+    num_cpus: float = Field(1.0, gt=0, le=1024)
+    min_replicas: int = Field(1, ge=1, le=10_000)
+    max_replicas: int = Field(8, ge=1, le=10_000)
+    target_ongoing_requests: float = Field(2.0, gt=0, le=2048)
+    ingresses: int = Field(1, ge=1, le=1000)
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"] = "auto"
+    precision: Literal["fp32", "bf16"] | None = None
+    queue: int = Field(64, ge=1, le=1_000_000)
+    max_batch: int = Field(8, ge=1, le=1024)
+    max_count: int = Field(8, ge=1, le=1024)
+    max_prompt: int = Field(2000, ge=1, le=10**9)
+    max_body_mb: float = Field(8.0, gt=0, le=1024)
+    timeout: float = Field(60.0, gt=0, le=86_400)
+    token_file: Path | None = None
+    allow_random_weights: bool = False
+
+    @field_validator("bundles", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part for part in str(value).split(",") if part] if isinstance(value, (str, Path)) else value
+
+    @property
+    def device(self) -> str:
+        """A replica sees only the GPU that Ray gave it."""
+        return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        return 2 * self.max_batch
+
+    def settings(self) -> ServeSettings:
+        """The limits of the HTTP side.
+
+        Raises:
+            RequestError: the token's file cannot be read, or has no token in it.
+        """
+        return ServeSettings(
+            timeout=self.timeout,
+            max_count=self.max_count,
+            max_body=int(self.max_body_mb * MEGABYTE),
+            max_prompt=self.max_prompt,
+            token=None if self.token_file is None else read_token(self.token_file),
+        )
+
+
+def read_options(arguments: Mapping[str, Any]) -> ClusterOptions:
+    """Check the arguments.
+
+    Raises:
+        RequestError: one is missing, not known or out of range; or two contradict each other.
+        BundleError: a folder holds no bundle.
+    """
+    try:
+        options = ClusterOptions.model_validate(dict(arguments))
+    except ValidationError as error:
+        raise RequestError(_in_words(error)) from None
+    if options.max_replicas < options.min_replicas:
+        raise RequestError(
+            f"max_replicas={options.max_replicas} is below min_replicas={options.min_replicas}: expected at least that"
+        )
+    for folder in options.bundles:
+        Bundle.load(folder).check_weights(options.allow_random_weights, "allow_random_weights=true")
+    return options
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{name} is missing: expected {name}=VALUE"
+    if first["type"] == "extra_forbidden":
+        return f"{name}= is not known: expected some of {', '.join(ClusterOptions.model_fields)}"
+    return f"{name}={first['input']!s}: {first['msg']}"

@@ -1,0 +1,1 @@
+"""The parts of scripts/load_test.py: clients that put load on a running service, and check every answer."""

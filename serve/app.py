@@ -1,0 +1,276 @@
+"""The HTTP side of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Body, FastAPI, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
+
+from .. import __version__
+from ..errors import HyperSDError
+from .cards import ModelCard
+from .drawing import Drawing, Drawn
+from .guard import Guard
+from .intake import read_drawing
+from .live import LiveConnections
+from .pictures import encode
+from .problems import invalid, problem_response, response_of
+from .schemas import (
+    ControlNet,
+    Default,
+    Failure,
+    Generation,
+    GenerationRequest,
+    Health,
+    Model,
+    Models,
+    Picture,
+    Side,
+    Steps,
+)
+from .service import Service
+from .settings import ServeSettings
+
+STATIC = Path(__file__).parent / "static"
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; connect-src 'self' ws: wss:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+PICTURES: dict[str, Any] = {"image/png": {}, "image/jpeg": {}, "image/webp": {}}
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Failure, "description": words}
+    for status, words in {
+        400: "the request is wrong",
+        401: "no or the wrong token",
+        404: "no such model",
+        408: "the body came too slowly",
+        413: "the body is too large",
+        500: "an engine failed",
+        503: "the queue is full, or the service starts or stops; Retry-After says when to ask again",
+        504: "not finished in time",
+    }.items()
+}
+T = TypeVar("T")
+
+
+def make_app(service: Service, settings: ServeSettings) -> FastAPI:
+    """The application that draws with a service."""
+    app = FastAPI(
+        title="hypersd",
+        version=__version__,
+        description="Draws with Hyper-SD in few steps. Requests and answers have the shape of the OpenAI images API.",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    _handle_errors(app)
+    _add_drawing(app, service, settings)
+    _add_status(app, service, settings)
+    _add_page(app, service, settings)
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics, paths=paths)
+    if settings.loopback_only:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]"])
+    return app
+
+
+def _add_drawing(app: FastAPI, service: Service, settings: ServeSettings) -> None:
+    @app.post(
+        "/v1/images/generations",
+        response_model=Generation,
+        responses={200: {"content": PICTURES, "description": "the pictures"}, **FAILURES},
+        summary="Draw pictures",
+    )
+    async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
+        """Answers with JSON, or with the picture itself if `Accept` names image/png, image/jpeg or image/webp."""
+        wanted = _wanted_format(request, body)
+        drawing = await asyncio.to_thread(lambda: read_drawing(body, service.models(), settings))
+        drawn = await _while_connected(request, service.draw(drawing, settings.timeout))
+        output_format = wanted or body.output_format
+        files = await asyncio.to_thread(_encode_all, drawn, output_format, body.output_compression)
+        if wanted:
+            headers = {
+                "X-Hypersd-Seed": str(drawn[0].seed),
+                "X-Hypersd-Timings": json.dumps(dict(drawn[0].timings)),
+            }
+            return Response(files[0], media_type=f"image/{wanted}", headers=headers)
+        return _generation(drawing, drawn, files, output_format)
+
+
+def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
+    """The format of an answer that is a picture, None for JSON. One that is to hold several pictures is JSON."""
+    for part in request.headers.get("accept", "").split(","):
+        media_type = part.partition(";")[0].strip().lower()
+        if media_type in PICTURES and body.n == 1:
+            return media_type.removeprefix("image/")
+    return None
+
+
+def _encode_all(drawn: Sequence[Drawn], output_format: str, quality: int | None) -> list[bytes]:
+    return [encode(one.image, output_format, quality, one.metadata) for one in drawn]
+
+
+def _generation(drawing: Drawing, drawn: Sequence[Drawn], files: Sequence[bytes], output_format: str) -> Generation:
+    request = drawn[-1].request
+    return Generation(
+        created=int(time.time()),
+        data=[
+            Picture(b64_json=base64.b64encode(file).decode(), seed=one.seed)
+            for one, file in zip(drawn, files, strict=True)
+        ],
+        model=drawing.model,
+        output_format=output_format,  # type: ignore[arg-type]
+        size=f"{request.width}x{request.height}",
+        steps=count_steps(drawn[-1]),
+        eta=request.eta,
+        waited=max(one.waited for one in drawn),
+        timings=dict(drawn[-1].timings),
+    )
+
+
+def count_steps(drawn: Drawn) -> int:
+    return drawn.request.num_inference_steps or len(drawn.request.timesteps or ())
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; it is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client has gone")
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_status(app: FastAPI, service: Service, settings: ServeSettings) -> None:
+    @app.get("/v1/models", response_model=Models, responses=_failures(401, 503), summary="The bundles that are served")
+    async def models() -> Models:
+        cards = await asyncio.to_thread(service.models)  # looks at the disk
+        return Models(data=[_model(card, settings.max_count) for card in cards])
+
+    @app.get("/healthz", response_model=Health, summary="Whether the process answers")
+    async def healthz() -> Health:
+        return Health(status="ok")
+
+    @app.get("/readyz", response_model=Health, responses=_failures(503), summary="Whether it draws")
+    async def readyz() -> Any:
+        if service.is_ready():
+            return Health(status="ready")
+        return problem_response(503, "not ready: loading, stopping or failing", retry_after=2)
+
+    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_failures(401)}, response_class=Response)
+    async def metrics() -> Response:
+        """In Prometheus' text format."""
+        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _model(card: ModelCard, max_count: int) -> Model:
+    return Model(
+        id=card.id,
+        created=card.created,
+        checkpoint=card.checkpoint,
+        family=card.family,
+        device=card.device,
+        backend=card.backend,
+        steps=Steps(default=card.default_steps, allowed=list(card.allowed_steps)),
+        eta=Default(default=card.eta),
+        guidance_scale=Default(default=card.guidance_scale),
+        width=Side(**vars(card.width)),
+        height=Side(**vars(card.height)),
+        controlnets=[ControlNet(**vars(net)) for net in card.controlnets],
+        max_count=max_count,
+        changed_on_disk=card.changed_on_disk,
+    )
+
+
+def _add_page(app: FastAPI, service: Service, settings: ServeSettings) -> None:
+    connections = LiveConnections(service, settings)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=SECURITY_HEADERS)
+
+    @app.websocket("/v1/live")
+    async def live(socket: WebSocket) -> None:
+        await connections.serve(socket)
+
+    app.mount("/static", _PageFiles(directory=STATIC, check_dir=False), name="static")
+
+
+class _PageFiles(StaticFiles):
+    """The page's own files, which change with the package."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
+
+def _handle_errors(app: FastAPI) -> None:
+    handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {}
+
+    async def on_invalid(_: Request, error: RequestValidationError) -> Response:
+        message, param = invalid(error)
+        return problem_response(400, message, param=param)
+
+    async def on_http(_: Request, error: HTTPException) -> Response:
+        response = problem_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def on_known(_: Request, error: HyperSDError) -> Response:
+        return response_of(error)
+
+    async def on_unknown(_: Request, error: Exception) -> Response:
+        message = f"a bug: {type(error).__name__}; the service's log has more"
+        return problem_response(500, message, code="internal", close=True)  # as uvicorn does it then
+
+    handlers[RequestValidationError] = on_invalid
+    handlers[HTTPException] = on_http
+    handlers[HyperSDError] = on_known
+    handlers[Exception] = on_unknown
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+
+
+def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: FAILURES[status] for status in statuses}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's own, with this service's answer to a body that does not fit its schema: 400, not 422."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

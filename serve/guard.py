@@ -1,0 +1,133 @@
+"""What is checked before a request's body is read: the token, its size, how long it takes to arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .metrics import Metrics
+from .problems import problem_response
+from .settings import ServeSettings
+
+PROTECTED = ("/v1/", "/metrics")
+CLIENT_GONE = 499  # as nginx counts requests that nobody waited for
+BEARER = "bearer."  # the WebSocket subprotocol that carries the token: a browser can send no header with it
+
+
+class BodyRefusedError(Exception):
+    """The body is too large or too slow."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class ClientGoneError(Exception):
+    """The client left before its body was whole."""
+
+
+class Guard:
+    """ASGI middleware around the application, the outermost one; it counts requests, too."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: Iterable[str]) -> None:
+        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            if self._is_authorized(scope):
+                await self.app(scope, receive, send)
+            else:
+                await receive()
+                await send({"type": "websocket.close", "code": 1008})  # before it was accepted: HTTP 403
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began, codes = time.monotonic(), []
+
+        async def noting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                codes.append(message["status"])
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, noting_send)
+        except BodyRefusedError as error:
+            await problem_response(error.status, error.message, close=True)(scope, receive, noting_send)
+        except ClientGoneError:
+            pass
+        except Exception:  # a bug, which is answered further out
+            codes.append(500)
+            raise
+        finally:
+            path = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.saw_request(path, codes[0] if codes else CLIENT_GONE, time.monotonic() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._is_authorized(scope):
+            message = "no or the wrong token: expected the header `Authorization: Bearer TOKEN`"
+            await problem_response(401, message, close=True)(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdigit() and int(length) > self.settings.max_body:
+            raise self._too_large()
+        try:
+            body = await asyncio.wait_for(self._read_body(receive), self.settings.body_timeout)
+        except asyncio.TimeoutError:
+            seconds = self.settings.body_timeout
+            raise BodyRefusedError(408, f"the body did not arrive within {seconds:g} s: send it faster") from None
+        messages = iter([dict[str, Any](type="http.request", body=body, more_body=False)])
+
+        async def replayed() -> Message:
+            return next(messages, None) or await receive()
+
+        await self.app(scope, replayed, send)
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        """The whole body: what is served here reads all of it in any case."""
+        parts, size, is_whole = [], 0, False
+        while not is_whole:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            is_whole = not message.get("more_body", False)
+            if size > self.settings.max_body:
+                raise self._too_large()
+        return b"".join(parts)
+
+    def _too_large(self) -> BodyRefusedError:
+        return BodyRefusedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller pictures")
+
+    def _is_authorized(self, scope: Scope) -> bool:
+        token = self.settings.token
+        if token is None or not scope["path"].startswith(PROTECTED):
+            return True
+        given = _token(scope)
+        return given is not None and secrets.compare_digest(given, token.encode())
+
+
+def _token(scope: Scope) -> bytes | None:
+    """What the client presents, from a header or a WebSocket's subprotocols."""
+    scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return token.strip().encode("latin-1")
+    for protocol in scope.get("subprotocols", ()):
+        if protocol.startswith(BEARER):
+            text = protocol.removeprefix(BEARER)
+            try:
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+            except (binascii.Error, ValueError):
+                return None
+    return None

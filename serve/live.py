@@ -1,0 +1,177 @@
+"""The WebSocket that draws as you type: of the inputs of a connection the newest wins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any
+
+from fastapi import WebSocket, WebSocketDisconnect
+from pydantic import ValidationError
+from starlette.datastructures import Headers
+
+from ..errors import HyperSDError
+from .drawing import Drawn
+from .errors import UnavailableError
+from .intake import read_drawing
+from .pictures import encode
+from .problems import problem, status_of
+from .schemas import LiveInput, json_of
+from .service import Service
+from .settings import ServeSettings
+
+SUBPROTOCOL = "hypersd.live"
+TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # RFC 6455, section 7.4, and its registry
+
+
+class LiveConnections:
+    """All WebSockets of a service."""
+
+    def __init__(self, service: Service, settings: ServeSettings) -> None:
+        self.service, self.settings = service, settings
+        self._open = 0
+
+    async def serve(self, socket: WebSocket) -> None:
+        """Answer one until it is closed."""
+        if not is_same_origin(socket.headers):
+            await socket.close(POLICY_VIOLATION)  # before it was accepted: HTTP 403
+            return
+        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
+        if self._open >= self.settings.max_live:
+            await socket.close(TRY_AGAIN_LATER, f"{self._open} pages are open: try again later")
+            return
+        self._open += 1
+        self.service.metrics.saw_live(1)
+        try:
+            await _Connection(socket, self.service, self.settings).serve()
+        finally:
+            self._open -= 1
+            self.service.metrics.saw_live(-1)
+
+
+class _Connection:
+    """One WebSocket: a reader that keeps the newest input, and a drawer that draws whatever is the newest.
+
+    So an input is drawn at once if nothing is; else it waits for the picture under way, and takes the place of any
+    other that waits. Pictures are sent before the next input is drawn: to a slow reader fewer are drawn.
+    """
+
+    def __init__(self, socket: WebSocket, service: Service, settings: ServeSettings) -> None:
+        self.socket, self.service, self.settings = socket, service, settings
+        self._newest: str | None = None
+        self._arrived = asyncio.Event()
+        self._superseded = asyncio.Event()  # of the input that is being answered
+
+    async def serve(self) -> None:
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._draw())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (WebSocketDisconnect, RuntimeError):  # starlette raises the second for a send after the close
+            pass
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        """Keep what arrives last."""
+        while True:
+            text = await self._receive()
+            if text is None:
+                await self._send_problem(None, 400, "a binary frame: expected an input as JSON in a text frame")
+                continue
+            if self._newest is not None:
+                self.service.metrics.saw_dropped("superseded", 1)
+            self._newest = text
+            self._arrived.set()
+            self._superseded.set()
+
+    async def _receive(self) -> str | None:
+        """The next message; None for one that is not text."""
+        message = await self.socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1005))
+        return message.get("text")
+
+    async def _draw(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            self._superseded = asyncio.Event()
+            text, self._newest = self._newest, None
+            if text is not None:
+                await self._answer(text)
+
+    async def _answer(self, text: str) -> None:
+        """Draw an input and send its pictures; or say why not."""
+        try:
+            body = LiveInput.model_validate_json(text)
+        except ValidationError as error:
+            await self._send_problem(_id_of(text), 400, *_in_words(error))
+            return
+        try:
+            drawing = await asyncio.to_thread(lambda: read_drawing(body, self.service.models(), self.settings))
+            drawn = await self.service.draw(drawing, self.settings.timeout, self._superseded)
+        except HyperSDError as error:
+            status, code = status_of(error)
+            await self._send_problem(body.id, status, str(error), None, code)
+            if isinstance(error, UnavailableError):  # the same input is not tried again by itself, but the next will be
+                await asyncio.sleep(min(error.retry_after, 1))
+            return
+        for i, one in enumerate(drawn):
+            file = await asyncio.to_thread(encode, one.image, body.output_format, body.output_compression, one.metadata)
+            await self.socket.send_bytes(_frame(_header(body, drawing.model, one, i, len(drawing.seeds)), file))
+
+    async def _send_problem(
+        self, number: int | None, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        error = json_of(problem(status, message, param, code))
+        await self.socket.send_text(json.dumps({"id": number, "error": error}))
+
+
+def is_same_origin(headers: Headers) -> bool:
+    """Whether no page of another site opened the connection: browsers let any page do that, and say which it was."""
+    origin = headers.get("origin")
+    return origin is None or origin.partition("://")[2] == headers.get("host")
+
+
+def _id_of(text: str) -> int | None:
+    """The number of an input that is not valid, if it has one."""
+    try:
+        number = json.loads(text).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
+
+
+def _in_words(error: ValidationError) -> tuple[str, str | None]:
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))[:120]
+    return f"{where}: {first['msg']}" if where else str(first["msg"]), where or None
+
+
+def _header(body: LiveInput, model: str, drawn: Drawn, index: int, count: int) -> dict[str, Any]:
+    request = drawn.request
+    return {
+        "id": body.id,
+        "index": index,
+        "count": count,
+        "seed": drawn.seed,
+        "mime": f"image/{body.output_format}",
+        "width": request.width,
+        "height": request.height,
+        "steps": request.num_inference_steps or len(request.timesteps or ()),
+        "eta": request.eta,
+        "model": model,
+        "waited": drawn.waited,
+        "timings": dict(drawn.timings),
+    }
+
+
+def _frame(header: dict[str, Any], picture: bytes) -> bytes:
+    """Length of the header (4 bytes, big-endian), header (JSON), picture."""
+    text = json.dumps(header).encode()
+    return struct.pack(">I", len(text)) + text + picture

@@ -1,0 +1,86 @@
+"""Errors as the OpenAI API tells them."""
+
+from __future__ import annotations
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from ..errors import RequestError
+from .errors import TimedOutError, UnavailableError, UnknownModelError
+from .schemas import Failure, Problem, ProblemType, json_of
+
+CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    500: "engine_failed",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> Problem:
+    """What the answer says; the type follows from the status."""
+    kind: ProblemType = "server_error" if status >= 500 else "invalid_request_error"
+    if status == 401:
+        kind = "authentication_error"
+    return Problem(message=message, type=kind, param=param, code=code or CODES.get(status, f"http_{status}"))
+
+
+def problem_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after: int | None = None,
+    close: bool = False,
+) -> JSONResponse:
+    """An answer that is not a success. ``close`` ends the connection, whose body was not read."""
+    headers = {}
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if close:
+        headers["Connection"] = "close"
+    failure = Failure(error=problem(status, message, param, code))
+    return JSONResponse(json_of(failure), status, headers)
+
+
+def response_of(error: Exception) -> JSONResponse:
+    """The answer to a request that raised an error."""
+    status, code = status_of(error)
+    retry_after = error.retry_after if isinstance(error, UnavailableError) else None
+    return problem_response(status, str(error), code=code, retry_after=retry_after)
+
+
+def status_of(error: Exception) -> tuple[int, str | None]:
+    """The HTTP status of an error, and its code if that is not the status's usual one."""
+    if isinstance(error, UnknownModelError):
+        return 404, "model_not_found"
+    if isinstance(error, RequestError):
+        return 400, None
+    if isinstance(error, UnavailableError):
+        return 503, error.code
+    if isinstance(error, TimedOutError):
+        return 504, None
+    return 500, None
+
+
+def invalid(error: RequestValidationError) -> tuple[str, str | None]:
+    """A body that is not what the schema says: in one line, without a word of what was sent; and the field."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return 'the body is not valid JSON: expected an object such as {"prompt": "a cat"}', None
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return f"the body: {message}: expected a JSON object", None
+    if first["type"] == "extra_forbidden":
+        return f"{where[0][:80]!r} is not a field of this request: leave it out", where[0][:80]
+    return f"{'.'.join(where)[:120]}: {message}", where[0]

@@ -1,0 +1,198 @@
+// Type or draw, and the picture follows.
+
+import { Sheet } from "./canvas.js";
+import { Pen } from "./pen.js";
+import { savePictures, showPicture } from "./pictures.js";
+import { askModels, keepToken, token, Unauthorized } from "./server.js";
+import { body, bringBack, chooseControlNet, field, fieldOf, keep, offer, showExamples, showNumbers, throwDice } from "./settings.js";
+import { LiveSocket } from "./socket.js";
+
+const LARGE = 640 * 640; // pixels from which on JPEG is quicker than PNG
+const RETRY = 1000; // milliseconds
+const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of refusals that the same input may not meet again
+const TOOLS = ["brush", "eraser"]; // they change no picture by themselves
+
+const inputs = new Map(); // by id: what was sent, and when
+let models = [];
+let number = 0; // of the next input
+let frame = 0;
+let countdown = 0;
+
+const sheet = new Sheet(field("canvas"), { brush: field("brush"), eraser: field("eraser"), onChange: changed });
+new Pen(sheet, field("pen"));
+const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onPicture: show, onError: refuse });
+
+field("model").addEventListener("change", () => choose(field("model").value));
+field("controlnet").addEventListener("change", () => chooseControlNet(current()));
+field("seed").addEventListener("input", () => (field("keep-seed").checked = true));
+field("controls").addEventListener("input", ({ target }) => (TOOLS.includes(target.id) ? showNumbers() : changed()));
+field("controls").addEventListener("submit", (event) => event.preventDefault());
+field("dice").addEventListener("click", dice);
+field("undo").addEventListener("click", () => sheet.undo());
+field("clear").addEventListener("click", () => sheet.clear());
+field("save").addEventListener("click", save);
+field("retry").addEventListener("click", () => socket.tryNow());
+field("token-form").addEventListener("submit", withToken);
+window.addEventListener("online", () => socket.tryNow());
+window.addEventListener("hashchange", fromAddress);
+document.addEventListener("keydown", (event) => {
+  if (!event.ctrlKey && !event.metaKey) return;
+  if (event.key === "Enter") dice();
+  else if (event.key.toLowerCase() === "s") save();
+  else return;
+  event.preventDefault();
+});
+socket.tryNow();
+
+/** Before every connection: the server may be another one by now, with other checkpoints. */
+async function prepare() {
+  try {
+    const served = await askModels();
+    if (JSON.stringify(served) !== JSON.stringify(models)) fill(served);
+    return true;
+  } catch (error) {
+    if (!(error instanceof Unauthorized)) throw error;
+    askForToken();
+    return false;
+  }
+}
+
+function fill(served) {
+  models = served;
+  field("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  field("model-field").hidden = models.length < 2;
+  showExamples(models[0], changed);
+  fromAddress();
+}
+
+/** The form as the address has it. */
+function fromAddress() {
+  const kept = bringBack();
+  choose(models.some(({ id }) => id === kept.model) ? kept.model : models[0].id, kept);
+}
+
+function choose(id, kept) {
+  field("model").value = id;
+  offer(current());
+  kept?.others();
+  sheet.setAspect(current().width.default, current().height.default);
+  changed();
+}
+
+const current = () => models.find(({ id }) => id === field("model").value);
+
+/** Something is different: the newest input is made once a frame, however many events there were. */
+function changed() {
+  showNumbers();
+  if (!models.length) return;
+  document.body.dataset.asked = ""; // with `shown`: whether the picture is that of the newest input
+  document.body.classList.add("busy");
+  if (frame) return;
+  frame = requestAnimationFrame(() => {
+    frame = 0;
+    if (!field("keep-seed").checked) throwDice();
+    keep();
+    socket.send(input);
+  });
+}
+
+function input() {
+  const request = { ...body(sheet), id: number };
+  const { width, height } = current();
+  request.output_format = width.default * height.default >= LARGE ? "jpeg" : "png";
+  inputs.set(number, { request, sent: performance.now() });
+  document.body.dataset.asked = number;
+  number += 1;
+  return request;
+}
+
+function opened() {
+  clearInterval(countdown);
+  document.body.classList.remove("offline");
+  field("retry").hidden = true;
+  field("wait").textContent = "";
+  status("Connected");
+  changed();
+}
+
+/** Says so, and counts down to the next attempt, which is seen and not read out. */
+function closed(seconds, why) {
+  inputs.clear(); // their pictures will not come
+  document.body.classList.add("offline");
+  document.body.classList.remove("busy");
+  field("retry").hidden = false;
+  status(why || "The server does not answer.");
+  const next = performance.now() + seconds * 1000;
+  const tick = () => {
+    const left = Math.max(1, Math.ceil((next - performance.now()) / 1000));
+    field("wait").textContent = `Trying again in ${left} s.`;
+  };
+  clearInterval(countdown);
+  countdown = setInterval(tick, 250);
+  tick();
+}
+
+function status(message) {
+  if (field("status").textContent !== message) field("status").textContent = message; // else it is read out again
+}
+
+function show(header, picture) {
+  const asked = inputs.get(header.id);
+  if (!asked) return;
+  for (const id of inputs.keys()) if (id < header.id) inputs.delete(id); // superseded
+  complain("");
+  showPicture(header, picture, asked.request, (performance.now() - asked.sent) / 1000);
+  if (header.index === header.count - 1) document.body.dataset.shown = header.id;
+  if (document.body.dataset.shown === document.body.dataset.asked) document.body.classList.remove("busy");
+}
+
+/** An input was refused: why stands beside its field, and the last picture stays. */
+function refuse(id, error) {
+  if (id !== null && id !== number - 1) return; // there is a newer one
+  complain(error.message, fieldOf(error));
+  if (PASSING.includes(error.code)) setTimeout(changed, RETRY);
+  else document.body.classList.remove("busy");
+}
+
+function complain(message, at = field("prompt")) {
+  const error = field("error");
+  document.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
+  if (message) {
+    (at.closest("label") ?? at).after(error);
+    at.setAttribute("aria-invalid", "true");
+    at.setAttribute("aria-describedby", "error");
+  }
+  if (error.textContent !== message) error.textContent = message;
+}
+
+function dice() {
+  throwDice();
+  changed();
+}
+
+async function save() {
+  field("save").disabled = true;
+  try {
+    await savePictures();
+    complain("");
+  } catch (error) {
+    complain(`Not saved: ${error instanceof Unauthorized ? "the token is not valid any more." : error.message}`, field("save"));
+  } finally {
+    field("save").disabled = false;
+  }
+}
+
+function askForToken() {
+  clearInterval(countdown);
+  field("wait").textContent = "";
+  status(token() ? "The token is wrong." : "The server asks for a token.");
+  field("token-form").hidden = false;
+  field("token").focus();
+}
+
+function withToken(event) {
+  event.preventDefault();
+  keepToken(field("token").value.trim());
+  field("token-form").hidden = true;
+  socket.tryNow();
+}

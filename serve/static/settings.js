@@ -1,0 +1,134 @@
+// The form: what it holds, as the service takes it, and as the address of this page keeps it.
+
+const KEPT = ["model", "prompt", "steps", "seed", "count", "eta", "guidance", "size", "controlnet", "strength"];
+const LARGEST_SEED = 2 ** 32; // of those that the dice throw
+const SIZES = [512, 640, 768, 896, 1024, 1152, 1280, 1536];
+
+const EXAMPLES = ["a photo of a cat", "a lighthouse in a storm, oil painting", "a bowl of ramen, studio light"];
+// The demonstration checkpoints have learnt shapes and nothing else.
+const DEMO = ["a large yellow star on green stripes", "a red circle left of a blue square", "a purple ring on a pink background"];
+// The names that the service has for the form's fields.
+const FIELDS = {
+  n: "count",
+  num_inference_steps: "steps",
+  guidance_scale: "guidance",
+  width: "size",
+  height: "size",
+  control_image: "canvas",
+  control_scale: "strength",
+  controlnet_conditioning_scale: "strength",
+};
+const KEEPING = 500; // milliseconds: browsers refuse an address that is changed more often for long
+
+let keeping = 0;
+
+export const field = (name) => document.getElementById(name);
+
+/** The field that an error is about; the prompt's if it does not say. */
+export function fieldOf({ param, message }) {
+  const name = /^\w*/.exec(param ?? message)[0];
+  const known = field(FIELDS[name] ?? name)?.closest("#controls .prompt, #drawing:not([hidden]), .settings label:not([hidden])");
+  return known ? field(FIELDS[name] ?? name) : field("prompt");
+}
+
+/** Fill the form for a checkpoint; what it does not offer is not shown. */
+export function offer(model) {
+  options(field("steps"), model.steps.allowed, model.steps.default);
+  field("eta").value = model.eta.default;
+  field("guidance").value = model.guidance_scale.default;
+  field("guidance-field").hidden = model.guidance_scale.default <= 1;
+  field("count").max = model.max_count;
+  const sizes = sizesOf(model);
+  options(field("size"), sizes, `${model.width.default}x${model.height.default}`);
+  field("size-field").hidden = sizes.length < 2;
+  const nets = model.controlnets;
+  options(field("controlnet"), nets.map((net) => net.name), nets[0]?.name);
+  field("drawing").hidden = nets.length === 0;
+  field("controlnet-field").hidden = nets.length < 2;
+  if (nets.length) chooseControlNet(model);
+  showNumbers();
+}
+
+export function chooseControlNet({ controlnets }) {
+  const net = controlnets.find(({ name }) => name === field("controlnet").value);
+  field("strength").value = net.control_scale;
+}
+
+/** Prompts to begin with: the first is there from the start, unless the address has one. */
+export function showExamples({ checkpoint }, onChange) {
+  const prompts = checkpoint.includes("Demo") ? DEMO : EXAMPLES;
+  const buttons = prompts.map((prompt) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: prompt });
+    button.addEventListener("click", () => {
+      field("prompt").value = prompt;
+      onChange();
+    });
+    return button;
+  });
+  field("examples").replaceChildren(...buttons);
+  if (!field("prompt").value) field("prompt").value = prompts[0];
+}
+
+function options(select, values, chosen) {
+  select.replaceChildren(...values.map((value) => new Option(value, value)));
+  select.value = chosen ?? "";
+}
+
+/** The usual size, and square ones that the checkpoint takes. */
+function sizesOf({ width, height }) {
+  const squares = SIZES.filter((side) => [width, height].every((of) => of.min <= side && side <= of.max));
+  return [...new Set([`${width.default}x${height.default}`, ...squares.map((side) => `${side}x${side}`)])];
+}
+
+/** The numbers beside the sliders. */
+export function showNumbers() {
+  for (const name of ["eta", "guidance", "strength", "brush"]) field(`${name}-value`).value = field(name).value;
+}
+
+/** A request's body, with the drawing if there is one. Numbers that are no numbers are left to the service to refuse. */
+export function body(sheet) {
+  const request = {
+    model: field("model").value,
+    prompt: field("prompt").value,
+    n: field("count").valueAsNumber,
+    steps: Number(field("steps").value),
+    seed: field("seed").valueAsNumber,
+    eta: field("eta").valueAsNumber,
+  };
+  if (!field("size-field").hidden) request.size = field("size").value;
+  if (!field("guidance-field").hidden) request.guidance_scale = field("guidance").valueAsNumber;
+  if (!field("drawing").hidden && !sheet.isEmpty) {
+    request.control_image = { [field("controlnet").value]: sheet.png() };
+    request.control_scale = field("strength").valueAsNumber;
+  }
+  return request;
+}
+
+export function throwDice() {
+  field("seed").value = Math.floor(Math.random() * LARGEST_SEED);
+}
+
+/** Keep the form in the address, so that a reload or a link brings it back. The drawing is not in it. */
+export function keep() {
+  keeping ||= setTimeout(() => {
+    keeping = 0;
+    const kept = `#${new URLSearchParams(KEPT.map((name) => [name, field(name).value]))}`;
+    if (location.hash !== kept) history.replaceState(null, "", kept);
+  }, KEEPING);
+}
+
+/** The form as the address has it; `model` first, because the others' ranges are its. */
+export function bringBack() {
+  const kept = new URLSearchParams(location.hash.slice(1));
+  return {
+    model: kept.get("model"),
+    others() {
+      for (const name of KEPT) {
+        const element = field(name);
+        const known = element.tagName !== "SELECT" || [...element.options].some((one) => one.value === kept.get(name));
+        if (kept.has(name) && known) element.value = kept.get(name);
+      }
+      showNumbers();
+    },
+  };
+}

@@ -1,0 +1,96 @@
+// The connection to /v1/live. Of the inputs that are handed to it the newest is sent, and it comes back by itself.
+
+const FIRST_WAIT = 250; // milliseconds until the first new attempt; each takes twice as long as the one before
+const LONGEST_WAIT = 5000;
+const UNSENT = 1 << 16; // bytes that may wait in the browser: beyond, a newer input takes the place of the next one
+
+export class LiveSocket {
+  /**
+   * @param {{prepare: () => Promise<boolean>, token: () => string | null, onOpen: () => void,
+   *   onClosed: (seconds: number, why: string) => void, onPicture: (header: object, picture: Blob) => void,
+   *   onError: (id: number, error: object) => void}} handlers `prepare` comes before every attempt: it throws to have
+   *   another one made later, and returns false if none is to be made before `tryNow`.
+   */
+  constructor(handlers) {
+    this.handlers = handlers;
+    this.pending = null; // makes the newest input, when there is room for it
+    this.attempts = 0;
+    this.isIdle = true; // neither connected nor about to be
+  }
+
+  async tryNow() {
+    if (!this.isIdle) return;
+    clearTimeout(this.timer);
+    this.isIdle = false;
+    try {
+      if (await this.handlers.prepare()) this.connect();
+      else this.isIdle = true;
+    } catch (error) {
+      this.again(error.message);
+    }
+  }
+
+  connect() {
+    const protocols = ["hypersd.live"];
+    const token = this.handlers.token();
+    if (token) protocols.push("bearer." + base64url(token)); // a browser sends no header with a WebSocket
+    const scheme = location.protocol === "https:" ? "wss" : "ws";
+    const socket = new WebSocket(`${scheme}://${location.host}/v1/live`, protocols);
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      this.attempts = 0;
+      this.handlers.onOpen(); // who sends the present input
+    };
+    socket.onmessage = (event) => this.receive(event.data);
+    socket.onclose = (event) => this.again(event.reason);
+    this.socket = socket;
+  }
+
+  /** Send the input that `make` returns; it is called when the input can go, or never if a newer one comes before. */
+  send(make) {
+    this.pending = make;
+    this.flush();
+  }
+
+  get isOpen() {
+    return this.socket?.readyState === WebSocket.OPEN;
+  }
+
+  flush() {
+    if (!this.pending || !this.isOpen) return;
+    // The server drops what is superseded, so an input goes at once; but what a slow line has not taken is not added to.
+    if (this.socket.bufferedAmount > UNSENT) {
+      clearTimeout(this.flushing);
+      this.flushing = setTimeout(() => this.flush(), 20);
+      return;
+    }
+    const make = this.pending;
+    this.pending = null;
+    this.socket.send(JSON.stringify(make()));
+  }
+
+  receive(data) {
+    if (typeof data === "string") {
+      const { id, error } = JSON.parse(data);
+      this.handlers.onError(id, error);
+      return;
+    }
+    const length = new DataView(data).getUint32(0); // of the header, which the picture's file follows
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
+    this.handlers.onPicture(header, new Blob([new Uint8Array(data, 4 + length)], { type: header.mime }));
+  }
+
+  /** Try again after a while, longer each time; not all pages at the same moment. */
+  again(why) {
+    const wait = Math.min(FIRST_WAIT * 2 ** this.attempts, LONGEST_WAIT) * (0.8 + 0.4 * Math.random());
+    this.attempts += 1;
+    this.isIdle = true;
+    this.handlers.onClosed(wait / 1000, why);
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.tryNow(), wait);
+  }
+}
+
+function base64url(text) {
+  return btoa(text).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+}

@@ -1,0 +1,285 @@
+"""A local Ray cluster with two replicas of the demonstration checkpoint on the CPU, and batches beside them.
+
+All that needs Ray's processes is in this file: they are started once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import websockets
+from PIL import Image, ImageChops
+from ray import serve
+
+from hypersd import Pipeline
+from hypersd.cluster.bundles import BundleShelf, share
+from hypersd.cluster.drawer import Drawer
+from hypersd.cluster.serve import app
+
+ONGOING = 2  # requests that a replica takes with max_batch=1
+QUEUE = 16
+PROMPT = "a red circle on a blue background"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A running service, and where Ray writes what its replicas do."""
+
+    client: httpx.Client
+    logs: Path
+
+    def generate(self, **body: Any) -> httpx.Response:
+        return self.client.post("/v1/images/generations", json={"prompt": PROMPT, **body})
+
+    def calls(self, method: str, deployment: str = "default_Drawer") -> list[tuple[str, str]]:
+        """Calls that replicas finished: the replica's id, and the id of the request that they belong to."""
+        calls = []
+        for log in self.logs.glob(f"serve/replica_{deployment}_*.log"):
+            for line in log.read_text().splitlines():
+                if found := re.search(rf" (\S+) -- CALL {method} OK", line):
+                    calls.append((log.stem.rpartition("_")[2], found[1]))
+        return calls
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[dict[str, Any]]:
+    """Ray on this machine, with a folder of its own; sockets need a short path."""
+    folder = tempfile.mkdtemp(prefix="ray")
+    context: Any = ray.init(
+        address="local",
+        num_cpus=4,  # two replicas, two actors of a batch; how many cores there really are does not matter
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        logging_level="warning",  # type: ignore[arg-type]
+        _temp_dir=folder,
+    )
+    yield context.address_info
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: dict[str, Any], demo_bundle: Path) -> Iterator[Cluster]:
+    """The service as ``serve run`` starts it."""
+    port = free_port()
+    serve.start(http_options={"port": port})
+    arguments = {"bundles": demo_bundle, "num_gpus": 0, "min_replicas": 2, "max_replicas": 2}
+    serve.run(app({**arguments, "max_batch": 1, "queue": QUEUE, "timeout": 120}))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        yield Cluster(client, Path(ray_session["session_dir"]) / "logs")
+
+
+@pytest.fixture(scope="module")
+def pipeline(demo_bundle: Path) -> Pipeline:
+    return Pipeline.load(demo_bundle, device="cpu")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def picture(response: httpx.Response) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
+
+
+def is_drawn_by(pipe: Pipeline, image: Image.Image, prompt: str, **call: Any) -> bool:
+    return ImageChops.difference(image, pipe(prompt, **call).images[0]).getbbox() is None
+
+
+def all_at_once(generate: Callable[..., httpx.Response], seeds: Sequence[int], clients: int) -> list[httpx.Response]:
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(lambda seed: generate(seed=seed), seeds))
+
+
+def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pipeline, demo_bundle: Path) -> None:
+    """The same application: the same fields, errors and pictures, and no word of Ray in them."""
+    drawn = cluster.generate(seed=11)
+    assert drawn.status_code == 200
+    assert is_drawn_by(pipeline, picture(drawn), PROMPT, seed=11)
+    assert [card["id"] for card in cluster.client.get("/v1/models").json()["data"]] == [demo_bundle.name]
+    wrong, unknown = cluster.generate(size="8x8"), cluster.generate(model="other")
+    assert (wrong.status_code, unknown.status_code) == (400, 404)
+    assert re.match(r"(height|width) 8 is outside this bundle's 96", wrong.json()["error"]["message"])
+    assert cluster.client.get("/healthz").status_code == 200
+    assert b'code="200",path="/v1/images/generations"' in cluster.client.get("/metrics").content
+
+
+def test_the_live_page_works_through_ray(cluster: Cluster) -> None:
+    """Its files are served, and its WebSocket answers the newest input."""
+    assert cluster.client.get("/").status_code == 200
+
+    async def talk() -> list[int]:
+        url = f"ws://127.0.0.1:{cluster.client.base_url.port}/v1/live"
+        async with websockets.connect(url, subprotocols=["hypersd.live"]) as connection:  # type: ignore[list-item]
+            for number in range(1, 31):
+                await connection.send(json.dumps({"id": number, "prompt": f"{PROMPT} {number}", "seed": 1}))
+            answered = [0]
+            while answered[-1] < 30:
+                frame = await asyncio.wait_for(connection.recv(), 60)
+                assert isinstance(frame, bytes)
+                answered.append(json.loads(frame[4 : 4 + int.from_bytes(frame[:4], "big")])["id"])
+            return answered[1:]
+
+    answered = asyncio.run(talk())
+    assert answered == sorted(answered)
+    assert len(answered) < 30
+
+
+def test_load_is_spread_over_both_replicas(cluster: Cluster) -> None:
+    """Neither idles while the other has all of it."""
+    before = Counter(replica for replica, _ in cluster.calls("draw"))
+    responses = all_at_once(cluster.generate, range(40), clients=8)
+    assert {response.status_code for response in responses} == {200}
+    drawn = Counter(replica for replica, _ in cluster.calls("draw")) - before
+    assert sum(drawn.values()) == 40
+    assert len(drawn) == 2
+    assert min(drawn.values()) >= 5
+
+
+def test_a_full_queue_refuses_at_once(cluster: Cluster) -> None:
+    """Who is refused knows it before those are drawn who wait, and is told when to ask again; the others are drawn."""
+    ended, order = [], itertools.count()
+
+    def generate(seed: int) -> httpx.Response:
+        with httpx.Client(base_url=cluster.client.base_url, timeout=120) as client:
+            response = Cluster(client, cluster.logs).generate(seed=seed, steps=8)
+        ended.append((next(order), response.status_code))
+        return response
+
+    responses = all_at_once(generate, range(64), clients=64)
+    by_status = Counter(response.status_code for response in responses)
+    assert set(by_status) == {200, 503}
+    assert by_status[200] >= QUEUE
+    refused = next(response for response in responses if response.status_code == 503)
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert max(i for i, status in ended if status == 503) < max(i for i, status in ended if status == 200)
+    assert cluster.generate(seed=1).status_code == 200
+
+
+def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, pipeline: Pipeline) -> None:
+    """Each request has one answer, with the picture of its seed; only what was in the dead replica is drawn again."""
+    before = cluster.calls("draw")
+    victim = before[-1][0]
+    killed: list[str] = []
+
+    def generate(seed: int) -> httpx.Response:
+        if seed == 1020:  # the replicas have all that they take, and requests wait
+            ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Drawer#{victim}", namespace="serve"))
+            killed.append(victim)
+        return cluster.generate(seed=seed, steps=4)
+
+    seeds = range(1000, 1060)
+    responses = all_at_once(generate, seeds, clients=8)
+    assert killed
+    assert [response.status_code for response in responses] == [200] * len(seeds)
+    for seed, response in zip(seeds, responses, strict=True):
+        assert response.json()["data"][0]["seed"] == seed
+        assert is_drawn_by(pipeline, picture(response), PROMPT, seed=seed, num_inference_steps=4), seed
+    drawn = Counter(request for _, request in cluster.calls("draw")) - Counter(request for _, request in before)
+    assert len(drawn) >= len(seeds) - ONGOING  # the dead replica may not have logged its last
+    assert sum(drawn.values()) <= len(seeds) + ONGOING
+    figures = cluster.client.get("/metrics").text
+    assert 1 <= float(re.findall(r'failed_pictures_total\{error="ReplicaDied"\} (\S+)', figures)[0]) <= ONGOING
+
+
+def test_a_node_without_the_bundle_fetches_it_once(cluster: Cluster, demo_bundle: Path, tmp_path: Path) -> None:
+    """Two replicas that start together on another node, which does not have the head node's folder."""
+    bundle = share(demo_bundle)
+    away = dataclasses.replace(bundle, folder=Path("/nowhere") / bundle.name)
+    environment = {"env_vars": {"XDG_CACHE_HOME": str(tmp_path)}}
+    drawer = serve.deployment(
+        name="Drawer", num_replicas=2, ray_actor_options={"num_cpus": 0, "runtime_env": environment}
+    )(Drawer)
+    shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([bundle])
+    handle = serve.run(drawer.bind([away], shelf, device="cpu", queue=8, max_batch=1), name="away", route_prefix=None)
+    assert [card.id for card in handle.models.remote().result()] == [demo_bundle.name]
+    assert len(list((tmp_path / "hypersd/bundles").glob("*/*/bundle.json"))) == 1
+    reads = len(cluster.calls("read", "away_BundleShelf"))
+    assert reads == 2 * (len(bundle.files) + 1)  # each file, which is smaller than a message, and its end
+    serve.delete("away")
+
+
+@pytest.fixture
+def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """``run_batch(lines, *options)``: the command on these lines, into ``pictures`` in the test's folder."""
+
+    def start(lines: Sequence[dict[str, Any]], *options: str) -> subprocess.Popen[str]:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("\n".join(map(json.dumps, lines)))
+        command = ["batch", str(demo_bundle), str(prompts), "-o", str(tmp_path / "pictures"), "--num-gpus", "0"]
+        address = ["--address", ray_session["gcs_address"]]
+        return subprocess.Popen(
+            [sys.executable, "-m", "hypersd.cli", *command, *address, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_path: Path) -> None:
+    """What lies there is kept, what is missing or has changed is drawn; a line that fails stops no other."""
+    lines: list[dict[str, Any]] = [{"prompt": f"{PROMPT} {i}", "steps": 8} for i in range(64)]
+    lines[40]["size"] = "64x64"  # which the bundle does not draw
+    folder = tmp_path / "pictures"
+    first = run_batch(lines, "--actors", "1")
+    wait_until(lambda: len(list(folder.glob("*.png"))) >= 8)
+    first.kill()
+    first.communicate()
+    kept = times_of(folder)
+    assert 8 <= len(kept) < 63
+
+    lines[0]["prompt"] = "a green square"
+    second = run_batch(lines, "--actors", "2")
+    said, _ = second.communicate()
+    assert second.returncode == 1, said
+    to_draw = (
+        f"64 pictures: {len(kept) - 1} are there, {65 - len(kept)} to draw, 1 of them because they would be others"
+    )
+    assert to_draw in said
+    assert "prompts.jsonl line 41: height 64 is outside this bundle's 96" in said
+    assert "1 of 64 pictures failed" in said
+    drawn = times_of(folder)
+    assert {name for name in kept if drawn[name] != kept[name]} == {"000001-0.png"}
+    listed = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
+    assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(drawn)
+    for entry in listed[::9]:
+        with Image.open(folder / entry["file"]) as image:
+            assert is_drawn_by(pipeline, image, entry["prompt"], seed=entry["seed"], num_inference_steps=8)
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    """When each picture was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}

@@ -1,0 +1,89 @@
+"""What the tests of the service share."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from stand_in_service import GatedPipeline, RunningServer, StandInService, file_of
+
+from hypersd import Pipeline
+from hypersd.serve.service import LocalService
+from hypersd.serve.settings import ServeSettings
+
+MODEL = "demo15-canny"
+SMALL_BODY = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def demo_pipe(demo_canny_bundle: Path) -> Pipeline:
+    return Pipeline.load(demo_canny_bundle, device="cpu")
+
+
+@pytest.fixture
+def gated(demo_pipe: Pipeline) -> Iterator[GatedPipeline]:
+    """The demonstration checkpoint with a gate. What waits for it at the end is let go."""
+    pipe = GatedPipeline(demo_pipe, batch=4)
+    yield pipe
+    pipe.gate.set()
+
+
+@pytest.fixture
+def start_service(demo_canny_bundle: Path) -> Iterator[Callable[..., StandInService]]:
+    """``start_service(*pipes, **options)``: a service that draws with these pipelines, one for each worker."""
+    services: list[StandInService] = []
+
+    def start(*pipes: Any, **options: Any) -> StandInService:
+        service = StandInService(demo_canny_bundle, *pipes, **options)
+        services.append(service)
+        service.start()
+        service.wait_ready()
+        return service
+
+    yield start
+    for service in services:
+        service.stop()
+
+
+@pytest.fixture
+def start_server(demo_canny_bundle: Path) -> Iterator[Callable[..., RunningServer]]:
+    """``start_server(*pipes, queue=..., **settings)``: a server in a thread that draws with these pipelines."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*pipes: Any, queue: int = 64, **settings: Any) -> RunningServer:
+            service = StandInService(demo_canny_bundle, *pipes, queue=queue)
+            server = stack.enter_context(RunningServer(service, ServeSettings(**settings)))
+            stack.callback(lambda: [pipe.gate.set() for pipe in pipes if isinstance(pipe, GatedPipeline)])
+            service.wait_ready()
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_canny_bundle: Path, demo_bundle: Path) -> Iterator[RunningServer]:
+    """Both demonstration bundles on the CPU; bodies may have a mebibyte."""
+    service = LocalService([demo_canny_bundle, demo_bundle], devices=["cpu"])
+    settings = ServeSettings(max_body=SMALL_BODY, max_prompt=200, loopback_only=True)
+    with RunningServer(service, settings) as server:
+        service.wait_ready()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """Something with edges, wider than high."""
+    pixels = np.full((80, 120, 3), 250, np.uint8)
+    pixels[20:60, 40:80] = (200, 30, 30)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="session")
+def photo_base64(photo: Image.Image) -> str:
+    return base64.b64encode(file_of(photo)).decode()

@@ -1,0 +1,460 @@
+"""The HTTP API on the demonstration bundles: each field does what it says, and the pictures are the pipeline's own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, wait_until
+
+from hypersd import Pipeline
+from hypersd.runtime.control_images import fit, preprocess
+from hypersd.serve.settings import ServeSettings
+
+GENERATIONS = "/v1/images/generations"
+PROMPT = "a red circle and a blue square"
+
+
+@pytest.fixture(scope="module")
+def client(demo_server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=demo_server.url, timeout=LONG) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def net(demo_pipe: Pipeline) -> str:
+    """The ControlNet's name."""
+    (name,) = demo_pipe.manifest.controlnets
+    return name
+
+
+def decoded(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+
+
+def drawn(client: httpx.Client, **body: Any) -> Image.Image:
+    """The picture of a request for one."""
+    answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5, **body})
+    assert answer.status_code == 200, answer.text
+    (picture,) = answer.json()["data"]
+    return decoded(picture["b64_json"])
+
+
+def refused(client: httpx.Client, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
+    answer = client.post(GENERATIONS, json=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    return error
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        ({}, {}),
+        ({"seed": 6}, {"seed": [6]}),
+        ({"prompt": "a green triangle"}, {"prompt": ["a green triangle"]}),
+        ({"steps": 4}, {"num_inference_steps": 4}),
+        ({"steps": 4, "eta": 0}, {"num_inference_steps": 4, "eta": 0.0}),
+        ({"steps": 2, "guidance_scale": 3}, {"num_inference_steps": 2, "guidance_scale": 3.0}),
+        (
+            {"steps": 2, "guidance_scale": 3, "negative_prompt": "blue"},
+            {"num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": ["blue"]},
+        ),
+    ],
+)
+def test_fields_are_the_pipelines_arguments(
+    body: dict[str, Any], call: dict[str, Any], client: httpx.Client, demo_pipe: Pipeline
+) -> None:
+    """Same seed, same bytes; and every field changes the picture."""
+    usual = {"prompt": [PROMPT], "seed": [5]}
+    picture = drawn(client, **body).tobytes()
+    assert picture == demo_pipe(**(usual | call)).images[0].tobytes()
+    assert not call or picture != demo_pipe(**usual).images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("body", "call"),
+    [
+        ({}, {}),
+        ({"control_scale": 0.3}, {"controlnet_conditioning_scale": 0.3}),
+        ({"steps": 4, "control_start": 0.5}, {"num_inference_steps": 4, "control_guidance_start": 0.5}),
+        ({"steps": 4, "control_end": 0.5}, {"num_inference_steps": 4, "control_guidance_end": 0.5}),
+        ({"preprocess": "none"}, {"preprocess": "none"}),
+        ({"preprocess": "scribble"}, {"preprocess": "scribble"}),
+        ({"resize_mode": "stretch"}, {"resize_mode": "stretch"}),
+    ],
+)
+def test_fields_of_control_pictures(
+    body: dict[str, Any], call: dict[str, Any], client: httpx.Client, demo_pipe: Pipeline, net: str, photo, photo_base64
+) -> None:
+    call = dict(call)
+    seen = preprocess(fit(photo, 96, 96, call.pop("resize_mode", "crop")), call.pop("preprocess", "canny"))
+    expected = demo_pipe([PROMPT], seed=[5], image={net: [seen]}, **call).images[0]
+    picture = drawn(client, control_image=photo_base64, **body).tobytes()
+    assert picture == expected.tobytes()
+    assert not body or picture != drawn(client, control_image=photo_base64).tobytes()
+
+
+def test_ways_to_send_a_control_picture(client: httpx.Client, net: str, photo_base64: str) -> None:
+    plain = drawn(client, control_image=photo_base64).tobytes()
+    assert plain != drawn(client).tobytes()
+    assert drawn(client, control_image=f"data:image/png;base64,{photo_base64}").tobytes() == plain
+    assert drawn(client, control_image={net: photo_base64}).tobytes() == plain
+
+
+def test_several_pictures_have_seeds_in_a_row(client: httpx.Client, demo_pipe: Pipeline) -> None:
+    answer = client.post(GENERATIONS, json={"prompt": PROMPT, "n": 3, "seed": 7}).json()
+    assert [picture["seed"] for picture in answer["data"]] == [7, 8, 9]
+    for picture in answer["data"]:
+        expected = demo_pipe([PROMPT], seed=[picture["seed"]]).images[0]
+        assert decoded(picture["b64_json"]).tobytes() == expected.tobytes()
+
+
+def test_a_seed_that_is_left_out_is_told(client: httpx.Client) -> None:
+    """And is another at each request."""
+    answers = [client.post(GENERATIONS, json={"prompt": PROMPT}).json()["data"][0] for _ in range(2)]
+    assert answers[0]["seed"] != answers[1]["seed"]
+    assert drawn(client, seed=answers[0]["seed"]).tobytes() == decoded(answers[0]["b64_json"]).tobytes()
+
+
+def test_what_the_answer_tells(client: httpx.Client) -> None:
+    answer = client.post(GENERATIONS, json={"prompt": PROMPT, "steps": 2, "eta": 0.5, "size": "96x96"}).json()
+    assert answer["model"] == "demo15-canny"
+    assert (answer["size"], answer["steps"], answer["eta"], answer["output_format"]) == ("96x96", 2, 0.5, "png")
+    assert answer["created"] > 1.7e9
+    assert answer["waited"] >= 0
+    assert {"tokenize", "encode", "denoise", "decode", "total"} <= answer["timings"].keys()
+
+
+def test_the_model_is_the_first_bundle_or_the_one_that_is_named(client: httpx.Client, photo_base64: str) -> None:
+    for model in ("demo15-canny", "demo15"):
+        assert client.post(GENERATIONS, json={"prompt": "", "model": model}).json()["model"] == model
+    error = refused(client, {"prompt": "", "model": "demo15", "control_image": photo_base64})
+    assert error["message"] == "control_image: demo15 was exported without a ControlNet"
+    error = refused(client, {"prompt": "", "model": "dall-e-3"}, 404)
+    assert error["code"] == "model_not_found"
+    assert "expected demo15-canny or demo15" in error["message"]
+
+
+def test_what_openais_clients_send_beside_it_has_no_effect(client: httpx.Client) -> None:
+    others = {
+        "user": "me",
+        "quality": "hd",
+        "style": "vivid",
+        "background": "auto",
+        "moderation": "low",
+        "stream": False,
+        "partial_images": 0,
+        "response_format": "b64_json",
+        "size": "auto",
+        "n": 1,
+    }
+    assert drawn(client, **others).tobytes() == drawn(client).tobytes()
+
+
+# Formats
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_formats(kind: str, client: httpx.Client) -> None:
+    picture = drawn(client, output_format=kind)
+    assert picture.format == kind.upper()
+    assert picture.size == (96, 96)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_compression(kind: str, client: httpx.Client) -> None:
+    sizes = [
+        len(client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5, "output_format": kind, **more}).content)
+        for more in ({"output_compression": 10}, {}, {"output_compression": 100})
+    ]
+    assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_client_that_accepts_pictures_gets_the_picture(kind: str, client: httpx.Client) -> None:
+    """Whatever it is called in ``output_format``."""
+    headers = {"Accept": f"text/html, image/{kind.upper()};q=0.9, */*"}
+    answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5}, headers=headers)
+    assert answer.headers["content-type"] == f"image/{kind}"
+    assert answer.headers["x-hypersd-seed"] == "5"
+    assert json.loads(answer.headers["x-hypersd-timings"])["total"] > 0
+    picture = Image.open(io.BytesIO(answer.content))
+    assert picture.format == kind.upper()
+    if kind == "png":
+        assert picture.tobytes() == drawn(client).tobytes()
+
+
+def test_several_pictures_are_json_whatever_is_accepted(client: httpx.Client) -> None:
+    answer = client.post(GENERATIONS, json={"prompt": "", "n": 2}, headers={"Accept": "image/png"})
+    assert len(answer.json()["data"]) == 2
+
+
+def test_pngs_carry_what_draws_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
+    """Any text that may be asked for, too."""
+    prompt = "ein Würfel 🎲 'quoted' \"twice\"\n\0 end"
+    picture = drawn(client, prompt=prompt, seed=9, steps=2)
+    settings = json.loads(picture.info["hypersd"])  # type: ignore[arg-type]
+    assert settings["prompt"] == prompt
+    assert (settings["seed"], settings["num_inference_steps"], settings["eta"]) == (9, 2, 1.0)
+    again = demo_pipe([settings["prompt"]], seed=[9], num_inference_steps=2, eta=settings["eta"])
+    assert picture.tobytes() == again.images[0].tobytes()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"prompt": "", "n": 0}, "n"),
+        ({"prompt": "", "n": True}, "n"),
+        ({"prompt": "", "n": 1.5}, "n"),
+        ({"prompt": "", "n": "2"}, "n"),
+        ({"prompt": "", "size": "96"}, "size"),
+        ({"prompt": "", "size": "-96x96"}, "size"),
+        ({"prompt": "", "size": "٣x٣"}, "size"),
+        ({"prompt": "", "response_format": "url"}, "response_format"),
+        ({"prompt": "", "output_format": "gif"}, "output_format"),
+        ({"prompt": "", "output_compression": 101}, "output_compression"),
+        ({"prompt": "", "stream": True}, "stream"),
+        ({"prompt": "", "background": "transparent"}, "background"),
+        ({"prompt": "", "seed": -1}, "seed"),
+        ({"prompt": "", "seed": 2**63}, "seed"),
+        ({"prompt": "", "seed": 10**400}, "seed"),
+        ({"prompt": "", "steps": 0}, "steps"),
+        ({"prompt": "", "eta": 1.01}, "eta"),
+        ({"prompt": "", "eta": True}, "eta"),
+        ({"prompt": "", "guidance_scale": -1}, "guidance_scale"),
+        ({"prompt": "", "preprocess": "depth"}, "preprocess"),
+        ({"prompt": "", "control_image": 3}, "control_image"),
+        ({"prompt": "", "num_inference_steps": 2}, "num_inference_steps"),
+        ({"prompt": "", "\ud800": 2}, None),
+    ],
+)
+def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, client: httpx.Client) -> None:
+    answer = client.post(GENERATIONS, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert param is None or error["param"] == param
+    assert error["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"n": 9}, "n 9: expected 1 to 8"),
+        ({"prompt": "x" * 201}, "prompt: 201 characters: expected at most 200"),
+        ({"negative_prompt": "x" * 201}, "negative_prompt: 201 characters: expected at most 200"),
+        ({"size": "104x96"}, "width"),
+        ({"size": "0x0"}, ""),
+        ({"steps": 9}, "9"),
+        ({"seed": 2**63 - 1, "n": 2}, "the last seed is above"),
+        ({"control_scale": 1}, "control_scale is about a control picture"),
+        ({"resize_mode": "crop"}, "resize_mode is about a control picture"),
+        ({"control_image": {"depth": ""}}, "has no such ControlNet"),
+    ],
+)
+def test_what_is_beyond_the_service_is_said(body: dict[str, Any], words: str, client: httpx.Client) -> None:
+    assert words in refused(client, {"prompt": "", **body})["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", GENERATIONS, 405),
+        ("PUT", GENERATIONS, 405),
+        ("OPTIONS", GENERATIONS, 405),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/images", 404),
+        ("GET", "/docs", 404),
+        ("POST", "/", 405),
+    ],
+)
+def test_other_methods_and_paths(method: str, path: str, status: int, client: httpx.Client) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# What the service tells of itself
+
+
+def test_models(client: httpx.Client, net: str) -> None:
+    answer = client.get("/v1/models").json()
+    assert answer["object"] == "list"
+    first, second = answer["data"]
+    assert first["created"] > 1.7e9
+    assert first | {"created": 0} == {
+        "id": "demo15-canny",
+        "object": "model",
+        "created": 0,
+        "owned_by": "hypersd",
+        "checkpoint": "Hyper-Demo15-1step-lora",
+        "family": "sd15",
+        "device": "cpu",
+        "backend": "onnxruntime",
+        "steps": {"default": 1, "allowed": [1, 2, 3, 4, 5, 6, 7, 8]},
+        "eta": {"default": 1.0},
+        "guidance_scale": {"default": 0.0},
+        "width": {"min": 96, "default": 96, "max": 96, "multiple": 8},
+        "height": {"min": 96, "default": 96, "max": 96, "multiple": 8},
+        "controlnets": [{"name": net, "preprocess": "canny", "control_scale": 1.0}],
+        "max_count": 8,
+        "changed_on_disk": False,
+    }
+    assert (second["id"], second["controlnets"]) == ("demo15", [])
+
+
+def test_health(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_the_page_and_its_headers(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+class _Loading(StandInService):
+    """A service that loads when the test lets it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.may_load = threading.Event()
+
+    def _load_all(self, device: str) -> Any:
+        assert self.may_load.wait(LONG)
+        return super()._load_all(device)
+
+
+def test_ready_only_after_warm_up(demo_canny_bundle: Path, gated: GatedPipeline) -> None:
+    service = _Loading(demo_canny_bundle, gated)
+    with RunningServer(service, ServeSettings()) as server, httpx.Client(base_url=server.url, timeout=LONG) as client:
+        assert client.get("/healthz").status_code == 200
+        for answer in (client.get("/readyz"), client.get("/v1/models"), client.post(GENERATIONS, json={"prompt": ""})):
+            assert answer.status_code == 503
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "server_error"
+        service.may_load.set()
+        service.wait_ready()
+        assert client.get("/readyz").status_code == 200
+        assert client.post(GENERATIONS, json={"prompt": ""}).status_code == 200
+
+
+def figures(client: httpx.Client) -> Callable[..., float]:
+    """``figures(client)(name, **labels)``: a figure of /metrics, 0 if it is not there."""
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
+
+    def figure(name: str, **labels: str) -> float:
+        return sum(one.value for one in samples if one.name == name and one.labels.items() >= labels.items())
+
+    return figure
+
+
+def test_metrics_count_what_happened(client: httpx.Client) -> None:
+    before = figures(client)
+    client.post(GENERATIONS, json={"prompt": "", "n": 2})
+    client.post(GENERATIONS, json={"prompt": ""}, headers={"Accept": "image/png"})
+    client.post(GENERATIONS, json={"prompt": 3})
+    client.get("/nowhere")
+    after = figures(client)
+
+    def more(name: str, **labels: str) -> float:
+        return after(name, **labels) - before(name, **labels)
+
+    assert more("hypersd_requests_total", path=GENERATIONS, code="200") == 2
+    assert more("hypersd_requests_total", path=GENERATIONS, code="400") == 1
+    assert more("hypersd_requests_total", path="other", code="404") == 1
+    assert more("hypersd_request_seconds_count", path=GENERATIONS) == 3
+    assert more("hypersd_pictures_total", model="demo15-canny") == 3
+    assert more("hypersd_batch_size_sum", model="demo15-canny") == 3
+    for stage in ("tokenize", "encode", "denoise", "decode", "total"):
+        assert more("hypersd_stage_seconds_count", model="demo15-canny", stage=stage) == 3
+    assert more("hypersd_queue_wait_seconds_count") == 3
+    assert after("hypersd_queue_pictures") == 0
+    assert after("process_resident_memory_bytes") > 1e6
+
+
+def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start_server) -> None:
+    server = start_server(gated, queue=1)
+    gated.gate.clear()
+    with httpx.Client(base_url=server.url, timeout=LONG) as client, ThreadPoolExecutor() as pool:
+        first = pool.submit(httpx.post, server.url + GENERATIONS, json={"prompt": "first"}, timeout=LONG)
+        wait_until(lambda: gated.calls)
+        second = pool.submit(httpx.post, server.url + GENERATIONS, json={"prompt": "second"}, timeout=LONG)
+        wait_until(lambda: len(server.service._jobs) == 1)
+        answer = client.post(GENERATIONS, json={"prompt": "third"})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert int(answer.headers["retry-after"]) >= 1
+        figure = figures(client)
+        gated.gate.set()
+        assert [first.result().status_code, second.result().status_code] == [200, 200]
+    assert figure("hypersd_queue_pictures") == 1
+    assert figure("hypersd_refused_total", reason="queue_full") == 1
+    assert figure("hypersd_requests_total", path=GENERATIONS, code="503") == 1
+    assert gated.drawn == ["first", "second"]
+
+
+def test_the_event_loop_goes_on_while_a_picture_is_drawn(gated: GatedPipeline, start_server) -> None:
+    """Everything else is answered before the drawing ends."""
+    server = start_server(gated)
+    gated.gate.clear()
+    with httpx.Client(base_url=server.url, timeout=LONG) as client, ThreadPoolExecutor() as pool:
+        slow = pool.submit(httpx.post, server.url + GENERATIONS, json={"prompt": "slow"}, timeout=LONG)
+        wait_until(lambda: gated.calls)
+        for path in ("/healthz", "/readyz", "/v1/models", "/metrics", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        assert client.post(GENERATIONS, json={"prompt": 3}).status_code == 400
+        assert not slow.done()
+        gated.gate.set()
+        assert slow.result().status_code == 200
+
+
+def test_time_that_is_up(gated: GatedPipeline, start_server) -> None:
+    server = start_server(gated, timeout=0.05)
+    gated.gate.clear()
+    answer = httpx.post(server.url + GENERATIONS, json={"prompt": "slow"}, timeout=LONG)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+
+
+def test_bugs_are_told_and_counted_as_such(gated: GatedPipeline, start_server, monkeypatch) -> None:
+    """Not as clients that have gone."""
+    server = start_server(gated)
+
+    def fail() -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(server.service, "models", fail)
+    with httpx.Client(base_url=server.url, timeout=LONG) as client:
+        answer = client.get("/v1/models")
+        assert answer.status_code == 500
+        assert "ZeroDivisionError" in answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+        assert figures(client)("hypersd_requests_total", path="/v1/models", code="500") == 1

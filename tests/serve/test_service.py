@@ -1,0 +1,483 @@
+"""The service without its HTTP side: what is drawn together, what is dropped, and what goes wrong alone.
+
+Pictures are the demonstration checkpoint's. Where the order of things matters, a gate holds its pipeline back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from stand_in_service import LONG, GatedPipeline, StandInService, until
+
+from hypersd import Pipeline
+from hypersd.engines.manifest import Range
+from hypersd.errors import EngineError, HyperSDError, RequestError
+from hypersd.export import ExportOptions, export_bundle
+from hypersd.export.shapes import ShapeOptions
+from hypersd.serve.calls import call_key, make_request, pictures_at_once
+from hypersd.serve.drawing import ControlSettings, Drawing, Drawn, DrawSettings
+from hypersd.serve.errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
+from hypersd.serve.server import run_server
+from hypersd.serve.service import LocalService
+from hypersd.serve.settings import ServeSettings
+
+MODEL = "demo15-canny"
+
+
+def drawing(prompt: str = "a red circle", *seeds: int, **settings: Any) -> Drawing:
+    return Drawing(model=MODEL, prompt=prompt, seeds=seeds or (0,), settings=DrawSettings(**settings))
+
+
+async def begin(service: LocalService, *drawings: Drawing, timeout: float = LONG) -> list[asyncio.Task[list[Drawn]]]:
+    """Requests that have come, one after the other, and wait."""
+    tasks = []
+    for one in drawings:
+        waiting = len(service._jobs)
+        tasks.append(asyncio.create_task(service.draw(one, timeout)))
+        await until(lambda waiting=waiting, one=one: len(service._jobs) == waiting + len(one.seeds))
+    return tasks
+
+
+async def hold(service: LocalService, pipe: GatedPipeline) -> asyncio.Task[list[Drawn]]:
+    """Keep the worker busy with a picture until the gate is opened."""
+    pipe.gate.clear()
+    before = len(pipe.calls)
+    task = asyncio.create_task(service.draw(drawing("first"), LONG))
+    await pipe.begun(before + 1)
+    return task
+
+
+def counted(service: LocalService, name: str, **labels: str) -> float:
+    return service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 2 * LONG))
+
+
+# What is drawn together
+
+
+def test_alike_requests_share_a_call_while_the_device_is_busy(gated: GatedPipeline, start_service) -> None:
+    """The first does not wait for others; those that come meanwhile are drawn at once, up to what a run takes."""
+    service = start_service(gated)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        others = await begin(service, *(drawing(str(i), i) for i in range(5)))
+        gated.gate.set()
+        drawn = [one for task in (first, *others) for one in await task]
+        assert [one.batch for one in drawn] == [1, 4, 4, 4, 4, 1]
+
+    run(scenario())
+    assert gated.calls == [["first"], ["0", "1", "2", "3"], ["4"]]
+    assert counted(service, "hypersd_batch_size_count", model=MODEL) == 3
+    assert counted(service, "hypersd_pictures_total", model=MODEL) == 6
+
+
+def test_max_batch_bounds_a_call(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated, max_batch=2)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        (others,) = await begin(service, drawing("x", 1, 2, 3))
+        gated.gate.set()
+        await asyncio.gather(first, others)
+
+    run(scenario())
+    assert gated.calls == [["first"], ["x", "x"], ["x"]]
+
+
+def test_unlike_requests_are_drawn_apart_the_oldest_first(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        others = await begin(service, drawing("b", num_inference_steps=2), drawing("c"), drawing("d", eta=0.5))
+        others += await begin(service, drawing("e", num_inference_steps=2), drawing("f", num_inference_steps=1))
+        gated.gate.set()
+        await asyncio.gather(first, *others)
+
+    run(scenario())
+    assert gated.calls == [["first"], ["b", "e"], ["c", "f"], ["d"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_alike"),
+    [
+        ({"prompt": "another"}, True),
+        ({"seeds": (7, 8)}, True),
+        ({"settings": DrawSettings(num_inference_steps=1, eta=1.0, guidance_scale=0.0, height=96, width=96)}, True),
+        ({"settings": DrawSettings(num_inference_steps=2)}, False),
+        ({"settings": DrawSettings(eta=0.5)}, False),
+        ({"settings": DrawSettings(guidance_scale=2.0)}, False),
+        ({"negative_prompt": "blue"}, False),
+        ({"model": "another"}, False),
+    ],
+)
+def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe: Pipeline) -> None:
+    """What is left out counts as what it means."""
+    settings: dict[str, Any] = {"model": MODEL, "prompt": "a", "seeds": (0,)}
+    keys = [call_key(one, make_request(demo_pipe, one)) for one in (Drawing(**settings), Drawing(**settings | change))]
+    assert (keys[0] == keys[1]) is is_alike
+
+
+def test_the_strength_of_a_controlnet_counts_and_its_picture_does_not(demo_pipe: Pipeline) -> None:
+    (net,) = demo_pipe.manifest.controlnets
+
+    def key(colour: str, mode: str = "crop", **settings: Any) -> Any:
+        one = Drawing(
+            model=MODEL,
+            prompt="",
+            seeds=(0,),
+            control={net: Image.new("RGB", (96, 96), colour)},
+            control_settings=ControlSettings(resize_mode=mode),
+            settings=DrawSettings(**settings),
+        )
+        return call_key(one, make_request(demo_pipe, one))
+
+    assert key("red") == key("blue") == key("blue", "stretch") == key("red", controlnet_conditioning_scale=1.0)
+    assert key("red") != key("red", controlnet_conditioning_scale=0.5)
+    assert key("red") != key("red", control_guidance_end=0.5)
+    alone = drawing("")
+    assert key("red") != call_key(alone, make_request(demo_pipe, alone))
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 2), ("cuda", 6)])
+def test_pictures_at_once(device: str, expected: int) -> None:
+    """On a CPU kernels round by the number of rows, so that it must not change."""
+    shapes = SimpleNamespace(batch=Range(name="batch", min=2, opt=3, max=6))
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(shapes=shapes), device=torch.device(device))
+    assert pictures_at_once(pipe) == expected
+
+
+@pytest.fixture(scope="module")
+def batch_of_three(shared_folder: Path, source_options) -> Pipeline:
+    """A tiny SD1.5 whose networks take three pictures at a time."""
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3))
+    return Pipeline.load(export_bundle(name, shared_folder / "serve" / "batch-of-three", options).root, device="cpu")
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:
+    """Alone, first, in the middle and last of a call, beside other prompts and seeds: the same bytes."""
+    gated = GatedPipeline(batch_of_three, batch=3)
+    service = start_service(gated)
+    wanted, other = drawing("a cat", 5), drawing("a dog under a tree", 9)
+
+    async def beside(*drawings: Drawing) -> bytes:
+        """The wanted picture, from a call that draws these."""
+        first = await hold(service, gated)
+        tasks = await begin(service, *drawings)
+        gated.gate.set()
+        await first
+        drawn = [(await task)[0] for task in tasks]
+        assert {one.batch for one in drawn} == {len(drawings)}
+        return drawn[drawings.index(wanted)].image.tobytes()
+
+    async def scenario() -> set[bytes]:
+        crowds = [(wanted,), (wanted, other, other), (other, wanted, other), (other, drawing("", 5), wanted)]
+        return {await beside(*crowd) for crowd in crowds}
+
+    (seen,) = run(scenario())
+    assert seen == batch_of_three("a cat", seed=[5]).images[0].tobytes()
+    assert seen != batch_of_three("a cat", seed=[6]).images[0].tobytes()
+
+
+def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None:
+    """Each draws while the other is busy."""
+    pipes = [GatedPipeline(demo_pipe), GatedPipeline(demo_pipe)]
+    service = start_service(*pipes)
+
+    async def scenario() -> None:
+        for pipe in pipes:
+            pipe.gate.clear()
+        tasks = [asyncio.create_task(service.draw(drawing(str(i)), LONG)) for i in range(2)]
+        for pipe in pipes:
+            await pipe.begun()
+        for pipe in pipes:
+            pipe.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(scenario())
+    assert sorted(pipe.drawn[0] for pipe in pipes) == ["0", "1"]
+
+
+# What is dropped
+
+
+def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated, queue=2)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        waiting = await begin(service, drawing("waits"))
+        for seeds in ((1, 2), (1, 2, 3)):
+            with pytest.raises(QueueFullError) as raised:
+                await service.draw(drawing("refused", *seeds), LONG)
+            assert raised.value.retry_after >= 1
+        waiting += await begin(service, drawing("fits"))
+        gated.gate.set()
+        await asyncio.gather(first, *waiting)
+
+    run(scenario())
+    assert gated.drawn == ["first", "waits", "fits"]
+    assert counted(service, "hypersd_refused_total", reason="queue_full") == 2
+
+
+def test_what_is_not_begun_in_time_is_not_drawn(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        with pytest.raises(TimedOutError, match=r"not finished within 0.01 s: ask"):
+            await service.draw(drawing("late", 1, 2), 0.01)
+        gated.gate.set()
+        await first
+        await service.draw(drawing("next"), LONG)
+
+    run(scenario())
+    assert gated.drawn == ["first", "next"]
+    assert counted(service, "hypersd_dropped_pictures_total", reason="timeout") == 2
+
+
+def test_the_later_pictures_of_a_drawing_under_way_are_dropped(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated, max_batch=1)
+
+    async def scenario() -> None:
+        gated.gate.clear()
+        gone = asyncio.create_task(service.draw(drawing("gone", 1, 2, 3), LONG))
+        await gated.begun()
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        gated.gate.set()
+        await service.draw(drawing("next"), LONG)
+
+    run(scenario())
+    assert gated.drawn == ["gone", "next"]
+
+
+def test_what_nobody_waits_for_is_not_drawn(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        gone, stays = await begin(service, drawing("gone"), drawing("stays"))
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        gated.gate.set()
+        await asyncio.gather(first, stays)
+
+    run(scenario())
+    assert gated.drawn == ["first", "stays"]
+    assert counted(service, "hypersd_dropped_pictures_total", reason="cancelled") == 1
+
+
+def test_what_is_superseded_is_not_drawn_but_what_was_begun_comes(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated, max_batch=1)
+
+    async def scenario() -> tuple[list[Drawn], list[Drawn]]:
+        gated.gate.clear()
+        superseded = asyncio.Event()
+        begun = asyncio.create_task(service.draw(drawing("begun", 1, 2), LONG, superseded))
+        await gated.begun()
+        waits = asyncio.create_task(service.draw(drawing("waits", 3), LONG, superseded))
+        await until(lambda: len(service._jobs) == 2)
+        superseded.set()
+        await until(lambda: len(service._jobs) == 0)
+        gated.gate.set()
+        return await begun, await waits
+
+    begun, waits = run(scenario())
+    assert [one.seed for one in begun] == [1]
+    assert waits == []
+    assert gated.drawn == ["begun"]
+    assert counted(service, "hypersd_dropped_pictures_total", reason="superseded") == 2
+
+
+def test_the_end(gated: GatedPipeline, start_service) -> None:
+    """What is being drawn is finished, what waits is refused, and so is what comes."""
+    service = start_service(gated)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        (waiting,) = await begin(service, drawing("waits"))
+        service.stop()
+        assert not service.is_ready()
+        with pytest.raises(StoppingError):
+            await waiting
+        with pytest.raises(StoppingError):
+            await service.draw(drawing("comes"), LONG)
+        gated.gate.set()
+        assert len(await first) == 1
+
+    run(scenario())
+    service.join(LONG)
+    assert not any(worker.is_alive() for worker in service.workers)
+    assert gated.drawn == ["first"]
+
+
+# What goes wrong
+
+
+def raises(error: BaseException) -> Callable[[list[str]], object]:
+    def on_call(prompts: list[str]) -> None:
+        if "bad" in prompts:
+            raise error
+
+    return on_call
+
+
+def test_one_that_fails_does_not_spoil_those_it_is_drawn_with(gated: GatedPipeline, start_service) -> None:
+    service = start_service(gated)
+    gated.on_call = raises(RuntimeError("kernel"))
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        a, bad, c = await begin(service, drawing("a"), drawing("bad"), drawing("c"))
+        gated.gate.set()
+        await asyncio.gather(first, a, c)
+        with pytest.raises(EngineError):
+            await bad
+
+    run(scenario())
+    assert gated.calls == [["first"], ["a", "bad", "c"], ["a"], ["bad"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("a kernel\nbroke"), r"^drawing failed \(RuntimeError: a kernel broke\)$"),
+        (MemoryError(), "^out of memory: draw smaller pictures, or fewer at a time$"),
+        (EngineError("out of memory for 1 picture"), "^out of memory for 1 picture$"),
+    ],
+)
+def test_an_engine_that_fails(error: Exception, words: str, gated: GatedPipeline, start_service) -> None:
+    """That request fails, in one line; the service lives on."""
+    service = start_service(gated)
+    gated.on_call = raises(error)
+
+    async def scenario() -> None:
+        with pytest.raises(EngineError, match=words):
+            await service.draw(drawing("bad"), LONG)
+        assert len(await service.draw(drawing("good"), LONG)) == 1
+
+    run(scenario())
+    assert service.is_ready()
+
+
+def test_readiness_ends_with_three_failures_in_a_row_and_returns_with_a_success(
+    gated: GatedPipeline, start_service
+) -> None:
+    service = start_service(gated)
+    gated.on_call = raises(RuntimeError("the device is lost"))
+
+    async def after(prompt: str) -> bool:
+        await asyncio.gather(service.draw(drawing(prompt), LONG), return_exceptions=True)
+        return service.is_ready()
+
+    async def scenario() -> list[bool]:
+        return [await after(prompt) for prompt in ("bad", "bad", "good", "bad", "bad", "bad", "bad", "good")]
+
+    assert run(scenario()) == [True, True, True, True, True, False, False, True]
+    assert counted(service, "hypersd_failed_pictures_total", error="RuntimeError") == 6
+
+
+def test_what_requests_ask_wrongly_says_nothing_of_the_device(gated: GatedPipeline, start_service) -> None:
+    """Else a client could take the service from the others."""
+    service = start_service(gated)
+    gated.on_call = raises(RequestError("bad prompt: expected another"))
+
+    async def scenario() -> None:
+        for _ in range(4):
+            with pytest.raises(RequestError):
+                await service.draw(drawing("bad"), LONG)
+
+    run(scenario())
+    assert service.is_ready()
+
+
+def test_nothing_is_drawn_before_the_bundles_are_loaded(gated: GatedPipeline, demo_canny_bundle: Path) -> None:
+    service = StandInService(demo_canny_bundle, gated)
+    assert not service.is_ready()
+    with pytest.raises(NotReadyError):
+        service.models()
+    with pytest.raises(NotReadyError):
+        run(service.draw(drawing(), LONG))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [(drawing(num_inference_steps=9), RequestError), (drawing(height=64), RequestError)]
+)
+def test_what_the_bundle_does_not_draw_never_waits(
+    wrong: Drawing, error: type[Exception], gated, start_service
+) -> None:
+    service = start_service(gated)
+    with pytest.raises(error):
+        run(service.draw(wrong, LONG))
+    with pytest.raises(UnknownModelError):
+        run(service.draw(Drawing(model="another", prompt="", seeds=(0,)), LONG))
+    assert gated.calls == []
+
+
+@pytest.fixture
+def own_copy(demo_canny_bundle: Path, tmp_path: Path) -> Path:
+    """The bundle's files themselves, not links to them."""
+    return Path(shutil.copytree(demo_canny_bundle, tmp_path / MODEL))
+
+
+def test_a_bundle_that_cannot_be_loaded_ends_the_server(own_copy: Path) -> None:
+    service, heard = LocalService([own_copy], devices=["cpu"]), list[str]()
+    damaged = own_copy / "unet" / "model.onnx"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.raises(HyperSDError, match=r"model\.onnx"):
+        run_server(service, ServeSettings(), "127.0.0.1", 0, heard.append)
+    assert not service.is_ready()
+    assert len(heard) == 1, "it answered /healthz meanwhile"
+
+
+def test_folders_are_told_apart_by_name(demo_canny_bundle: Path, own_copy: Path) -> None:
+    with pytest.raises(RequestError, match=f"two bundles are called {MODEL}"):
+        LocalService([demo_canny_bundle, own_copy])
+
+
+def replace(folder: Path, other: Path) -> None:
+    folder.rename(folder.with_name("old"))
+    shutil.copytree(other, folder)
+
+
+def rewrite(folder: Path, other: Path) -> None:
+    """As an export does that writes to the same folder: file by file."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            new = path.with_name("new")
+            new.write_bytes(b"something else")
+            new.rename(path)
+
+
+@pytest.mark.parametrize("change", [replace, rewrite, lambda folder, other: shutil.rmtree(folder)])
+def test_a_bundle_that_changes_while_it_is_served(
+    change: Callable[[Path, Path], object], own_copy: Path, demo_bundle: Path
+) -> None:
+    """It is drawn as it was loaded, and said to have changed."""
+    service = LocalService([own_copy], devices=["cpu"])
+    service.start()
+    service.wait_ready()
+
+    def picture() -> bytes:
+        return run(service.draw(drawing("a red circle", 3), LONG))[0].image.tobytes()
+
+    before = picture()
+    assert not service.models()[0].changed_on_disk
+    change(own_copy, demo_bundle)
+    assert picture() == before
+    assert service.models()[0].changed_on_disk
+    service.stop()

@@ -1,0 +1,279 @@
+"""The Python model that Triton runs, on a stand-in for Triton's module: every request is answered for itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import triton_stand_in
+from PIL import Image, ImageDraw
+from triton_stand_in import InferenceRequest, InferenceResponse
+
+from hypersd import Pipeline
+from hypersd.engines import Bundle
+from hypersd.errors import EngineError, RequestError
+from hypersd.export import ExportOptions, ShapeOptions, export_bundle
+from hypersd.runtime.control_images import fit, preprocess
+from hypersd.triton_backend import model as triton_model
+from hypersd.triton_backend.model import Model
+from hypersd.triton_backend.repository import write_repository
+from hypersd.triton_backend.rows import read_drawings
+
+
+class TritonPythonModel(Model):
+    """As the repository's model.py makes it."""
+
+    utils = triton_stand_in
+
+
+def arguments(folder: Path, parameters: Mapping[str, str], kind: str = "CPU", device: str = "0") -> dict[str, str]:
+    """What Triton tells an instance."""
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    return {
+        "model_config": json.dumps(config),
+        "model_repository": str(folder),
+        "model_name": folder.name,
+        "model_version": "1",
+        "model_instance_kind": kind,
+        "model_instance_device_id": device,
+    }
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[Path], TritonPythonModel]:
+    def load(bundle: Path) -> TritonPythonModel:
+        model = TritonPythonModel()
+        model.initialize(arguments(bundle, {"bundle": str(bundle)}))
+        return model
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def model(load, sd15_bundle: Path) -> TritonPythonModel:
+    return load(sd15_bundle)
+
+
+def picture(response: InferenceResponse) -> np.ndarray:
+    """The one picture of an answer, [H, W, 3]."""
+    assert not response.has_error(), response.error().message()  # type: ignore[union-attr]
+    (pixels,) = tensors(response)["image"]
+    return pixels
+
+
+def tensors(response: InferenceResponse) -> dict[str, np.ndarray]:
+    return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+
+
+def failure(response: InferenceResponse) -> tuple[str, str]:
+    error = response.error()
+    assert error is not None
+    assert response.output_tensors() == []
+    return error.code(), error.message()
+
+
+def drawn(model: Model, prompt: str, **call: Any) -> np.ndarray:
+    """What the pipeline itself draws."""
+    return np.asarray(model.pipe(prompt, **call).images[0])
+
+
+def test_answers_are_the_pipelines_pictures(model: TritonPythonModel) -> None:
+    """Prompts, seeds and settings reach the pipeline."""
+    requests = [
+        InferenceRequest(prompt="a cat", seed=3),
+        InferenceRequest(prompt="ein Küken", seed=4, steps=2, eta=0.3, guidance_scale=2.0, negative_prompt="a dog"),
+    ]
+    first, second = model.execute(requests)
+    assert np.array_equal(picture(first), drawn(model, "a cat", seed=3))
+    call = {"num_inference_steps": 2, "eta": 0.3, "guidance_scale": 2.0, "negative_prompt": "a dog"}
+    assert np.array_equal(picture(second), drawn(model, "ein Küken", seed=4, **call))
+    assert tensors(first)["image"].dtype == np.uint8
+    assert (tensors(first)["image"].shape, tensors(first)["seed"].tolist()) == ((1, 64, 64, 3), [[3]])
+
+
+def test_numbers_are_those_that_were_meant(model: TritonPythonModel) -> None:
+    """0.3 in float32 is another number than 0.3, with which the HTTP service would draw."""
+    inputs = {tensor.name(): tensor.as_numpy() for tensor in InferenceRequest(prompt="x", eta=0.3, steps=2).inputs()}
+    (drawing,) = read_drawings("demo", model.pipe.manifest, inputs)
+    assert (drawing.settings.eta, drawing.settings.num_inference_steps) == (0.3, 2)
+
+
+def test_a_seed_that_was_left_out_is_told(model: TritonPythonModel) -> None:
+    first, second = model.execute([InferenceRequest(prompt="a cat"), InferenceRequest(prompt="a cat")])
+    seeds = [int(tensors(response)["seed"][0, 0]) for response in (first, second)]
+    assert seeds[0] != seeds[1]
+    assert np.array_equal(picture(first), drawn(model, "a cat", seed=seeds[0]))
+
+
+def test_a_request_of_several_rows_has_several_pictures(model: TritonPythonModel) -> None:
+    prompts = np.array([[b"a cat"], [b"a dog"]], np.object_)
+    (response,) = model.execute([InferenceRequest(prompt=prompts, seed=np.array([[5], [6]], np.int64))])
+    images = tensors(response)["image"]
+    assert images.shape == (2, 64, 64, 3)
+    assert np.array_equal(images[1], drawn(model, "a dog", seed=6))
+    assert tensors(response)["seed"].tolist() == [[5], [6]]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"prompt": "x", "steps": 700}, "was not distilled for 700 steps"),
+    "seed": ({"prompt": "x", "seed": -1}, "seed -1 is out of range"),
+    "eta": ({"prompt": "x", "eta": float("nan")}, "eta nan"),
+    "width": ({"prompt": "x", "width": 128}, "width 128 is outside"),
+    "text": ({"prompt": b"\xff\xfe"}, "prompt is not UTF-8"),
+    "control": ({"prompt": "x", "control_scale": 0.5}, "control_scale is about a control picture"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_fails_alone(name: str, model: TritonPythonModel) -> None:
+    inputs, message = BAD[name]
+    good, bad, other = model.execute(
+        [InferenceRequest(prompt="a cat", seed=1), InferenceRequest(**inputs), InferenceRequest(prompt="a dog", seed=2)]
+    )
+    code, words = failure(bad)
+    assert code == "INVALID_ARG"
+    assert message in words
+    assert np.array_equal(picture(good), drawn(model, "a cat", seed=1))
+    assert np.array_equal(picture(other), drawn(model, "a dog", seed=2))
+
+
+class Counting:
+    """A pipeline whose calls are noted, and that fails where a prompt asks for it."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.pipe, self.calls = pipe, []
+        self.manifest, self.device, self.make_request = pipe.manifest, pipe.device, pipe.make_request
+
+    def __call__(self, prompt: list[str], **call: Any) -> Any:
+        self.calls.append(prompt)
+        if "fail" in prompt:
+            raise EngineError("the engine failed")
+        if "break" in prompt:
+            raise KeyError("a bug")
+        return self.pipe(prompt, **call)
+
+
+@pytest.fixture
+def counting(model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting(model.pipe)
+    monkeypatch.setattr(model, "pipe", counting)
+    return counting
+
+
+def test_cancelled_requests_are_not_drawn(model: TritonPythonModel, counting: Counting) -> None:
+    requests = [InferenceRequest(prompt="a cat", is_cancelled=True), InferenceRequest(prompt="a dog")]
+    cancelled, other = model.execute(requests)
+    assert failure(cancelled)[0] == "CANCELLED"
+    picture(other)
+    assert counting.calls == [["a dog"]]
+
+
+@pytest.fixture(scope="session")
+def batched(load, bundles_folder: Path, source_options) -> TritonPythonModel:
+    """A bundle whose networks draw two pictures at a time."""
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), shapes=ShapeOptions(batch=2), precision="fp32")
+    return load(export_bundle(name, bundles_folder / f"{name}-batch2", options).root)
+
+
+def test_requests_are_drawn_together_and_look_as_if_alone(batched: TritonPythonModel, monkeypatch) -> None:
+    """Three alike are two calls, one with other settings is a third; each picture is that of its own request."""
+    counting = Counting(batched.pipe)
+    asked = [{"prompt": f"a {i}", "seed": i} for i in range(3)]
+    requests = [InferenceRequest(**inputs) for inputs in [*asked[:2], {"prompt": "b", "seed": 9, "steps": 2}, asked[2]]]
+    with monkeypatch.context() as patch:
+        patch.setattr(batched, "pipe", counting)
+        responses = batched.execute(requests)
+    assert sorted(counting.calls) == [["a 0", "a 1"], ["a 2"], ["b"]]
+    alone = [picture(batched.execute([request])[0]) for request in requests]
+    assert all(np.array_equal(picture(one), other) for one, other in zip(responses, alone, strict=True))
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("fail", "the engine failed"), ("break", "KeyError")])
+def test_an_engine_that_fails_spoils_one_answer(
+    prompt: str, words: str, batched: TritonPythonModel, monkeypatch
+) -> None:
+    """The two are drawn together, and one by one when that fails."""
+    counting = Counting(batched.pipe)
+    monkeypatch.setattr(batched, "pipe", counting)
+    good, bad = batched.execute([InferenceRequest(prompt="a cat", seed=1), InferenceRequest(prompt=prompt)])
+    code, message = failure(bad)
+    assert code == "INTERNAL"
+    assert words in message
+    assert np.array_equal(picture(good), np.asarray(counting.pipe("a cat", seed=1).images[0]))
+    assert counting.calls == [["a cat", prompt], ["a cat"], [prompt]]
+
+
+def drawing_of_a_ring() -> Image.Image:
+    image = Image.new("RGB", (80, 100), "white")
+    ImageDraw.Draw(image).ellipse((10, 20, 60, 70), outline="black", width=6)
+    return image
+
+
+def test_control_pictures(load, export_controlled) -> None:
+    """One for each ControlNet in the bundle's order, an empty one for none; they are prepared as it wants them."""
+    model = load(export_controlled("Hyper-SD15-1step-lora"))
+    names = list(model.pipe.manifest.controlnets)
+    file = io.BytesIO()
+    drawing_of_a_ring().save(file, "PNG")
+    files = [file.getvalue() if name == "scribble" else b"" for name in names]
+    requests = [
+        InferenceRequest(prompt="a ring", seed=1, control_image=files, control_scale=0.5),
+        InferenceRequest(prompt="a ring", seed=1, control_image=[b"no picture"] * 2),
+        InferenceRequest(prompt="a ring", seed=1),
+    ]
+    followed, bad, plain = model.execute(requests)
+    kind = model.pipe.manifest.controlnets["scribble"].preprocess
+    control = {"scribble": preprocess(fit(drawing_of_a_ring(), 64, 64), kind)}
+    expected = drawn(model, "a ring", seed=1, image=control, controlnet_conditioning_scale=0.5)
+    assert np.array_equal(picture(followed), expected)
+    assert failure(bad)[0] == "INVALID_ARG"
+    assert not np.array_equal(picture(plain), picture(followed))
+
+
+def test_the_repositorys_own_file_and_path(sd15_bundle: Path, tmp_path: Path) -> None:
+    """model.py as written finds the bundle by the written path, also after both were moved."""
+    shutil.copytree(sd15_bundle, tmp_path / "here/bundles/demo")
+    written = write_repository(Bundle.load(tmp_path / "here/bundles/demo"), tmp_path / "here/models")
+    (tmp_path / "here").rename(tmp_path / "there")
+    folder = tmp_path / "there/models" / written.name
+    program = (folder / "1/model.py").read_text()
+    namespace: dict[str, Any] = {}
+    imported = "import triton_python_backend_utils\n"
+    assert imported in program
+    exec(program.replace(imported, "import triton_stand_in as triton_python_backend_utils\n"), namespace)
+    model = namespace["TritonPythonModel"]()
+    model.initialize(arguments(folder, {"bundle": "../../bundles/demo", "backend": "auto"}))
+    (response,) = model.execute([InferenceRequest(prompt="a cat", seed=1)])
+    assert picture(response).shape == (64, 64, 3)
+    model.finalize()
+
+
+def test_an_instance_is_loaded_on_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loaded = []
+    monkeypatch.setattr(triton_model.Pipeline, "load", lambda *args: loaded.append(args))
+    monkeypatch.setattr(triton_model, "warm_up", lambda pipe: None)
+    for kind, device in (("GPU", "1"), ("CPU", "0")):
+        TritonPythonModel().initialize(arguments(tmp_path, {"bundle": "b", "backend": "tensorrt"}, kind, device))
+    assert loaded == [(tmp_path / "b", "tensorrt", "cuda:1"), (tmp_path / "b", "tensorrt", "cpu")]
+
+
+def test_a_configuration_without_a_bundle_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no parameter `bundle`"):
+        TritonPythonModel().initialize(arguments(tmp_path, {}))
+
+
+def test_the_base_install_is_enough() -> None:
+    """Triton's container needs neither a web framework nor anything of an export."""
+    absent = ("fastapi", "pydantic", "prometheus_client", "starlette", "diffusers", "transformers", "onnx")
+    program = f"import sys; sys.modules |= dict.fromkeys({absent!r}); import hypersd.triton_backend.model"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

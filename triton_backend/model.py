@@ -1,0 +1,147 @@
+"""The Python model that Triton runs for a bundle. Its queue and its batching are Triton's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import EngineError, HyperSDError, RequestError
+from ..runtime import Pipeline
+from ..serve.calls import (
+    call_arguments,
+    call_key,
+    control_pictures,
+    keep_prompts_out_of_the_log,
+    make_request,
+    pictures_at_once,
+    warm_up,
+)
+from ..serve.drawing import Drawing
+from ..serve.job_queue import Job
+from .rows import read_drawings
+from .tensors import IMAGE, SEED
+
+
+class CancelledRequestError(HyperSDError):
+    """Nobody waits for the request any more."""
+
+
+class Model:
+    """One instance of a bundle on a device; Triton calls its three methods from one thread.
+
+    Attributes:
+        utils: Triton's module ``triton_python_backend_utils``, which only its own processes have.
+    """
+
+    utils: ClassVar[Any]
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load the bundle and warm it up.
+
+        Args:
+            args: what Triton says of the instance: ``model_config`` in JSON, ``model_repository`` (the model's folder),
+                ``model_name``, ``model_instance_kind`` and ``model_instance_device_id``.
+
+        Raises:
+            HyperSDError: the bundle cannot be loaded; Triton then reports the model as not ready.
+        """
+        parameters = _parameters(args["model_config"])
+        if "bundle" not in parameters:
+            raise RequestError("config.pbtxt has no parameter `bundle`: expected the bundle's path in it")
+        self.name = args["model_name"]
+        bundle = Path(args["model_repository"]) / parameters["bundle"]
+        keep_prompts_out_of_the_log()
+        self.pipe = Pipeline.load(bundle, parameters.get("backend", "auto"), _device(args))
+        warm_up(self.pipe)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer requests, each by itself: with pictures and seeds, or with its error."""
+        readings = [self._read(request) for request in requests]
+        self._draw([job for reading in readings if isinstance(reading, list) for job in reading])
+        return [self._answer(reading) for reading in readings]
+
+    def finalize(self) -> None:
+        """Let the engines go."""
+        del self.pipe
+
+    def _read(self, request: Any) -> list[Job] | Exception:
+        """The pictures that a request asks for, or why they cannot be drawn."""
+        try:
+            if request.is_cancelled():
+                raise CancelledRequestError("cancelled before it was drawn")
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            return [self._job(drawing) for drawing in read_drawings(self.name, self.pipe.manifest, tensors)]
+        except Exception as error:  # must not spoil the other requests
+            return error
+
+    def _job(self, drawing: Drawing) -> Job:
+        request = make_request(self.pipe, drawing)
+        control = control_pictures(self.pipe, drawing, request)
+        key = call_key(drawing, request)
+        return Job(drawing=drawing, seed=drawing.seeds[0], request=request, control=control, key=key)
+
+    def _draw(self, jobs: Sequence[Job]) -> None:
+        """Draw all, those together that one call can draw."""
+        most = pictures_at_once(self.pipe)
+        alike: dict[Any, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(job.key, []).append(job)
+        for group in alike.values():
+            for first in range(0, len(group), most):
+                self._draw_together(group[first : first + most])
+
+    def _draw_together(self, jobs: Sequence[Job]) -> None:
+        """Draw jobs in one call; if that fails each alone, because one must not spoil the others'."""
+        try:
+            images = self.pipe(**call_arguments(jobs)).images
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].result.set_exception(error)
+                return
+            for job in jobs:
+                self._draw_together([job])
+            return
+        for job, image in zip(jobs, images, strict=True):
+            job.result.set_result(image)
+
+    def _answer(self, reading: list[Job] | Exception) -> Any:
+        try:
+            if isinstance(reading, Exception):
+                raise reading
+            images = _stack([np.asarray(job.result.result()) for job in reading])
+        except Exception as error:
+            return self.utils.InferenceResponse(output_tensors=[], error=self._error(error))
+        seeds = np.array([[job.seed] for job in reading], np.int64)
+        tensors = [self.utils.Tensor(IMAGE, images), self.utils.Tensor(SEED, seeds)]
+        return self.utils.InferenceResponse(output_tensors=tensors)
+
+    def _error(self, error: Exception) -> Any:
+        kinds = self.utils.TritonError
+        if isinstance(error, RequestError):
+            return kinds(str(error), kinds.INVALID_ARG)
+        if isinstance(error, CancelledRequestError):
+            return kinds(str(error), kinds.CANCELLED)
+        known = isinstance(error, EngineError)
+        return kinds(str(error) if known else f"drawing failed ({type(error).__name__}: {error})", kinds.INTERNAL)
+
+
+def _parameters(model_config: str) -> dict[str, str]:
+    """The strings that ``config.pbtxt`` hands to the model."""
+    return {name: value["string_value"] for name, value in json.loads(model_config).get("parameters", {}).items()}
+
+
+def _device(args: Mapping[str, str]) -> str:
+    if args["model_instance_kind"] == "GPU":
+        return f"cuda:{args['model_instance_device_id']}"
+    return "cpu"
+
+
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures [H, W, 3] as rows of one tensor [N, H, W, 3]."""
+    if len({image.shape for image in images}) > 1:
+        raise RequestError("pictures of one request have several sizes: expected one size, or a request for each")
+    return np.stack(images)

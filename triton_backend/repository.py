@@ -1,0 +1,80 @@
+"""Writes a model repository for Triton Inference Server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..engines import Bundle
+from ..engines.bundle import write_whole
+from ..errors import RequestError, UserError
+from .config import config_text
+
+VERSION = "1"
+CONFIG_NAME = "config.pbtxt"
+MODEL_NAME = "model.py"
+MODEL = '''\
+"""What Triton runs: hypersd's own code, which has to be installed where Triton's Python finds it."""
+
+import triton_python_backend_utils
+
+from hypersd.triton_backend.model import Model
+
+
+class TritonPythonModel(Model):
+    utils = triton_python_backend_utils
+'''
+
+
+def check_repository(folder: Path, bundle: Path | None) -> None:
+    """Refuse a model repository that can't be, before any time is spent; ``bundle`` is None if its place is open.
+
+    Raises:
+        RequestError: it is a file, or lies in the bundle, which holds nothing that is executable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"--triton {folder} is a file: expected a folder")
+    if bundle is None:
+        return
+    places = folder.resolve(), (folder / bundle.resolve().name).resolve()  # the repository, and the model in it
+    if any(place.is_relative_to(bundle.resolve()) for place in places):
+        raise RequestError(f"--triton {folder} is inside the bundle {bundle}: expected a folder of its own")
+
+
+def write_repository(bundle: Bundle, folder: Path, replace: bool = False) -> Path:
+    """Add a bundle to a model repository, which is made if it is not there.
+
+    The model is called as the bundle's folder is. It finds the bundle by a path relative to its own folder: both can be
+    moved together.
+
+    Args:
+        bundle: is read where it is; nothing of it is copied.
+        folder: the repository, in which other models may lie.
+        replace: write over a configuration that says other things.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        RequestError: the repository lies in the bundle.
+        UserError: it cannot be written, or has another configuration for a model of this name.
+    """
+    check_repository(folder, bundle.root)
+    root = bundle.root.resolve()
+    model = folder / root.name
+    parameters = {"bundle": Path(os.path.relpath(root, model.resolve())).as_posix(), "backend": "auto"}
+    text = config_text(root.name, bundle.manifest, parameters)
+    try:
+        _check_same(model / CONFIG_NAME, text, replace)
+        (model / VERSION).mkdir(parents=True, exist_ok=True)
+        write_whole(model / VERSION / MODEL_NAME, MODEL.encode())
+        write_whole(model / CONFIG_NAME, text.encode())
+    except OSError as error:
+        raise UserError(f"{model} cannot be written: {error.strerror or error}; choose another --triton") from error
+    return model
+
+
+def _check_same(config: Path, text: str, replace: bool) -> None:
+    """What people have changed in a configuration is theirs."""
+    if config.exists() and not replace and config.read_bytes() != text.encode():
+        raise UserError(f"{config} says other things: keep it as it is, or write it anew with --replace")

@@ -1,0 +1,72 @@
+"""From a request's tensors to pictures to draw: every row of its batch is one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..engines import Manifest
+from ..errors import RequestError
+from ..serve.drawing import Drawing, DrawSettings
+from ..serve.pictures import read_control_image
+from ..serve.settings import ServeSettings
+from .tensors import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
+
+MOST_PIXELS = ServeSettings().max_control_pixels
+
+
+def read_drawings(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[Drawing]:
+    """What a request asks for, a drawing of one picture for every row.
+
+    Args:
+        model: the name that drawings carry.
+        manifest: the bundle's.
+        tensors: the request's inputs by name, with their batch dimension.
+
+    Raises:
+        RequestError: a prompt is no text, or a control picture is none.
+    """
+    return [_read_row(model, manifest, tensors, row) for row in range(len(tensors[PROMPT]))]
+
+
+def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray], row: int) -> Drawing:
+    values = {name: tensor[row].reshape(-1).tolist() for name, tensor in tensors.items()}
+    settings: dict[str, Any] = {
+        argument: _number(name, tensors[name][row].reshape(-1)[0])
+        for name, argument in (NUMBERS | CONTROL_NUMBERS).items()
+        if name in tensors
+    }
+    control = _control_images(list(manifest.controlnets), values.get(CONTROL_IMAGE, []))
+    if not control and (idle := sorted(CONTROL_NUMBERS.keys() & tensors.keys())):
+        raise RequestError(f"{idle[0]} is about a control picture: expected {CONTROL_IMAGE} with it")
+    return Drawing(
+        model=model,
+        prompt=_text(PROMPT, values[PROMPT][0]),
+        seeds=(values[SEED][0] if SEED in values else secrets.randbits(32),),
+        negative_prompt=_text(NEGATIVE_PROMPT, values[NEGATIVE_PROMPT][0]) if NEGATIVE_PROMPT in values else None,
+        settings=DrawSettings(**settings),
+        control=control,
+    )
+
+
+def _number(name: str, value: Any) -> float | int:
+    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would draw another picture than 0.3."""
+    return int(value) if name in WHOLE else float(str(value))
+
+
+def _text(name: str, value: bytes | str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 ({error.reason}): expected text in it") from error
+
+
+def _control_images(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Image.Image]:
+    pairs = zip(names, files, strict=False)  # without pictures there are no files
+    return {name: read_control_image(bytes(file), MOST_PIXELS) for name, file in pairs if file}
