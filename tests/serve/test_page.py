@@ -330,7 +330,8 @@ def test_a_killed_server_is_told_of_and_comes_back(open_page, demo_canny_bundle:
         expected = Pipeline.load(demo_bundle, device="cpu")(PROMPT, seed=2).images[0]
         assert np.array_equal(shown(page), np.asarray(expected))
         assert not page.is_visible("#canvas"), "this one has no ControlNet"
-        page.problems.clear()  # the browser notes every connection that is refused
+        page.context.close()  # before the server ends: it would try again, and the browser notes what is refused
+        page.problems.clear()
     finally:
         server.end()
 
@@ -349,6 +350,7 @@ def test_a_token_is_asked_for(open_page, demo_canny_bundle: Path, tmp_path: Path
             page.keyboard.press("Enter")
         page.wait_for_selector("body[data-shown]")
         assert "sesame" not in page.url
+        page.context.close()  # before the server ends, as above
         page.problems.clear()  # the answers 401
     finally:
         server.end()
