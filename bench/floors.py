@@ -13,7 +13,6 @@ from ..engines.progress import BuildProgress, Stage
 from ..errors import one_line
 from ..runtime.request import Request
 from .entrant import Entrant
-from .pictures import count_steps
 from .report import MeasuredRates
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def measure_floors(
     with Stage(progress, "floor"):
         try:
             rates = {precision: _rates(device.partition(" ")[0], DTYPES[precision]) for precision in precisions}
-            seconds = {count_steps(request): _seconds(bundle, request, rates) for request in requests}
+            seconds = {request.steps: _seconds(bundle, request, rates) for request in requests}
         except Exception as error:  # whatever it is: what was measured is not given up for it
             return Floors(None, {}, {}, [f"no floor: {one_line(error)}"])
     measured = {
@@ -77,7 +76,7 @@ def _seconds(bundle: Bundle, request: Request, rates: Mapping[str, Rates]) -> di
     """By precision and stage."""
     from .floor import picture_floor
 
-    steps, height, width = count_steps(request), request.height, request.width
+    steps, height, width = request.steps, request.height, request.width
     return {
         precision: dict(picture_floor(bundle, steps, height, width, request.batch, rate))
         for precision, rate in rates.items()

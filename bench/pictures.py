@@ -33,11 +33,6 @@ def make_requests(manifest: Manifest, options: BenchOptions) -> list[Request]:
     ]
 
 
-def count_steps(request: Request) -> int:
-    """How often the UNet runs."""
-    return len(request.timesteps) if request.timesteps is not None else request.num_inference_steps or 0
-
-
 def picture(request: Request, seed: int, number: int) -> Settings:
     """The picture of that number, from 0 on: a seed of its own, and a prompt that no cache of text has seen."""
     prompt = request.prompts[0]

@@ -23,7 +23,7 @@ from .floors import Floors, measure_floors
 from .machine import this_machine
 from .memory import available_memory
 from .options import BenchOptions
-from .pictures import count_steps, make_requests, picture
+from .pictures import make_requests, picture
 from .process import WorkerError, write_start
 from .report import Comparison, Drawing, Report, Row, Sameness
 from .rounds import Taken, take_turns
@@ -124,7 +124,7 @@ def _take_all(
     taken = []
     for i, request in enumerate(requests):
         first = 1 + i * (warmup + options.rounds)  # number 0 was drawn at the start
-        with Stage(progress, f"rounds of {count_steps(request)} step(s)") as stage:
+        with Stage(progress, f"rounds of {request.steps} step(s)") as stage:
             pictures = functools.partial(_numbered, request, options.seed, first)
             taken.append(take_turns(entrants, pictures, options.rounds, warmup, folder, stage))
     return taken
@@ -145,7 +145,7 @@ def _any_on_cuda(entrants: Sequence[Entrant]) -> bool:
 
 def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken], floors: Floors) -> Comparison:
     """The rows of one number of steps."""
-    steps = count_steps(request)
+    steps = request.steps
     ours = taken[entrants[0].name]
     rows = [
         Row(
@@ -171,7 +171,7 @@ def _drawing(requests: Sequence[Request], options: BenchOptions, warmup: int) ->
     return Drawing(
         prompt=options.prompt,
         seed=options.seed,
-        steps=[count_steps(request) for request in requests],
+        steps=[request.steps for request in requests],
         eta=first.eta,
         guidance_scale=first.guidance_scale,
         height=first.height,

@@ -26,8 +26,14 @@ def build_command(bundle: Path, *options: str) -> str:
     return " ".join(["hypersd build", quoted(bundle), *map(shlex.quote, options)])
 
 
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    """What OpenVINO computes in; the other backends compute in what the bundle was exported in."""
+def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
+    """What draws, explained by ``words``, and what OpenVINO computes in; the others compute in what was exported."""
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+        help=words,
+    )
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_precision, folder
+from .arguments import BUNDLE_HELP, add_backend, folder
 
 if TYPE_CHECKING:
     from ..cluster.batch import ActorOptions
@@ -35,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
     parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
-        help="as for generate (default: auto)",
-    )
-    add_precision(parser)
+    add_backend(parser, "as for generate (default: auto)")
     parser.add_argument("--address", help="of the Ray cluster (default: this machine's, or one of its own)")
     parser.add_argument("--actors", type=int, metavar="N", help="that draw (default: one for each GPU, else one)")
     parser.add_argument(

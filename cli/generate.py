@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_precision, folder
+from .arguments import BUNDLE_HELP, add_backend, folder
 from .control_options import add_control_options, read_controls
 
 if TYPE_CHECKING:
@@ -38,13 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
     parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
-        help="auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)",
+    add_backend(
+        parser, "auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)"
     )
-    add_precision(parser)
     parser.add_argument(
         "--target", metavar="NAME", help="TensorRT engines by the name that `hypersd info` shows, or a part of it"
     )
@@ -200,7 +196,7 @@ def _draw(
 
 def _idle_controls(request: Request) -> list[str]:
     """ControlNets that are to act, and do at no step."""
-    steps = len(request.timesteps or ()) or request.num_inference_steps or 0
+    steps = request.steps
     return [
         control.name
         for control in request.controls

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, add_precision, folder
+from .arguments import BUNDLE_HELP, add_backend, folder
 
 if TYPE_CHECKING:
     from ..serve.settings import ServeSettings
@@ -26,13 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="requests must present the bearer token that is in it"
     )
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
-        help="as for generate (default: auto)",
-    )
-    add_precision(parser)
+    add_backend(parser, "as for generate (default: auto)")
     parser.add_argument(
         "--device",
         nargs="+",

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, add_precision, folder
+from .arguments import BUNDLE_HELP, add_backend, folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,13 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16 and bf16")
-    parser.add_argument(
-        "--backend",
-        default="auto",
-        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
-        help="what draws the bundle's pictures, as for `hypersd generate` (default: auto)",
-    )
-    add_precision(parser)
+    add_backend(parser, "what draws the bundle's pictures, as for `hypersd generate` (default: auto)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the pairs (default: BUNDLE-verify)")
 
 

@@ -47,6 +47,11 @@ class Request:
         return self.guidance_scale > 1.0
 
     @property
+    def steps(self) -> int:
+        """Number of steps, however they were asked for."""
+        return len(self.timesteps) if self.timesteps is not None else self.num_inference_steps or 0
+
+    @property
     def batch(self) -> int:
         """Number of pictures."""
         return len(self.prompts) * self.num_images_per_prompt

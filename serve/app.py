@@ -137,15 +137,11 @@ def _generation(drawing: Drawing, drawn: Sequence[Drawn], files: Sequence[bytes]
         model=drawing.model,
         output_format=output_format,  # type: ignore[arg-type]
         size=f"{request.width}x{request.height}",
-        steps=count_steps(drawn[-1]),
+        steps=request.steps,
         eta=request.eta,
         waited=max(one.waited for one in drawn),
         timings=dict(drawn[-1].timings),
     )
-
-
-def count_steps(drawn: Drawn) -> int:
-    return drawn.request.num_inference_steps or len(drawn.request.timesteps or ())
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:

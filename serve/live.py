@@ -163,7 +163,7 @@ def _header(body: LiveInput, model: str, drawn: Drawn, index: int, count: int) -
         "mime": f"image/{body.output_format}",
         "width": request.width,
         "height": request.height,
-        "steps": request.num_inference_steps or len(request.timesteps or ()),
+        "steps": request.steps,
         "eta": request.eta,
         "model": model,
         "waited": drawn.waited,
