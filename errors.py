@@ -63,7 +63,7 @@ class ExportError(HyperSDError):
 
 
 class VerifyError(HyperSDError):
-    """A bundle's pictures are not those of diffusers."""
+    """A bundle's images are not those of diffusers."""
 
 
 class DiskFullError(UserError):

@@ -1,8 +1,8 @@
 """Draw a file of prompts, on all GPUs of a Ray cluster.
 
 FILE has a prompt a line, or is named *.jsonl and has an object a line with the fields of a request to `hypersd serve`,
-such as {"prompt": "a cat", "seed": 7, "steps": 4}. Pictures are named LINE-SEED.png. Started again, it draws what is
-missing or would be another picture now; pictures.jsonl in the folder lists them all.
+such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png. Started again, it draws what is
+missing or would be another image now; images.jsonl in the folder lists them all.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 from .arguments import BUNDLE_HELP, add_backend, folder
 
 if TYPE_CHECKING:
-    from ..cluster.batch import ActorOptions
+    from ..cluster.batch_run import ActorOptions
     from ..cluster.jobs import PromptJob
 
 EXTRA = "ray"
-INDEX_NAME = "pictures.jsonl"
+INDEX_NAME = "images.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, the prompts, settings for lines that have none of their own, and who draws."""
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("prompts", type=Path, metavar="FILE", help="a prompt a line, or *.jsonl")
-    parser.add_argument("-o", "--output", type=folder, required=True, metavar="FOLDER", help="where pictures go")
+    parser.add_argument("-o", "--output", type=folder, required=True, metavar="FOLDER", help="where images go")
     parser.add_argument("--seed", type=int, default=0, help="of line 1; line i has seed SEED+i-1 (default: 0)")
-    parser.add_argument("--count", type=int, metavar="N", help="pictures of each line, with consecutive seeds")
+    parser.add_argument("--count", type=int, metavar="N", help="images of each line, with consecutive seeds")
     parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
     parser.add_argument("--eta", type=float, help="0..1, stochasticity")
     parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-gpus", type=float, metavar="X", help="of an actor, 0 for the CPU (default: 1 if there are any)"
     )
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="pictures drawn at once on a GPU (default: 8)"
+        "--max-batch", type=int, default=8, metavar="N", help="images drawn at once on a GPU (default: 8)"
     )
     parser.add_argument(
         "--allow-random-weights", action="store_true", help="draw the noise of a bundle that has no trained weights"
@@ -50,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw what is missing; pictures that fail are told of at the end, and the exit code is 1 then."""
+    """Draw what is missing; images that fail are told of at the end, and the exit code is 1 then."""
     from ..cluster.jobs import read_jobs
     from ..engines import Bundle
     from ..engines.lock import locked
     from .console import err
-    from .pictures import writing
+    from .image_output import writing
 
     bundle = Bundle.load(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..runtime.numbers import real_number, whole_number
     from ..runtime.request import LARGEST_SEED
+    from ..samplers.numbers import real_number, whole_number
 
     whole_number("--seed", args.seed, 0, LARGEST_SEED)
     whole_number("--max-batch", args.max_batch, 1, 1024)
@@ -105,7 +105,7 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
     from .console import err
 
     changed = sum((args.output / job.file).exists() for job in missing)
-    line = f"{len(jobs)} pictures: {len(jobs) - len(missing)} are there, {len(missing)} to draw"
+    line = f"{len(jobs)} images: {len(jobs) - len(missing)} are there, {len(missing)} to draw"
     if changed:
         line += f", {changed} of them because they would be others now"
     strangers = {path.name for path in args.output.glob("*.png")} - {job.file for job in jobs}
@@ -115,11 +115,11 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
 
 
 def _draw(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
-    """Draw and write pictures; ``errors`` gets those that failed, by the picture's name."""
-    from ..cluster.batch import connect, draw_jobs
+    """Draw and write images; ``errors`` gets those that failed, by the image's name."""
+    from ..cluster.batch_run import connect, draw_jobs
     from ..engines.bundle import write_whole
     from .console import step_bar
-    from .pictures import writing
+    from .image_output import writing
 
     connect(args.address)
     errors.update({job.file: "not drawn" for job in jobs})
@@ -135,7 +135,7 @@ def _draw(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str,
 
 
 def _actors(args: argparse.Namespace) -> ActorOptions:
-    from ..cluster.batch import ActorOptions, default_actors
+    from ..cluster.batch_run import ActorOptions, default_actors
 
     count, num_gpus = default_actors()
     return ActorOptions(
@@ -149,7 +149,7 @@ def _actors(args: argparse.Namespace) -> ActorOptions:
 
 def _write_index(output: Path, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
     from ..engines.bundle import write_whole
-    from .pictures import writing
+    from .image_output import writing
 
     lines = [
         {"file": job.file, "line": job.line, "seed": job.seed, "prompt": job.body.prompt, "error": errors.get(job.file)}
@@ -161,7 +161,7 @@ def _write_index(output: Path, jobs: Sequence[PromptJob], errors: Mapping[str, s
 
 
 def _say_end(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
-    """Where the pictures are; or an error if some failed."""
+    """Where the images are; or an error if some failed."""
     from ..errors import HyperSDError
     from .console import err, out
 
@@ -170,6 +170,6 @@ def _say_end(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: Mappin
         err().print(f"{args.prompts} line {by_name[name].line}: {message}", markup=False, soft_wrap=True)
     if errors:
         raise HyperSDError(
-            f"{len(errors)} of {len(jobs)} pictures failed; the same command tries them again, and only them"
+            f"{len(errors)} of {len(jobs)} images failed; the same command tries them again, and only them"
         )
-    out().print(f"{args.output}  {len(jobs)} pictures, listed in {INDEX_NAME}", markup=False, soft_wrap=True)
+    out().print(f"{args.output}  {len(jobs)} images, listed in {INDEX_NAME}", markup=False, soft_wrap=True)

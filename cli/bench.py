@@ -1,7 +1,7 @@
 """Measure a bundle's latency on this machine, beside the alternatives that are installed.
 
-Every contender draws the same pictures from the same fused weights, in a process of its own; one draws at a time, round
-by round, and their pictures are compared with those of hypersd, or, if only some of its backends are named, of the
+Every contender draws the same images from the same fused weights, in a process of its own; one draws at a time, round
+by round, and their images are compared with those of hypersd, or, if only some of its backends are named, of the
 first. Left alone it takes all contenders that can run here. A contender that lives in another environment is named with
 its Python: --python optimum=/path/to/python.
 """
@@ -16,8 +16,8 @@ from .arguments import BUNDLE_HELP, folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which bundle, which contenders, which pictures, and where the result goes."""
-    from ..bench.contenders import CONTENDERS
+    """Which bundle, which contenders, which images, and where the result goes."""
+    from ..tools.bench.contenders import CONTENDERS
 
     names = ", ".join(contender.name for contender in CONTENDERS)
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, metavar="PIXELS", help="inside the bundle's range")
     parser.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
     parser.add_argument("--eta", type=float, help="0..1, stochasticity")
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="pictures of each (default: 5)")
+    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="images of each (default: 5)")
     parser.add_argument(
-        "--warmup", type=_count, metavar="N", help="pictures before them that do not count (default: 1; 3 on a GPU)"
+        "--warmup", type=_count, metavar="N", help="images before them that do not count (default: 1; 3 on a GPU)"
     )
     parser.add_argument("--prompt", default="a photo of a cat", metavar="TEXT", help="default: a photo of a cat")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--python", nargs="+", type=_named, default=[], metavar="NAME=PYTHON", help="what runs a contender"
@@ -56,12 +56,12 @@ def _named(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write."""
     _check_outputs(args)
-    from ..bench.options import BenchOptions
-    from ..bench.report import encode
-    from ..bench.session import run_bench
-    from ..bench.table import print_report
     from ..engines import Bundle
     from ..engines.bundle import write_whole
+    from ..tools.bench.options import BenchOptions
+    from ..tools.bench.report import encode
+    from ..tools.bench.session import run_bench
+    from ..tools.bench.table import print_report
     from .console import StageLines, out
 
     options = BenchOptions(
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:  # first, for a reader of the tables may leave
         write_whole(args.json, encode(report))
     if args.plot is not None:
-        from ..bench.plot import plot_report
+        from ..tools.bench.plot import plot_report
 
         plot_report(report, args.plot)
     print_report(report, out())

@@ -1,7 +1,7 @@
 """Build TensorRT engines for a bundle.
 
 Writes one target into the bundle: an engine for every network, for one version of TensorRT, one kind of GPU (or all
-that TensorRT-RTX knows) and one range of picture sizes. TensorRT-RTX builds on any machine, TensorRT for the GPU at
+that TensorRT-RTX knows) and one range of image sizes. TensorRT-RTX builds on any machine, TensorRT for the GPU at
 hand. Interrupted, it goes on where it stopped; done, it says so. `hypersd info` shows what a bundle has.
 """
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remove", metavar="TARGET", help="build nothing, and delete the engines of this name in `hypersd info`"
     )
-    shapes = parser.add_argument_group("pictures", "a part of the bundle's ranges; what is left out keeps them whole")
-    shapes.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
+    shapes = parser.add_argument_group("images", "a part of the bundle's ranges; what is left out keeps them whole")
+    shapes.add_argument("--batch", type=int, metavar="N", help="images at a time")
     shapes.add_argument("--height", type=int, metavar="PIXELS", help="one height alone")
     shapes.add_argument("--width", type=int, metavar="PIXELS", help="one width alone")
     shapes.add_argument(
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _remove(args: argparse.Namespace) -> None:
     from ..engines import Bundle
-    from ..engines.tensorrt.build import remove_target
+    from ..engines.tensorrt.target_builder import remove_target
     from ..errors import RequestError
     from .console import out
 

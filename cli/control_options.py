@@ -1,4 +1,4 @@
-"""Options of `hypersd generate` for ControlNets: which picture, made into what, how strongly and when."""
+"""Options of `hypersd generate` for ControlNets: which image, made into what, how strongly and when."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..engines.controlnets import split_named
+from ..engines.component_names import split_named
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +77,7 @@ def _number(text: str) -> Given[float]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlPicture:
+class ControlImage:
     """A file to follow, as it was read, and what is to be made of it."""
 
     file: Path
@@ -87,9 +87,9 @@ class ControlPicture:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controls:
-    """What the options say, by ControlNet; ``arguments`` are the pipeline's, pictures apart."""
+    """What the options say, by ControlNet; ``arguments`` are the pipeline's, images apart."""
 
-    pictures: Mapping[str, ControlPicture]
+    sources: Mapping[str, ControlImage]
     arguments: Mapping[str, Any]
     thresholds: tuple[float, float]
 
@@ -99,35 +99,35 @@ class Controls:
 
         mode = self.arguments["resize_mode"]
         return {
-            name: preprocess(fit(picture.image, width, height, mode), picture.preprocess, self.thresholds)
-            for name, picture in self.pictures.items()
+            name: preprocess(fit(image.image, width, height, mode), image.preprocess, self.thresholds)
+            for name, image in self.sources.items()
         }
 
     def metadata(self) -> dict[str, Any]:
-        """What to write into the picture, besides the request."""
+        """What to write into the image, besides the request."""
         return {
-            "control_image": {name: picture.file.name for name, picture in self.pictures.items()},
-            "preprocess": {name: self.words(name) for name in self.pictures},
+            "control_image": {name: image.file.name for name, image in self.sources.items()},
+            "preprocess": {name: self.words(name) for name in self.sources},
             "resize_mode": self.arguments["resize_mode"],
         }
 
     def words(self, name: str) -> str:
-        """What is made of a picture."""
-        preprocess = self.pictures[name].preprocess
+        """What is made of an image."""
+        preprocess = self.sources[name].preprocess
         low, high = self.thresholds
         return f"canny {low:g} {high:g}" if preprocess == "canny" else preprocess
 
 
 def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | None:
-    """Read the control pictures; None if there are none.
+    """Read the control images; None if there are none.
 
     Raises:
-        RequestError: a file is no picture, an option names a ControlNet that the bundle has not got, or there are more
+        RequestError: a file is no image, an option names a ControlNet that the bundle has not got, or there are more
             or fewer values than ControlNets.
     """
     from ..errors import RequestError
-    from ..runtime.control import make_controls
     from ..runtime.control_images import check_opencv, open_image
+    from ..runtime.controls import make_controls
 
     if not args.control_image:
         _check_lonely(args)
@@ -146,8 +146,8 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
         check_opencv()
     scales, starts, ends = (values[option] for option in ("control_scale", "control_start", "control_end"))
     make_controls(manifest, files, scales, starts, ends)  # refuses numbers that are out of range
-    pictures = {
-        name: ControlPicture(file=file, image=open_image(file), preprocess=preprocess[name])
+    sources = {
+        name: ControlImage(file=file, image=open_image(file), preprocess=preprocess[name])
         for name, file in files.items()
     }
     arguments = {
@@ -156,11 +156,11 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
         "control_guidance_end": ends or None,
         "resize_mode": args.resize_mode or "crop",
     }
-    return Controls(pictures=pictures, arguments=arguments, thresholds=thresholds)
+    return Controls(sources=sources, arguments=arguments, thresholds=thresholds)
 
 
 def _values(args: argparse.Namespace, option: str, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any]:
-    """An option's values; one that is named is of a ControlNet that has a picture."""
+    """An option's values; one that is named is of a ControlNet that has an image."""
     from ..errors import RequestError
 
     values = _by_name(_spelt(option), getattr(args, option), names)
@@ -184,12 +184,12 @@ def _spelt(option: str) -> str:
 
 
 def _check_lonely(args: argparse.Namespace) -> None:
-    """Refuse options that have no effect without a control picture."""
+    """Refuse options that have no effect without a control image."""
     from ..errors import RequestError
 
     for option in (*PER_CONTROLNET, "canny_low", "canny_high", "resize_mode", "save_control"):
         if getattr(args, option) not in (None, False, []):
-            raise RequestError(f"{_spelt(option)} is about a control picture: expected --control-image FILE with it")
+            raise RequestError(f"{_spelt(option)} is about a control image: expected --control-image FILE with it")
 
 
 def _by_name(option: str, given: Sequence[Given[T]], names: Sequence[str], spread: bool = True) -> dict[str, T]:

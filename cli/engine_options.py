@@ -126,13 +126,13 @@ class Builder:
             RequestError: an option is not one of this flavour's, or out of range.
             DeviceError: a GPU is needed.
         """
-        from ..engines.tensorrt.build import check_options
+        from ..engines.tensorrt.target_builder import check_options
 
         check_options(self.api, options, self.machine)
 
     def target(self, bundle: Bundle, options: BuildOptions) -> str:
         """The name of the target that these options build."""
-        from ..engines.tensorrt.build import make_target
+        from ..engines.tensorrt.target_builder import make_target
         from ..engines.tensorrt.targets import target_name
 
         return target_name(make_target(bundle.manifest, self.api, options, self.machine), bundle.manifest)
@@ -151,8 +151,8 @@ def find_builder(backend: str) -> Builder:
         DeviceError: it is not installed, or cannot be loaded.
     """
     from ..engines.tensorrt.api import load_api
-    from ..engines.tensorrt.build import choose_backend
     from ..engines.tensorrt.machine import this_machine
+    from ..engines.tensorrt.target_builder import choose_backend
 
     machine = this_machine()
     return Builder(load_api(choose_backend(backend, machine)), machine)
@@ -180,4 +180,4 @@ def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = N
     out.print(f"draw with: {command}", markup=False, soft_wrap=True)
     if names := list(bundle.manifest.controlnets):
         given = "photo.jpg" if len(names) == 1 else f"{names[0]}=photo.jpg"
-        out.print(f"along a picture: {command} --control-image {given}", markup=False, soft_wrap=True)
+        out.print(f"along an image: {command} --control-image {given}", markup=False, soft_wrap=True)

@@ -65,13 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources.add_argument(
         "--random-weights",
         action="store_true",
-        help="download nothing: random weights in the published architecture, for measurements; pictures are noise",
+        help="download nothing: random weights in the published architecture, for measurements; images are noise",
     )
     form = parser.add_argument_group("bundle")
     form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
     form.add_argument("--height", type=int, metavar="PIXELS", help="default: what the base was trained for")
     form.add_argument("--width", type=int, metavar="PIXELS", help="default: what the base was trained for")
-    form.add_argument("--batch", type=int, metavar="N", help="pictures per run of a network (default: 1)")
+    form.add_argument("--batch", type=int, metavar="N", help="images per run of a network (default: 1)")
     form.add_argument(
         "--dynamic",
         nargs="*",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=[],
         metavar="STEPS",
-        help="add a graph of the whole picture for each number of steps: tokens and noise in, pixels out",
+        help="add a graph of the whole image for each number of steps: tokens and noise in, pixels out",
     )
     form.add_argument(
         "--engine",
@@ -140,11 +140,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_one_graphs(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse graphs of the whole picture that cannot be, before the export takes minutes."""
+    """Refuse graphs of the whole image that cannot be, before the export takes minutes."""
     if not args.one_graph:
         return
     from ..errors import RequestError
-    from ..one_graph import check_can_compose
+    from ..tools.one_graph import check_can_compose
 
     check_can_compose(checkpoint.name, checkpoint.guidance_scale, args.controlnet)
     if unknown := [steps for steps in args.one_graph if steps not in checkpoint.allowed_steps]:
@@ -153,10 +153,10 @@ def _check_one_graphs(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def _add_one_graphs(bundle: Bundle, steps: list[int], progress: StageLines) -> Bundle:
-    """The bundle with a graph of the whole picture for each number of steps, and a line for each."""
+    """The bundle with a graph of the whole image for each number of steps, and a line for each."""
     if not steps:
         return bundle
-    from ..one_graph import add_one_graph
+    from ..tools.one_graph import add_one_graph
     from .console import out
 
     for number in dict.fromkeys(steps):
@@ -188,7 +188,7 @@ def _write_triton(bundle: Bundle, args: argparse.Namespace) -> None:
 
 
 def _export_options(args: argparse.Namespace) -> ExportOptions:
-    from ..export.controlnets import ControlNetSource
+    from ..export.controlnet_sources import ControlNetSource
     from ..export.exporter import ExportOptions
     from ..export.random_weights import RandomWeights
     from ..export.shapes import ShapeOptions

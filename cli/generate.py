@@ -1,6 +1,6 @@
-"""Draw pictures from a bundle.
+"""Draw images from a bundle.
 
-Writes PNG files that carry their settings, and with --count above 1 a contact sheet of all. Picture i has seed SEED+i.
+Writes PNG files that carry their settings, and with --count above 1 a contact sheet of all. Image i has seed SEED+i.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
     parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="number of pictures (default: 1)")
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="number of images (default: 1)")
     add_backend(
         parser, "auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)"
     )
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-graph",
         action="store_true",
-        help="draw with the bundle's graph of the whole picture that has these settings (ONNX Runtime, OpenVINO)",
+        help="draw with the bundle's graph of the whole image that has these settings (ONNX Runtime, OpenVINO)",
     )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     parser.add_argument(
@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the pictures one by one, write them, and print seconds by stage."""
+    """Draw the images one by one, write them, and print seconds by stage."""
     _check(args)
     manifest = _read_manifest(args)
-    controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no picture is said at once
+    controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no image is said at once
     if args.one_graph:
         whole = _load_one_graph(args)
         images = _draw(whole.manifest, lambda i: _draw_whole(whole, args, i), controls, args)
@@ -84,7 +84,7 @@ def _check(args: argparse.Namespace) -> None:
     import secrets
 
     from ..errors import RequestError
-    from .pictures import check_output, parse_size
+    from .image_output import check_output, parse_size
 
     args.width, args.height = parse_size(args.size) if args.size else (None, None)
     if not 1 <= args.count <= 1000:
@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _read_manifest(args: argparse.Namespace) -> Manifest:
-    """The bundle's manifest, if its pictures are worth drawing."""
+    """The bundle's manifest, if its images are worth drawing."""
     from ..engines import Bundle
 
     bundle = Bundle.load(args.bundle)
@@ -172,16 +172,16 @@ def _draw(
     controls: Controls | None,
     args: argparse.Namespace,
 ) -> list[Image]:
-    """Draw and write every picture; ``draw_one`` draws the one of an index."""
-    from ..runtime.metadata import picture_metadata
+    """Draw and write every image; ``draw_one`` draws the one of an index."""
+    from ..runtime.metadata import image_metadata
     from .console import err, out
-    from .pictures import numbered, write_png
+    from .image_output import numbered, write_png
 
     console, images, is_guided, idle = out(), [], False, []
     for i in range(args.count):
         result = draw_one(i)
         path = numbered(args.output, i, args.count)
-        metadata = picture_metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
+        metadata = image_metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
         write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
@@ -205,24 +205,24 @@ def _idle_controls(request: Request) -> list[str]:
 
 
 def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's arguments for the control pictures, which are fitted and changed here, once for all pictures."""
+    """The pipeline's arguments for the control images, which are fitted and changed here, once for all images."""
     from ..errors import RequestError
     from .console import err, out
-    from .pictures import write_png
+    from .image_output import write_png
 
     if controls is None:
         return {}
-    height, width = pipe.picture_size(args.height, args.width)
+    height, width = pipe.image_size(args.height, args.width)
     images = controls.images(width, height)
     for name, image in images.items():
-        given = controls.pictures[name]
+        given = controls.sources[name]
         line = (
             f"{name} follows {given.file} ({given.image.width}x{given.image.height}), preprocess {controls.words(name)}"
         )
         err().print(line, markup=False, soft_wrap=True)
         if args.save_control:
             path = args.output.with_name(f"{args.output.stem}-control-{name}.png")
-            if path.resolve() in {picture.file.resolve() for picture in controls.pictures.values()}:
+            if path.resolve() in {source.file.resolve() for source in controls.sources.values()}:
                 raise RequestError(f"--save-control would write over {path}: give another -o")
             write_png(path, image, {})
             out().print(f"{path}  what {name} sees", markup=False, soft_wrap=True)
@@ -232,7 +232,7 @@ def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse
 def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
-    with step_bar(f"picture {index + 1} of {args.count}", _steps(pipe, args)) as advance:
+    with step_bar(f"image {index + 1} of {args.count}", _steps(pipe, args)) as advance:
         return pipe(
             args.prompt,
             negative_prompt=args.negative_prompt,
@@ -256,7 +256,7 @@ def _draw_whole(pipe: OneGraphPipeline, args: argparse.Namespace, index: int) ->
 
 def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:
     from .console import out
-    from .pictures import contact_sheet, write_png
+    from .image_output import contact_sheet, write_png
 
     sheet = args.output.with_name(f"{args.output.stem}-sheet.png")
     write_png(sheet, contact_sheet(images, [f"seed {args.seed + i}" for i in range(args.count)]), {})
@@ -274,7 +274,7 @@ def _check_target(args: argparse.Namespace) -> None:
 
 
 def _check_one_graph(args: argparse.Namespace) -> None:
-    """A one-graph draws one kind of pictures, with one network."""
+    """A one-graph draws one kind of images, with one network."""
     from ..errors import RequestError
 
     given = {

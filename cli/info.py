@@ -1,6 +1,6 @@
 """What is in a bundle: settings, networks with inputs and outputs, sizes, TensorRT engines.
 
-Engines come in targets: one engine for every network, for one version of TensorRT, kind of GPU and range of pictures.
+Engines come in targets: one engine for every network, for one version of TensorRT, kind of GPU and range of images.
 It says of each target whether it runs on this machine, and if not, why. `hypersd generate --target` takes its name.
 """
 
@@ -152,7 +152,7 @@ def _target_facts(bundle: Bundle, name: str, runs_here: str) -> dict[str, str]:
     return {
         "built for": f"{TITLES[target.backend]} {target.version}",
         "GPUs": ", ".join(target.compute_capabilities) or "portable",
-        "pictures": f"{shapes.batch} of {shapes.width} x {shapes.height}",
+        "images": f"{shapes.batch} of {shapes.width} x {shapes.height}",
         "networks": f"{len(plans)} of {len(bundle.manifest.components)}",
         "options": _target_options(target),
         "size": f"{size / 1e6:,.1f} MB",
@@ -190,11 +190,11 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     base = origin.base + (f" at {origin.revision}" if origin.revision else "")
     return {
         "checkpoint": manifest.checkpoint + scale,
-        **({"random weights": "yes, for measurements: its pictures are noise"} if manifest.random_weights else {}),
+        **({"random weights": "yes, for measurements: its images are noise"} if manifest.random_weights else {}),
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
         "decoder": f"{'tiny (TAESD)' if manifest.vae.tiny else 'full'}, scaling factor {manifest.vae.scaling_factor:g}",
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
-        "pictures": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
+        "images": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",
         **_controlnet_facts(bundle),
         **_one_graph_facts(bundle),
@@ -216,7 +216,7 @@ def _controlnet_facts(bundle: Bundle) -> dict[str, str]:
 
 
 def _one_graph_facts(bundle: Bundle) -> dict[str, str]:
-    """Every graph of a whole picture with what it is fixed to, a line each."""
+    """Every graph of a whole image with what it is fixed to, a line each."""
     lines = []
     for name, one_graph in bundle.manifest.one_graphs.items():
         timesteps = f" at timesteps {list(one_graph.timesteps)}" if one_graph.timesteps else ""

@@ -64,7 +64,7 @@ def _controlnet_table() -> Table:
     from rich.table import Table
 
     from ..export.checkpoints import FAMILY_NAMES
-    from ..export.controlnets import KNOWN_CONTROLNETS
+    from ..export.controlnet_sources import KNOWN_CONTROLNETS
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("ControlNet", "for", "scale", "preprocess"):

@@ -34,17 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="auto, cpu, cuda, or several such as cuda:0 cuda:1, which share the queue (default: auto)",
     )
-    parser.add_argument("--queue", type=int, default=64, metavar="N", help="pictures that may wait (default: 64)")
+    parser.add_argument("--queue", type=int, default=64, metavar="N", help="images that may wait (default: 64)")
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="pictures drawn at once on a GPU (default: 8)"
+        "--max-batch", type=int, default=8, metavar="N", help="images drawn at once on a GPU (default: 8)"
     )
-    parser.add_argument("--max-count", type=int, default=8, metavar="N", help="pictures of one request (default: 8)")
+    parser.add_argument("--max-count", type=int, default=8, metavar="N", help="images of one request (default: 8)")
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="then a request is given up (default: 60)"
     )
     parser.add_argument("--max-prompt", type=int, default=2000, metavar="N", help="characters (default: 2000)")
     parser.add_argument(
-        "--max-body-mb", type=float, default=8.0, metavar="MB", help="of a request, pictures included (default: 8)"
+        "--max-body-mb", type=float, default=8.0, metavar="MB", help="of a request, images included (default: 8)"
     )
     parser.add_argument(
         "--allow-random-weights", action="store_true", help="serve the noise of a bundle that has no trained weights"
@@ -88,7 +88,7 @@ def _settings(args: argparse.Namespace) -> ServeSettings:
         RequestError: one is out of range, or the file has no token in it.
     """
     from ..errors import RequestError
-    from ..runtime.numbers import real_number, whole_number
+    from ..samplers.numbers import real_number, whole_number
     from ..serve.server import LOOPBACK
     from ..serve.settings import ServeSettings, read_token
 

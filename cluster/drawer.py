@@ -13,7 +13,7 @@ from ..serve.cards import ModelCard
 from ..serve.drawing import Drawing, Drawn
 from ..serve.service import LocalService
 from .bundles import SharedBundle, find_or_fetch
-from .metrics import ReplicaMetrics
+from .ray_metrics import ReplicaMetrics
 
 
 class Drawer:
@@ -31,8 +31,8 @@ class Drawer:
         Args:
             shelf: the handle of a deployed :class:`BundleShelf`.
             device: ``"cuda"``, the one GPU that Ray shows to this process, or ``"cpu"``.
-            queue: the most pictures that wait here.
-            max_batch: the most pictures that one call draws.
+            queue: the most images that wait here.
+            max_batch: the most images that one call draws.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
         Raises:
@@ -49,7 +49,7 @@ class Drawer:
         self._service.wait_ready()
 
     async def draw(self, drawing: Drawing, timeout: float) -> list[Drawn] | HyperSDError:
-        """The pictures, or why there are none (see :meth:`hypersd.serve.service.Service.draw`)."""
+        """The images, or why there are none (see :meth:`hypersd.serve.service.Service.draw`)."""
         try:
             return await self._service.draw(drawing, timeout)
         except HyperSDError as error:

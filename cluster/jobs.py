@@ -21,19 +21,19 @@ from ..runtime.request import LARGEST_SEED
 from ..serve.schemas import GenerationRequest
 
 JSON_LINES = (".jsonl", ".ndjson")
-KEY_NAME = "batch_key"  # in a picture's metadata
-#: fields of a request that change no picture
+KEY_NAME = "batch_key"  # in an image's metadata
+#: fields of a request that change no image
 WITHOUT_EFFECT = {"model", "user", "quality", "style", "background", "moderation", "stream", "partial_images", "n"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptJob:
-    """One picture of a line.
+    """One image of a line.
 
     Attributes:
         line: from 1, as editors count.
-        body: what to draw, for this picture alone and with its seed.
-        key: another one if anything about the picture changes, the bundle included; TensorRT engines apart.
+        body: what to draw, for this image alone and with its seed.
+        key: another one if anything about the image changes, the bundle included; TensorRT engines apart.
     """
 
     line: int
@@ -46,21 +46,21 @@ class PromptJob:
 
     @property
     def file(self) -> str:
-        """The picture's name."""
+        """The image's name."""
         return f"{self.line:06d}-{self.seed}.png"
 
     @property
     def settings(self) -> str:
-        """Equal for pictures that one call may draw."""
+        """Equal for images that one call may draw."""
         return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "control_image"})
 
     def is_drawn(self, folder: Path) -> bool:
-        """Whether the picture is in a folder as it would be drawn now."""
-        return picture_key(folder / self.file) == self.key
+        """Whether the image is in a folder as it would be drawn now."""
+        return image_key(folder / self.file) == self.key
 
 
 def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping[str, Any]) -> list[PromptJob]:
-    """The pictures that a file asks for.
+    """The images that a file asks for.
 
     Args:
         path: a prompt a line; or, if its name ends in .jsonl, an object a line with the fields of a request of the HTTP
@@ -83,8 +83,8 @@ def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping
     return jobs
 
 
-def picture_key(path: Path) -> str | None:
-    """The key that a picture was written with; None if there is none, or no picture."""
+def image_key(path: Path) -> str | None:
+    """The key that an image was written with; None if there is none, or no image."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return json.loads(image.info.get(METADATA_KEY, "{}")).get(KEY_NAME)
@@ -128,7 +128,7 @@ def _checked(where: str, fields: Mapping[str, Any]) -> GenerationRequest:
 
 
 def _singles(path: Path, line: int, body: GenerationRequest) -> Iterator[GenerationRequest]:
-    """A request for n pictures as n requests."""
+    """A request for n images as n requests."""
     seed = body.seed or 0
     if seed + body.n - 1 > LARGEST_SEED:
         raise RequestError(f"{path} line {line}: seed {seed} with n {body.n}: the last seed is above {LARGEST_SEED}")

@@ -1,4 +1,4 @@
-"""What ``serve run hypersd.cluster.serve:app NAME=VALUE ...`` takes."""
+"""What ``serve run hypersd.cluster.application:app NAME=VALUE ...`` takes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ClusterOptions(BaseModel):
         max_replicas: the most that the queue makes run.
         target_ongoing_requests: requests to be at a replica, drawn or waiting; with more there Ray adds replicas.
         queue: requests that wait until a replica takes them, more are refused.
-        max_batch: pictures drawn at once; a replica takes twice as many requests, so that the next are there in time.
-        ingresses: processes that speak HTTP, read requests and encode pictures.
+        max_batch: images drawn at once; a replica takes twice as many requests, so that the next are there in time.
+        ingresses: processes that speak HTTP, read requests and encode images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .load import load_engines
     from .manifest import Manifest
-    from .tensorrt.build import BuildOptions, build_engines
+    from .tensorrt.target_builder import BuildOptions, build_engines
 
 _HOMES = {
     "BuildOptions": "tensorrt.build",

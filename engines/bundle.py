@@ -118,11 +118,11 @@ class Bundle:
         """Refuse to draw with weights that were never trained, unless that is wanted: ``option`` is what says so.
 
         Raises:
-            RequestError: its pictures are noise.
+            RequestError: its images are noise.
         """
         if self.manifest.random_weights and not allow_random:
             raise RequestError(
-                f"{self.root} has random weights, its pictures are noise: export {self.manifest.checkpoint} without "
+                f"{self.root} has random weights, its images are noise: export {self.manifest.checkpoint} without "
                 f"--random-weights, or take it with {option}"
             )
 

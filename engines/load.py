@@ -198,7 +198,7 @@ def load_choice(
     if choice.backend == "null":
         return {name: NullEngine(name, component) for name, component in components.items()}
     if choice.target is not None:
-        from .tensorrt.load import load_target
+        from .tensorrt.target_loader import load_target
 
         cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
         return load_target(bundle, choice.target, components, cuda, progress or Silent())
@@ -220,7 +220,7 @@ def load_choice(
 
 
 def load_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Engine:
-    """Make the graph of a whole picture ready to run.
+    """Make the graph of a whole image ready to run.
 
     Args:
         bundle: the opened bundle.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..errors import BundleError, one_line
-from .controlnets import check_controlnet_name, cond_embedding, controlnet, residual_input
+from .component_names import check_controlnet_name, cond_embedding, controlnet, residual_input
 from .one_graphs import check_one_graph_name, one_graph_file
 
 SCHEMA_VERSION = 1
@@ -206,15 +206,15 @@ class VaeSettings(_Record, frozen=True, kw_only=True):
 class ControlNetSettings(_Record, frozen=True, kw_only=True):
     """How a ControlNet wants to be used; what a call leaves out comes from here.
 
-    ``preprocess`` is what makes its control picture from a photograph or a drawing.
+    ``preprocess`` is what makes its control image from a photograph or a drawing.
     """
 
     conditioning_scale: ConditioningScale = 1.0
     preprocess: Preprocess = "none"
 
 
-class PictureShapes(_Record, frozen=True, kw_only=True):
-    """Pictures per call of a network, and their size in pixels."""
+class ImageShapes(_Record, frozen=True, kw_only=True):
+    """Images per call of a network, and their size in pixels."""
 
     batch: Range
     height: Range
@@ -226,14 +226,14 @@ class PictureShapes(_Record, frozen=True, kw_only=True):
 
 
 class OneGraph(_Record, frozen=True, kw_only=True):
-    """The whole picture as one network, for settings that are fixed: tokens and noise in, finished pixels out.
+    """The whole image as one network, for settings that are fixed: tokens and noise in, finished pixels out.
 
     Attributes:
         network: its tensors and files: its graph, and then the files of the components' weights, which it reads.
         num_inference_steps: None with ``timesteps``, and the other way round.
         timesteps: custom ones.
         eta: 0..1, stochasticity (DDIM's eta, TCD's gamma).
-        batch: pictures per run.
+        batch: images per run.
         height: in pixels.
         width: in pixels.
     """
@@ -257,7 +257,7 @@ class OneGraph(_Record, frozen=True, kw_only=True):
 
     @property
     def extents(self) -> tuple[int, int, int]:
-        """As those of :class:`PictureShapes`: pictures, height and width."""
+        """As those of :class:`ImageShapes`: images, height and width."""
         return self.batch, self.height, self.width
 
 
@@ -297,7 +297,7 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
         compute_capabilities: GPUs such as ``"8.9"``; none for a portable target, which RTX compiles when it is loaded.
         platform: operating system and processor, such as ``"linux-x86_64"``; the processor alone for RTX.
         precision: the bundle's.
-        shapes: pictures that the plans are built for, the bundle's or a part of them.
+        shapes: images that the plans are built for, the bundle's or a part of them.
         optimization_level: TensorRT's, 0 to 5; None for its default.
         stripped: the plans hold no weights; they are taken from the ONNX files when a plan is loaded.
         refittable: the plans' weights can be exchanged.
@@ -309,7 +309,7 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
     compute_capabilities: tuple[str, ...]
     platform: str
     precision: Literal["fp16", "fp32"]
-    shapes: PictureShapes
+    shapes: ImageShapes
     optimization_level: OptimizationLevel | None = None
     stripped: bool = False
     refittable: bool = False
@@ -328,7 +328,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     family: Literal["sd15", "sdxl"]
     precision: Literal["fp16", "fp32"]
     opset: Positive
-    shapes: PictureShapes
+    shapes: ImageShapes
     sampler: SamplerSettings
     scheduler: dict[str, Any]
     vae: VaeSettings

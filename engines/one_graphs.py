@@ -1,4 +1,4 @@
-"""What the graph of a whole picture is called in a bundle, and its tensors."""
+"""What the graph of a whole image is called in a bundle, and its tensors."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
 from .cores import available_cores
-from .cuda_graphs import retain
+from .cuda.graphs import retain
 from .engine import check_feeds, check_graph
 from .manifest import Component
 from .stored_models import find_stored_model, open_stored

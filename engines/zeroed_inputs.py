@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .cuda_graphs import retain
+from .cuda.graphs import retain
 from .engine import TORCH_DTYPES, Engine, EngineWrapper, varying_extents
 from .manifest import TensorSpec
 

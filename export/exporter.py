@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from ..engines.bundle import Bundle
-from ..engines.controlnets import controlnet
+from ..engines.component_names import controlnet
 from ..engines.manifest import (
     MANIFEST_NAME,
     Component,
@@ -23,9 +23,10 @@ from ..engines.manifest import (
 )
 from ..engines.progress import Stage
 from ..errors import RequestError, UserError
+from ..weights.safetensors_file import SafetensorsFile
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
-from .controlnets import settings_of
+from .controlnet_sources import settings_of
 from .layout import Found
 from .libraries import quiet
 from .memory import release_memory
@@ -33,9 +34,8 @@ from .models import check_controlnet_sources, check_unet_sources, is_tiny
 from .progress import ExportProgress, Silent
 from .random_weights import RandomWeights, check_random_weights, random_sources
 from .recipes import Recipe, latent_scale, make_recipes, tool_versions
-from .safetensors_file import SafetensorsFile
 from .scheduler import scheduler_constants
-from .shapes import ShapeOptions, picture_shapes
+from .shapes import ShapeOptions, image_shapes
 from .sources import SourceOptions, Sources, find_sources
 from .tokenizer import write_tokenizer
 from .trace import OPSET, trace
@@ -50,7 +50,7 @@ class ExportOptions:
 
     Attributes:
         sources: what replaces the checkpoint's own base, LoRA or VAE, and its ControlNets.
-        shapes: picture sizes and batch.
+        shapes: image sizes and batch.
         precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
         lora_scale: factor on top of the LoRA's own alpha/rank.
         random_weights: random weights in the place of all but the ControlNets', for measurements.
@@ -114,7 +114,7 @@ def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
         raise RequestError(f"lora_scale {options.lora_scale} is out of range: expected -10 to 10, usually 1")
     if options.random_weights is not None:
         check_random_weights(entry, options.sources, options.lora_scale)
-    picture_shapes(options.shapes, 512)  # what is wrong with them is wrong at every default size
+    image_shapes(options.shapes, 512)  # what is wrong with them is wrong at every default size
     if entry.kind == "unet" and options.lora_scale != 1.0:
         raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
 
@@ -127,7 +127,7 @@ class _Export:
         self.sources = sources
         self.options = options
         self.progress = progress
-        self.shapes = picture_shapes(options.shapes, _default_size(sources))
+        self.shapes = image_shapes(options.shapes, _default_size(sources))
         self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
         with Stage(progress, "hash the weight files"):
             self.records: dict[str, tuple[SourceFile, ...]] = _records(sources)

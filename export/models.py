@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError, one_line
+from ..weights.lora import Lora, describe_keys, open_lora
+from ..weights.safetensors_file import SafetensorsFile
 from .layout import Found, Part
 from .libraries import quiet
-from .lora import Lora, describe_keys, open_lora
-from .safetensors_file import SafetensorsFile
 
 TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 

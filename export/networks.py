@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.manifest import PictureShapes, Range, TensorSpec
+from ..engines.manifest import ImageShapes, Range, TensorSpec
 from ..engines.random_inputs import random_input
 
 TOKENS = 77  # CLIP's context
@@ -115,7 +115,7 @@ class CastOutput(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents, already divided by the scaling factor, to a picture in -1..1."""
+    """Latents, already divided by the scaling factor, to an image in -1..1."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class VaeDecoder(nn.Module):
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
-def text_encoder_network(name: str, family: str, encoder: Any, shapes: PictureShapes) -> Network:
+def text_encoder_network(name: str, family: str, encoder: Any, shapes: ImageShapes) -> Network:
     """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, SDXL's second also ``text_embeds [B,P]``."""
     dtype = DTYPE_NAMES[encoder.dtype]
     batch = extent(shapes.batch)
@@ -136,20 +136,20 @@ def text_encoder_network(name: str, family: str, encoder: Any, shapes: PictureSh
     return Network(module, {"input_ids": spec("int64", batch, TOKENS)}, outputs, encoder.config.vocab_size)
 
 
-def unet_network(unet: Any, shapes: PictureShapes, guided: bool, latent_scale: int) -> Network:
+def unet_network(unet: Any, shapes: ImageShapes, guided: bool, latent_scale: int) -> Network:
     """The UNet: ``sample [B,4,h,w]``, ``timestep [1]``, ``encoder_hidden_states [B,77,C]`` to ``out_sample``.
 
     Args:
         unet: a ``UNet2DConditionModel``.
-        shapes: pictures per call, and their size.
-        guided: whether a call may hold each picture twice, for classifier-free guidance.
+        shapes: images per call, and their size.
+        guided: whether a call may hold each image twice, for classifier-free guidance.
         latent_scale: pixels per latent.
     """
     inputs = denoiser_inputs(unet, shapes, guided, latent_scale)
     return Network(Unet(unet), inputs, {"out_sample": inputs["sample"]})
 
 
-def denoiser_inputs(model: Any, shapes: PictureShapes, guided: bool, latent_scale: int) -> dict[str, TensorSpec]:
+def denoiser_inputs(model: Any, shapes: ImageShapes, guided: bool, latent_scale: int) -> dict[str, TensorSpec]:
     """The inputs that a UNet and its ControlNets have in common; SDXL's embedding of sizes learns to keep its type."""
     dtype, batch = DTYPE_NAMES[model.dtype], shapes.batch
     if guided:
@@ -168,7 +168,7 @@ def denoiser_inputs(model: Any, shapes: PictureShapes, guided: bool, latent_scal
     return inputs
 
 
-def vae_decoder_network(vae: Any, shapes: PictureShapes, latent_scale: int) -> Network:
+def vae_decoder_network(vae: Any, shapes: ImageShapes, latent_scale: int) -> Network:
     """The decoder: ``latent_sample [B,4,h,w]`` to ``sample [B,3,H,W]`` in -1..1."""
     dtype, batch = DTYPE_NAMES[vae.dtype], extent(shapes.batch)
     return Network(
@@ -183,7 +183,7 @@ def spec(dtype: Any, *shape: int | Range) -> TensorSpec:
 
 
 def latents_spec(
-    dtype: Any, rows: int | Range, channels: int, shapes: PictureShapes, scale: int, halvings: int = 0
+    dtype: Any, rows: int | Range, channels: int, shapes: ImageShapes, scale: int, halvings: int = 0
 ) -> TensorSpec:
     """A tensor of latents' size, or of a half, a quarter and so on of it."""
     sides = [getattr(shapes, side).divided(scale, f"latent_{side}").halved(halvings) for side in ("height", "width")]

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
-from .lora import COVERED_BLOCKS, PREFIX
+from ..weights.lora import COVERED_BLOCKS, PREFIX
+from ..weights.safetensors_file import write_safetensors
 from .models import layer_names
-from .safetensors_file import write_safetensors
 
 UP_STD = 0.1  # with an alpha that is the root of the rank, what the LoRA adds is a sixth of the weights
 CLIP_NAMES = ("text_model.", "text_projection.")

@@ -9,10 +9,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ..engines.controlnets import cond_embedding, controlnet
-from ..engines.manifest import PictureShapes, SourceFile
+from ..engines.component_names import cond_embedding, controlnet
+from ..engines.manifest import ImageShapes, SourceFile
 from .checkpoints import Checkpoint
-from .control_networks import cond_embedding_network, controlled_unet_network, controlnet_network
+from .controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network
 from .layout import Part
 from .models import TORCH_DTYPES, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
 from .networks import Network, text_encoder_network, unet_network, vae_decoder_network
@@ -55,7 +55,7 @@ def make_recipes(
     checkpoint: Checkpoint,
     sources: Sources,
     records: dict[str, tuple[SourceFile, ...]],
-    shapes: PictureShapes,
+    shapes: ImageShapes,
     precision: str,
     lora_scale: float,
 ) -> list[Recipe]:
@@ -65,7 +65,7 @@ def make_recipes(
         checkpoint: which Hyper-SD file.
         sources: where the weights are.
         records: the weight files' hashes, by part.
-        shapes: picture sizes and batch.
+        shapes: image sizes and batch.
         precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
         lora_scale: factor on top of the LoRA's own alpha/rank.
     """
@@ -144,7 +144,7 @@ def needs_float32(vae: Part, family: str) -> bool:
     return family == "sdxl" and not is_tiny(vae) and bool(vae.config.get("force_upcast", True))
 
 
-def _described(shapes: PictureShapes) -> list[str]:
+def _described(shapes: ImageShapes) -> list[str]:
     return [f"{r.name}={r.min}:{r.opt}:{r.max}" for r in (shapes.batch, shapes.height, shapes.width)]
 
 

@@ -1,10 +1,10 @@
-"""Which picture sizes and batches a bundle is made for."""
+"""Which image sizes and batches a bundle is made for."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from ..engines.manifest import PictureShapes, Range
+from ..engines.manifest import ImageShapes, Range
 from ..errors import RequestError
 
 SMALLEST, LARGEST = 64, 4096  # pixels of a side
@@ -15,7 +15,7 @@ DIMS = ("batch", "height", "width")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """What the user says of the shapes; None takes the base's own size, and one picture.
+    """What the user says of the shapes; None takes the base's own size, and one image.
 
     Attributes:
         dynamic: dimensions that may vary, as (min, opt, max). ``{}`` lets all vary over the default ranges.
@@ -27,7 +27,7 @@ class ShapeOptions:
     dynamic: dict[str, tuple[int, int, int]] | None = None
 
 
-def picture_shapes(options: ShapeOptions, default_size: int) -> PictureShapes:
+def image_shapes(options: ShapeOptions, default_size: int) -> ImageShapes:
     """The bundle's shapes.
 
     Args:
@@ -50,11 +50,11 @@ def picture_shapes(options: ShapeOptions, default_size: int) -> PictureShapes:
             raise RequestError(f"{name} {getattr(options, name)} and a range of it: give one of the two")
     if options.dynamic is not None:
         spans |= options.dynamic or {name: _default_span(name, extent) for name, extent in usual.items()}
-    return PictureShapes(**{name: _range(name, *spans[name]) for name in DIMS})
+    return ImageShapes(**{name: _range(name, *spans[name]) for name in DIMS})
 
 
 def _default_span(name: str, usual: int) -> tuple[int, int, int]:
-    """One to four pictures; half to one and a half times the usual size."""
+    """One to four images; half to one and a half times the usual size."""
     if name == "batch":
         return 1, usual, max(4, usual)
     return max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE), usual, min(LARGEST, usual * 3 // 2 // MULTIPLE * MULTIPLE)

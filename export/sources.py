@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..engines.controlnets import controlnet
+from ..engines.component_names import controlnet
 from ..engines.manifest import ControlNetOrigin
 from ..errors import WeightsError
+from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import FAMILY_NAMES, Checkpoint
-from .controlnets import ControlNetSource, check_fits, named
+from .controlnet_sources import ControlNetSource, check_fits, named
 from .hub import DownloadProgress
 from .layout import (
     SAFETENSORS_HINT,
@@ -25,7 +26,6 @@ from .layout import (
     read_json,
     tokenizer_folder,
 )
-from .safetensors_file import SafetensorsFile
 
 ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
 
@@ -239,7 +239,7 @@ def _controlnet_part(place: DiffusersBase, component: str, variant: str | None) 
 
 
 def pixels_per_latent(vae: dict[str, Any]) -> int:
-    """Pixels per latent, from a VAE's configuration: each of its levels but the first halves the picture."""
+    """Pixels per latent, from a VAE's configuration: each of its levels but the first halves the image."""
     levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
     return 2 ** (len(levels) - 1) if levels else 8
 

@@ -1,8 +1,8 @@
-"""Prompt to picture: tokens, schedules, step math, the loop, the picture."""
+"""Prompt to image: tokens, schedules, step math, the loop, the image."""
 
 from __future__ import annotations
 
+from ..samplers import make_sampler
 from .pipeline import Pipeline, PipelineOutput
-from .samplers import make_sampler
 
 __all__ = ["Pipeline", "PipelineOutput", "make_sampler"]

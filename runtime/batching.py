@@ -1,4 +1,4 @@
-"""Any number of pictures through an engine that takes a certain number at a time."""
+"""Any number of images through an engine that takes a certain number at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engines import Engine
 from ..engines.manifest import dim_range
 
-SHARED = frozenset({"timestep", "conditioning_scale"})  # inputs that have no row per picture
+SHARED = frozenset({"timestep", "conditioning_scale"})  # inputs that have no row per image
 
 
 def run_rows(engine: Engine, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

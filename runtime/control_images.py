@@ -1,4 +1,4 @@
-"""Control pictures: reading them, fitting them to the size that is drawn, and making of them what ControlNets want."""
+"""Control images: reading them, fitting them to the size that is drawn, and making of them what ControlNets want."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import RequestError, one_line
-from .numbers import real_number
+from ..samplers.numbers import real_number
 
 SMALLEST_SIDE = 8  # pixels: one latent
 CANNY_THRESHOLDS = 100, 200
-LARGEST_THRESHOLD = 10_000  # gradients of 8-bit pictures end far below
+LARGEST_THRESHOLD = 10_000  # gradients of 8-bit images end far below
 RESIZE_MODES = ("crop", "stretch")
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # 16 bits a pixel, grey; Pillow makes 8 of 16-bit colour itself
 PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
-LARGEST_RESIZE = 1 << 27  # pixels of a picture before it is cropped, which of a strip are many
-ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4: where the picture's row 0 and column 0 belong
+LARGEST_RESIZE = 1 << 27  # pixels of an image before it is cropped, which of a strip are many
+ORIENTATION = 0x0112  # EXIF 2.3, section 4.6.4: where the image's row 0 and column 0 belong
 TURNS: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,14 +38,14 @@ TURNS: dict[Any, Image.Transpose] = {
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture file, whole, as RGB and upright (:func:`to_rgb`).
+    """An image file, whole, as RGB and upright (:func:`to_rgb`).
 
     Raises:
-        RequestError: it is missing, no picture, or damaged.
+        RequestError: it is missing, no image, or damaged.
     """
     shown = repr(str(path))
     if not os.path.isfile(path):  # Path.is_file raises for a long name
-        raise RequestError(f"control picture {shown} is not there: expected a file such as photo.jpg")
+        raise RequestError(f"control image {shown} is not there: expected a file such as photo.jpg")
     with warnings.catch_warnings(), reading(shown):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
@@ -54,15 +54,13 @@ def open_image(path: str | Path) -> Image.Image:
 
 @contextmanager
 def reading(shown: str) -> Iterator[None]:
-    """What Pillow raises for a picture that it cannot read, as a RequestError that begins with ``shown``."""
+    """What Pillow raises for an image that it cannot read, as a RequestError that begins with ``shown``."""
     try:
         yield
     except RequestError as error:
         raise RequestError(f"{shown}: {error}") from error
     except UnidentifiedImageError as error:
-        raise RequestError(
-            f"{shown} is not a picture that can be read: expected PNG, JPEG, WebP or the like"
-        ) from error
+        raise RequestError(f"{shown} is not an image that can be read: expected PNG, JPEG, WebP or the like") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RequestError(f"{shown} has too many pixels ({one_line(error)}): make it smaller") from error
     except PermissionError as error:
@@ -74,23 +72,23 @@ def reading(shown: str) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture as 8-bit RGB, a new one, turned as its EXIF orientation says; what is transparent is laid on white.
+    """An image as 8-bit RGB, a new one, turned as its EXIF orientation says; what is transparent is laid on white.
 
     It has no metadata: nobody turns it once more.
 
     Raises:
-        RequestError: it is smaller than a latent, or of a mode that has no usual meaning as a picture.
+        RequestError: it is smaller than a latent, or of a mode that has no usual meaning as an image.
     """
     if min(image.size) < SMALLEST_SIDE:
         raise RequestError(
-            f"control picture of {image.width}x{image.height} pixels: expected at least {SMALLEST_SIDE} a side"
+            f"control image of {image.width}x{image.height} pixels: expected at least {SMALLEST_SIDE} a side"
         )
     try:
         image.load()  # which opening a file does not do
     except MemoryError:
         raise
     except Exception as error:
-        raise RequestError(f"control picture is damaged ({one_line(error)}): copy or save it again") from error
+        raise RequestError(f"control image is damaged ({one_line(error)}): copy or save it again") from error
     rgb = _in_colours(_upright(image))
     rgb.info.clear()
     return rgb
@@ -105,7 +103,7 @@ def _in_colours(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in PLAIN_MODES:
-        raise RequestError(f"control picture of mode {image.mode}: expected 8 or 16 bits a channel: save it as PNG")
+        raise RequestError(f"control image of mode {image.mode}: expected 8 or 16 bits a channel: save it as PNG")
     return image.convert("RGB")
 
 
@@ -122,15 +120,15 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     """Pillow's own conversion cuts at 255, which makes nearly everything white."""
     values = np.asarray(image, np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise RequestError(f"control picture of mode {image.mode} has values beyond 16 bits: save it as 8-bit PNG")
+        raise RequestError(f"control image of mode {image.mode} has values beyond 16 bits: save it as 8-bit PNG")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def fit(image: Image.Image, width: int, height: int, resize_mode: str = "crop") -> Image.Image:
-    """The picture at another size, with Lanczos' filter, to the pixel as diffusers' ``VaeImageProcessor`` does it.
+    """The image at another size, with Lanczos' filter, to the pixel as diffusers' ``VaeImageProcessor`` does it.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         width: in pixels.
         height: in pixels.
         resize_mode: ``"crop"`` keeps the aspect and cuts what is over, the same on both sides; ``"stretch"``
@@ -145,7 +143,7 @@ def fit(image: Image.Image, width: int, height: int, resize_mode: str = "crop") 
         image.height * width // image.width if is_taller else height,
     )
     if inner[0] * inner[1] > LARGEST_RESIZE:
-        raise RequestError(f"control picture of {image.width}x{image.height} pixels is a strip: crop it first")
+        raise RequestError(f"control image of {image.width}x{image.height} pixels is a strip: crop it first")
     resized = image.resize(inner, Image.Resampling.LANCZOS)
     cropped = Image.new("RGB", (width, height))
     cropped.paste(resized, (width // 2 - inner[0] // 2, height // 2 - inner[1] // 2))
@@ -158,10 +156,10 @@ def check_resize_mode(resize_mode: str) -> None:
 
 
 def canny(image: Image.Image, low: float = CANNY_THRESHOLDS[0], high: float = CANNY_THRESHOLDS[1]) -> Image.Image:
-    """The edges of a picture, white on black (Canny, "A Computational Approach to Edge Detection", 1986).
+    """The edges of an image, white on black (Canny, "A Computational Approach to Edge Detection", 1986).
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         low: gradient from which on a pixel beside an edge belongs to it.
         high: gradient from which on a pixel is an edge by itself.
 
@@ -196,10 +194,10 @@ def scribble(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, kind: str, thresholds: tuple[float, float] = CANNY_THRESHOLDS) -> Image.Image:
-    """What a ControlNet is to see of an RGB picture, which has the size that is drawn: else edges would blur.
+    """What a ControlNet is to see of an RGB image, which has the size that is drawn: else edges would blur.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         kind: ``"canny"``, ``"scribble"`` or ``"none"``.
         thresholds: those of :func:`canny`.
 
@@ -216,7 +214,7 @@ def preprocess(image: Image.Image, kind: str, thresholds: tuple[float, float] = 
 
 
 def to_condition(image: Any, width: int, height: int, resize_mode: str = "crop") -> Tensor:
-    """Control pictures as a ControlNet takes them: float32 [N, 3, height, width] in 0..1.
+    """Control images as a ControlNet takes them: float32 [N, 3, height, width] in 0..1.
 
     Args:
         image: a ``PIL.Image`` of any size and mode; or of the size that is drawn an array [H, W, 3] or [N, H, W, 3] or
@@ -230,7 +228,7 @@ def to_condition(image: Any, width: int, height: int, resize_mode: str = "crop")
     """
     if isinstance(image, (list, tuple)):
         if not image:
-            raise RequestError("image: an empty list: expected a control picture")
+            raise RequestError("image: an empty list: expected a control image")
         return torch.cat([to_condition(one, width, height, resize_mode) for one in image])
     if isinstance(image, Image.Image):
         pixels = np.asarray(fit(to_rgb(image), width, height, resize_mode))
@@ -249,9 +247,9 @@ def to_condition(image: Any, width: int, height: int, resize_mode: str = "crop")
 
 
 def _checked(pixels: Tensor, width: int, height: int) -> Tensor:
-    """Floats [N, C, H, W], if they are pictures of the size that is drawn."""
+    """Floats [N, C, H, W], if they are images of the size that is drawn."""
     if not len(pixels):
-        raise RequestError("image: no pictures in it: expected one, or one for each prompt")
+        raise RequestError("image: no images in it: expected one, or one for each prompt")
     if tuple(pixels.shape[1:]) != (3, height, width):
         raise RequestError(
             f"image: {pixels.shape[1]} channels of {pixels.shape[3]}x{pixels.shape[2]} pixels: expected 3 of "

@@ -1,4 +1,4 @@
-"""The settings of a picture, as they are written into its file."""
+"""The settings of an image, as they are written into its file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def png_info(metadata: Mapping[str, Any]) -> PngInfo:
     return info
 
 
-def picture_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str, Any]:
-    """All that is needed to draw the picture again, under the pipeline's argument names where it has them."""
+def image_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str, Any]:
+    """All that is needed to draw the image again, under the pipeline's argument names where it has them."""
     settings = {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

@@ -1,4 +1,4 @@
-"""Pictures from a bundle's one-graph: one network from tokens and noise to finished pixels."""
+"""Images from a bundle's one-graph: one network from tokens and noise to finished pixels."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..engines.load import load_one_graph
 from ..engines.manifest import OneGraph
 from ..engines.one_graphs import IMAGES, LATENTS, input_ids, noise_input
 from ..errors import RequestError
+from ..samplers.noise import Generators, randn
+from ..samplers.sampler import make_sampler
 from .batching import run_rows
 from .clock import Clock
-from .images import to_images
-from .noise import Generators, randn
 from .pipeline import PipelineOutput, make_generators
+from .pixels import to_images
 from .request import Request, make_request
-from .samplers import make_sampler
 from .text import ClipTokenizer, TextConditioner, load_tokenizers
 
 
 def why_not(one_graph: OneGraph, request: Request) -> str | None:
-    """Why a one-graph does not draw what is asked for, all of it; None if it does. The number of pictures is free."""
+    """Why a one-graph does not draw what is asked for, all of it; None if it does. The number of images is free."""
     asked = {
         "steps": (request.num_inference_steps, one_graph.num_inference_steps),
         "timesteps": (request.timesteps, one_graph.timesteps),
@@ -85,9 +85,9 @@ class OneGraphPainter:
         self._channels = manifest.vae.latent_channels
         self._sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
 
-    def latents_shape(self, pictures: int) -> tuple[int, int, int, int]:
-        """[B, 4, h, w] of so many pictures."""
-        return pictures, self._channels, self.settings.height // self._scale, self.settings.width // self._scale
+    def latents_shape(self, images: int) -> tuple[int, int, int, int]:
+        """[B, 4, h, w] of so many images."""
+        return images, self._channels, self.settings.height // self._scale, self.settings.width // self._scale
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +109,7 @@ class OneGraphPainter:
         """Finished pixels [B, H, W, 3], uint8; the tensor may be the engine's own buffer.
 
         Args:
-            tokens: int64 [B, 77] for each text encoder, by its name, a row for each picture.
+            tokens: int64 [B, 77] for each text encoder, by its name, a row for each image.
             latents: unit-variance noise [B, 4, h, w], in :attr:`dtype`.
             noises: what :meth:`draw_noise` made.
         """
@@ -178,14 +178,14 @@ class OneGraphPipeline:
 
         Args:
             prompt: a text, or a list of texts.
-            num_inference_steps: network calls per picture.
+            num_inference_steps: network calls per image.
             timesteps: custom timesteps.
             eta: 0..1, stochasticity.
             height: in pixels.
             width: in pixels.
-            num_images_per_prompt: pictures for each prompt.
-            seed: short for a CPU generator of that seed; a list holds one for each picture.
-            generator: a ``torch.Generator``, or a list of one for each picture.
+            num_images_per_prompt: images for each prompt.
+            seed: short for a CPU generator of that seed; a list holds one for each image.
+            generator: a ``torch.Generator``, or a list of one for each image.
             latents: unit-variance noise [B, 4, height/8, width/8] to start from.
 
         Returns:
@@ -223,7 +223,7 @@ class OneGraphPipeline:
         return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)
 
     def _tokens(self, request: Request) -> dict[str, Tensor]:
-        """Token ids [B, 77] by text encoder, a row for each picture."""
+        """Token ids [B, 77] by text encoder, a row for each image."""
         by_text = self._text.tokenize(request.prompts).input_ids
         return {
             encoder: torch.cat([by_text[text][encoder] for text in request.prompts]).repeat_interleave(

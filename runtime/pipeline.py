@@ -1,4 +1,4 @@
-"""Prompt to picture."""
+"""Prompt to image."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from ..engines import Bundle, Engine, Manifest
-from ..engines.cuda_graphs import Capture, GraphedFunction, capture_cuda_graph
+from ..engines.cuda.graphed_engine import GraphedEngine
+from ..engines.cuda.graphs import Capture, GraphedFunction, capture_cuda_graph
+from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
-from ..engines.graphed_engine import GraphedEngine
 from ..engines.load import Choice, choose, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
+from ..samplers.noise import Generators, randn
+from ..samplers.sampler import Sampler, make_sampler
 from .clock import Clock, Steps
-from .control import PerControlNet, images_by_name, make_conditions, make_controls
 from .control_images import check_resize_mode
-from .controlnets import with_plain_unet
-from .images import check_output_type, to_images, to_pixels
-from .noise import Generators, randn
-from .picture import CONDITION, Denoiser, Painter, PictureSettings
-from .request import Request, make_request, picture_size
-from .samplers import Sampler, make_sampler
+from .controlled_unet import with_plain_unet
+from .controls import PerControlNet, images_by_name, make_conditions, make_controls
+from .image_function import CONDITION, Denoiser, ImageSettings, Painter
+from .pixels import check_output_type, to_images, to_pixels
+from .request import Request, image_size, make_request
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
-from .turns import Turns, hand_out
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
@@ -43,9 +43,9 @@ class PipelineOutput:
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
         timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``, and ``control``, the
-            fitting of control pictures if there are any; and ``total``. ``step_1`` and so on are what ``denoise`` is
+            fitting of control images if there are any; and ``total``. ``step_1`` and so on are what ``denoise`` is
             made of, callbacks included. On a GPU with CUDA graphs all that the GPU does
-            is one stage, ``draw``, which ends when the picture is on the host; for ``"pt"`` and ``"latent"`` nobody
+            is one stage, ``draw``, which ends when the image is on the host; for ``"pt"`` and ``"latent"`` nobody
             waits for that, and it ends when the work is enqueued.
         request: what was drawn: the call's arguments, the manifest's where they were left out.
         seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
@@ -63,7 +63,7 @@ class Pipeline:
     Several threads may call one pipeline. On the CPU their calls run side by side: they share no state but the engines,
     which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
     work of the caller's current stream, and which that stream waits for. If the engines can be recorded there, the
-    whole picture is a CUDA graph (see :class:`..engines.cuda_graphs.GraphedFunction`) for each of the last few kinds of
+    whole image is a CUDA graph (see :class:`..engines.cuda_graphs.GraphedFunction`) for each of the last few kinds of
     call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network. The
     text encoders are graphs of their own: they do not run for prompts that were seen lately. What cannot be recorded
     after all runs without a graph, and a :class:`..engines.cuda_graphs.GraphWarning` says so once.
@@ -131,7 +131,7 @@ class Pipeline:
             cuda_graphs: record what the GPU does and replay it; False enqueues every kernel anew at every call.
             precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; by default ``"bf16"`` where the processor
                 multiplies in it. The other backends compute in what the bundle was exported in.
-            vae_tile: decode pictures in tiles with sides of so many pixels, which overlap by a quarter and are blended
+            vae_tile: decode images in tiles with sides of so many pixels, which overlap by a quarter and are blended
                 as diffusers' ``vae.enable_tiling()`` does it: less memory, more time, and seams that a smooth surface
                 may show. For bundles that take a range of sizes.
 
@@ -183,10 +183,10 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         force: bool = False,
     ) -> PipelineOutput:
-        """Draw pictures. Arguments have diffusers' names and meaning; what is left out comes from the manifest.
+        """Draw images. Arguments have diffusers' names and meaning; what is left out comes from the manifest.
 
         Args:
-            prompt: one, or a list for several pictures.
+            prompt: one, or a list for several images.
             negative_prompt: what to keep away from; without effect unless ``guidance_scale`` is above 1.
             num_inference_steps: number of steps, one of those that the checkpoint was distilled for.
             timesteps: custom timesteps instead, strictly descending.
@@ -194,13 +194,13 @@ class Pipeline:
             guidance_scale: classifier-free guidance; 1 or less means none, at half the cost.
             height: in pixels, inside the bundle's range.
             width: likewise.
-            num_images_per_prompt: pictures for each prompt.
-            seed: short for a CPU generator of that seed (the same pictures on every device); a list holds one for
-                each picture, which then does not depend on its neighbours.
-            generator: a ``torch.Generator``, or a list of one for each picture.
+            num_images_per_prompt: images for each prompt.
+            seed: short for a CPU generator of that seed (the same images on every device); a list holds one for
+                each image, which then does not depend on its neighbours.
+            generator: a ``torch.Generator``, or a list of one for each image.
             latents: unit-variance noise [B, 4, height/8, width/8] to start from.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
-            image: the control picture: a ``PIL.Image`` of any size, an array [H, W, 3] or a tensor [3, H, W] of floats
+            image: the control image: a ``PIL.Image`` of any size, an array [H, W, 3] or a tensor [3, H, W] of floats
                 in 0..1 of the size that is drawn, or a list of one for each prompt. Of several ControlNets a list of
                 one for each, or a dict of some by name. Without one no ControlNet runs. It does not decide the size
                 that is drawn, as in diffusers, but is fitted to it.
@@ -208,7 +208,7 @@ class Pipeline:
                 of one for each, or a dict of some by name.
             control_guidance_start: the part of the steps, 0..1, before which they do not act (default: 0); likewise.
             control_guidance_end: the part after which they do not act (default: 1); likewise.
-            resize_mode: ``"crop"`` keeps the aspect of control pictures and cuts what is over, ``"stretch"`` does not.
+            resize_mode: ``"crop"`` keeps the aspect of control images and cuts what is over, ``"stretch"`` does not.
             callback_on_step_end: called as ``callback(pipe, step_index, timestep, tensors)`` after every step; tensors
                 in the dict that it returns replace the loop's.
             callback_on_step_end_tensor_inputs: which tensors it gets, of ``latents`` and ``prompt_embeds``.
@@ -283,7 +283,7 @@ class Pipeline:
     ) -> Request:
         """What a call with these arguments draws, everything decided; nothing is drawn.
 
-        ``controlled_by`` are names of the ControlNets that get a picture; for the rest see :meth:`__call__`.
+        ``controlled_by`` are names of the ControlNets that get an image; for the rest see :meth:`__call__`.
 
         Raises:
             RequestError: an argument is out of range.
@@ -307,13 +307,13 @@ class Pipeline:
             engines=self._engines_name,
         )
 
-    def picture_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width of what a call with these arguments draws.
 
         Raises:
             RequestError: they are not among those that the bundle or its engines were made for.
         """
-        return picture_size(self.manifest, self._bundle_shapes, self._engines_name, height, width)
+        return image_size(self.manifest, self._bundle_shapes, self._engines_name, height, width)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each; those of prompts seen lately are kept."""
@@ -322,7 +322,7 @@ class Pipeline:
             return self.text.encode(tokenized).map(lambda tensor: hand_out(tensor.clone(), caller))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, 4, h, w] to pictures [B, 3, H, W] in -1..1, a tensor of the caller's own."""
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in -1..1, a tensor of the caller's own."""
         with self._turn() as caller:
             return hand_out(self._painter.decode(latents).clone(), caller)  # the next turn may be another thread's
 
@@ -382,7 +382,7 @@ class Pipeline:
         return pixels if self._turns is None else self._turns.to_host(pixels)
 
     def _images(self, pixels: Tensor, output_type: str) -> Any:
-        """Pictures of the caller's own: with turns ``pixels`` are memory that the next one overwrites."""
+        """Images of the caller's own: with turns ``pixels`` are memory that the next one overwrites."""
         images = to_images(pixels, output_type)
         return images.copy() if output_type == "np" and self._turns is not None else images
 
@@ -400,7 +400,7 @@ class Pipeline:
     def _embeddings(self, call: _Call) -> TextEmbeddings:
         return self._painter.arrange(call.settings, self.text.encode(call.tokenized))
 
-    def _tokenize(self, request: Request, settings: PictureSettings) -> TokenizedTexts:
+    def _tokenize(self, request: Request, settings: ImageSettings) -> TokenizedTexts:
         """The negative prompts, if the text encoders have to see them, then the prompts."""
         negatives: tuple[str, ...] = ()
         if settings.is_guided and not settings.zeroed_negatives:
@@ -439,7 +439,7 @@ class _Call:
     """What one call draws from."""
 
     request: Request
-    settings: PictureSettings
+    settings: ImageSettings
     tokenized: TokenizedTexts
     conditions: dict[str, Tensor]
     generator: Generators
@@ -458,7 +458,7 @@ def _out_of_memory_in_words(request: Request) -> Iterator[None]:
         what = f"{request.batch} of {request.width}x{request.height}"
         raise EngineError(
             f"out of device memory, drawing {what} ({one_line(error)}): "
-            "draw smaller pictures or fewer at a time, or free the device"
+            "draw smaller images or fewer at a time, or free the device"
         ) from error
 
 

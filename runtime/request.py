@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..engines import Manifest
-from ..engines.manifest import PictureShapes, Range
+from ..engines.manifest import ImageShapes, Range
 from ..errors import RequestError
-from .control import Control
-from .numbers import is_whole, real_number, whole_number
+from ..samplers.numbers import is_whole, real_number, whole_number
+from .controls import Control
 
 LARGEST_GUIDANCE = 50.0
 LARGEST_SEED = 2**63 - 1
@@ -21,12 +21,12 @@ class Request:
     """One call, everything decided.
 
     Attributes:
-        prompts: one for each picture to draw before ``num_images_per_prompt``.
+        prompts: one for each image to draw before ``num_images_per_prompt``.
         negative_prompts: as many, or None if none were given.
         num_inference_steps: steps of the sampler's own schedule; None with ``timesteps``.
         timesteps: custom ones; None with ``num_inference_steps``.
         guidance_scale: above 1 for classifier-free guidance.
-        seeds: one, or one for each picture.
+        seeds: one, or one for each image.
         controls: the ControlNets that take part.
     """
 
@@ -53,7 +53,7 @@ class Request:
 
     @property
     def batch(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self.prompts) * self.num_images_per_prompt
 
 
@@ -72,7 +72,7 @@ def make_request(
     seed: int | Sequence[int] | None,
     force: bool,
     controls: tuple[Control, ...] = (),
-    bundle_shapes: PictureShapes | None = None,
+    bundle_shapes: ImageShapes | None = None,
     engines: str = "",
 ) -> Request:
     """Fill in what a call left out from the manifest, and check the rest.
@@ -90,7 +90,7 @@ def make_request(
     steps = _check_steps(manifest, num_inference_steps, timesteps, force)
     if timesteps is None and sampler.timesteps is not None and steps == len(sampler.timesteps):
         timesteps = sampler.timesteps
-    height, width = picture_size(manifest, bundle_shapes or manifest.shapes, engines, height, width)
+    height, width = image_size(manifest, bundle_shapes or manifest.shapes, engines, height, width)
     images = whole_number("num_images_per_prompt", num_images_per_prompt, 1, 1024)
     return Request(
         prompts=prompts,
@@ -152,8 +152,8 @@ def _check_steps(
     return steps
 
 
-def picture_size(
-    manifest: Manifest, wide: PictureShapes, engines: str, height: int | None, width: int | None
+def image_size(
+    manifest: Manifest, wide: ImageShapes, engines: str, height: int | None, width: int | None
 ) -> tuple[int, int]:
     """Height and width of what is drawn, the usual ones where they are left out.
 
@@ -195,5 +195,5 @@ def _seeds(seed: Any, batch: int) -> tuple[int, ...] | None:
         return None
     seeds = tuple(seed) if isinstance(seed, (list, tuple)) else (seed,)
     if isinstance(seed, (list, tuple)) and len(seeds) != batch:
-        raise RequestError(f"seed: expected one, or {batch}, as pictures, got {len(seeds)}")
+        raise RequestError(f"seed: expected one, or {batch}, as images, got {len(seeds)}")
     return tuple(whole_number("seed", one, 0, LARGEST_SEED) for one in seeds)

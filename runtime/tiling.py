@@ -1,4 +1,4 @@
-"""Decoding latents in tiles: what the decoder keeps in memory is that of a tile, whatever the picture's size."""
+"""Decoding latents in tiles: what the decoder keeps in memory is that of a tile, whatever the image's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engines.manifest import TensorSpec, dim_range
 from ..errors import RequestError
-from .numbers import whole_number
+from ..samplers.numbers import whole_number
 
 Decode = Callable[[Tensor], Tensor]
 HEIGHT, WIDTH = 2, 3  # dimensions of [B, C, H, W]
@@ -54,19 +54,19 @@ def tiled_decode(
     """Decode overlapping tiles one after another and blend them, as diffusers' ``AutoencoderKL.tiled_decode`` does.
 
     The last tiles of a row or column hold what is left. Where that is less than the decoder takes, they begin further
-    inside, and what others cover is cut off again; elsewhere pictures are diffusers' to the bit. ``AutoencoderTiny``,
+    inside, and what others cover is cut off again; elsewhere images are diffusers' to the bit. ``AutoencoderTiny``,
     whose tiles diffusers lets overlap half as far and blends by another formula, is treated alike here.
 
     Args:
         latents: [B, 4, h, w], no smaller than ``least``.
-        decode: contiguous latents to pictures [B, C, scale x h, scale x w]; the tensor may be reused by the next call.
+        decode: contiguous latents to images [B, C, scale x h, scale x w]; the tensor may be reused by the next call.
         tile: a tile's side in pixels, diffusers' ``tile_sample_min_size``; no smaller than ``least`` either.
         overlap: the part of a tile that the next one covers as well, 0 to below 1.
         scale: pixels per latent.
         least: the fewest latents that ``decode`` takes, down and across.
 
     Returns:
-        Pictures [B, C, scale x h, scale x w]; of a single tile, what ``decode`` returned.
+        Images [B, C, scale x h, scale x w]; of a single tile, what ``decode`` returned.
     """
     side = tile // scale
     height, width = latents.shape[HEIGHT:]
@@ -90,7 +90,7 @@ def tiled_decode(
 def _decode_tile(
     latents: Tensor, decode: Decode, corner: tuple[int, int], side: int, scale: int, least: tuple[int, int]
 ) -> Tensor:
-    """The pictures of one tile, a tensor of its own."""
+    """The images of one tile, a tensor of its own."""
     ends = [min(start + side, size) for start, size in zip(corner, latents.shape[HEIGHT:], strict=True)]
     top, left = (max(0, min(start, end - few)) for start, end, few in zip(corner, ends, least, strict=True))
     pixels = decode(latents[:, :, top : ends[0], left : ends[1]].contiguous())
@@ -103,5 +103,5 @@ def _blend(before: Tensor, after: Tensor, dim: int, extent: int) -> None:
     end, beginning = before.narrow(dim, before.shape[dim] - extent, extent), after.narrow(dim, 0, extent)
     part = torch.arange(extent, dtype=torch.float64, device=after.device) / extent
     part = part if dim == WIDTH else part.unsqueeze(1)
-    leaving, coming = (1 - part).float(), part.float()  # float32 whatever the pictures are, as diffusers' numbers
+    leaving, coming = (1 - part).float(), part.float()  # float32 whatever the images are, as diffusers' numbers
     beginning.copy_((end * leaving).to(after.dtype) + (beginning * coming).to(after.dtype))

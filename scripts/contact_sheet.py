@@ -3,7 +3,7 @@
 
     python scripts/contact_sheet.py OUT.png BUNDLE [BUNDLE ...]
 
-Each bundle draws in those of 1, 2, 4 and 8 steps that it allows, with its own settings for all else. All pictures begin
+Each bundle draws in those of 1, 2, 4 and 8 steps that it allows, with its own settings for all else. All images begin
 with the same noise. The prompts are of the world that the demonstration checkpoints know.
 """
 
@@ -27,7 +27,7 @@ PROMPTS = (
 )
 STEPS = (1, 2, 4, 8)
 # Lengths in pixels.
-SIDE = 192  # of a picture on the sheet: twice the demonstration checkpoints' 96
+SIDE = 192  # of an image on the sheet: twice the demonstration checkpoints' 96
 GAP = 10  # between columns, and around the sheet
 HEADING_SIZES = (20, 12, 12)  # of the letters of a heading's lines
 PROMPT_SIZE = 15
@@ -41,11 +41,11 @@ class Column:
 
     Attributes:
         heading: three lines: steps, checkpoint, how it was sampled.
-        pictures: one for each prompt.
+        images: one for each prompt.
     """
 
     heading: tuple[str, str, str]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def settings(pipe: Pipeline) -> str:
 
 
 def arrange(columns: Sequence[Column], prompts: Sequence[str]) -> Image.Image:
-    """The sheet: headings, and for every prompt a line of text over its pictures."""
+    """The sheet: headings, and for every prompt a line of text over its images."""
     widths = [max(SIDE, *(_length(*line) for line in zip(c.heading, HEADING_SIZES, strict=True))) for c in columns]
     width = sum(widths) + GAP * (len(columns) + 1)
     captions = [wrap(prompt, width - 2 * GAP, PROMPT_SIZE) for prompt in prompts]
@@ -103,7 +103,7 @@ def arrange(columns: Sequence[Column], prompts: Sequence[str]) -> Image.Image:
     for row, lines in enumerate(captions):
         top = _write(sheet, GAP, top + GAP, lines, [PROMPT_SIZE] * len(lines))
         for left, column in zip(lefts, columns, strict=True):
-            _paste(sheet, left, top, column.pictures[row])
+            _paste(sheet, left, top, column.images[row])
         top += SIDE
     return sheet
 
@@ -129,11 +129,11 @@ def _write(sheet: Image.Image, left: int, top: int, lines: Sequence[str], sizes:
     return top
 
 
-def _paste(sheet: Image.Image, left: int, top: int, picture: Image.Image) -> None:
-    """Paste a picture, enlarged, with a thin frame, as many of them have the paper's colour."""
-    picture = ImageOps.contain(picture, (SIDE, SIDE), Image.Resampling.LANCZOS)
-    sheet.paste(picture, (left, top))
-    box = (left - 1, top - 1, left + picture.width, top + picture.height)
+def _paste(sheet: Image.Image, left: int, top: int, image: Image.Image) -> None:
+    """Paste an image, enlarged, with a thin frame, as many of them have the paper's colour."""
+    image = ImageOps.contain(image, (SIDE, SIDE), Image.Resampling.LANCZOS)
+    sheet.paste(image, (left, top))
+    box = (left - 1, top - 1, left + image.width, top + image.height)
     ImageDraw.Draw(sheet).rectangle(box, outline=FRAME)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Draw a sheet of what a ControlNet does: a picture, its edges, and prompts that follow them at several strengths.
+"""Draw a sheet of what a ControlNet does: an image, its edges, and prompts that follow them at several strengths.
 
-    python scripts/control_sheet.py OUT.png BUNDLE [--photo PICTURE]
+    python scripts/control_sheet.py OUT.png BUNDLE [--photo IMAGE]
 
-The bundle has a ControlNet on edges. Without a picture one of the demonstration world's scenes is drawn.
+The bundle has a ControlNet on edges. Without an image one of the demonstration world's scenes is drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("output", type=Path, metavar="OUT.png")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="with a ControlNet on edges")
-    parser.add_argument("--photo", type=Path, metavar="PICTURE", help="to follow (default: a star drawn by code)")
+    parser.add_argument("--photo", type=Path, metavar="IMAGE", help="to follow (default: a star drawn by code)")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="one for each row")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     args = parser.parse_args()
@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def draw(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image | None) -> list[Column]:
-    """The picture, its edges, and a column for every strength."""
+    """The image, its edges, and a column for every strength."""
     pipe = Pipeline.load(bundle)
     shapes = pipe.manifest.shapes
     photo = fit(photo or star(SIDE), shapes.width.opt, shapes.height.opt)
     edges = canny(photo)
     (name, *_) = pipe.manifest.controlnets
     columns = [
-        Column(("followed", "a picture", ""), (photo,) * len(prompts)),
+        Column(("followed", "an image", ""), (photo,) * len(prompts)),
         Column(("edges", "Canny, 100 and 200", ""), (edges,) * len(prompts)),
     ]
     for scale in SCALES:

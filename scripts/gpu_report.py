@@ -566,7 +566,7 @@ def part_draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(bundle: Path, backend: str, stages: Stages) -> str:
-    """What is wrong with the picture; empty if nothing is."""
+    """What is wrong with the image; empty if nothing is."""
     from hypersd import Pipeline
     from hypersd.engines import build_engines
 
@@ -577,20 +577,20 @@ def draw(bundle: Path, backend: str, stages: Stages) -> str:
             cache.unlink()
     with stages.stage("cold load"):
         pipe = Pipeline.load(bundle, backend=backend, device="cuda", progress=stages)
-    with stages.stage("first picture"):
-        picture = pipe("a cat", seed=0, output_type="np").images
-    with stages.stage("later pictures"):  # the third is recorded as a CUDA graph
+    with stages.stage("first image"):
+        image = pipe("a cat", seed=0, output_type="np").images
+    with stages.stage("later images"):  # the third is recorded as a CUDA graph
         later = [pipe("a cat", seed=0, output_type="np").images for _ in range(4)]
     with stages.stage("warm load"):
         Pipeline.load(bundle, backend=backend, device="cuda", progress=stages)
     stages.note(f"drawn on {pipe.device}; one CUDA graph for all: {'yes' if pipe._graphed is not None else 'no'}")
     with stages.stage("the same on the CPU"):
         expected = Pipeline.load(bundle, backend=ONNX_RUNTIME, device="cpu")("a cat", seed=0, output_type="np").images
-    worst = min(psnr(one, expected) for one in [picture, *later])
+    worst = min(psnr(one, expected) for one in [image, *later])
     stages.note(f"PSNR against ONNX Runtime on the CPU: {worst:.1f} dB at least")
     if pipe.device.type != "cuda":
         return f"it drew on {pipe.device}"
-    return "" if worst >= PSNR else f"the picture differs from the CPU's: PSNR {worst:.1f} dB, expected {PSNR:g}"
+    return "" if worst >= PSNR else f"the image differs from the CPU's: PSNR {worst:.1f} dB, expected {PSNR:g}"
 
 
 def psnr(a: Any, b: Any) -> float:
@@ -604,7 +604,7 @@ def _items(lines: Sequence[str]) -> str:
 
 
 def part_latency(args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a picture on the host's clock, interleaved: each round draws once with each contender."""
+    """Milliseconds an image on the host's clock, interleaved: each round draws once with each contender."""
     stages = Stages()
     contenders = {}
     errors: dict[str, str] = {}

@@ -10,7 +10,7 @@ open: requests that arrive at random (a Poisson process), whether the service ke
 a request was to be sent. Without --rates the rates are a quarter to twice what a closed loop reaches.
 soak: a closed loop for long, while the service's memory is watched: between the middle and the end it may not grow.
 
-First every picture is drawn alone. Under load each answer has to be the picture of its own prompt and seed, byte for
+First every image is drawn alone. Under load each answer has to be the image of its own prompt and seed, byte for
 byte; refusals (503 with Retry-After) and timeouts (504) are answers, too. The last line is PASS, or FAIL and why; the
 exit code 0 or 1.
 """
@@ -97,7 +97,7 @@ class LoadTest:
         self.levels.append(level)
         late = f"; the client was {level.late:.1f} s late: too much load for it" if level.late > LATE else ""
         complaints = "".join(f"; {complaint}" for complaint in level.complaints())
-        self._console.print(f"{name}: {level.rate:.1f} pictures/s{late}{complaints}", markup=False, soft_wrap=True)
+        self._console.print(f"{name}: {level.rate:.1f} images/s{late}{complaints}", markup=False, soft_wrap=True)
 
     async def _counted(self, before: Mapping[int, int], expected: int) -> tuple[Counter[int], dict[str, float]]:
         """Answers by status as the service counts them, maybe a moment after it gave them; and all its figures."""
@@ -148,7 +148,7 @@ def _add_arguments(parser: argparse.ArgumentParser, loop: str, clients: list[int
         )
     parser.add_argument("--seconds", type=float, metavar="S", help="for each load (default: 20, without --requests)")
     parser.add_argument("--requests", type=int, metavar="N", help="for each load")
-    parser.add_argument("--cases", type=int, default=16, metavar="N", help="different pictures (default: 16)")
+    parser.add_argument("--cases", type=int, default=16, metavar="N", help="different images (default: 16)")
     parser.add_argument(
         "--patience", type=float, default=120.0, metavar="S", help="then an answer is lost (default: 120)"
     )
@@ -156,7 +156,7 @@ def _add_arguments(parser: argparse.ArgumentParser, loop: str, clients: list[int
 
 
 async def run_loops(args: argparse.Namespace, url: str, console: Console) -> list[Level]:
-    """Learn the pictures, then load the service as the arguments say."""
+    """Learn the images, then load the service as the arguments say."""
     cases = make_cases(args.cases)
     async with Client(url, cases, model=args.model, token=args.token, patience=args.patience) as client:
         await client.wait_ready(args.patience)

@@ -4,7 +4,7 @@
     python scripts/make_tiny_repos.py FOLDER
 
 The layout, file names, key names and formats are those of the real repositories; the networks have the real
-architectures with few and narrow layers, and random weights: their pictures are noise. FOLDER then serves as a local
+architectures with few and narrow layers, and random weights: their images are noise. FOLDER then serves as a local
 Hub (tests/loopback_hub.py) or as local folders for --base, --lora and --vae.
 """
 
@@ -45,7 +45,7 @@ LORAS = {
     "SD15": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
     "SDXL": ("1step-lora", "2steps-lora", "4steps-lora", "8steps-lora", "8steps-CFG-lora", "12steps-CFG-lora"),
 }
-WORDS = ["a", "photo", "of", "the", "cat", "dog", "red", "blue", "on", "with", "and", "in", "picture"]
+WORDS = ["a", "photo", "of", "the", "cat", "dog", "red", "blue", "on", "with", "and", "in", "image"]
 
 
 def load_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -157,12 +157,12 @@ def write_vaes(root: Path) -> None:
 
 
 def controlnet(unet: UNet2DConditionModel, embedding: tuple[int, ...] = (4, 4, 8, 8)) -> ControlNetModel:
-    """A ControlNet of a UNet's architecture on which the control picture has an effect, and it on the UNet."""
+    """A ControlNet of a UNet's architecture on which the control image has an effect, and it on the UNet."""
     model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=embedding, load_weights_from_unet=False)
     for module in (*model.controlnet_down_blocks, model.controlnet_mid_block):
         module.reset_parameters()  # they begin as zeros
     for module in model.controlnet_cond_embedding.modules():
-        if isinstance(module, torch.nn.Conv2d):  # PyTorch's own weights are so small that no picture gets through
+        if isinstance(module, torch.nn.Conv2d):  # PyTorch's own weights are so small that no image gets through
             torch.nn.init.normal_(module.weight, std=2.5 / module.weight[0].numel() ** 0.5)
     return model
 

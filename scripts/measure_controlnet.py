@@ -29,10 +29,10 @@ from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.random_inputs import random_input
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.export.architectures import SD15_UNET, SDXL_UNET
-from hypersd.export.control_networks import cond_embedding_network, controlled_unet_network, controlnet_network
-from hypersd.export.controlnets import EMBEDDING_CHANNELS
+from hypersd.export.controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network
+from hypersd.export.controlnet_sources import EMBEDDING_CHANNELS
 from hypersd.export.networks import Network, unet_network
-from hypersd.export.shapes import ShapeOptions, picture_shapes
+from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.trace import trace
 
 CONFIGS = {"sd15": (SD15_UNET, 512), "sdxl": (SDXL_UNET, 1024)}
@@ -49,12 +49,12 @@ def controlnet(family: str) -> Any:
 
 
 def networks(family: str, size: int) -> dict[str, Callable[[], Network]]:
-    shapes = picture_shapes(ShapeOptions(), size)
+    shapes = image_shapes(ShapeOptions(), size)
     return {
         "plain UNet": lambda: unet_network(unet(family), shapes, False, SCALE),
         "UNet with residuals": lambda: controlled_unet_network(unet(family), shapes, False, SCALE),
         "ControlNet": lambda: controlnet_network(controlnet(family), shapes, False, SCALE),
-        "embedding of the picture": lambda: cond_embedding_network(controlnet(family), shapes, SCALE),
+        "embedding of the image": lambda: cond_embedding_network(controlnet(family), shapes, SCALE),
     }
 
 

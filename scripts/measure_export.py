@@ -39,7 +39,7 @@ def write_controlnet(folder: Path, family: str) -> None:
     from make_tiny_repos import controlnet
 
     from hypersd.export.architectures import PUBLISHED
-    from hypersd.export.controlnets import EMBEDDING_CHANNELS
+    from hypersd.export.controlnet_sources import EMBEDDING_CHANNELS
 
     torch.manual_seed(1)
     with torch.device("meta"):

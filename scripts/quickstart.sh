@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare clone to pictures: makes .venv, exports a checkpoint to ONNX and draws with it, all on the CPU. The
+# From a bare clone to images: makes .venv, exports a checkpoint to ONNX and draws with it, all on the CPU. The
 # weights are those of the small demonstration networks in tests/assets/demo, so nothing is downloaded but the packages.
 # A second run keeps what the first one made.
 #
@@ -11,7 +11,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 CKPT=Hyper-Demo15-1step-lora
 OUT=out/quickstart
 BUNDLE=$OUT/$CKPT
-PICTURE=$OUT/picture.png
+IMAGE=$OUT/image.png
 SHEET=$OUT/contact-sheet.png
 
 # Shows a command and runs it with .venv's programs; nothing that it needs comes from the network.
@@ -34,15 +34,15 @@ set_up export
 say "Exporting $CKPT to an ONNX bundle"
 run hypersd export --ckpt "$CKPT" --precision fp32 --engine none --out "$BUNDLE" --replace
 
-say "Drawing a picture in one step"
+say "Drawing an image in one step"
 run hypersd generate "$BUNDLE" "a small red star left of a large blue ring, on a green striped background" \
-    --steps 1 --seed 0 -o "$PICTURE"
+    --steps 1 --seed 0 -o "$IMAGE"
 
 say "Drawing several prompts in 1, 2, 4 and 8 steps"
 run python scripts/contact_sheet.py "$SHEET" "$BUNDLE"
 
 say "Done. Look at"
-echo "    $ROOT/$PICTURE"
+echo "    $ROOT/$IMAGE"
 echo "    $ROOT/$SHEET"
 echo "    The small networks that drew them know coloured shapes and nothing else: $ROOT/tests/assets/demo"
 echo "    With the real weights (several gigabytes from the Hugging Face Hub):"

@@ -24,9 +24,9 @@ from ..errors import HyperSDError
 from .cards import ModelCard
 from .drawing import Drawing, Drawn
 from .guard import Guard
+from .image_codec import encode
 from .intake import read_drawing
 from .live import LiveConnections
-from .pictures import encode
 from .problems import invalid, problem_response, response_of
 from .schemas import (
     ControlNet,
@@ -35,9 +35,9 @@ from .schemas import (
     Generation,
     GenerationRequest,
     Health,
+    Image,
     Model,
     Models,
-    Picture,
     Side,
     Steps,
 )
@@ -52,7 +52,7 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-PICTURES: dict[str, Any] = {"image/png": {}, "image/jpeg": {}, "image/webp": {}}
+IMAGES: dict[str, Any] = {"image/png": {}, "image/jpeg": {}, "image/webp": {}}
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure, "description": words}
     for status, words in {
@@ -94,11 +94,11 @@ def _add_drawing(app: FastAPI, service: Service, settings: ServeSettings) -> Non
     @app.post(
         "/v1/images/generations",
         response_model=Generation,
-        responses={200: {"content": PICTURES, "description": "the pictures"}, **FAILURES},
-        summary="Draw pictures",
+        responses={200: {"content": IMAGES, "description": "the images"}, **FAILURES},
+        summary="Draw images",
     )
     async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
-        """Answers with JSON, or with the picture itself if `Accept` names image/png, image/jpeg or image/webp."""
+        """Answers with JSON, or with the image itself if `Accept` names image/png, image/jpeg or image/webp."""
         wanted = _wanted_format(request, body)
         drawing = await asyncio.to_thread(lambda: read_drawing(body, service.models(), settings))
         drawn = await _while_connected(request, service.draw(drawing, settings.timeout))
@@ -114,10 +114,10 @@ def _add_drawing(app: FastAPI, service: Service, settings: ServeSettings) -> Non
 
 
 def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
-    """The format of an answer that is a picture, None for JSON. One that is to hold several pictures is JSON."""
+    """The format of an answer that is an image, None for JSON. One that is to hold several images is JSON."""
     for part in request.headers.get("accept", "").split(","):
         media_type = part.partition(";")[0].strip().lower()
-        if media_type in PICTURES and body.n == 1:
+        if media_type in IMAGES and body.n == 1:
             return media_type.removeprefix("image/")
     return None
 
@@ -131,7 +131,7 @@ def _generation(drawing: Drawing, drawn: Sequence[Drawn], files: Sequence[bytes]
     return Generation(
         created=int(time.time()),
         data=[
-            Picture(b64_json=base64.b64encode(file).decode(), seed=one.seed)
+            Image(b64_json=base64.b64encode(file).decode(), seed=one.seed)
             for one, file in zip(drawn, files, strict=True)
         ],
         model=drawing.model,

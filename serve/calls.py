@@ -17,7 +17,7 @@ from .job_queue import Job
 
 
 def make_request(pipe: Pipeline, drawing: Drawing) -> Request:
-    """What the pipeline is going to draw for one picture of a drawing.
+    """What the pipeline is going to draw for one image of a drawing.
 
     Raises:
         RequestError: the pipeline does not draw that.
@@ -30,7 +30,7 @@ def make_request(pipe: Pipeline, drawing: Drawing) -> Request:
     )
 
 
-def control_pictures(pipe: Pipeline, drawing: Drawing, request: Request) -> dict[str, Image.Image]:
+def control_images(pipe: Pipeline, drawing: Drawing, request: Request) -> dict[str, Image.Image]:
     """What the ControlNets are to see, of the size that is drawn."""
     settings = drawing.control_settings
     return {
@@ -43,17 +43,17 @@ def control_pictures(pipe: Pipeline, drawing: Drawing, request: Request) -> dict
 
 
 def call_key(drawing: Drawing, request: Request) -> Hashable:
-    """Equal for pictures that one call can draw. What is left out counts as what it means."""
+    """Equal for images that one call can draw. What is left out counts as what it means."""
     settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
     shape = (request.height, request.width, request.controls, drawing.negative_prompt is None)
     return (drawing.model, *settings, *shape)
 
 
-def pictures_at_once(pipe: Pipeline) -> int:
-    """How many pictures a call may draw so that none depends on the others.
+def images_at_once(pipe: Pipeline) -> int:
+    """How many images a call may draw so that none depends on the others.
 
     On a CPU a network's kernels go by the number of rows, and round differently with another: there a call draws as
-    many pictures as one run of the networks takes in any case.
+    many images as one run of the networks takes in any case.
     """
     batch = pipe.manifest.shapes.batch
     return batch.min if pipe.device.type == "cpu" else batch.max

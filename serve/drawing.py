@@ -13,7 +13,7 @@ from ..runtime.request import Request
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """How to draw, apart from prompt, seed and control pictures. None leaves it to the bundle.
+    """How to draw, apart from prompt, seed and control images. None leaves it to the bundle.
 
     Names and meaning are those of :meth:`hypersd.runtime.Pipeline.__call__`, units too.
     """
@@ -34,7 +34,7 @@ class DrawSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlSettings:
-    """What is made of the control pictures before they are followed; None leaves it to the ControlNet."""
+    """What is made of the control images before they are followed; None leaves it to the ControlNet."""
 
     preprocess: str | None = None
     resize_mode: str = "crop"
@@ -42,11 +42,11 @@ class ControlSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Pictures of one prompt, one for each seed.
+    """Images of one prompt, one for each seed.
 
     Attributes:
         model: the name of a bundle that is served.
-        control: control pictures in RGB, of any size, by the ControlNet's name.
+        control: control images in RGB, of any size, by the ControlNet's name.
     """
 
     model: str
@@ -60,14 +60,14 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A finished picture.
+    """A finished image.
 
     Attributes:
         request: what was drawn, everything decided.
-        metadata: the same as it is written into picture files.
+        metadata: the same as it is written into image files.
         timings: seconds by stage of the call that drew it, as the pipeline gives them.
         waited: seconds in the queue.
-        batch: pictures of that call, this one included.
+        batch: images of that call, this one included.
     """
 
     image: Image.Image

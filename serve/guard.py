@@ -108,7 +108,7 @@ class Guard:
         return b"".join(parts)
 
     def _too_large(self) -> BodyRefusedError:
-        return BodyRefusedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller pictures")
+        return BodyRefusedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller images")
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.settings.token

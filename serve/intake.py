@@ -11,17 +11,17 @@ from ..errors import RequestError
 from ..runtime.request import LARGEST_SEED
 from .cards import ModelCard
 from .drawing import ControlSettings, Drawing, DrawSettings
-from .errors import UnknownModelError
-from .pictures import decode_control_image
+from .image_codec import decode_control_image
 from .schemas import GenerationRequest
+from .service_errors import UnknownModelError
 from .settings import ServeSettings
 
 
 def read_drawing(body: GenerationRequest, cards: Sequence[ModelCard], settings: ServeSettings) -> Drawing:
-    """What a body asks for. Pictures in it are decoded, which takes milliseconds.
+    """What a body asks for. Images in it are decoded, which takes milliseconds.
 
     Raises:
-        RequestError: it is beyond the service's limits, or a control picture is none.
+        RequestError: it is beyond the service's limits, or a control image is none.
     """
     for name in ("prompt", "negative_prompt"):
         if len(getattr(body, name) or "") > settings.max_prompt:
@@ -74,11 +74,11 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 
 def _check_lonely(body: GenerationRequest) -> None:
-    """Refuse what has no effect without a control picture."""
+    """Refuse what has no effect without a control image."""
     if body.control_image is None:
         for name in ("control_scale", "control_start", "control_end", "preprocess", "resize_mode"):
             if getattr(body, name) is not None:
-                raise RequestError(f"{name} is about a control picture: expected control_image with it")
+                raise RequestError(f"{name} is about a control image: expected control_image with it")
 
 
 def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSettings) -> dict[str, Image.Image]:

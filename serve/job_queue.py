@@ -1,4 +1,4 @@
-"""A bounded queue of pictures that groups those which can be drawn together."""
+"""A bounded queue of images that groups those which can be drawn together."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from PIL import Image
 
 from ..runtime.request import Request
 from .drawing import Drawing, Drawn
-from .errors import QueueFullError, StoppingError
+from .service_errors import QueueFullError, StoppingError
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One picture to draw.
+    """One image to draw.
 
     Attributes:
         request: the drawing's, checked.
-        control: pictures as the ControlNets are to see them, of the size that is drawn.
+        control: images as the ControlNets are to see them, of the size that is drawn.
         key: equal for jobs that one call of a pipeline can draw.
         result: cancelled while the job waits, it is not drawn.
     """
@@ -43,14 +43,14 @@ class JobQueue:
     """
 
     def __init__(self, size: int) -> None:
-        """``size``: the most pictures that wait."""
+        """``size``: the most images that wait."""
         self.size = size
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
 
     def __len__(self) -> int:
-        """Pictures that wait, and that somebody still waits for."""
+        """Images that wait, and that somebody still waits for."""
         with self._changed:
             self._drop_cancelled()
             return len(self._jobs)
@@ -67,7 +67,7 @@ class JobQueue:
                 raise StoppingError("the service is stopping: ask another, or again later", retry_after)
             self._drop_cancelled()
             if len(self._jobs) + len(jobs) > self.size:
-                raise QueueFullError(f"{len(self._jobs)} pictures wait, {self.size} may: ask again later", retry_after)
+                raise QueueFullError(f"{len(self._jobs)} images wait, {self.size} may: ask again later", retry_after)
             self._jobs.extend(jobs)
             self._changed.notify(len(jobs))
 

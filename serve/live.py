@@ -13,12 +13,12 @@ from starlette.datastructures import Headers
 
 from ..errors import HyperSDError
 from .drawing import Drawn
-from .errors import UnavailableError
+from .image_codec import encode
 from .intake import read_drawing
-from .pictures import encode
 from .problems import problem, status_of
 from .schemas import LiveInput, json_of
 from .service import Service
+from .service_errors import UnavailableError
 from .settings import ServeSettings
 
 SUBPROTOCOL = "hypersd.live"
@@ -53,8 +53,8 @@ class LiveConnections:
 class _Connection:
     """One WebSocket: a reader that keeps the newest input, and a drawer that draws whatever is the newest.
 
-    So an input is drawn at once if nothing is; else it waits for the picture under way, and takes the place of any
-    other that waits. Pictures are sent before the next input is drawn: to a slow reader fewer are drawn.
+    So an input is drawn at once if nothing is; else it waits for the image under way, and takes the place of any
+    other that waits. Images are sent before the next input is drawn: to a slow reader fewer are drawn.
     """
 
     def __init__(self, socket: WebSocket, service: Service, settings: ServeSettings) -> None:
@@ -106,7 +106,7 @@ class _Connection:
                 await self._answer(text)
 
     async def _answer(self, text: str) -> None:
-        """Draw an input and send its pictures; or say why not."""
+        """Draw an input and send its images; or say why not."""
         try:
             body = LiveInput.model_validate_json(text)
         except ValidationError as error:
@@ -171,7 +171,7 @@ def _header(body: LiveInput, model: str, drawn: Drawn, index: int, count: int) -
     }
 
 
-def _frame(header: dict[str, Any], picture: bytes) -> bytes:
-    """Length of the header (4 bytes, big-endian), header (JSON), picture."""
+def _frame(header: dict[str, Any], image: bytes) -> bytes:
+    """Length of the header (4 bytes, big-endian), header (JSON), image."""
     text = json.dumps(header).encode()
-    return struct.pack(">I", len(text)) + text + picture
+    return struct.pack(">I", len(text)) + text + image

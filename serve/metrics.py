@@ -23,20 +23,20 @@ class Metrics:
         self._requests = self._counter("requests", "Answers to HTTP requests", "path", "code")
         self._seconds = self._histogram("request_seconds", "From a request's first byte to its answer", SECONDS, "path")
         self._stages = self._histogram("stage_seconds", "Seconds of a call by stage", SECONDS, "model", "stage")
-        self._batch = self._histogram("batch_size", "Pictures drawn by one call", (1, 2, 4, 8, 16, 32), "model")
-        self._waits = self._histogram("queue_wait_seconds", "From a picture's request to its call", SECONDS)
-        self._pictures = self._counter("pictures", "Pictures drawn", "model")
+        self._batch = self._histogram("batch_size", "Images drawn by one call", (1, 2, 4, 8, 16, 32), "model")
+        self._waits = self._histogram("queue_wait_seconds", "From an image's request to its call", SECONDS)
+        self._images = self._counter("images", "Images drawn", "model")
         self._refused = self._counter("refused", "Requests that were refused without drawing", "reason")
-        self._dropped = self._counter("dropped_pictures", "Pictures nobody waited for any more", "reason")
-        self._failed = self._counter("failed_pictures", "Pictures that could not be drawn", "error")
+        self._dropped = self._counter("dropped_images", "Images nobody waited for any more", "reason")
+        self._failed = self._counter("failed_images", "Images that could not be drawn", "error")
         self._memory = Gauge(
             "hypersd_device_memory_bytes", "Memory of a device", ("device", "kind"), registry=self.registry
         )
         self._live = Gauge("hypersd_live_connections", "WebSockets that are open", registry=self.registry)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
-        """``length()`` is how many pictures wait."""
-        gauge = Gauge("hypersd_queue_pictures", "Pictures that wait to be drawn", registry=self.registry)
+        """``length()`` is how many images wait."""
+        gauge = Gauge("hypersd_queue_images", "Images that wait to be drawn", registry=self.registry)
         gauge.set_function(length)
 
     def watch_device(self, device: str, memory: Callable[[], Mapping[str, float]]) -> None:
@@ -48,9 +48,9 @@ class Metrics:
         self._requests.labels(path, str(code)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def saw_call(self, model: str, pictures: int, timings: Mapping[str, float]) -> None:
-        self._pictures.labels(model).inc(pictures)
-        self._batch.labels(model).observe(pictures)
+    def saw_call(self, model: str, images: int, timings: Mapping[str, float]) -> None:
+        self._images.labels(model).inc(images)
+        self._batch.labels(model).observe(images)
         for stage in STAGES:
             if stage in timings:
                 self._stages.labels(model, stage).observe(timings[stage])
@@ -61,8 +61,8 @@ class Metrics:
     def saw_refusal(self, reason: str) -> None:
         self._refused.labels(reason).inc()
 
-    def saw_dropped(self, reason: str, pictures: int) -> None:
-        self._dropped.labels(reason).inc(pictures)
+    def saw_dropped(self, reason: str, images: int) -> None:
+        self._dropped.labels(reason).inc(images)
 
     def saw_failure(self, error: str) -> None:
         self._failed.labels(error).inc()

@@ -6,8 +6,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ..errors import RequestError
-from .errors import TimedOutError, UnavailableError, UnknownModelError
 from .schemas import Failure, Problem, ProblemType, json_of
+from .service_errors import TimedOutError, UnavailableError, UnknownModelError
 
 CODES = {
     400: "invalid_request",

@@ -19,15 +19,15 @@ class GenerationRequest(BaseModel):
 
     prompt: str = Field(description="what to draw")
     model: str | None = Field(None, description="one of GET /v1/models; the first of them if left out")
-    n: int = Field(1, ge=1, le=1024, description="number of pictures; picture i has seed + i")
+    n: int = Field(1, ge=1, le=1024, description="number of images; image i has seed + i")
     size: str | None = Field(None, pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WIDTHxHEIGHT in pixels")
-    response_format: Literal["b64_json"] | None = Field(None, description="pictures are kept nowhere: there is no url")
+    response_format: Literal["b64_json"] | None = Field(None, description="images are kept nowhere: there is no url")
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP (default: 90)")
 
     steps: int | None = Field(None, ge=1, le=1000, description="one of those that the checkpoint was distilled for")
     eta: float | None = Field(None, ge=0, le=1, description="stochasticity")
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="of the first picture; a random one if left out")
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="of the first image; a random one if left out")
     guidance_scale: float | None = Field(None, ge=0, le=LARGEST_GUIDANCE, description="1 or less for none")
     negative_prompt: str | None = Field(None, description="what to keep away from, with guidance")
     control_image: str | dict[str, str] | None = Field(
@@ -37,7 +37,7 @@ class GenerationRequest(BaseModel):
     control_start: float | None = Field(None, ge=0, le=1, description="the part of the steps before which they rest")
     control_end: float | None = Field(None, ge=0, le=1, description="the part after which they rest")
     preprocess: Literal["canny", "scribble", "none"] | None = Field(
-        None, description="what is made of control pictures; the ControlNet's own if left out"
+        None, description="what is made of control images; the ControlNet's own if left out"
     )
     resize_mode: Literal["crop", "stretch"] | None = Field(None, description="how they are fitted (default: crop)")
 
@@ -57,8 +57,8 @@ class LiveInput(GenerationRequest):
     id: int = Field(ge=0, le=2**53 - 1)
 
 
-class Picture(BaseModel):
-    """A finished picture."""
+class Image(BaseModel):
+    """A finished image."""
 
     b64_json: str
     seed: int
@@ -66,18 +66,18 @@ class Picture(BaseModel):
 
 
 class Generation(BaseModel):
-    """The answer to a request for pictures."""
+    """The answer to a request for images."""
 
     created: int
-    data: list[Picture]
+    data: list[Image]
     model: str
     output_format: OutputFormat
     size: str
     background: Literal["opaque"] = "opaque"
     steps: int
     eta: float
-    waited: float = Field(description="seconds in the queue, the longest of the pictures'")
-    timings: dict[str, float] = Field(description="seconds by stage, of the call that drew the last picture")
+    waited: float = Field(description="seconds in the queue, the longest of the images'")
+    timings: dict[str, float] = Field(description="seconds by stage, of the call that drew the last image")
 
 
 class Problem(BaseModel):

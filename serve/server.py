@@ -110,7 +110,7 @@ def _config(service: LocalService, settings: ServeSettings) -> uvicorn.Config:
         http=ImpatientProtocol,
         ws="websockets-sansio",
         ws_max_size=settings.max_body,
-        ws_per_message_deflate=False,  # pictures are compressed already
+        ws_per_message_deflate=False,  # images are compressed already
         lifespan="off",
         log_level="warning",
         access_log=False,

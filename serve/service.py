@@ -13,13 +13,13 @@ from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
 from ..errors import RequestError
 from ..runtime import Pipeline
-from .calls import call_key, control_pictures, make_request
+from .calls import call_key, control_images, make_request
 from .cards import ModelCard, make_card
+from .device_worker import Worker
 from .drawing import Drawing, Drawn
-from .errors import NotReadyError, StoppingError, TimedOutError, UnavailableError, UnknownModelError
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
-from .worker import Worker
+from .service_errors import NotReadyError, StoppingError, TimedOutError, UnavailableError, UnknownModelError
 
 
 class Service(Protocol):
@@ -40,10 +40,10 @@ class Service(Protocol):
         ...
 
     async def draw(self, drawing: Drawing, timeout: float, superseded: asyncio.Event | None = None) -> list[Drawn]:
-        """The pictures of a drawing, one for each seed.
+        """The images of a drawing, one for each seed.
 
         What still waits is not drawn once the call is cancelled, or ``superseded`` is set: the list then holds those
-        pictures that had been begun.
+        images that had been begun.
 
         Raises:
             RequestError: an argument is out of range.
@@ -76,8 +76,8 @@ class LocalService:
         Args:
             bundles: folders that ``hypersd export`` wrote; their names are what requests call them.
             devices: ``"cpu"``, ``"cuda:0"`` and so on, a worker for each.
-            queue: the most pictures that wait; more are refused.
-            max_batch: the most pictures that one call draws.
+            queue: the most images that wait; more are refused.
+            max_batch: the most images that one call draws.
             metrics: where figures go.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
@@ -141,7 +141,7 @@ class LocalService:
             return await asyncio.wait_for(_finished(jobs), timeout)
         except asyncio.TimeoutError:
             reason = "timeout"
-            raise TimedOutError(f"not finished within {timeout:g} s: ask for fewer pictures, or again later") from None
+            raise TimedOutError(f"not finished within {timeout:g} s: ask for fewer images, or again later") from None
         finally:
             watcher.cancel()
             self._drop(jobs, reason)
@@ -173,13 +173,13 @@ class LocalService:
         raise NotReadyError("the bundles are still being loaded: ask again later", retry_after=2)
 
     def _jobs_of(self, drawing: Drawing) -> list[Job]:
-        """The drawing's pictures, checked. Takes milliseconds, more with control pictures."""
+        """The drawing's images, checked. Takes milliseconds, more with control images."""
         pipelines = self._pipelines()
         if drawing.model not in pipelines:
             raise UnknownModelError(f"model {drawing.model!r} is not served here: expected {' or '.join(pipelines)}")
         pipe = pipelines[drawing.model]
         request = make_request(pipe, drawing)
-        control = control_pictures(pipe, drawing, request)
+        control = control_images(pipe, drawing, request)
         key = call_key(drawing, request)
         return [Job(drawing=drawing, seed=s, request=request, control=control, key=key) for s in drawing.seeds]
 
@@ -195,12 +195,12 @@ class LocalService:
 
     def _retry_after(self) -> int:
         """Whole seconds until about half of what waits is drawn."""
-        seconds = sum(worker.seconds_per_picture for worker in self.workers) / len(self.workers)
+        seconds = sum(worker.seconds_per_image for worker in self.workers) / len(self.workers)
         return max(1, math.ceil(len(self._jobs) * seconds / len(self.workers) / 2))
 
 
 async def _finished(jobs: Sequence[Job]) -> list[Drawn]:
-    """The pictures that were drawn; raises what made one fail."""
+    """The images that were drawn; raises what made one fail."""
     # Shielded: if the wait is cancelled, the jobs are cancelled by who counts them.
     futures = [asyncio.shield(asyncio.wrap_future(job.result)) for job in jobs]
     results = await asyncio.gather(*futures, return_exceptions=True)

@@ -13,11 +13,11 @@ class ServeSettings:
     """Limits of the HTTP side.
 
     Attributes:
-        timeout: seconds after which a picture that is not finished is given up.
-        max_count: the most pictures of one request.
-        max_body: bytes of a request's body, control pictures included, and of a WebSocket's message.
+        timeout: seconds after which an image that is not finished is given up.
+        max_count: the most images of one request.
+        max_body: bytes of a request's body, control images included, and of a WebSocket's message.
         max_prompt: characters of a prompt, and of a negative one.
-        max_control_pixels: of a control picture, before it is fitted.
+        max_control_pixels: of a control image, before it is fitted.
         body_timeout: seconds in which a body has to arrive.
         max_live: the most WebSockets at a time.
         token: what ``Authorization: Bearer`` must hold; None for no check.

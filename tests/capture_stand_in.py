@@ -29,25 +29,25 @@ class RefuseWhatGraphsCannot(TorchDispatchMode):
 
 
 class StandInCapture:
-    """``capture`` for a ``GraphedFunction``; counts, whole pictures apart from single networks."""
+    """``capture`` for a ``GraphedFunction``; counts, whole images apart from single networks."""
 
     def __init__(self) -> None:
         self.captures = 0
         self.replays = 0
-        self.picture_captures = 0
-        self.picture_replays = 0
+        self.image_captures = 0
+        self.image_replays = 0
         self.outputs: list[Mapping[str, Tensor]] = []
 
     def __call__(self, work: Callable[[], Mapping[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
         with RefuseWhatGraphsCannot():
             outputs = {name: torch.full_like(tensor, 77) for name, tensor in work().items()}
-        is_picture = "output" in outputs
+        is_image = "output" in outputs
         self.captures += 1
-        self.picture_captures += is_picture
+        self.image_captures += is_image
 
         def replay() -> None:
             self.replays += 1
-            self.picture_replays += is_picture
+            self.image_replays += is_image
             for name, tensor in work().items():
                 outputs[name].copy_(tensor)
 

@@ -63,7 +63,7 @@ def controlnet_sources(tiny_repos: Path) -> Callable[..., tuple[Any, ...]]:
     """``controlnet_sources(name, *kinds)``: tiny ControlNets of a checkpoint's family, ``canny`` and ``scribble``."""
     from make_tiny_repos import CONTROLNETS
 
-    from hypersd.export.controlnets import ControlNetSource
+    from hypersd.export.controlnet_sources import ControlNetSource
 
     def sources(name: str, *kinds: str) -> tuple[ControlNetSource, ...]:
         repos = [repo for repo, family in CONTROLNETS.items() if family in name]
@@ -121,7 +121,7 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
 def _export_demo(shared_folder: Path, folder: str, *controlnets: str) -> Path:
     """A bundle of the demonstration checkpoint, which draws what it is asked for; made once for all of a run."""
     from hypersd.export import ExportOptions, export_bundle
-    from hypersd.export.controlnets import ControlNetSource
+    from hypersd.export.controlnet_sources import ControlNetSource
     from hypersd.export.sources import SourceOptions
 
     sources = SourceOptions(controlnets=tuple(ControlNetSource(location=name) for name in controlnets))

@@ -26,7 +26,7 @@ LONG = 30.0  # seconds after which a test that waits has failed
 
 
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
@@ -48,7 +48,7 @@ async def until(holds: Callable[[], object]) -> None:
 class GatedPipeline:
     """A stand-in for a pipeline: a real one that draws, but each call is counted, waits for a gate, and may fail.
 
-    It says that its networks take ``batch`` pictures at a time, so that a worker on a CPU gives it as many; the real
+    It says that its networks take ``batch`` images at a time, so that a worker on a CPU gives it as many; the real
     one cuts them up again.
 
     Attributes:

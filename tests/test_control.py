@@ -1,4 +1,4 @@
-"""Pictures under ControlNets against diffusers' own pipelines, and what a bundle with ControlNets costs without one."""
+"""Images under ControlNets against diffusers' own pipelines, and what a bundle with ControlNets costs without one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw_theirs(pipe: Any, **call: Any) -> np.ndarray:
     return pipe(PROMPT, **call, guidance_scale=0.0, generator=generator, output_type="np").images
 
 
-# --- the same pictures as diffusers -------------------------------------------------------------------------------
+# --- the same images as diffusers -------------------------------------------------------------------------------
 
 
 @EACH_ROW
@@ -97,7 +97,7 @@ def test_two_controlnets(name: str, control: Mapping[str, Any], load, controlled
 
 
 @EACH_ROW
-def test_without_a_picture_it_is_the_plain_pipeline(name: str, load, reference) -> None:
+def test_without_a_image_it_is_the_plain_pipeline(name: str, load, reference) -> None:
     """The same bundle draws what a bundle without ControlNets draws."""
     ours = load(name)(PROMPT, seed=SEED, output_type="np", **ROWS[name]).images
     assert np.abs(ours - draw_theirs(reference(name), **ROWS[name])).max() < TOLERANCE
@@ -105,7 +105,7 @@ def test_without_a_picture_it_is_the_plain_pipeline(name: str, load, reference) 
 
 @EACH_ROW
 def test_control_shows(name: str, load) -> None:
-    """The tolerance is far below what picture, ControlNet, strength and window change: parity above can fail."""
+    """The tolerance is far below what image, ControlNet, strength and window change: parity above can fail."""
     pipe = load(name)
 
     def drawn(image: Any, **control: Any) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_control_shows(name: str, load) -> None:
         return pipe(PROMPT, seed=SEED, image=image, output_type="np", **call, **control).images
 
     one, other = photograph(seed=1), photograph(seed=2)
-    pictures = [
+    sources = [
         drawn(None),
         drawn({"canny": one}),
         drawn({"canny": other}),
@@ -124,9 +124,9 @@ def test_control_shows(name: str, load) -> None:
         drawn({"canny": one}, control_guidance_start=0.5),
         drawn({"canny": one}, control_guidance_end=0.5),
     ]
-    for i, picture in enumerate(pictures):
-        for later in pictures[i + 1 :]:
-            assert np.abs(picture - later).max() > 2 * TOLERANCE
+    for i, source in enumerate(sources):
+        for later in sources[i + 1 :]:
+            assert np.abs(source - later).max() > 2 * TOLERANCE
 
 
 def test_guidance_sizes_and_batches_of_a_ranged_bundle(sdxl_dynamic_bundle: Path, controlled_reference) -> None:
@@ -241,7 +241,7 @@ def test_a_controlnet_runs_only_where_it_acts(control: Mapping[str, float], time
     assert not {"controlnet/scribble", "controlnet_cond_embedding/scribble"} & set(runs)
 
 
-def test_without_a_picture_no_controlnet_runs(counted) -> None:
+def test_without_a_image_no_controlnet_runs(counted) -> None:
     """A plain call of a bundle with ControlNets runs what a plain bundle runs."""
     runs, _ = counted(UNIFIED, num_inference_steps=4)
     assert runs == {"text_encoder": 1, "unet": 4, "vae_decoder": 1}
@@ -249,14 +249,14 @@ def test_without_a_picture_no_controlnet_runs(counted) -> None:
 
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(0.0, 1), (1.0, 1), (1.01, 2), (5.0, 2)])
 def test_rows_are_doubled_for_guidance_alone(guidance_scale: float, rows: int, counted) -> None:
-    """Guidance of 1 or less costs one row of UNet and ControlNet; the picture is embedded once in any case."""
+    """Guidance of 1 or less costs one row of UNet and ControlNet; the image is embedded once in any case."""
     name = "Hyper-SDXL-8steps-CFG-lora"
     runs, most = counted(name, image=photograph(), guidance_scale=guidance_scale, num_inference_steps=8)
     assert (most["unet"], most[CANNY], most[EMBEDDING]) == (rows, rows, 1)
     assert runs[CANNY] == 8
 
 
-def test_a_picture_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
+def test_a_image_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
     """Engines' buffers hold until the next run: what lasts for all steps is the call's own."""
     pipe, one, other = load(UNIFIED), photograph(seed=1), photograph(seed=2)
     call: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "output_type": "np"}
@@ -272,7 +272,7 @@ def test_a_picture_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
 def test_the_order_of_controlnets_is_part_of_a_bundle(
     export_controlled: Callable[[str], Path], source_options, controlnet_sources
 ) -> None:
-    """Lists of pictures and strengths are in it: an export with another order is another bundle."""
+    """Lists of images and strengths are in it: an export with another order is another bundle."""
     sources = source_options(UNIFIED, controlnets=controlnet_sources(UNIFIED, "scribble", "canny"))
     with pytest.raises(UserError, match="other inputs"):
         export_bundle(UNIFIED, export_controlled(UNIFIED), ExportOptions(sources=sources, precision="fp32"))

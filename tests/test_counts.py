@@ -1,4 +1,4 @@
-"""What a picture costs, counted and not timed: a regression fails here on any machine.
+"""What an image costs, counted and not timed: a regression fails here on any machine.
 
 The bounds are what it costs now. Who makes it cost less lowers them; who has to raise one says in the commit what for.
 """
@@ -71,7 +71,7 @@ def work_of(pipe: Pipeline, **arguments: Any) -> TorchWork:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_runs_of_networks(family: str, request: pytest.FixtureRequest) -> None:
-    """A new prompt runs each text encoder once, each step the UNet once, the picture the decoder once; no more."""
+    """A new prompt runs each text encoder once, each step the UNet once, the image the decoder once; no more."""
     pipe, engines = counting_pipe(request.getfixturevalue(f"{family}_bundle"))
     for prompt, encoded in [(PROMPT, 1), (PROMPT, 0), ("blue dog", 1)]:
         for engine in engines.values():
@@ -84,7 +84,7 @@ def test_runs_of_networks(family: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(
     ("family", "kernels", "allocated", "copied"), [("sd15", 46, 123_520, 35_456), ("sdxl", 48, 133_528, 45_464)]
 )
-def test_what_torch_does_for_a_picture(
+def test_what_torch_does_for_a_image(
     family: str, kernels: int, allocated: int, copied: int, request: pytest.FixtureRequest
 ) -> None:
     """The host's share of a call: a kernel is microseconds on a CPU, and a launch on a GPU.
@@ -98,7 +98,7 @@ def test_what_torch_does_for_a_picture(
 
 
 def test_what_a_step_adds(sd15_bundle: Path) -> None:
-    """Diffusers' arithmetic of TCD, an operation each, so that pictures are the same to the bit; and its noise."""
+    """Diffusers' arithmetic of TCD, an operation each, so that images are the same to the bit; and its noise."""
     pipe = Pipeline.load(sd15_bundle)
     shorter, longer = work_of(pipe), work_of(pipe, num_inference_steps=STEPS + 1)
     assert sum((longer.kernels - shorter.kernels).values()) <= 10
@@ -150,7 +150,7 @@ def test_modules_of_the_command_line() -> None:
 
 
 def test_threads_that_wait_take_no_core(sd15_bundle: Path) -> None:
-    """Each network has a pool of threads: spinning, they made a small picture three times slower on two cores."""
+    """Each network has a pool of threads: spinning, they made a small image three times slower on two cores."""
     pipe = Pipeline.load(sd15_bundle, backend="onnxruntime")
     for engine in pipe.engines.values():
         options: Any = getattr(engine, "_session").get_session_options()  # noqa: B009

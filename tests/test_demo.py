@@ -1,6 +1,6 @@
-"""Pictures that can be judged: the demonstration checkpoints, drawn from bundles and by diffusers.
+"""Images that can be judged: the demonstration checkpoints, drawn from bundles and by diffusers.
 
-Parity (test_parity.py) says that a picture is diffusers'; here code looks at the picture and says whether it shows what
+Parity (test_parity.py) says that an image is diffusers'; here code looks at the image and says whether it shows what
 the prompt asked for.
 """
 
@@ -25,10 +25,11 @@ from hypersd import Pipeline
 from hypersd.engines.openvino import has_native_bf16
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
 from hypersd.export.checkpoints import DEMO_CONTROLNET
-from hypersd.export.controlnets import ControlNetSource
+from hypersd.export.controlnet_sources import ControlNetSource
 from hypersd.export.layout import DEMO_ROOT
-from hypersd.runtime import samplers, schedules
 from hypersd.runtime.control_images import canny
+from hypersd.samplers import sampler as samplers
+from hypersd.samplers import schedule as schedules
 
 PROMPTS = 32
 SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
@@ -57,7 +58,7 @@ def demo_pipeline(shared_folder: Path) -> Callable[..., Pipeline]:
 
 
 def drawn_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
-    """One picture a prompt, whose place in the list is its seed: uint8 [N, H, W, 3]."""
+    """One image a prompt, whose place in the list is its seed: uint8 [N, H, W, 3]."""
     made = [pipe(prompt, seed=seed, output_type="np", **call).images for seed, prompt in enumerate(CAPTIONS)]
     return np.round(np.concatenate(made) * 255).astype(np.uint8)
 
@@ -68,19 +69,19 @@ def row_named(name: str) -> Row:
 
 @functools.cache
 def drawn_by_diffusers(name: str) -> np.ndarray:
-    """The pictures of a row of the table of figures."""
+    """The images of a row of the table of figures."""
     row = row_named(name)
     return draw(row.pipeline(DEMO_ROOT), CAPTIONS, **row.call)
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_bundles_draw_what_diffusers_draws_and_what_was_asked(name: str, demo_pipeline) -> None:
-    """Picture by picture the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
+    """Image by image the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
     checkpoint, call, row = DRAWN[name]
     ours, theirs = drawn_by_us(demo_pipeline(checkpoint), **call), drawn_by_diffusers(row)
     pairs = zip(ours, theirs, SCENES, strict=True)
     differ = [CAPTIONS[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)]
-    # The judge has thresholds: a picture that lies on one may fall to either side by rounding alone.
+    # The judge has thresholds: an image that lies on one may fall to either side by rounding alone.
     assert len(differ) <= 1, differ
     assert scores_of(ours, SCENES).overall > 0.95
 
@@ -108,7 +109,7 @@ def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline) -> None:
 
 
 def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
-    """``--vae tiny`` costs sharpness, not the picture."""
+    """``--vae tiny`` costs sharpness, not the image."""
     tiny, full = (scores_of(drawn_by_us(demo_pipeline(UNIFIED, vae=vae)), SCENES) for vae in ("tiny", None))
     assert tiny.overall > full.overall - 0.1, (tiny, full)
 
@@ -173,8 +174,8 @@ def own_alpha_for_previous(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(samplers._STEPS, "ddim", step)
 
 
-def picture_and_noise_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network's output taken for the picture."""
+def image_and_noise_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network's output taken for the image."""
 
     def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         at_s = c.signal_s * model_output + c.spread_s * sample
@@ -201,7 +202,7 @@ def first_timestep_of_tcd(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("DDIM, 2 steps", leading_spacing),
         ("DDIM, 8 steps, guidance", own_alpha_for_previous),
-        ("TCD, 1 step", picture_and_noise_swapped),
+        ("TCD, 1 step", image_and_noise_swapped),
         ("TCD, 4 steps, eta 1", noise_twice_as_strong),
         ("LCM", first_timestep_of_tcd),
     ],

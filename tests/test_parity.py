@@ -1,4 +1,4 @@
-"""Pictures of bundles against diffusers' own pipelines: same weights, same seed, every checkpoint of the table."""
+"""Images of bundles against diffusers' own pipelines: same weights, same seed, every checkpoint of the table."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def card_calls(name: str) -> list[dict[str, Any]]:
 
 
 def draw_both(pipe: Pipeline, reference: Any, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The bundle's and diffusers' pictures [B, H, W, 3] in 0..1."""
+    """The bundle's and diffusers' images [B, H, W, 3] in 0..1."""
     ours = pipe(**arguments, seed=SEED, output_type="np").images
     theirs = reference(**arguments, generator=torch.Generator().manual_seed(SEED), output_type="np").images
     return ours, theirs
 
 
 @pytest.mark.parametrize("name", [checkpoint.name for checkpoint in CHECKPOINTS])
-def test_every_checkpoint_draws_diffusers_picture(
+def test_every_checkpoint_draws_diffusers_image(
     name: str, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:
-    """The whole path of every row: LoRA, fusing, tracing, text, sampler and decoder change no picture."""
+    """The whole path of every row: LoRA, fusing, tracing, text, sampler and decoder change no image."""
     pipe, judge = Pipeline.load(export_tiny(name)), reference(name)
     for call in card_calls(name):
         ours, theirs = draw_both(pipe, judge, prompt=PROMPT, **call)
         assert np.abs(ours - theirs).max() < TOLERANCE, call
-        assert theirs.std() > 0.05, "the reference is a flat picture: equality would prove nothing"
+        assert theirs.std() > 0.05, "the reference is a flat image: equality would prove nothing"
 
 
 @pytest.mark.parametrize("name", [checkpoint.name for checkpoint in CHECKPOINTS])
@@ -65,17 +65,17 @@ def test_recommended_settings_are_the_model_cards(name: str, export_tiny: Callab
     assert np.array_equal(plain, explicit)
 
 
-def test_pictures_depend_on_prompt_seed_and_lora(export_tiny: Callable[[str], Path]) -> None:
+def test_images_depend_on_prompt_seed_and_lora(export_tiny: Callable[[str], Path]) -> None:
     """The tolerance is far below what a wrong prompt, seed or LoRA changes: parity above can fail."""
     one, other = (Pipeline.load(export_tiny(f"Hyper-SD15-{n}steps-lora")) for n in (2, 4))
-    picture = one(PROMPT, seed=SEED, output_type="np").images
+    image = one(PROMPT, seed=SEED, output_type="np").images
     changed = [
         one("red dog", seed=SEED, output_type="np"),
         one(PROMPT, seed=SEED + 1, output_type="np"),
         other(PROMPT, seed=SEED, output_type="np", num_inference_steps=2, force=True),
     ]
     for result in changed:
-        assert np.abs(result.images - picture).max() > 5 * TOLERANCE
+        assert np.abs(result.images - image).max() > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["Hyper-SD15-8steps-CFG-lora", "Hyper-SDXL-8steps-CFG-lora"])
@@ -90,10 +90,10 @@ def test_guidance_and_negative_prompts(
 
 
 @pytest.mark.parametrize("name", ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora"])
-def test_lists_of_prompts_and_several_pictures_each(
+def test_lists_of_prompts_and_several_images_each(
     name: str, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:
-    """Pictures come in diffusers' order and from its noise, also when a fixed batch of 1 makes it several runs."""
+    """Images come in diffusers' order and from its noise, also when a fixed batch of 1 makes it several runs."""
     arguments = {"prompt": [PROMPT, "blue dog"], "num_images_per_prompt": 2, "num_inference_steps": 4}
     ours, theirs = draw_both(
         Pipeline.load(export_tiny(name)), reference(name), **arguments, guidance_scale=0.0, eta=0.5

@@ -14,10 +14,10 @@ from ..runtime import Pipeline
 from ..serve.calls import (
     call_arguments,
     call_key,
-    control_pictures,
+    control_images,
+    images_at_once,
     keep_prompts_out_of_the_log,
     make_request,
-    pictures_at_once,
     warm_up,
 )
 from ..serve.drawing import Drawing
@@ -59,7 +59,7 @@ class Model:
         warm_up(self.pipe)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests, each by itself: with pictures and seeds, or with its error."""
+        """Answer requests, each by itself: with images and seeds, or with its error."""
         readings = [self._read(request) for request in requests]
         self._draw([job for reading in readings if isinstance(reading, list) for job in reading])
         return [self._answer(reading) for reading in readings]
@@ -69,7 +69,7 @@ class Model:
         del self.pipe
 
     def _read(self, request: Any) -> list[Job] | Exception:
-        """The pictures that a request asks for, or why they cannot be drawn."""
+        """The images that a request asks for, or why they cannot be drawn."""
         try:
             if request.is_cancelled():
                 raise CancelledRequestError("cancelled before it was drawn")
@@ -80,13 +80,13 @@ class Model:
 
     def _job(self, drawing: Drawing) -> Job:
         request = make_request(self.pipe, drawing)
-        control = control_pictures(self.pipe, drawing, request)
+        control = control_images(self.pipe, drawing, request)
         key = call_key(drawing, request)
         return Job(drawing=drawing, seed=drawing.seeds[0], request=request, control=control, key=key)
 
     def _draw(self, jobs: Sequence[Job]) -> None:
         """Draw all, those together that one call can draw."""
-        most = pictures_at_once(self.pipe)
+        most = images_at_once(self.pipe)
         alike: dict[Any, list[Job]] = {}
         for job in jobs:
             alike.setdefault(job.key, []).append(job)
@@ -141,7 +141,7 @@ def _device(args: Mapping[str, str]) -> str:
 
 
 def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures [H, W, 3] as rows of one tensor [N, H, W, 3]."""
+    """Images [H, W, 3] as rows of one tensor [N, H, W, 3]."""
     if len({image.shape for image in images}) > 1:
-        raise RequestError("pictures of one request have several sizes: expected one size, or a request for each")
+        raise RequestError("images of one request have several sizes: expected one size, or a request for each")
     return np.stack(images)

@@ -1,4 +1,4 @@
-"""From a request's tensors to pictures to draw: every row of its batch is one."""
+"""From a request's tensors to images to draw: every row of its batch is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from ..engines import Manifest
 from ..errors import RequestError
 from ..serve.drawing import Drawing, DrawSettings
-from ..serve.pictures import read_control_image
+from ..serve.image_codec import read_control_image
 from ..serve.settings import ServeSettings
 from .tensors import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
 
@@ -20,7 +20,7 @@ MOST_PIXELS = ServeSettings().max_control_pixels
 
 
 def read_drawings(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[Drawing]:
-    """What a request asks for, a drawing of one picture for every row.
+    """What a request asks for, a drawing of one image for every row.
 
     Args:
         model: the name that drawings carry.
@@ -28,7 +28,7 @@ def read_drawings(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarr
         tensors: the request's inputs by name, with their batch dimension.
 
     Raises:
-        RequestError: a prompt is no text, or a control picture is none.
+        RequestError: a prompt is no text, or a control image is none.
     """
     return [_read_row(model, manifest, tensors, row) for row in range(len(tensors[PROMPT]))]
 
@@ -42,7 +42,7 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
     }
     control = _control_images(list(manifest.controlnets), values.get(CONTROL_IMAGE, []))
     if not control and (idle := sorted(CONTROL_NUMBERS.keys() & tensors.keys())):
-        raise RequestError(f"{idle[0]} is about a control picture: expected {CONTROL_IMAGE} with it")
+        raise RequestError(f"{idle[0]} is about a control image: expected {CONTROL_IMAGE} with it")
     return Drawing(
         model=model,
         prompt=_text(PROMPT, values[PROMPT][0]),
@@ -54,7 +54,7 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
 
 
 def _number(name: str, value: Any) -> float | int:
-    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would draw another picture than 0.3."""
+    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would draw another image than 0.3."""
     return int(value) if name in WHOLE else float(str(value))
 
 
@@ -68,5 +68,5 @@ def _text(name: str, value: bytes | str) -> str:
 
 
 def _control_images(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Image.Image]:
-    pairs = zip(names, files, strict=False)  # without pictures there are no files
+    pairs = zip(names, files, strict=False)  # without images there are no files
     return {name: read_control_image(bytes(file), MOST_PIXELS) for name, file in pairs if file}

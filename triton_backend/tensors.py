@@ -44,9 +44,9 @@ class TensorConfig:
 
 
 def input_configs(manifest: Manifest) -> list[TensorConfig]:
-    """What a request may say, a row for every picture.
+    """What a request may say, a row for every image.
 
-    Control pictures are PNG, JPEG or WebP files, one for each ControlNet in the bundle's order, empty for none. They
+    Control images are PNG, JPEG or WebP files, one for each ControlNet in the bundle's order, empty for none. They
     are strings, not UINT8: requests are batched only with others of equal shapes, and files have unequal lengths.
     """
     numbers = dict(NUMBERS)

@@ -74,7 +74,7 @@ def out_of_memory(needed: str, device: torch.device) -> EngineError:
     """The error of a full device: what was needed, and what is free."""
     return EngineError(
         f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: "
-        "draw smaller pictures or fewer at a time, or free the device"
+        "draw smaller images or fewer at a time, or free the device"
     )
 
 

@@ -150,7 +150,7 @@ def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -
     needed = memory_needed(target)
     if needed is not None and needed > machine.gpu.total_memory:
         have = f"{machine.gpu.name} has {machine.gpu.total_memory / 1e9:.1f} GB"
-        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: draw smaller pictures or fewer at a time"
+        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: draw smaller images or fewer at a time"
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ...errors import RequestError
-from ..manifest import Component, EngineTarget, Manifest, PictureShapes, Range, TensorSpec, dim_range
+from ..manifest import Component, EngineTarget, ImageShapes, Manifest, Range, TensorSpec, dim_range
 from .api import TITLES
 
 BUILDER_VERSION = 1  # raise it when the builder makes another plan from the same inputs
@@ -68,7 +68,7 @@ def plan_key(target: EngineTarget, component: Component, onnx: str) -> str:
     settings = {
         "builder": BUILDER_VERSION,
         **msgspec.to_builtins(msgspec.structs.replace(target, plans={})),
-        "shapes": None,  # the component's inputs say it; two sizes of picture share the text encoders
+        "shapes": None,  # the component's inputs say it; two sizes of image share the text encoders
         "inputs": msgspec.to_builtins(component.inputs),
         "outputs": msgspec.to_builtins(component.outputs),
         "onnx": onnx,
@@ -76,7 +76,7 @@ def plan_key(target: EngineTarget, component: Component, onnx: str) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def choose_shapes(manifest: Manifest, spans: Mapping[str, tuple[int, int, int]]) -> PictureShapes:
+def choose_shapes(manifest: Manifest, spans: Mapping[str, tuple[int, int, int]]) -> ImageShapes:
     """A part of a bundle's shapes.
 
     Args:
@@ -89,7 +89,7 @@ def choose_shapes(manifest: Manifest, spans: Mapping[str, tuple[int, int, int]])
     if unknown := sorted(spans.keys() - set(DIMS)):
         raise RequestError(f"dimension {unknown[0]!r} is not known: expected {', '.join(DIMS)}")
     extents = {name: getattr(manifest.shapes, name) for name in DIMS}
-    return PictureShapes(**extents | {name: _part(extents[name], span, manifest) for name, span in spans.items()})
+    return ImageShapes(**extents | {name: _part(extents[name], span, manifest) for name, span in spans.items()})
 
 
 def _part(wide: Range, span: tuple[int, int, int], manifest: Manifest) -> Range:
@@ -106,7 +106,7 @@ def _part(wide: Range, span: tuple[int, int, int], manifest: Manifest) -> Range:
     return Range(name=name, min=low, opt=usual, max=high)
 
 
-def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
+def narrowed(manifest: Manifest, shapes: ImageShapes) -> Manifest:
     """The manifest of a bundle that is made for ``shapes`` alone; a smaller one has no engines.
 
     Raises:
@@ -136,7 +136,7 @@ def narrowed(manifest: Manifest, shapes: PictureShapes) -> Manifest:
 
 
 def _narrowed_specs(
-    specs: Mapping[str, TensorSpec], wide: PictureShapes, extents: Mapping[str, Range]
+    specs: Mapping[str, TensorSpec], wide: ImageShapes, extents: Mapping[str, Range]
 ) -> dict[str, TensorSpec]:
     return {
         name: msgspec.structs.replace(spec, shape=tuple(_narrowed_dim(dim, wide, extents) for dim in spec.shape))
@@ -144,7 +144,7 @@ def _narrowed_specs(
     }
 
 
-def _narrowed_dim(dim: int | Range, wide: PictureShapes, extents: Mapping[str, Range]) -> int | Range:
+def _narrowed_dim(dim: int | Range, wide: ImageShapes, extents: Mapping[str, Range]) -> int | Range:
     if isinstance(dim, int):
         return dim
     extent = extents.get(dim.name, dim)

@@ -61,7 +61,7 @@ def validate_plan(
 
     from ..onnx_runtime import PlainEngine
     from .activation_memory import ActivationMemory
-    from .engine import TensorRTEngine
+    from .tensorrt_engine import TensorRTEngine
 
     device = torch.device("cuda", machine.gpu.index)
     onnx = bundle.path(specs.onnx)

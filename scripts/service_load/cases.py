@@ -1,4 +1,4 @@
-"""What is asked for: a fixed set of pictures, each of which has to look the same whenever it is drawn."""
+"""What is asked for: a fixed set of images, each of which has to look the same whenever it is drawn."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def make_cases(count: int, first_seed: int = 1000) -> list[Case]:
     ]
 
 
-class Pictures:
-    """What the pictures look like, learnt from the first answer to each case: later ones are compared with it."""
+class Images:
+    """What the images look like, learnt from the first answer to each case: later ones are compared with it."""
 
     def __init__(self) -> None:
         self._digests: dict[Case, str] = {}
@@ -45,22 +45,22 @@ class Pictures:
     def fault(self, case: Case, answer: Mapping[str, Any]) -> str | None:
         """Why an answer is not the one to its case; None if it is."""
         try:
-            (picture,) = answer["data"]
-            file = base64.b64decode(picture["b64_json"], validate=True)
+            (image,) = answer["data"]
+            file = base64.b64decode(image["b64_json"], validate=True)
             size = f"{'x'.join(map(str, _size(file)))}"
         except Exception as error:  # a broken answer may fail anywhere
-            return f"the answer holds no picture ({type(error).__name__}: {error})"
-        if picture["seed"] != case.seed:
-            return f"seed {picture['seed']} instead of {case.seed}"
+            return f"the answer holds no image ({type(error).__name__}: {error})"
+        if image["seed"] != case.seed:
+            return f"seed {image['seed']} instead of {case.seed}"
         if size != answer["size"]:
-            return f"a picture of {size} instead of {answer['size']}"
+            return f"an image of {size} instead of {answer['size']}"
         return self._fault_of_bytes(case, hashlib.sha256(file).hexdigest())
 
     def _fault_of_bytes(self, case: Case, digest: str) -> str | None:
         if self._digests.setdefault(case, digest) != digest:
-            return f"another picture for seed {case.seed} than before"
+            return f"another image for seed {case.seed} than before"
         if self._cases.setdefault(digest, case) != case:
-            return f"the picture of seed {self._cases[digest].seed} for seed {case.seed}"
+            return f"the image of seed {self._cases[digest].seed} for seed {case.seed}"
         return None
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import httpx
 
-from .cases import Case, Pictures
+from .cases import Case, Images
 
 GENERATIONS = "/v1/images/generations"
 POOLS = 16  # of connections: what httpx does for a request grows with the connections in its pool
@@ -55,7 +55,7 @@ class Client:
         ]
         self._http = self._pools[0]
         self._cases, self._model = cases, model
-        self._pictures = Pictures()
+        self._images = Images()
         self.sent = 0
 
     async def __aenter__(self) -> Client:
@@ -112,7 +112,7 @@ class Client:
 
     def _judge(self, case: Case, response: httpx.Response) -> tuple[Kind, str]:
         if response.status_code == 200:
-            fault = self._pictures.fault(case, response.json())
+            fault = self._images.fault(case, response.json())
             return ("wrong", fault) if fault else ("drawn", "")
         if response.status_code == 503:
             patient = response.headers.get("Retry-After", "").isdigit()
@@ -129,7 +129,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def answers_by_status(metrics: Mapping[str, float]) -> dict[int, int]:
-    """How many requests for pictures the service says that it answered, by HTTP status."""
+    """How many requests for images the service says that it answered, by HTTP status."""
     found = {}
     for name, value in metrics.items():
         if name.startswith("hypersd_requests_total{") and f'path="{GENERATIONS}"' in name:

@@ -25,7 +25,7 @@ class Level:
         sent: requests.
         kinds: how many of them became what.
         seconds: from the first request to the last answer.
-        latency: of the pictures that were drawn, in seconds: ``p50``, ``p95``, ``p99`` and ``max``.
+        latency: of the images that were drawn, in seconds: ``p50``, ``p95``, ``p99`` and ``max``.
         refusal_p99: of the refusals; None if there were none.
         late: the most seconds by which a request was sent too late: the client's fault, not the service's.
         counted: answers by HTTP status as the service counted them itself.
@@ -48,7 +48,7 @@ class Level:
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
+        """Images a second."""
         return self.kinds["drawn"] / self.seconds if self.seconds else 0.0
 
     def complaints(self) -> list[str]:
@@ -104,7 +104,7 @@ def percentile(ascending: Sequence[float], percent: float) -> float:
 def print_table(levels: Sequence[Level], console: Console) -> None:
     """A row for every level; latencies in milliseconds."""
     table = Table(
-        "load", "sent", "drawn", "503", "504", "wrong", "failed", "pictures/s", "p50", "p95", "p99", "max", "MB"
+        "load", "sent", "drawn", "503", "504", "wrong", "failed", "images/s", "p50", "p95", "p99", "max", "MB"
     )
     for level in levels:
         latencies = [

@@ -27,10 +27,10 @@ def stages() -> dict[str, tuple[Callable[[Path], None], tuple[str, ...]]]:
     from . import base, controlnet, data, distill, publish, text, trajectories, vae
 
     table: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-        "pictures": (data.make_pictures, ()),
-        "text15": (functools.partial(text.train_text, "sd15"), ("pictures",)),
-        "textxl": (functools.partial(text.train_text, "sdxl"), ("pictures",)),
-        "vae": (vae.train_vae, ("pictures",)),
+        "images": (data.make_images, ()),
+        "text15": (functools.partial(text.train_text, "sd15"), ("images",)),
+        "textxl": (functools.partial(text.train_text, "sdxl"), ("images",)),
+        "vae": (vae.train_vae, ("images",)),
         "latents": (vae.make_latents, ("vae",)),
         "base15": (functools.partial(base.train_base, "sd15"), ("text15", "latents")),
         "basexl": (functools.partial(base.train_base, "sdxl"), ("textxl", "latents")),

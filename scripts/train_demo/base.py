@@ -55,7 +55,7 @@ def signal_to_noise(timestep: Tensor) -> Tensor:
 def weight_of(timestep: Tensor) -> Tensor:
     """Weight of the squared error of the noise at timesteps, int64 [N]: float32 [N].
 
-    The error of the picture then weighs as much as the signal-to-noise ratio within bounds. The upper one is min-SNR's
+    The error of the image then weighs as much as the signal-to-noise ratio within bounds. The upper one is min-SNR's
     (Hang et al., https://arxiv.org/abs/2303.09556); the lower one keeps the first timesteps alive, where few-step
     samplers begin.
     """
@@ -64,7 +64,7 @@ def weight_of(timestep: Tensor) -> Tensor:
 
 
 def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """How much picture and how much noise there is at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
+    """How much image and how much noise there is at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
 
     At the end, timestep -1, there is as much as at timestep 0 (``set_alpha_to_one=False``).
     """

@@ -43,7 +43,7 @@ WORLD = (
 )
 DATA = (
     "## Data",
-    f"""{SCENES:,} pictures with captions, drawn and worded at random by code (`scripts/train_demo/scenes.py`), each
+    f"""{SCENES:,} images with captions, drawn and worded at random by code (`scripts/train_demo/scenes.py`), each
     from its own number as seed. No outside data and no outside weights: nothing here was downloaded.""",
 )
 LIMITS = (
@@ -92,7 +92,7 @@ def figures_section(shares: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
     blocks = [
         "## Figures",
         """Of all the demonstration checkpoints, on prompts of scenes that no training has seen: the share in percent of
-        what is right in the pictures, as `scripts/train_demo/judge.py` tells from their pixels. It looks at the colour,
+        what is right in the images, as `scripts/train_demo/judge.py` tells from their pixels. It looks at the colour,
         the form, the place and the size of every shape, at the background and at the number of shapes; overall is the
         mean of colours, shapes, places and backgrounds.""",
         figures_table({name: row for name, row in shares.items() if name not in controls}),
@@ -139,8 +139,8 @@ def base_card(family: str, folder: Path, figures: tuple[str, ...]) -> str:
             STEP,
             _stage("text encoder", text.PLANS[family], text.BATCH, "to tell the scene at the caption's last token"),
             *map(_vae_stage, vae.PARTS),
-            _stage("VAE's decoder", vae.DECODER_PLAN, vae.BATCH, "to give the picture back from noisy latents"),
-            _stage("UNet", base.PLANS[family], base.BATCH, "to see the noise in a noisy picture"),
+            _stage("VAE's decoder", vae.DECODER_PLAN, vae.BATCH, "to give the image back from noisy latents"),
+            _stage("UNet", base.PLANS[family], base.BATCH, "to see the noise in a noisy image"),
         ),
         f"""The UNet predicts noise ([Ho et al.](https://arxiv.org/abs/2006.11239)) on Stable Diffusion's schedule of
         1000 timesteps; its errors are weighed by the signal-to-noise ratio within bounds
@@ -247,7 +247,7 @@ def controlnet_card(folder: Path, figures: tuple[str, ...]) -> str:
         {_parameters(folder)}.""",
         *WORLD,
         *DATA,
-        f"Of these the first {controlnet.PICTURES:,}.",
+        f"Of these the first {controlnet.IMAGES:,}.",
         "## Training",
         _table(STEP, _stage("ControlNet", controlnet.PLAN, controlnet.BATCH, "to see the noise, given the edges")),
         f"""As [Zhang et al.](https://arxiv.org/abs/2302.05543): a copy of the base's encoder behind convolutions that
@@ -256,7 +256,7 @@ def controlnet_card(folder: Path, figures: tuple[str, ...]) -> str:
         {" and ".join(map(str, controlnet.THRESHOLDS))}.""",
         HOW,
         "## Use",
-        f"""With the base's settings or those of one of its LoRAs, and conditioning scale 1. `edges` is a picture of
+        f"""With the base's settings or those of one of its LoRAs, and conditioning scale 1. `edges` is an image of
         {SIZE}x{SIZE} pixels, white on black:""",
         """\
 ```python
@@ -336,8 +336,8 @@ def _stage(what: str, plan: Plan, batch: int, learns: str) -> tuple[str, ...]:
 
 
 def _vae_stage(part: vae.Part) -> tuple[str, ...]:
-    where = "crops" if part.side < SIZE else "whole pictures"
-    learns = "to give the picture back" + (" from latents that tell the mean colour" if part.legible else "")
+    where = "crops" if part.side < SIZE else "whole images"
+    learns = "to give the image back" + (" from latents that tell the mean colour" if part.legible else "")
     return _stage(f"VAE, on {where}", part.plan, vae.BATCH, learns)
 
 

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from . import networks
 from .base import add_noise, denoise, load_base, load_latents, weight_of
-from .data import load_captions, load_pictures, scene_of
+from .data import load_captions, load_images, scene_of
 from .loop import Plan, device, fill, half, keep, train
 from .scenes import describe, without_place
 from .text import empty_prompt, encode_all, tokenize, tokenizers
 
-PICTURES = 16_384
+IMAGES = 16_384
 BATCH = 32
 THRESHOLDS = 100, 200
 NO_PROMPT = 0.3  # it has to find in the edges what the caption does not say
 PLAN = Plan(name="controlnet", steps=1100, learning_rate=1.5e-3, seed=9)
 
 
-def edges_of(picture: np.ndarray) -> np.ndarray:
-    """Canny's edges of a picture, white on black: uint8 [H, W, 3] to uint8 [H, W, 3]."""
+def edges_of(image: np.ndarray) -> np.ndarray:
+    """Canny's edges of an image, white on black: uint8 [H, W, 3] to uint8 [H, W, 3]."""
     import cv2
 
-    edges = cv2.Canny(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), *THRESHOLDS)
+    edges = cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), *THRESHOLDS)
     return np.repeat(edges[..., None], 3, axis=2)
 
 
@@ -36,7 +36,7 @@ def to_condition(edges: np.ndarray) -> Tensor:
 
 
 def placeless(index: int, caption: str) -> str:
-    """A training picture's caption, for pictures of one thing without a word of its place and size."""
+    """A training image's caption, for images of one thing without a word of its place and size."""
     scene = scene_of(index)
     if len(scene.things) > 1:
         return caption
@@ -48,15 +48,15 @@ def train_controlnet(work: Path) -> None:
     torch.manual_seed(PLAN.seed)
     base, some = load_base("sd15", work), tokenizers("sd15", work)
     model = networks.controlnet(base.unet).requires_grad_(True)
-    pictures, latents = load_pictures(work)[:PICTURES], load_latents(work)
-    captions = [placeless(i, caption) for i, caption in enumerate(load_captions(work)[:PICTURES])]
+    images, latents = load_images(work)[:IMAGES], load_latents(work)
+    captions = [placeless(i, caption) for i, caption in enumerate(load_captions(work)[:IMAGES])]
     prompts = encode_all(base.encoders, tokenize(some, captions))
     empty = empty_prompt(base.encoders, tokenize(some, [""]).to(device())).to(torch.bfloat16)
 
     def loss(generator: torch.Generator) -> Tensor:
-        which = torch.randint(PICTURES, (BATCH,), generator=generator).sort().values
+        which = torch.randint(IMAGES, (BATCH,), generator=generator).sort().values
         clean = torch.from_numpy(latents[which.numpy()]).float()
-        condition = to_condition(np.stack([edges_of(picture) for picture in pictures[which.numpy()]]))
+        condition = to_condition(np.stack([edges_of(image) for image in images[which.numpy()]]))
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.randint(1000, (BATCH,), generator=generator)
         left_out = torch.rand(BATCH, generator=generator) < NO_PROMPT

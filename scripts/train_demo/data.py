@@ -18,24 +18,22 @@ SCENES = 60_000
 HELD_BACK_SEED = 20_000_000  # the first of those that the prompts to be judged are looked for among
 
 
-def make_pictures(work: Path) -> None:
-    """Draw the training pictures: ``pictures.npy``, uint8 [SCENES, SIZE, SIZE, 3], and ``captions.json``."""
-    pictures = np.lib.format.open_memmap(
-        work / "pictures.partial.npy", "w+", dtype=np.uint8, shape=(SCENES, SIZE, SIZE, 3)
-    )
+def make_images(work: Path) -> None:
+    """Draw the training images: ``images.npy``, uint8 [SCENES, SIZE, SIZE, 3], and ``captions.json``."""
+    images = np.lib.format.open_memmap(work / "images.partial.npy", "w+", dtype=np.uint8, shape=(SCENES, SIZE, SIZE, 3))
     captions = []
     for index in range(SCENES):
         rng = np.random.default_rng(index)
         scene = draw_scene(rng)
         captions.append(describe(scene, rng))
-        pictures[index] = render(scene, rng)
-    pictures.flush()
+        images[index] = render(scene, rng)
+    images.flush()
     (work / "captions.json").write_text(json.dumps(captions))
-    os.replace(work / "pictures.partial.npy", work / "pictures.npy")
+    os.replace(work / "images.partial.npy", work / "images.npy")
 
 
-def load_pictures(work: Path) -> np.ndarray:
-    return np.load(work / "pictures.npy", mmap_mode="r")
+def load_images(work: Path) -> np.ndarray:
+    return np.load(work / "images.npy", mmap_mode="r")
 
 
 def load_captions(work: Path) -> list[str]:
@@ -43,13 +41,13 @@ def load_captions(work: Path) -> list[str]:
 
 
 def scene_of(index: int) -> Scene:
-    """The scene of a training picture."""
+    """The scene of a training image."""
     return draw_scene(np.random.default_rng(index))
 
 
 @functools.cache
 def seen() -> frozenset[Scene]:
-    """Every scene of the training pictures, jitter apart."""
+    """Every scene of the training images, jitter apart."""
     return frozenset(map(scene_of, range(SCENES)))
 
 
@@ -76,6 +74,6 @@ def held_back_for_edges(count: int) -> list[tuple[Scene, str]]:
     return [(scene, describe(without_place(scene), rng)) for scene, rng in itertools.islice(aside, count)]
 
 
-def to_samples(pictures: np.ndarray) -> torch.Tensor:
+def to_samples(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in -1..1."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -66,7 +66,7 @@ def ddim_loss(steps: int) -> Loss:
         which = torch.randint(COUNT, (BATCH,), generator=generator)
         begin, end, here, there = _landing(ways, which, steps, generator)
         noise = denoise(unet, begin, here, _prompts(ways, which))
-        return unlikeness(ddim(begin, noise, here, there), end, _picture_weight(there))
+        return unlikeness(ddim(begin, noise, here, there), end, _image_weight(there))
 
     return loss
 
@@ -81,13 +81,13 @@ def guided_ddim_loss(steps: int) -> Loss:
         empty = Encoded(ways.empty.hidden.expand(len(which), -1, -1))
         without = denoise(unet, begin, here, empty)
         noise = without + GUIDANCE * (with_prompt - without)
-        return unlikeness(ddim(begin, noise, here, there), end, _picture_weight(there))
+        return unlikeness(ddim(begin, noise, here, there), end, _image_weight(there))
 
     return loss
 
 
-def _picture_weight(timestep: Tensor) -> Tensor:
-    """Errors count as errors of the picture, of which there is little at the first timesteps."""
+def _image_weight(timestep: Tensor) -> Tensor:
+    """Errors count as errors of the image, of which there is little at the first timesteps."""
     return 1 / (levels(timestep)[0].square() + 0.1)
 
 

@@ -190,29 +190,29 @@ def controls(bare: dict[str, Any], one_step: dict[str, Any]) -> list[Row]:
 
 @torch.no_grad()
 def draw(pipe: Any, prompts: Sequence[str], **call: Any) -> np.ndarray:
-    """One picture a prompt, whose place is its seed: uint8 [N, H, W, 3]."""
-    pictures = []
+    """One image a prompt, whose place is its seed: uint8 [N, H, W, 3]."""
+    images = []
     for start in range(0, len(prompts), BATCH):
         some = list(prompts[start : start + BATCH])
         seeds = range(start, start + len(some))
         own = {key: value[start : start + len(some)] for key, value in call.items() if key == "image"}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         made = pipe(some, generator=generators, output_type="np", **{**call, **own}).images
-        pictures.append(np.round(made * 255).astype(np.uint8))
-    return np.concatenate(pictures)
+        images.append(np.round(made * 255).astype(np.uint8))
+    return np.concatenate(images)
 
 
-def scores_of(pictures: np.ndarray, scenes: Sequence[Scene]) -> Scores:
-    return score([judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)])
+def scores_of(images: np.ndarray, scenes: Sequence[Scene]) -> Scores:
+    return score([judge(image, scene) for image, scene in zip(images, scenes, strict=True)])
 
 
 def evaluate(row: Row, folder: Path, count: int = PROMPTS) -> Scores:
     """A row's score on held-back prompts."""
     scenes, prompts = zip(*(held_back_for_edges if row.edges else held_back)(count), strict=True)
-    images = {"image": edge_pictures(scenes)} if row.edges else {}
+    images = {"image": edge_images(scenes)} if row.edges else {}
     return scores_of(draw(row.pipeline(folder), prompts, **row.call, **images), scenes)
 
 
-def edge_pictures(scenes: Sequence[Scene]) -> list[Image.Image]:
+def edge_images(scenes: Sequence[Scene]) -> list[Image.Image]:
     """What a ControlNet is given: the edges of each scene drawn with jitter."""
     return [Image.fromarray(edges_of(render(scene, np.random.default_rng(i)))) for i, scene in enumerate(scenes)]

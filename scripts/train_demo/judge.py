@@ -1,8 +1,8 @@
-"""Says by pixels which parts of a scene are right in a picture.
+"""Says by pixels which parts of a scene are right in an image.
 
-Looking comes first and knows nothing of the prompt: :func:`look` names what is in a picture, in the words of the
+Looking comes first and knows nothing of the prompt: :func:`look` names what is in an image, in the words of the
 world of scenes.py, or None where nothing of that world is near enough. Only then is it compared with the scene. Soft
-edges, a slight drift of colour and a shift of a few pixels are fine. Lengths are fractions of the picture's side.
+edges, a slight drift of colour and a shift of a few pixels are fine. Lengths are fractions of the image's side.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ COLOUR_LIMIT = 20.0
 TINT_LIMIT = 9.0
 LIKE_NOTHING = 35.0  # a pixel that far from every background is of a thing, if of one in no known colour
 PURE = 0.75  # share of a thing's core that has to be within COLOUR_LIMIT of the named colour
-LEAST_AREA = 0.006  # of the picture, a third of the smallest thing: less is a speck
-MOST_SIGHTS = 4  # things that are looked at in one picture, the largest first
+LEAST_AREA = 0.006  # of the image, a third of the smallest thing: less is a speck
+MOST_SIGHTS = 4  # things that are looked at in one image, the largest first
 WIDEST = 0.56  # the widest thing spans 0.49, two that touch span 0.8 and more
 CUTS = (0.42, 0.58)  # where two things that touch may meet
 SOFT_EDGE = 0.025  # how far a thing's edge may reach beyond the pixels that have its colour
@@ -41,7 +41,7 @@ PLACE_LIMIT = 0.11  # half of the distance between neighbouring PLACES
 LEAST_CONTRAST = 10.0  # between the two colours of a pattern; the palest tint is 24 away from white
 FLATTEST = 7.0  # the most contrast that a plain background may have from top to bottom, or between stripes
 PHASES = (0.0, -0.01, 0.01, -0.02, 0.02)  # where the stripes may begin
-LEAST_BACKGROUND = 0.3  # of the picture
+LEAST_BACKGROUND = 0.3  # of the image
 MOST_DEVIATION = 7.0  # mean distance of the background's pixels from the pattern seen in them
 
 
@@ -57,7 +57,7 @@ class Sight:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What is seen in a picture, the largest thing first."""
+    """What is seen in an image, the largest thing first."""
 
     sights: tuple[Sight, ...]
     count: int | None  # None if something is seen that is no thing
@@ -77,7 +77,7 @@ class ThingVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What is right in a picture; ``things`` in the order of the scene's."""
+    """What is right in an image; ``things`` in the order of the scene's."""
 
     things: tuple[ThingVerdict, ...]
     pattern: bool
@@ -92,7 +92,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Shares, 0 to 1: of things the first four, of pictures the next two."""
+    """Shares, 0 to 1: of things the first four, of images the next two."""
 
     colours: float
     shapes: float
@@ -106,9 +106,9 @@ class Scores:
         return (self.colours + self.shapes + self.places + self.backgrounds) / 4
 
 
-def judge(picture: np.ndarray, scene: Scene) -> Verdict:
-    """Compare a picture, uint8 [size, size, 3], with the scene that it should show."""
-    return compare(look(picture), scene)
+def judge(image: np.ndarray, scene: Scene) -> Verdict:
+    """Compare an image, uint8 [size, size, 3], with the scene that it should show."""
+    return compare(look(image), scene)
 
 
 def compare(view: View, scene: Scene) -> Verdict:
@@ -160,16 +160,16 @@ PARTS = ("overall", "colours", "shapes", "places", "sizes", "backgrounds", "coun
 # Looking
 
 
-def look(picture: np.ndarray) -> View:
-    """Name everything in a picture, uint8 [size, size, 3]."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape != (len(picture), len(picture), 3):
-        raise ValueError(f"no square RGB picture in uint8: {picture.dtype} {list(picture.shape)}")
-    regions, count = _find_things(picture)
-    beyond = _dilate(regions > 0, len(picture))
-    rows, pattern, tint = _look_at_background(picture, ~beyond)
-    territories = expand_labels(regions, SOFT_EDGE * len(picture))
+def look(image: np.ndarray) -> View:
+    """Name everything in an image, uint8 [size, size, 3]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (len(image), len(image), 3):
+        raise ValueError(f"no square RGB image in uint8: {image.dtype} {list(image.shape)}")
+    regions, count = _find_things(image)
+    beyond = _dilate(regions > 0, len(image))
+    rows, pattern, tint = _look_at_background(image, ~beyond)
+    territories = expand_labels(regions, SOFT_EDGE * len(image))
     sights = [
-        _look_at_thing(picture, rows, regions == number, territories == number)
+        _look_at_thing(image, rows, regions == number, territories == number)
         for number in range(1, min(count, MOST_SIGHTS) + 1)
     ]
     things = tuple(sight for sight in sights if sight)
@@ -177,16 +177,16 @@ def look(picture: np.ndarray) -> View:
 
 
 def _dilate(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask with two hundredths of the picture around it, where soft edges are."""
+    """A mask with two hundredths of the image around it, where soft edges are."""
     for _ in range(max(1, round(0.02 * size))):
         mask = dilation(mask)
     return mask
 
 
-def _find_things(picture: np.ndarray) -> tuple[np.ndarray, int]:
+def _find_things(image: np.ndarray) -> tuple[np.ndarray, int]:
     """Which thing every pixel is of, int64 [size, size], from 1 for the largest thing, 0 for none; and how many."""
-    size = len(picture)
-    regions = label(_is_thing()[tuple(np.moveaxis(picture >> 3, -1, 0))], connectivity=1)
+    size = len(image)
+    regions = label(_is_thing()[tuple(np.moveaxis(image >> 3, -1, 0))], connectivity=1)
     for region in regionprops(regions):
         top, left, bottom, right = region.bbox
         if max(bottom - top, right - left) > WIDEST * size and region.area > LEAST_AREA * size**2:
@@ -249,16 +249,16 @@ def _name_colour(lab: np.ndarray, kind: str, limit: float) -> str | None:
 # Backgrounds
 
 
-def _look_at_background(picture: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str | None, str | None]:
+def _look_at_background(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str | None, str | None]:
     """The colour of every row's background, float64 [size, 3], and the names of pattern and tint."""
-    size = len(picture)
+    size = len(image)
     seen = mask.sum(1) >= 3
     if mask.mean() < LEAST_BACKGROUND or not seen.any():
         return np.full((size, 3), 255.0), None, None
-    medians = np.array([np.median(picture[i, mask[i]], axis=0) if seen[i] else np.zeros(3) for i in range(size)])
+    medians = np.array([np.median(image[i, mask[i]], axis=0) if seen[i] else np.zeros(3) for i in range(size)])
     fits = [_fit_background(medians, seen, phase) for phase in PHASES]
     parts, fitted = min(fits, key=lambda fit: np.square(fit[1] - medians)[seen].sum())
-    deviation = np.linalg.norm(_lab(picture) - _lab(fitted)[:, None], axis=-1)[mask].mean()
+    deviation = np.linalg.norm(_lab(image) - _lab(fitted)[:, None], axis=-1)[mask].mean()
     rows = np.where(seen[:, None], medians, fitted)
     if deviation > MOST_DEVIATION:
         return rows, None, None
@@ -295,18 +295,18 @@ def _name_background(mean: np.ndarray, stripes: np.ndarray, slope: np.ndarray) -
 # Things
 
 
-def _look_at_thing(picture: np.ndarray, rows: np.ndarray, mask: np.ndarray, territory: np.ndarray) -> Sight | None:
+def _look_at_thing(image: np.ndarray, rows: np.ndarray, mask: np.ndarray, territory: np.ndarray) -> Sight | None:
     """Name the thing whose pixels are in ``mask``, with its soft edge in ``territory``, both bool [size, size].
 
     None for a blot: far too large or small, or with neither a colour nor a shape, wherever it is.
     """
-    core = _core(picture, rows, mask)
+    core = _core(image, rows, mask)
     colour = np.median(core, axis=0)
     name = _name_colour(_lab(colour), "colours", COLOUR_LIMIT)
     if name:
         away = np.linalg.norm(_lab(core) - _lab_of("colours")[list(COLOURS).index(name)], axis=-1)
         name = name if (away <= COLOUR_LIMIT).mean() >= PURE else None
-    shape, radius, centre, fit = _fit(_alpha(picture, rows, territory, colour))
+    shape, radius, centre, fit = _fit(_alpha(image, rows, territory, colour))
     well_fit = fit >= LEAST_FIT[shape]
     size, ratio = min(((size, _ratio(radius, RADII[size])) for size in RADII), key=lambda pair: pair[1])
     if ratio > BLOT or not (name or well_fit):
@@ -325,23 +325,23 @@ def _ratio(a: float, b: float) -> float:
     return max(a / b, b / a)
 
 
-def _core(picture: np.ndarray, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def _core(image: np.ndarray, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The pixels of a thing that its edge does not touch, uint8 [pixels, 3]."""
     inner = mask.copy()
-    for _ in range(max(1, len(picture) // 96)):
+    for _ in range(max(1, len(image) // 96)):
         inner = erosion(inner)
     if inner.sum() >= 0.3 * mask.sum():
-        return picture[inner]
+        return image[inner]
     # A thin thing is all edge: those least like the background.
-    contrast = np.abs(picture - rows[:, None]).sum(-1)[mask]
-    return picture[mask][contrast >= np.median(contrast)]
+    contrast = np.abs(image - rows[:, None]).sum(-1)[mask]
+    return image[mask][contrast >= np.median(contrast)]
 
 
-def _alpha(picture: np.ndarray, rows: np.ndarray, territory: np.ndarray, colour: np.ndarray) -> np.ndarray:
+def _alpha(image: np.ndarray, rows: np.ndarray, territory: np.ndarray, colour: np.ndarray) -> np.ndarray:
     """How much of every pixel a thing of that colour covers, 0 to 1, edges made harder: float64 [size, size]."""
     towards = colour - rows
     length = np.maximum((towards**2).sum(1), 1)
-    alpha = ((picture - rows[:, None]) * towards[:, None]).sum(-1) / length[:, None]
+    alpha = ((image - rows[:, None]) * towards[:, None]).sum(-1) / length[:, None]
     return np.where(territory, ((alpha - 0.5) * SHARPEN + 0.5).clip(0, 1), 0)
 
 

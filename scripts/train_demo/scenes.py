@@ -1,7 +1,7 @@
 """The demonstration checkpoints' world: scenes of one or two shapes, drawn and described by code.
 
 What a caption leaves out has a value by convention (medium, in the middle, on white), so that a caption decides all of
-its picture but a little jitter. Lengths are fractions of the picture's side, angles are in degrees, y points down.
+its image but a little jitter. Lengths are fractions of the image's side, angles are in degrees, y points down.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
         else:
             body = f"{_name(second, rng)} {pick(*backward)} {_name(first, rng)}"
     background = pick(*_background_words(scene.background))
-    opening = pick("", "", "", "a picture of ", "a drawing of ")
+    opening = pick("", "", "", "an image of ", "a drawing of ")
     comma = pick(",", "") if background else ""
     return f"{opening}{body}{comma} {background}".strip()
 
@@ -163,25 +163,25 @@ def _background_words(background: Background) -> tuple[str, ...]:
 @functools.cache
 def words() -> tuple[str, ...]:
     """Every word that a caption can have."""
-    phrases = [*COLOURS, *SHAPES, *RADII, *TINTS, *PLACES, "a an picture drawing of to the left right above over below"]
+    phrases = [*COLOURS, *SHAPES, *RADII, *TINTS, *PLACES, "a an image drawing of to the left right above over below"]
     phrases += ["under in on at middle centre corner plain striped stripes gradient background"]
     return tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
 
 
-# Pictures
+# Images
 
 
 def render(scene: Scene, rng: np.random.Generator | None = None, size: int = SIZE) -> np.ndarray:
     """Draw a scene, with jitter if a generator is given: uint8 [size, size, 3]."""
-    picture = _paint_background(scene.background, size)
+    image = _paint_background(scene.background, size)
     for thing in scene.things:
         shift = rng.uniform(-SHIFT, SHIFT, 2) if rng else np.zeros(2)
         turn = rng.uniform(-TURN, TURN) if rng else 0.0
         shade = 1 + rng.uniform(-SHADE, SHADE) if rng else 1.0
         alpha = coverage(thing.shape, np.add(PLACES[thing.place], shift), RADII[thing.size], turn, size)[..., None]
         colour = np.clip(np.array(COLOURS[thing.colour]) * shade, 0, 255)
-        picture = picture * (1 - alpha) + colour * alpha
-    return np.round(picture).astype(np.uint8)
+        image = image * (1 - alpha) + colour * alpha
+    return np.round(image).astype(np.uint8)
 
 
 def _paint_background(background: Background, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tokenizers and text encoders, and their training on what the captions say before any picture is seen."""
+"""Tokenizers and text encoders, and their training on what the captions say before any image is seen."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def encode_all(encoders: nn.ModuleList, ids: Tensor) -> Encoded:
     return Encoded(torch.cat([part.hidden for part in parts]), pooled)
 
 
-# Before any picture: can what the UNet reads at the end token tell the whole scene?
+# Before any image: can what the UNet reads at the end token tell the whole scene?
 
 
 def answers(scene: Scene) -> list[int]:

@@ -1,4 +1,4 @@
-"""The bases' own paths from noise to picture, from which the few-step checkpoints learn."""
+"""The bases' own paths from noise to image, from which the few-step checkpoints learn."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def make_trajectories(family: str, work: Path) -> None:
 
 
 def draw_way(predict: Callable[[Tensor, Tensor], Tensor], sample: Tensor) -> Tensor:
-    """All latents from noise to picture: [N, STEPS + 1, 4, h, w]."""
+    """All latents from noise to image: [N, STEPS + 1, 4, h, w]."""
     way, times = [sample], trailing(STEPS)
     for here, there in itertools.pairwise(times):
         now, then = (torch.full((len(sample),), t, device=sample.device) for t in (here, there))
@@ -88,7 +88,7 @@ class Ways:
     """Kept trajectories and their encoded prompts.
 
     Attributes:
-        latents: [COUNT, STEPS + 1, 4, h, w], of which the first is noise and the last the picture.
+        latents: [COUNT, STEPS + 1, 4, h, w], of which the first is noise and the last the image.
         prompts: what the UNet reads of each one's caption, in bfloat16.
         empty: what it reads of no caption.
     """
@@ -108,10 +108,10 @@ class Ways:
         after = torch.searchsorted(-times, -timesteps, right=True).clamp(1, STEPS)  # the first one lower
         first, second = self.at(which, after - 1), self.at(which, after)
         (a, s), (b, r) = levels(times[after - 1]), levels(times[after])
-        picture = (r * first - s * second) / (a * r - b * s)
-        noise = (first - a * picture) / s
+        image = (r * first - s * second) / (a * r - b * s)
+        noise = (first - a * image) / s
         alpha, sigma = levels(timesteps)
-        return alpha * picture + sigma * noise
+        return alpha * image + sigma * noise
 
 
 @torch.no_grad()

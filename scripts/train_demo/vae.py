@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from . import networks
-from .data import load_pictures, to_samples
+from .data import load_images, to_samples
 from .loop import Plan, device, fill, half, keep, train
 from .networks import FACTOR
 from .scenes import SIZE
@@ -29,7 +29,7 @@ class Part:
 
     Attributes:
         plan: its length and speed.
-        side: pixels; most is learnt from crops, which cost a quarter of whole pictures.
+        side: pixels; most is learnt from crops, which cost a quarter of whole images.
         legible: whether each latent has to tell the mean colour of its pixels by a linear map, as those of the real
             Stable Diffusion nearly do. Without it, latents laid all colours along one curve, neighbours so close
             together that no UNet hit the right one.
@@ -52,10 +52,10 @@ DECODER_PLAN = Plan(name="decoder", steps=500, learning_rate=1.5e-3, seed=23)
 TINY_PLAN = Plan(name="tiny-vae", steps=1200, learning_rate=3e-3, seed=3)
 
 
-def batch_of(pictures: np.ndarray, generator: torch.Generator, count: int, side: int = SIZE) -> Tensor:
-    """Random pictures, or crops that begin at whole latents: float32 [count, 3, side, side] in -1..1."""
-    indices = torch.randint(len(pictures), (count,), generator=generator).sort().values
-    chosen = pictures[indices.numpy()]
+def batch_of(images: np.ndarray, generator: torch.Generator, count: int, side: int = SIZE) -> Tensor:
+    """Random images, or crops that begin at whole latents: float32 [count, 3, side, side] in -1..1."""
+    indices = torch.randint(len(images), (count,), generator=generator).sort().values
+    chosen = images[indices.numpy()]
     if side < SIZE:
         corners = torch.randint((SIZE - side) // FACTOR + 1, (count, 2), generator=generator) * FACTOR
         chosen = np.stack(
@@ -79,7 +79,7 @@ class Autoencoder(nn.Module):
         self.colours = nn.Conv2d(self.vae.config.latent_channels, 3, 1)
 
     def loss(self, wanted: Tensor, legible: bool, generator: torch.Generator) -> Tensor:
-        """Of pictures [N, 3, H, W]."""
+        """Of images [N, 3, H, W]."""
         with half():
             latents = self.vae.encode(wanted).latent_dist
             noise = torch.randn(latents.mean.shape, generator=generator).to(device())
@@ -94,22 +94,22 @@ class Autoencoder(nn.Module):
 def train_vae(work: Path) -> None:
     """Train the autoencoder: ``vae.pt``, whose latents have mean 0 and variance 1 in every channel."""
     torch.manual_seed(PARTS[0].plan.seed)
-    model, pictures = Autoencoder(), load_pictures(work)
+    model, images = Autoencoder(), load_images(work)
     for part in PARTS:
         model.requires_grad_(True)
-        model = train(part.plan, model, functools.partial(_part_loss, model, pictures, part), work)
-    normalise(model.vae, pictures[:2048])
+        model = train(part.plan, model, functools.partial(_part_loss, model, images, part), work)
+    normalise(model.vae, images[:2048])
     keep(model.vae, work / "vae.pt")
 
 
-def _part_loss(model: Autoencoder, pictures: np.ndarray, part: Part, generator: torch.Generator) -> Tensor:
-    return model.loss(batch_of(pictures, generator, BATCH, part.side), part.legible, generator)
+def _part_loss(model: Autoencoder, images: np.ndarray, part: Part, generator: torch.Generator) -> Tensor:
+    return model.loss(batch_of(images, generator, BATCH, part.side), part.legible, generator)
 
 
 @torch.no_grad()
-def normalise(model: AutoencoderKL, pictures: np.ndarray) -> None:
+def normalise(model: AutoencoderKL, images: np.ndarray) -> None:
     """Give latents mean 0 and variance 1 by channel, without changing what is decoded from them."""
-    parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+    parts = [images[start : start + 64] for start in range(0, len(images), 64)]
     latents = torch.cat([model.encode(to_samples(part).to(device())).latent_dist.mode() for part in parts])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))  # [4]
     out_of, into = model.quant_conv, model.post_quant_conv
@@ -125,11 +125,11 @@ def normalise(model: AutoencoderKL, pictures: np.ndarray) -> None:
 def train_decoder(work: Path) -> None:
     """Train the decoder on while the latents stay as they are, which the UNets learn at that time: ``vae-final.pt``."""
     torch.manual_seed(DECODER_PLAN.seed)
-    model, pictures = load_vae(work), load_pictures(work)
+    model, images = load_vae(work), load_images(work)
     trained_parts = nn.ModuleList([model.decoder, model.post_quant_conv]).requires_grad_(True)
 
     def loss(generator: torch.Generator) -> Tensor:
-        wanted = batch_of(pictures, generator, BATCH)
+        wanted = batch_of(images, generator, BATCH)
         with half():
             latents = model.encode(wanted).latent_dist.mode()
             noise = torch.randn(latents.shape, generator=generator).to(device())
@@ -162,15 +162,15 @@ def vae_for(family: str, work: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def make_latents(work: Path) -> None:
-    """Encode the training pictures: ``latents.npy``, float16 [SCENES, 4, h, w]."""
-    model, pictures = load_vae(work), load_pictures(work)
+    """Encode the training images: ``latents.npy``, float16 [SCENES, 4, h, w]."""
+    model, images = load_vae(work), load_images(work)
     latents = np.lib.format.open_memmap(
         work / "latents.partial.npy", "w+", dtype=np.float16,
-        shape=(len(pictures), 4, networks.LATENT_SIZE, networks.LATENT_SIZE),
+        shape=(len(images), 4, networks.LATENT_SIZE, networks.LATENT_SIZE),
     )  # fmt: skip
-    for start in range(0, len(pictures), 64):
+    for start in range(0, len(images), 64):
         with half():
-            encoded = model.encode(to_samples(pictures[start : start + 64]).to(device())).latent_dist.mode()
+            encoded = model.encode(to_samples(images[start : start + 64]).to(device())).latent_dist.mode()
         latents[start : start + 64] = encoded.float().cpu().numpy()
     latents.flush()
     os.replace(work / "latents.partial.npy", work / "latents.npy")
@@ -180,10 +180,10 @@ def train_tiny_vae(work: Path) -> None:
     """Train the tiny decoder on the autoencoder's latents, and an encoder to match: ``tiny-vae.pt``."""
     torch.manual_seed(TINY_PLAN.seed)
     model, teacher = networks.tiny_vae(), load_vae(work)
-    pictures = load_pictures(work)
+    images = load_images(work)
 
     def loss(generator: torch.Generator) -> Tensor:
-        wanted = batch_of(pictures, generator, BATCH, CROP)
+        wanted = batch_of(images, generator, BATCH, CROP)
         with torch.no_grad(), half():
             latents = teacher.encode(wanted).latent_dist.mode().float()
         with half():

@@ -23,7 +23,7 @@ export class Sheet {
     return this.strokes.length === 0;
   }
 
-  /** The sheet's shape is that of the picture; strokes stay as they are. */
+  /** The sheet's shape is that of the image; strokes stay as they are. */
   setAspect(width, height) {
     const side = 512;
     const longest = Math.max(width, height);

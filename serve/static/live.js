@@ -1,8 +1,8 @@
-// Type or draw, and the picture follows.
+// Type or draw, and the image follows.
 
 import { Sheet } from "./canvas.js";
 import { Pen } from "./pen.js";
-import { savePictures, showPicture } from "./pictures.js";
+import { saveImages, showImage } from "./images.js";
 import { askModels, keepToken, token, Unauthorized } from "./server.js";
 import { body, bringBack, chooseControlNet, field, fieldOf, keep, offer, showExamples, showNumbers, throwDice } from "./settings.js";
 import { LiveSocket } from "./socket.js";
@@ -10,7 +10,7 @@ import { LiveSocket } from "./socket.js";
 const LARGE = 640 * 640; // pixels from which on JPEG is quicker than PNG
 const RETRY = 1000; // milliseconds
 const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of refusals that the same input may not meet again
-const TOOLS = ["brush", "eraser"]; // they change no picture by themselves
+const TOOLS = ["brush", "eraser"]; // they change no image by themselves
 
 const inputs = new Map(); // by id: what was sent, and when
 let models = [];
@@ -20,7 +20,7 @@ let countdown = 0;
 
 const sheet = new Sheet(field("canvas"), { brush: field("brush"), eraser: field("eraser"), onChange: changed });
 new Pen(sheet, field("pen"));
-const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onPicture: show, onError: refuse });
+const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onImage: show, onError: refuse });
 
 field("model").addEventListener("change", () => choose(field("model").value));
 field("controlnet").addEventListener("change", () => chooseControlNet(current()));
@@ -85,7 +85,7 @@ const current = () => models.find(({ id }) => id === field("model").value);
 function changed() {
   showNumbers();
   if (!models.length) return;
-  document.body.dataset.asked = ""; // with `shown`: whether the picture is that of the newest input
+  document.body.dataset.asked = ""; // with `shown`: whether the image is that of the newest input
   document.body.classList.add("busy");
   if (frame) return;
   frame = requestAnimationFrame(() => {
@@ -117,7 +117,7 @@ function opened() {
 
 /** Says so, and counts down to the next attempt, which is seen and not read out. */
 function closed(seconds, why) {
-  inputs.clear(); // their pictures will not come
+  inputs.clear(); // their images will not come
   document.body.classList.add("offline");
   document.body.classList.remove("busy");
   field("retry").hidden = false;
@@ -136,17 +136,17 @@ function status(message) {
   if (field("status").textContent !== message) field("status").textContent = message; // else it is read out again
 }
 
-function show(header, picture) {
+function show(header, image) {
   const asked = inputs.get(header.id);
   if (!asked) return;
   for (const id of inputs.keys()) if (id < header.id) inputs.delete(id); // superseded
   complain("");
-  showPicture(header, picture, asked.request, (performance.now() - asked.sent) / 1000);
+  showImage(header, image, asked.request, (performance.now() - asked.sent) / 1000);
   if (header.index === header.count - 1) document.body.dataset.shown = header.id;
   if (document.body.dataset.shown === document.body.dataset.asked) document.body.classList.remove("busy");
 }
 
-/** An input was refused: why stands beside its field, and the last picture stays. */
+/** An input was refused: why stands beside its field, and the last image stays. */
 function refuse(id, error) {
   if (id !== null && id !== number - 1) return; // there is a newer one
   complain(error.message, fieldOf(error));
@@ -173,7 +173,7 @@ function dice() {
 async function save() {
   field("save").disabled = true;
   try {
-    await savePictures();
+    await saveImages();
     complain("");
   } catch (error) {
     complain(`Not saved: ${error instanceof Unauthorized ? "the token is not valid any more." : error.message}`, field("save"));

@@ -1,4 +1,4 @@
-// The service over HTTP: what it serves, pictures as files, and the token for both.
+// The service over HTTP: what it serves, images as files, and the token for both.
 
 const TOKEN = "hypersd-token"; // in sessionStorage: gone with the tab, and never in an address
 const PATIENCE = 10_000; // milliseconds
@@ -14,7 +14,7 @@ export async function askModels() {
   return (await answer.json()).data;
 }
 
-/** The picture that a request asks for, as a PNG file that carries its settings. */
+/** The image that a request asks for, as a PNG file that carries its settings. */
 export async function drawFile(request) {
   const headers = { "Content-Type": "application/json", Accept: "image/png", ...authorization() };
   const answer = await ask("/v1/images/generations", { method: "POST", headers, body: JSON.stringify(request) });

@@ -7,7 +7,7 @@ const UNSENT = 1 << 16; // bytes that may wait in the browser: beyond, a newer i
 export class LiveSocket {
   /**
    * @param {{prepare: () => Promise<boolean>, token: () => string | null, onOpen: () => void,
-   *   onClosed: (seconds: number, why: string) => void, onPicture: (header: object, picture: Blob) => void,
+   *   onClosed: (seconds: number, why: string) => void, onImage: (header: object, image: Blob) => void,
    *   onError: (id: number, error: object) => void}} handlers `prepare` comes before every attempt: it throws to have
    *   another one made later, and returns false if none is to be made before `tryNow`.
    */
@@ -75,9 +75,9 @@ export class LiveSocket {
       this.handlers.onError(id, error);
       return;
     }
-    const length = new DataView(data).getUint32(0); // of the header, which the picture's file follows
+    const length = new DataView(data).getUint32(0); // of the header, which the image's file follows
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
-    this.handlers.onPicture(header, new Blob([new Uint8Array(data, 4 + length)], { type: header.mime }));
+    this.handlers.onImage(header, new Blob([new Uint8Array(data, 4 + length)], { type: header.mime }));
   }
 
   /** Try again after a while, longer each time; not all pages at the same moment. */

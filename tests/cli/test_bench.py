@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hypersd.bench.report import decode
 from hypersd.cli import main
+from hypersd.tools.bench.report import decode
 
 
 def test_hypersd_beside_diffusers(sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both draw in processes of their own, the same picture; the table, the JSON and the plot say so."""
+    """Both draw in processes of their own, the same image; the table, the JSON and the plot say so."""
     outputs = ["--json", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png")]
     words = ["bench", str(sd15_bundle), "--contenders", "hypersd", "diffusers", "--rounds", "2", *outputs]
     assert main(words) == 0
@@ -26,7 +26,7 @@ def test_hypersd_beside_diffusers(sd15_bundle: Path, tmp_path: Path, capsys: pyt
     assert report.command.startswith(f"hypersd bench {sd15_bundle} --contenders hypersd diffusers --rounds 2")
     start = report.entry("diffusers").start
     assert start is not None
-    assert min(start.process, start.imports, start.load, start.first_picture) > 0
+    assert min(start.process, start.imports, start.load, start.first_image) > 0
     assert report.rates["fp32"].flops_per_second > 1e8
     summary = report.comparisons[0].rows[0].summary
     assert summary is not None

@@ -21,7 +21,7 @@ import pytest
 from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
 from hypersd.engines.bundle import sha256_file
-from hypersd.engines.manifest import PictureShapes, Range
+from hypersd.engines.manifest import ImageShapes, Range
 from hypersd.engines.tensorrt.targets import choose_shapes
 from hypersd.errors import RequestError
 
@@ -184,9 +184,7 @@ def test_engines_for_named_gpus(sd15_bundle: Path, copy, capsys: pytest.CaptureF
     assert "optimization level 1" in out
 
 
-def test_engines_for_a_part_of_the_pictures(
-    sdxl_dynamic_bundle: Path, copy, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_engines_for_a_part_of_the_images(sdxl_dynamic_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
     """A fixed height and a narrower width; the batch keeps the bundle's range."""
     bundle = copy(sdxl_dynamic_bundle)
     words = ["--backend", "tensorrt-rtx", "--height", "96", "--dynamic", "width=64:72:80"]
@@ -286,8 +284,8 @@ def test_build_with_nothing_installed(sd15_bundle: Path, nothing_installed: None
 
 @pytest.fixture(scope="module")
 def wide_manifest(sd15_bundle: Path):
-    """A manifest of 1 to 4 pictures, 64 to 128 high and 64 wide."""
-    shapes = PictureShapes(
+    """A manifest of 1 to 4 images, 64 to 128 high and 64 wide."""
+    shapes = ImageShapes(
         batch=Range(name="batch", min=1, opt=1, max=4),
         height=Range(name="height", min=64, opt=96, max=128),
         width=Range(name="width", min=64, opt=64, max=64),
@@ -467,7 +465,7 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
 
 
 def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[str], without_gpu: None) -> None:
-    """Name in full, flavour and version, GPUs, pictures, sizes, seconds, and why it does not run here."""
+    """Name in full, flavour and version, GPUs, images, sizes, seconds, and why it does not run here."""
     out, _ = run(capsys, "info", rtx_bundle, "--hashes")
     name = target_of(rtx_bundle)
     target = Bundle.load(rtx_bundle).manifest.engines[name]
@@ -475,7 +473,7 @@ def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[s
     facts = dict(re.findall(r"^ +(\S.*?) {2,}(\S.*?) *$", out, re.MULTILINE))
     assert facts["built for"] == f"TensorRT-RTX {target.version}"
     assert facts["GPUs"] == "portable"
-    assert facts["pictures"] == "1 of 64 x 64"
+    assert facts["images"] == "1 of 64 x 64"
     assert facts["networks"] == "3 of 3"
     plans = target.plans.values()
     assert facts["weights"] == f"{sum(plan.weights_memory or 0 for plan in plans) / 1e6:,.1f} MB"
@@ -556,7 +554,7 @@ def test_info_names_attentions_in_plain_kernels(rtx_bundle: Path, copy, capsys: 
 def test_generate_passes_over_engines_that_cannot_run(
     rtx_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_gpu: None
 ) -> None:
-    """The picture is drawn by ONNX Runtime; one line says why, another what runs where."""
+    """The image is drawn by ONNX Runtime; one line says why, another what runs where."""
     out, err = run(capsys, "generate", rtx_bundle, "a cat", "-o", tmp_path / "cat.png", "--seed", "1")
     passed_over, loaded = err.splitlines()
     assert passed_over.startswith("TensorRT engines passed over: ")

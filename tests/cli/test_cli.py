@@ -42,7 +42,7 @@ def test_info_tells_what_is_in_a_bundle(sdxl_bundle: Path, capsys: pytest.Captur
         assert expected in text
 
 
-def test_generate_writes_a_picture_with_its_settings(
+def test_generate_writes_a_image_with_its_settings(
     sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file is a PNG of the right size; its metadata hold all that is needed to draw it again, in any script."""
@@ -64,8 +64,8 @@ def test_generate_writes_a_picture_with_its_settings(
     assert [path.name for path in output.parent.iterdir()] == ["cat.png"], "no temporary file stays"
 
 
-def test_count_makes_a_contact_sheet_of_single_pictures(sd15_bundle: Path, tmp_path: Path) -> None:
-    """Picture i of --count is the picture of seed SEED+i alone; the sheet shows all."""
+def test_count_makes_a_contact_sheet_of_single_images(sd15_bundle: Path, tmp_path: Path) -> None:
+    """Image i of --count is the image of seed SEED+i alone; the sheet shows all."""
     several, alone = tmp_path / "several.png", tmp_path / "alone.png"
     assert main(["generate", str(sd15_bundle), "a cat", "--seed", "3", "--count", "3", "-o", str(several)]) == 0
     assert main(["generate", str(sd15_bundle), "a cat", "--seed", "5", "-o", str(alone)]) == 0
@@ -174,14 +174,14 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., s
         (["--device", "tpu"], "cpu"),
         (["--device", "cuda:99"], "cpu"),
         (["--seed", str(2**63 - 1), "--count", "2"], "--seed"),
-        (["-o", "picture.bmp"], ".png"),
+        (["-o", "image.bmp"], ".png"),
         (["--nonsense"], "--help"),
     ],
 )
 def test_bad_arguments_of_generate(
     arguments: list[str], expected: str, sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch
 ) -> None:
-    """Each ends with one line that names what was expected; no picture is written."""
+    """Each ends with one line that names what was expected; no image is written."""
     monkeypatch.chdir(tmp_path)
     assert expected in fails("generate", sd15_bundle, "a cat", *arguments)
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_bad_arguments_of_generate(
     "arguments",
     [["--timesteps", "999", "500"], ["--steps", "4", "--eta", "0.2"], ["--steps", "9", "--force"], []],
 )
-def test_metadata_draw_the_picture_again(arguments: list[str], sd15_bundle: Path, tmp_path: Path) -> None:
+def test_metadata_draw_the_image_again(arguments: list[str], sd15_bundle: Path, tmp_path: Path) -> None:
     """What the file says of itself, given back to a pipeline, gives the same pixels."""
     output = tmp_path / "a.png"
     assert main(["generate", str(sd15_bundle), "a cat", *arguments, "--seed", "4", "-o", str(output)]) == 0
@@ -351,7 +351,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out) > 10
 
 
-def test_a_picture_that_cannot_be_written(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_a_image_that_cannot_be_written(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
     """A folder where a file stands is said, and nothing stays behind."""
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails("generate", sd15_bundle, "a cat", "-o", tmp_path / "file" / "cat.png")
@@ -368,11 +368,11 @@ def test_the_script_is_the_command(tmp_path: Path) -> None:
 def test_verify_passes_and_fails(
     sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
 ) -> None:
-    """The bundle's pictures are diffusers' own; with another schedule in the manifest they are not, and it says so."""
+    """The bundle's images are diffusers' own; with another schedule in the manifest they are not, and it says so."""
     arguments = ["--prompt", "a cat", "--steps", "4", "--out", str(tmp_path / "pairs")]
     assert main(["verify", str(sd15_bundle), *arguments]) == 0
     out = capsys.readouterr().out
-    for stage in ("text", "step 1", "step 4", "decode", "picture"):
+    for stage in ("text", "step 1", "step 4", "decode", "image"):
         assert stage in out
     assert Image.open(tmp_path / "pairs/pair-0.png").size == (3 * 64, 64)
 
@@ -382,7 +382,7 @@ def test_verify_passes_and_fails(
     manifest["scheduler"]["beta_end"] = 0.02
     (altered / "bundle.json").write_text(json.dumps(manifest))
     assert main(["verify", str(altered), *arguments]) == 1
-    assert "not diffusers' pictures" in capsys.readouterr().err
+    assert "not diffusers' images" in capsys.readouterr().err
 
 
 def test_a_demonstration_checkpoint_from_export_to_verify(

@@ -52,8 +52,8 @@ def test_what_was_done_is_said_and_kept(
         "--steps",
         "8",
     ]
-    picture = generate(bundle, tmp_path / "out.png", *words)
-    settings = json.loads(picture.info["hypersd"])
+    image = generate(bundle, tmp_path / "out.png", *words)
+    settings = json.loads(image.info["hypersd"])
     assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
     assert settings["control_guidance_end"] == {"canny": 0.9}
     assert settings["control_image"] == {"canny": "photo.jpg"}, "the name alone: folders are nobody's business"
@@ -64,20 +64,20 @@ def test_what_was_done_is_said_and_kept(
     assert "canny follows" in capsys.readouterr().err
 
 
-def test_pictures_in_the_bundles_order_or_by_name(bundle: Path, photo: Path, tmp_path: Path) -> None:
-    """A value for each ControlNet, in order or with NAME=, in any order, is the same picture."""
+def test_images_in_the_bundles_order_or_by_name(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    """A value for each ControlNet, in order or with NAME=, in any order, is the same image."""
     other = tmp_path / "a=b.png"
     Image.new("RGB", (64, 64), "white").save(other)
     ordered = ["--control-image", photo, "--control-image", other, "--control-scale", "1", "--control-scale", "0.5"]
     named = ["--control-image", f"scribble={other}", "--control-image", f"canny={photo}"]
     named += ["--control-scale", "scribble=0.5", "--control-scale", "canny=1"]
-    pictures = [generate(bundle, tmp_path / f"{i}.png", *words) for i, words in enumerate((ordered, named))]
-    assert pictures[0].tobytes() == pictures[1].tobytes()
+    images = [generate(bundle, tmp_path / f"{i}.png", *words) for i, words in enumerate((ordered, named))]
+    assert images[0].tobytes() == images[1].tobytes()
     swapped = ["--control-image", other, "--control-image", photo]
-    assert generate(bundle, tmp_path / "2.png", *swapped).tobytes() != pictures[0].tobytes()
+    assert generate(bundle, tmp_path / "2.png", *swapped).tobytes() != images[0].tobytes()
 
 
-def test_the_whole_count_follows_one_picture(bundle: Path, photo: Path, tmp_path: Path) -> None:
+def test_the_whole_count_follows_one_image(bundle: Path, photo: Path, tmp_path: Path) -> None:
     """--count draws each seed under the same control, as the pipeline does."""
     control = ["--control-image", f"canny={photo}", "--resize-mode", "stretch"]
     assert (
@@ -110,7 +110,7 @@ def test_the_whole_count_follows_one_picture(bundle: Path, photo: Path, tmp_path
         (["--control-image", "canny=PHOTO", "--control-scale", "nan"], "nan"),
         (["--control-image", "canny=PHOTO", "--control-start", "0.6", "--control-end", "0.5"], "before the end"),
         (["--control-image", "canny=PHOTO", "--preprocess", "canny", "--canny-low", "300"], "300 and 200"),
-        (["--control-image", "canny=TEXT"], "not a picture"),
+        (["--control-image", "canny=TEXT"], "not an image"),
         (["--control-scale", "0.5"], "--control-image"),
         (["--save-control"], "--control-image"),
         (["--canny-low", "5"], "--canny-low"),
@@ -125,7 +125,7 @@ def test_what_cannot_be(
 ) -> None:
     """Each ends with one line that names the option, the file or the number."""
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     words = [word.replace("PHOTO", str(photo)).replace("TEXT", str(text)) for word in words]
     line = fails("generate", bundle, "a cat", "-o", tmp_path / "out.png", *words)
     assert said in line
@@ -133,10 +133,10 @@ def test_what_cannot_be(
 
 
 @pytest.mark.parametrize("size", ["104x96", "9000x9000"])
-def test_a_size_that_cannot_be_is_not_the_pictures_fault(
+def test_a_size_that_cannot_be_is_not_the_images_fault(
     size: str, bundle: Path, photo: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    """The size is refused as without a picture, before anything is fitted or written."""
+    """The size is refused as without an image, before anything is fitted or written."""
     words = ["--size", size, "--control-image", f"canny={photo}", "--save-control", "-o", tmp_path / "out.png"]
     assert "outside this bundle's 64" in fails("generate", bundle, "a cat", *words)
     assert not list(tmp_path.glob("out*"))
@@ -161,9 +161,9 @@ def test_a_controlnet_that_never_acts_is_told(
 ) -> None:
     """Of one step no half can be left out: the window would be without effect, and nobody would know."""
     one_step = ["--steps", "1", "--control-image", f"canny={photo}", *words]
-    picture = generate(bundle, tmp_path / "out.png", *one_step)
+    image = generate(bundle, tmp_path / "out.png", *one_step)
     assert "canny has no effect" in capsys.readouterr().err
-    assert picture.tobytes() == generate(bundle, tmp_path / "plain.png", "--steps", "1").tobytes()
+    assert image.tobytes() == generate(bundle, tmp_path / "plain.png", "--steps", "1").tobytes()
     generate(bundle, tmp_path / "out.png", *one_step[:-2])
     assert "no effect" not in capsys.readouterr().err
 

@@ -47,7 +47,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 
 def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Path) -> None:
-    """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, picture."""
+    """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, image."""
     env = hub.environment(tmp_path / "cache")
     hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
     words = ["--engine", "none", "--controlnet", f"canny={CANNY}"]

@@ -12,13 +12,13 @@ from PIL import Image
 
 from hypersd.cli import main
 from hypersd.engines import Bundle
-from hypersd.one_graph import add_one_graph
+from hypersd.tools.one_graph import add_one_graph
 
 
 def test_export_info_and_generate(
     export_arguments: list[str], sd15_bundle: Path, copy_bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The user's way: a done export gets its one-graphs, info shows them, and generate draws the same picture."""
+    """The user's way: a done export gets its one-graphs, info shows them, and generate draws the same image."""
     bundle = copy_bundle(sd15_bundle)
     export = [*export_arguments, "--precision", "fp32", "--engine", "none", "--out", str(bundle.root)]
     assert main([*export, "--one-graph", "2", "1", "2"]) == 0
@@ -42,7 +42,7 @@ def test_export_info_and_generate(
 def test_several_are_drawn_with_the_first_graph_if_no_steps_are_given(
     sd15_bundle: Path, copy_bundle, tmp_path: Path
 ) -> None:
-    """Without --steps the graph says how many; every picture has its own seed."""
+    """Without --steps the graph says how many; every image has its own seed."""
     bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
     output = tmp_path / "cat.png"
     assert main(["generate", str(bundle.root), "a cat", "--one-graph", "--count", "2", "-o", str(output)]) == 0

@@ -20,16 +20,16 @@ def draw(bundle: Path, output: Path, *options: str) -> np.ndarray:
     return np.asarray(Image.open(output), np.int16)
 
 
-def test_generate_draws_the_picture_and_says_with_what(
+def test_generate_draws_the_image_and_says_with_what(
     sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The line of the load names the version and the precision; the picture is ONNX Runtime's but for the rounding."""
+    """The line of the load names the version and the precision; the image is ONNX Runtime's but for the rounding."""
     expected = draw(sd15_bundle, tmp_path / "a.png", "--backend", "onnxruntime")
     capsys.readouterr()
     for options, precision, most in (((), resolve_precision(None), 16), (("--precision", "fp32"), "fp32", 1)):
-        picture = draw(sd15_bundle, tmp_path / "b.png", "--backend", "openvino", *options)
+        image = draw(sd15_bundle, tmp_path / "b.png", "--backend", "openvino", *options)
         assert f"on cpu with OpenVINO {openvino_version()} in {precision}, loaded in" in capsys.readouterr().err
-        assert abs(picture - expected).max() <= most
+        assert abs(image - expected).max() <= most
 
 
 def test_generate_says_once_that_openvino_is_faster(

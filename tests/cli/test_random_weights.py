@@ -53,7 +53,7 @@ def test_info_says_it_first(random_bundle: Path, sd15_bundle: Path, capsys: pyte
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert NAME in first
     assert "random weights" in second
-    assert "pictures are noise" in second
+    assert "images are noise" in second
     assert main(["info", str(sd15_bundle)]) == 0
     assert "random weights" not in capsys.readouterr().out
 
@@ -61,10 +61,10 @@ def test_info_says_it_first(random_bundle: Path, sd15_bundle: Path, capsys: pyte
 def test_generate_refuses_and_can_be_allowed(
     random_bundle: Path, sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    """Nobody waits for noise by accident, and a picture of noise says what it is."""
+    """Nobody waits for noise by accident, and an image of noise says what it is."""
     words = ["generate", random_bundle, "a cat", "--seed", "1", "-o", tmp_path / "cat.png"]
     line = fails(*words)
-    assert "has random weights, its pictures are noise" in line
+    assert "has random weights, its images are noise" in line
     assert "--allow-random-weights" in line
     assert list(tmp_path.iterdir()) == []
     assert main([*map(str, words), "--allow-random-weights"]) == 0

@@ -58,7 +58,7 @@ def test_it_draws_until_it_is_told_to_end(demo_canny_bundle: Path, tmp_path: Pat
         answers: list[httpx.Response] = []
         last = threading.Thread(target=lambda: answers.append(client.post("/v1/images/generations", json=body)))
         last.start()
-        wait_until(lambda: "hypersd_queue_pictures 0" not in client.get("/metrics").text or answers)
+        wait_until(lambda: "hypersd_queue_images 0" not in client.get("/metrics").text or answers)
         process.send_signal(signal.SIGTERM)
         last.join(LONG)
         out, err = process.communicate(timeout=LONG)

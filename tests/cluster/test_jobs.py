@@ -26,7 +26,7 @@ def write(path: Path, *lines: dict[str, Any] | str) -> Path:
     return path
 
 
-def write_picture(job: PromptJob, folder: Path) -> None:
+def write_image(job: PromptJob, folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / job.file, pnginfo=png_info({KEY_NAME: job.key}))
 
 
@@ -38,7 +38,7 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path: Path, manifest: Manifest) -> N
 
 
 def test_a_line_of_json_has_the_last_word(tmp_path: Path, manifest: Manifest) -> None:
-    """Options of the command are for lines that do not say otherwise; n pictures are n jobs."""
+    """Options of the command are for lines that do not say otherwise; n images are n jobs."""
     lines = {"prompt": "a cat", "seed": 40, "n": 2, "eta": 0.5}, {"prompt": "a dog"}
     jobs = read_jobs(write(tmp_path / "p.jsonl", *lines), manifest, 0, {"eta": 0.25})
     assert [(job.line, job.seed, job.body.eta, job.body.n) for job in jobs] == [
@@ -77,14 +77,14 @@ def test_an_option_that_is_wrong_is_not_blamed_on_a_line(
 
 
 def test_what_is_drawn_is_known_by_what_it_was_drawn_from(tmp_path: Path, manifest: Manifest) -> None:
-    """A prompt, a setting or a bundle that changed makes another picture of the same name; new engines do not."""
+    """A prompt, a setting or a bundle that changed makes another image of the same name; new engines do not."""
     line = {"prompt": "a cat", "seed": 3, "steps": 1}
 
     def job(changes: dict[str, Any] | None = None, bundle: Manifest = manifest) -> PromptJob:
         return read_jobs(write(tmp_path / "p.jsonl", {**line, **(changes or {})}), bundle, 0, {})[0]
 
     assert not job().is_drawn(tmp_path)
-    write_picture(job(), tmp_path)
+    write_image(job(), tmp_path)
     assert job().is_drawn(tmp_path)
     assert job({"user": "somebody"}).is_drawn(tmp_path)
     sampler = msgspec.structs.replace(manifest.sampler, eta=0.125)
@@ -94,8 +94,8 @@ def test_what_is_drawn_is_known_by_what_it_was_drawn_from(tmp_path: Path, manife
     assert not any(other.is_drawn(tmp_path) for other in others)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_picture_is_drawn_again(content: bytes, tmp_path: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_image_is_drawn_again(content: bytes, tmp_path: Path, manifest: Manifest) -> None:
     """Someone else's file of that name, or what a crash of the machine left."""
     job = read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, {})[0]
     (tmp_path / job.file).write_bytes(content)

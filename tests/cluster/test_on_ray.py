@@ -32,9 +32,9 @@ from PIL import Image, ImageChops
 from ray import serve
 
 from hypersd import Pipeline
+from hypersd.cluster.application import app
 from hypersd.cluster.bundles import BundleShelf, share
 from hypersd.cluster.drawer import Drawer
-from hypersd.cluster.serve import app
 
 ONGOING = 2  # requests that a replica takes with max_batch=1
 QUEUE = 16
@@ -108,7 +108,7 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-def picture(response: httpx.Response) -> Image.Image:
+def image(response: httpx.Response) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
 
 
@@ -122,10 +122,10 @@ def all_at_once(generate: Callable[..., httpx.Response], seeds: Sequence[int], c
 
 
 def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pipeline, demo_bundle: Path) -> None:
-    """The same application: the same fields, errors and pictures, and no word of Ray in them."""
+    """The same application: the same fields, errors and images, and no word of Ray in them."""
     drawn = cluster.generate(seed=11)
     assert drawn.status_code == 200
-    assert is_drawn_by(pipeline, picture(drawn), PROMPT, seed=11)
+    assert is_drawn_by(pipeline, image(drawn), PROMPT, seed=11)
     assert [card["id"] for card in cluster.client.get("/v1/models").json()["data"]] == [demo_bundle.name]
     wrong, unknown = cluster.generate(size="8x8"), cluster.generate(model="other")
     assert (wrong.status_code, unknown.status_code) == (400, 404)
@@ -189,7 +189,7 @@ def test_a_full_queue_refuses_at_once(cluster: Cluster) -> None:
 
 
 def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, pipeline: Pipeline) -> None:
-    """Each request has one answer, with the picture of its seed; only what was in the dead replica is drawn again."""
+    """Each request has one answer, with the image of its seed; only what was in the dead replica is drawn again."""
     victim = cluster.calls("draw")[-1][0]
     killed: list[str] = []
 
@@ -205,12 +205,12 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
     assert [response.status_code for response in responses] == [200] * len(seeds)
     for seed, response in zip(seeds, responses, strict=True):
         assert response.json()["data"][0]["seed"] == seed
-        assert is_drawn_by(pipeline, picture(response), PROMPT, seed=seed, num_inference_steps=4), seed
+        assert is_drawn_by(pipeline, image(response), PROMPT, seed=seed, num_inference_steps=4), seed
     ids = {response.headers["x-request-id"] for response in responses}
     drawn = Counter(request for _, request in cluster.calls("draw") if request in ids)
     assert sum(drawn.values()) <= len(seeds) + ONGOING  # what was in the dead replica, and nothing else, is drawn again
     figures = cluster.client.get("/metrics").text
-    assert 1 <= float(re.findall(r'failed_pictures_total\{error="ReplicaDied"\} (\S+)', figures)[0]) <= ONGOING
+    assert 1 <= float(re.findall(r'failed_images_total\{error="ReplicaDied"\} (\S+)', figures)[0]) <= ONGOING
 
 
 def test_a_node_without_the_bundle_fetches_it_once(cluster: Cluster, demo_bundle: Path, tmp_path: Path) -> None:
@@ -232,12 +232,12 @@ def test_a_node_without_the_bundle_fetches_it_once(cluster: Cluster, demo_bundle
 
 @pytest.fixture
 def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """``run_batch(lines, *options)``: the command on these lines, into ``pictures`` in the test's folder."""
+    """``run_batch(lines, *options)``: the command on these lines, into ``images`` in the test's folder."""
 
     def start(lines: Sequence[dict[str, Any]], *options: str) -> subprocess.Popen[str]:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(map(json.dumps, lines)))
-        command = ["batch", str(demo_bundle), str(prompts), "-o", str(tmp_path / "pictures"), "--num-gpus", "0"]
+        command = ["batch", str(demo_bundle), str(prompts), "-o", str(tmp_path / "images"), "--num-gpus", "0"]
         address = ["--address", ray_session["gcs_address"]]
         return subprocess.Popen(
             [sys.executable, "-m", "hypersd.cli", *command, *address, *options],
@@ -253,7 +253,7 @@ def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_
     """What lies there is kept, what is missing or has changed is drawn; a line that fails stops no other."""
     lines: list[dict[str, Any]] = [{"prompt": f"{PROMPT} {i}", "steps": 8} for i in range(64)]
     lines[40]["size"] = "64x64"  # which the bundle does not draw
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     first = run_batch(lines, "--actors", "1")
     wait_until(lambda: len(list(folder.glob("*.png"))) >= 8)
     first.kill()
@@ -265,15 +265,13 @@ def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_
     second = run_batch(lines, "--actors", "2")
     said, _ = second.communicate()
     assert second.returncode == 1, said
-    to_draw = (
-        f"64 pictures: {len(kept) - 1} are there, {65 - len(kept)} to draw, 1 of them because they would be others"
-    )
+    to_draw = f"64 images: {len(kept) - 1} are there, {65 - len(kept)} to draw, 1 of them because they would be others"
     assert to_draw in said
     assert "prompts.jsonl line 41: height 64 is outside this bundle's 96" in said
-    assert "1 of 64 pictures failed" in said
+    assert "1 of 64 images failed" in said
     drawn = times_of(folder)
     assert {name for name in kept if drawn[name] != kept[name]} == {"000001-0.png"}
-    listed = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
+    listed = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
     assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(drawn)
     for entry in listed[::9]:
         with Image.open(folder / entry["file"]) as image:
@@ -281,5 +279,5 @@ def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_
 
 
 def times_of(folder: Path) -> dict[str, int]:
-    """When each picture was written."""
+    """When each image was written."""
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}

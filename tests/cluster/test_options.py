@@ -1,4 +1,4 @@
-"""Arguments of ``serve run hypersd.cluster.serve:app``."""
+"""Arguments of ``serve run hypersd.cluster.application:app``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import click
 import pytest
 
+from hypersd.cluster.application import app
 from hypersd.cluster.options import read_options
-from hypersd.cluster.serve import app
 
 
 def test_words_of_a_command_line_become_values(sd15_bundle: Path, sdxl_bundle: Path) -> None:

@@ -205,7 +205,7 @@ def test_unknown_components_are_named_with_those_there_are(sd15_bundle: Path) ->
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
 def test_bundles_without_a_needed_network_are_refused(bundle: Path, name: str) -> None:
-    """A manifest that lists too little is found on load, not at the first picture."""
+    """A manifest that lists too little is found on load, not at the first image."""
     edit(bundle, lambda manifest: manifest["components"].pop(name))
     assert name in refusal(lambda: Pipeline.load(bundle, backend="null"))
 

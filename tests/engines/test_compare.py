@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from hypersd.engines.compare import TOLERANCES, differences
 from hypersd.engines.onnx_runtime import make_plain_session
 
-SIDE = 1024  # pixels of SDXL's pictures; a group of its decoder's last norm has four channels
+SIDE = 1024  # pixels of SDXL's images; a group of its decoder's last norm has four channels
 
 
 def test_a_large_group_norm_is_the_same(tmp_path: Path) -> None:

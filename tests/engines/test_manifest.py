@@ -365,7 +365,7 @@ def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
     ],
 )
 def test_unknown_keys_are_refused_by_name(place: tuple[str, ...]) -> None:
-    """A setting that this version does not know must not be ignored: it would draw another picture without a word."""
+    """A setting that this version does not know must not be ignored: it would draw another image without a word."""
     assert "`surprise`" in refusal(text(changed(*place, "surprise", to=1)))
 
 
@@ -450,7 +450,7 @@ def test_wrong_values_are_refused(keys: tuple[str | int, ...], value: Any) -> No
 
 @pytest.mark.parametrize("extents", [(3, 2, 4), (2, 5, 4), (4, 3, 2), (2, 1, 2)])
 def test_disordered_ranges_are_refused(extents: tuple[int, int, int]) -> None:
-    """A range must hold its own usual extent, in the picture's shapes, in a plan's and in a tensor's alike."""
+    """A range must hold its own usual extent, in the image's shapes, in a plan's and in a tensor's alike."""
     wrong = dict(zip(("min", "opt", "max"), extents, strict=True), name="batch\nx")
     assert "min <= opt <= max" in refusal(text(changed("shapes", "batch", to=wrong)))
     assert "min <= opt <= max" in refusal(text(changed("engines", "some-target", "shapes", "batch", to=wrong)))

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines import onnx_runtime as module
-from hypersd.engines.cuda_graphs import GraphedFunction
+from hypersd.engines.cuda.graphs import GraphedFunction
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
 

@@ -39,7 +39,7 @@ def load_openvino(root: Path, precision: str) -> Mapping[str, Engine]:
 
 
 def drawing_feeds(engine: Engine, seed: int) -> dict[str, Tensor]:
-    """Inputs as of the first step of a picture of 1024x1024: large numbers where large numbers are usual."""
+    """Inputs as of the first step of an image of 1024x1024: large numbers where large numbers are usual."""
     feeds = random_feeds(engine.inputs, seed)
     for name, number in (("timestep", 999.0), ("time_ids", 1024.0)):
         if name in feeds:
@@ -169,7 +169,7 @@ def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's CPU affinity")
 @pytest.mark.parametrize("cores", [1, 2])
 def test_what_networks_are_compiled_for(cores: int, monkeypatch: pytest.MonkeyPatch, sd15_bundle: Path) -> None:
-    """One picture at a time, on the cores that we have, in the precision that was asked for; angles in float32."""
+    """One image at a time, on the cores that we have, in the precision that was asked for; angles in float32."""
     cores = min(cores, len(os.sched_getaffinity(0)))  # OpenVINO asks for itself, and a test's worker may have one
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     precision = resolve_precision(None)
@@ -275,6 +275,6 @@ def test_a_pipeline_draws_what_onnx_runtime_draws(sd15_bundle: Path) -> None:
     """All networks together, from ``Pipeline.load`` on."""
     ours = Pipeline.load(sd15_bundle, backend="openvino", precision="fp32")
     theirs = Pipeline.load(sd15_bundle, backend="onnxruntime", device="cpu")
-    pictures = [pipe("a photo of a cat", seed=0, output_type="np").images for pipe in (ours, theirs)]
-    assert abs(pictures[0] - pictures[1]).max() < 1e-4
-    assert pictures[1].std() > 0.05
+    images = [pipe("a photo of a cat", seed=0, output_type="np").images for pipe in (ours, theirs)]
+    assert abs(images[0] - images[1]).max() < 1e-4
+    assert images[1].std() > 0.05

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from torch import Tensor
 
-from hypersd.engines.cuda_graphs import WARM_UPS, GraphedFunction
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction
 from hypersd.engines.engine import check_feeds
 from hypersd.engines.manifest import Range, TensorSpec
 from hypersd.engines.zeroed_inputs import KEPT_SHAPES, ZeroedInputs

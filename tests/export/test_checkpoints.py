@@ -63,7 +63,7 @@ def test_files_are_named_as_on_the_hub() -> None:
 
 
 def test_guided_are_the_cfg_files_and_no_others() -> None:
-    """Only the CFG LoRAs get graphs that hold each picture twice, and negative prompts."""
+    """Only the CFG LoRAs get graphs that hold each image twice, and negative prompts."""
     guided = {c.name for c in (*CHECKPOINTS, *DEMO_CHECKPOINTS) if c.is_guided}
     assert guided == {name for name in CARD | DEMO if "-CFG-" in name}
 

@@ -31,7 +31,7 @@ from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import HYPER_SD_REPO, find_checkpoint
 from hypersd.export.networks import Network
 from hypersd.export.recipes import make_recipes, tool_versions
-from hypersd.export.shapes import ShapeOptions, picture_shapes
+from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, find_sources
 
 ONE, TWO, UNET = "Hyper-SD15-1step-lora", "Hyper-SD15-2steps-lora", "Hyper-SDXL-1step-Unet"
@@ -359,7 +359,7 @@ def test_what_is_no_bundle_is_not_touched(kind: str, replace: bool, run: Run, ch
     out = tmp_path / "out"
     if kind == "folder":
         (out / "holidays").mkdir(parents=True)
-        (out / "holidays/picture.png").write_bytes(b"precious")
+        (out / "holidays/image.png").write_bytes(b"precious")
     else:
         out.write_bytes(b"precious")
     before = state(tmp_path)
@@ -504,13 +504,13 @@ def test_other_tools_are_not_reused(run: Run, cheap: Any, monkeypatch: pytest.Mo
 
 
 def test_the_unets_key_holds_its_latent_size(tiny_repos: Path, tmp_path: Path, source_options: Any) -> None:
-    """A VAE with another number of levels makes other latents of the same picture: the UNet's graph is another one."""
+    """A VAE with another number of levels makes other latents of the same image: the UNet's graph is another one."""
     base = Path(shutil.copytree(tiny_repos / SD15_REPO, tmp_path / "base"))
     keys = []
     for _ in range(2):
         sources = find_sources(find_checkpoint(ONE), source_options(ONE, base=str(base)), "fp32")
         records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
-        shapes = picture_shapes(ShapeOptions(height=64, width=64), 64)
+        shapes = image_shapes(ShapeOptions(height=64, width=64), 64)
         recipes = make_recipes(find_checkpoint(ONE), sources, records, shapes, "fp32", 1.0)
         keys.append(next(recipe.key for recipe in recipes if recipe.name == "unet"))
         config = base / "vae/config.json"

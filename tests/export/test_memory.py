@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from hypersd.engines.manifest import PictureShapes, Range
+from hypersd.engines.manifest import ImageShapes, Range
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.models import load_unet
 from hypersd.export.networks import unet_network
-from hypersd.export.safetensors_file import SafetensorsFile
 from hypersd.export.sources import SourceOptions, find_sources
 from hypersd.export.trace import trace
+from hypersd.weights.safetensors_file import SafetensorsFile
 
 
 def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOptions], tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOption
         for name, extent in (("batch", 1), ("height", 64), ("width", 64))
     }
     unet = load_unet(sources.parts["unet"], sources.lora, "sd15", 1.0, torch.float16)
-    network = unet_network(unet, PictureShapes(**one), guided=False, latent_scale=8)
+    network = unet_network(unet, ImageShapes(**one), guided=False, latent_scale=8)
     weights = [weakref.ref(parameter) for parameter in unet.parameters()]
     trace(network, tmp_path / "model.onnx")
     assert all(weight() is not None for weight in weights), "the test's own references count"
@@ -67,7 +67,7 @@ def test_what_was_read_from_a_file_is_unmapped(tiny_repos: Path, monkeypatch) ->
     opened = []
     open_file = SafetensorsFile._open
     monkeypatch.setattr(SafetensorsFile, "_open", lambda self: (opened.append(1), open_file(self)))
-    monkeypatch.setattr("hypersd.export.safetensors_file.REMAP_BYTES", 1_000_000)
+    monkeypatch.setattr("hypersd.weights.safetensors_file.REMAP_BYTES", 1_000_000)
     total = sum(tensor.nbytes for _, tensor in SafetensorsFile(path).tensors())
     assert total > 3_000_000
     assert len(opened) >= 3

@@ -22,10 +22,10 @@ from hypersd.errors import DiskFullError, RequestError, WeightsError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.architectures import PUBLISHED, empty_networks
 from hypersd.export.random_weights import LORA, RandomWeights, random_base
-from hypersd.export.safetensors_file import SafetensorsFile
 from hypersd.export.sources import SourceOptions
 from hypersd.runtime import Pipeline
-from hypersd.verify import check_thresholds, compare, find_threshold, load_reference
+from hypersd.tools.verification import check_thresholds, compare, find_threshold, load_reference
+from hypersd.weights.safetensors_file import SafetensorsFile
 
 NAME = "Hyper-SD15-1step-lora"
 PUBLISHED_PARAMETERS = {
@@ -243,7 +243,7 @@ def test_the_default_folder_is_not_a_real_bundles(
     ("name", "changes"),
     [(NAME, {}), (NAME, {"vae": "tiny"}), ("Hyper-SDXL-1step-Unet", {})],
 )
-def test_diffusers_draws_the_same_pictures(name: str, changes: dict[str, str], export_random) -> None:
+def test_diffusers_draws_the_same_images(name: str, changes: dict[str, str], export_random) -> None:
     """Verifying finds the weights that were exported, also TAESD's and those of a whole UNet."""
     bundle = export_random(name, **changes)
     pipe = Pipeline.load(bundle.root)

@@ -1,4 +1,4 @@
-"""Picture sizes and batches: what may be asked for, and how what may not is answered."""
+"""Image sizes and batches: what may be asked for, and how what may not is answered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypersd.errors import RequestError
-from hypersd.export.shapes import ShapeOptions, parse_dynamic, picture_shapes
+from hypersd.export.shapes import ShapeOptions, image_shapes, parse_dynamic
 
 extents = st.integers(-16, 5000) | st.integers(8, 512).map(lambda n: 8 * n) | st.sampled_from([63, 64, 4096, 4097])
 batches = st.integers(-2, 70)
@@ -52,13 +52,13 @@ def test_shapes_are_valid_or_refused(given_options: ShapeOptions, default: int) 
         for name, span in (given_options.dynamic or {}).items():  # a usual extent beside another range is no answer
             valid = valid and getattr(given_options, name) in (None, span[1])
         if valid:
-            shapes = picture_shapes(given_options, default)
+            shapes = image_shapes(given_options, default)
             for name in wanted:
                 found = getattr(shapes, name)
                 assert (found.name, found.min, found.opt, found.max) == (name, *wanted[name])
         else:
             with pytest.raises(RequestError) as error:
-                picture_shapes(given_options, default)
+                image_shapes(given_options, default)
             assert "\n" not in str(error.value)
             assert any(name in str(error.value) for name in wanted)
 
@@ -74,12 +74,12 @@ def test_default_ranges_hold_the_usual_size(
     asked = ShapeOptions(batch=batch, height=height, width=width, dynamic={})
     fixed = ShapeOptions(batch=batch, height=height, width=width)
     try:
-        usual = picture_shapes(fixed, default)
+        usual = image_shapes(fixed, default)
     except RequestError:
         with pytest.raises(RequestError):
-            picture_shapes(asked, default)
+            image_shapes(asked, default)
         return
-    shapes = picture_shapes(asked, default)
+    shapes = image_shapes(asked, default)
     for name in ("batch", "height", "width"):
         span = getattr(shapes, name)
         assert span.opt == getattr(usual, name).opt
@@ -109,7 +109,7 @@ def test_default_ranges_hold_the_usual_size(
 def test_what_is_wrong_is_named(given_options: ShapeOptions, words: list[str]) -> None:
     """The refusal names the dimension and the number given, and says what was expected."""
     with pytest.raises(RequestError) as error:
-        picture_shapes(given_options, 512)
+        image_shapes(given_options, 512)
     for word in words:
         assert word in str(error.value)
 

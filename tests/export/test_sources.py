@@ -21,7 +21,7 @@ from hypersd.export.hub import HubFile
 from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
 from hypersd.export.models import check_unet_sources, load_text_encoder, load_unet, load_vae
 from hypersd.export.recipes import make_recipes
-from hypersd.export.shapes import ShapeOptions, picture_shapes
+from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 from hypersd.export.tokenizer import write_tokenizer
 
@@ -191,7 +191,7 @@ def test_given_vae_wins_over_the_fixed_one(tiny_repos: Path, hub: FakeHub) -> No
     assert hub.asked == []
     assert sources.parts["vae"].weights[0].path == tiny_repos / SDXL_REPO / "vae/diffusion_pytorch_model.safetensors"
     records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
-    shapes = picture_shapes(ShapeOptions(), 64)
+    shapes = image_shapes(ShapeOptions(), 64)
     recipes = make_recipes(SDXL, sources, records, shapes, "fp16", 1.0)
     assert {recipe.name: recipe.precision for recipe in recipes} == {
         "text_encoder": "fp16", "text_encoder_2": "fp16", "vae_decoder": "fp32", "unet": "fp16",
@@ -322,7 +322,7 @@ def test_vae_with_the_published_key_names(tiny_repos: Path, copy_base: Callable[
 def precisions(checkpoint: Checkpoint, sources: Sources) -> set[str]:
     """The types of an fp16 bundle's networks."""
     records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
-    recipes = make_recipes(checkpoint, sources, records, picture_shapes(ShapeOptions(), 64), "fp16", 1.0)
+    recipes = make_recipes(checkpoint, sources, records, image_shapes(ShapeOptions(), 64), "fp16", 1.0)
     return {recipe.precision for recipe in recipes}
 
 

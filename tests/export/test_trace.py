@@ -27,7 +27,7 @@ from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, r
 from hypersd.export.layout import DiffusersBase, LocalFolder
 from hypersd.export.models import load_vae
 from hypersd.export.networks import Network, vae_decoder_network
-from hypersd.export.shapes import ShapeOptions, picture_shapes
+from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.trace import TRACE_SEED, _trace_extent, trace
 
 BUNDLES = pytest.mark.parametrize("which", ["sd15_bundle", "sdxl_bundle", "sdxl_dynamic_bundle"])
@@ -83,9 +83,9 @@ def controlled(contract: Contract, dtype: str, rows: Any, batch: Any, h: Any, w:
 
     inputs, outputs = contract["unet"]
     embedding = ("cond_embedding", dtype, (rows, 32, h, w))
-    picture = ("controlnet_cond", dtype, (batch, 3, "height", "width"))
+    image = ("controlnet_cond", dtype, (batch, 3, "height", "width"))
     return contract | {
-        "controlnet_cond_embedding/canny": ([picture], [("cond_embedding", dtype, (batch, 32, h, w))]),
+        "controlnet_cond_embedding/canny": ([image], [("cond_embedding", dtype, (batch, 32, h, w))]),
         "controlnet/canny": (
             [*inputs, embedding, ("conditioning_scale", "float32", (1,))],
             called("res_sample"),
@@ -143,7 +143,7 @@ def test_contract_of_files_and_manifest(which: str, bundle: Bundle) -> None:
 
 
 def test_ranges_of_a_guided_bundle(sdxl_dynamic_bundle: Path) -> None:
-    """Sizes are the pictures' by 8; the UNet's batch holds each picture twice, the other networks' does not."""
+    """Sizes are the images' by 8; the UNet's batch holds each image twice, the other networks' does not."""
     components = Bundle.load(sdxl_dynamic_bundle).manifest.components
     unet, vae = components["unet"].inputs["sample"].shape, components["vae_decoder"]
     latents = (Range(name=H, min=8, opt=8, max=13), Range(name=W, min=8, opt=8, max=12))
@@ -216,7 +216,7 @@ def test_weights_are_external(which: str, bundle: Bundle) -> None:
         component = bundle.manifest.components[name]
         assert component.files == (f"{name}/model.onnx", f"{name}/model.onnx_data")
         external = [t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
-        assert len(external) >= (1 if "embedding" in name else 10), "a picture's embedding is tiny"
+        assert len(external) >= (1 if "embedding" in name else 10), "an image's embedding is tiny"
         assert {e.value for t in external for e in t.external_data if e.key == "location"} == {"model.onnx_data"}
         inline = [t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL]
         assert all(len(t.raw_data) <= 1024 for t in inline)
@@ -273,7 +273,7 @@ def test_sdxls_own_vae_stays_float32_in_a_half_precision_bundle(tiny_repos: Path
 def test_tiny_decoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> None:
     """TAESD is traced like any VAE, over ranges, and equals torch."""
     part = DiffusersBase(LocalFolder(tiny_repos / "madebyollin/taesd")).part_in("", "vae")
-    shapes = picture_shapes(ShapeOptions(dynamic={"height": (64, 64, 96), "batch": (1, 1, 3)}), 64)
+    shapes = image_shapes(ShapeOptions(dynamic={"height": (64, 64, 96), "batch": (1, 1, 3)}), 64)
     network = vae_decoder_network(load_vae(part, dtype), shapes, 8)
     cases = reference_cases(network)
     files = trace(network, tmp_path / "model.onnx")

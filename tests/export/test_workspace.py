@@ -15,9 +15,9 @@ from hypersd.engines.bundle import Bundle
 from hypersd.engines.manifest import (
     Component,
     FileRecord,
+    ImageShapes,
     Manifest,
     Origin,
-    PictureShapes,
     Range,
     SamplerSettings,
     VaeSettings,
@@ -34,7 +34,7 @@ def manifest_of(components: dict[str, Component], files: dict[str, FileRecord]) 
     side = {"min": 64, "opt": 64, "max": 64}
     return Manifest(
         checkpoint="Test", family="sd15", precision="fp32", opset=23,
-        shapes=PictureShapes(batch=Range(name="batch", min=1, opt=1, max=1), height=Range(name="height", **side),
+        shapes=ImageShapes(batch=Range(name="batch", min=1, opt=1, max=1), height=Range(name="height", **side),
                              width=Range(name="width", **side)),
         sampler=SamplerSettings(kind="tcd", num_inference_steps=1, allowed_steps=(1,), eta=1.0, guidance_scale=0.0),
         scheduler={}, vae=VaeSettings(scaling_factor=1.0), force_zeros_for_empty_prompt=True, components=components,

@@ -51,10 +51,10 @@ def _run_one_plan(backend: str, bundle: Path, folder: Path, device: torch.device
     from hypersd.engines import Bundle
     from hypersd.engines.tensorrt.activation_memory import ActivationMemory
     from hypersd.engines.tensorrt.api import load_api
-    from hypersd.engines.tensorrt.engine import TensorRTEngine
-    from hypersd.engines.tensorrt.job import BuildJob
-    from hypersd.engines.tensorrt.load import warm_up
-    from hypersd.engines.tensorrt.process import run_build
+    from hypersd.engines.tensorrt.build_job import BuildJob
+    from hypersd.engines.tensorrt.build_process import run_build
+    from hypersd.engines.tensorrt.target_loader import warm_up
+    from hypersd.engines.tensorrt.tensorrt_engine import TensorRTEngine
 
     opened, name, plan = Bundle.load(bundle), "text_encoder", folder / "probe.engine"
     component = opened.manifest.components[name]

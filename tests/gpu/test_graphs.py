@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
-from hypersd.engines.cuda_graphs import KEPT_GRAPHS, WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
+from hypersd.engines.cuda.graphs import KEPT_GRAPHS, WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
 from hypersd.errors import DeviceError
 from hypersd.runtime.text import ENCODERS, ClipTokenizer
@@ -27,7 +27,7 @@ from hypersd.runtime.text import ENCODERS, ClipTokenizer
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("error::hypersd.engines.cuda_graphs.GraphWarning"),
+    pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning"),
 ]
 PROMPTS = ["a photo of a cat", "blue dog", "", "red cat"]
 
@@ -62,10 +62,10 @@ def assert_recorded(pipe: Pipeline, graphs: int | None = None) -> None:
     assert graphs in (None, len(entries))
 
 
-def pictures(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
+def images_of(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
     images = pipe(prompt, **arguments).images
     if isinstance(images, list):
-        return np.stack([np.asarray(picture) for picture in images])
+        return np.stack([np.asarray(image) for image in images])
     return images.cpu().numpy() if isinstance(images, Tensor) else images
 
 
@@ -135,20 +135,20 @@ def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.
     ]
     for i in range(WARM_UPS + 4):
         for call in calls:
-            ours, theirs = (pictures(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
+            ours, theirs = (images_of(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
             assert np.array_equal(ours, theirs), f"round {i}, {call}"
     assert_recorded(graphed, len(calls))
 
 
-def test_control_pictures_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None:
-    """Pictures and strengths that change are drawn by one graph, to the bit; zeros of plain calls stay zeros."""
+def test_control_images_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None:
+    """Images and strengths that change are drawn by one graph, to the bit; zeros of plain calls stay zeros."""
     graphed, plain = load(sdxl_dynamic_bundle)
     images = [Image.effect_noise((64, 64), sigma) for sigma in (20, 90)]
     for i in range(WARM_UPS + 4):
         control = {"image": images[i % 2], "controlnet_conditioning_scale": 0.2 * i + 0.1}
         for call in (control, {}, {**control, "control_guidance_end": 0.5}):
             settings = {"num_inference_steps": 8, "seed": i, "output_type": "np", **call}
-            assert np.array_equal(pictures(graphed, PROMPTS[0], **settings), pictures(plain, PROMPTS[0], **settings))
+            assert np.array_equal(images_of(graphed, PROMPTS[0], **settings), images_of(plain, PROMPTS[0], **settings))
     assert_recorded(graphed, 3)
 
 
@@ -157,11 +157,11 @@ def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:
     pipe, _ = load(sdxl_bundle)
     arguments: dict[str, Any] = {"num_inference_steps": 4, "eta": 1.0}
     for i in range(20):
-        pictures(pipe, PROMPTS[i % 4], seed=i, **arguments)
+        images_of(pipe, PROMPTS[i % 4], seed=i, **arguments)
     torch.cuda.synchronize()
     before, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
     for i in range(1000):
-        pictures(pipe, PROMPTS[i % 4], seed=i, **arguments)
+        images_of(pipe, PROMPTS[i % 4], seed=i, **arguments)
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
     for name in ("allocated_bytes.all.current", "reserved_bytes.all.current", "num_device_alloc"):
@@ -174,12 +174,12 @@ def test_a_thread_for_every_call_gets_to_the_graph_and_makes_no_buffers(sd15_bun
     """As many services work; step by step, which callbacks ask for, too."""
     graphed, plain = load(sd15_bundle)
     callback = {"callback_on_step_end": lambda *_: None}
-    expected = pictures(plain, PROMPTS[0], seed=0, num_inference_steps=2)
+    expected = images_of(plain, PROMPTS[0], seed=0, num_inference_steps=2)
     used = []
     for _ in range(30):
         for call in ({}, callback):
             with ThreadPoolExecutor(1) as pool:
-                drawn = pool.submit(pictures, graphed, PROMPTS[0], seed=0, num_inference_steps=2, **call).result(60)
+                drawn = pool.submit(images_of, graphed, PROMPTS[0], seed=0, num_inference_steps=2, **call).result(60)
             assert np.array_equal(drawn, expected)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
@@ -191,15 +191,15 @@ def test_a_thread_for_every_call_gets_to_the_graph_and_makes_no_buffers(sd15_bun
 
 
 def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
-    """More kinds than are kept: graphs are dropped with their memory and made again, and the pictures stay right."""
+    """More kinds than are kept: graphs are dropped with their memory and made again, and the images stay right."""
     graphed, plain = load(sd15_bundle)
     kinds: list[dict[str, Any]] = [{"num_inference_steps": n, "eta": 1.0, "force": True} for n in range(1, 13)]
-    expected = [pictures(plain, PROMPTS[0], seed=n, **kind) for n, kind in enumerate(kinds)]
+    expected = [images_of(plain, PROMPTS[0], seed=n, **kind) for n, kind in enumerate(kinds)]
     used = []
     for _ in range(3):
         for n, kind in enumerate(kinds):
             for _ in range(WARM_UPS + 2):
-                assert np.array_equal(pictures(graphed, PROMPTS[0], seed=n, **kind), expected[n])
+                assert np.array_equal(images_of(graphed, PROMPTS[0], seed=n, **kind), expected[n])
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[2] <= used[1] + (1 << 20)
@@ -207,17 +207,17 @@ def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
 
 
 def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Path, sdxl_bundle: Path) -> None:
-    """In one process, at once, recordings included: nothing of one call is in another's picture."""
+    """In one process, at once, recordings included: nothing of one call is in another's image."""
     pipes, plain = zip(load(sd15_bundle), load(sdxl_bundle), strict=True)
     jobs = [(which, seed) for which in range(2) for seed in (1, 2)]
-    alone = [pictures(plain[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for which, seed in jobs]
+    alone = [images_of(plain[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for which, seed in jobs]
     barrier = threading.Barrier(len(jobs))
 
     def work(i: int) -> list[np.ndarray]:
         which, seed = jobs[i]
         barrier.wait(60)
         with torch.cuda.stream(torch.cuda.Stream()):
-            return [pictures(pipes[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for _ in range(30)]
+            return [images_of(pipes[which], PROMPTS[seed], seed=seed, num_inference_steps=4) for _ in range(30)]
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         for i, results in enumerate(pool.map(work, range(len(jobs)))):

@@ -44,15 +44,15 @@ def copied(root: Path, folder: Path) -> Path:
 
 
 def assert_draws_as_the_cpu(root: Path, backend: str, **settings: Any) -> None:
-    """Eager, recorded and replayed, every picture is ONNX Runtime's on the CPU."""
+    """Eager, recorded and replayed, every image is ONNX Runtime's on the CPU."""
     from hypersd import Pipeline
 
     ours = Pipeline.load(root, backend=backend)
     theirs = Pipeline.load(root, backend="onnxruntime", device="cpu")
     for seed in range(CALLS_OF_A_KIND):
-        pictures = [pipe("a cat", seed=seed, output_type="np", **settings).images for pipe in (ours, theirs)]
-        assert pictures[0].shape == pictures[1].shape
-        quality = [psnr(one, other) for one, other in zip(*pictures, strict=True)]
+        images = [pipe("a cat", seed=seed, output_type="np", **settings).images for pipe in (ours, theirs)]
+        assert images[0].shape == images[1].shape
+        quality = [psnr(one, other) for one, other in zip(*images, strict=True)]
         assert min(quality) >= PSNR, (seed, quality)
 
 
@@ -92,7 +92,7 @@ def test_latents_are_those_of_diffusers_on_the_same_gpu(pipe, reference, steps: 
     assert (ours - theirs).pow(2).mean().sqrt() <= LATENT_ERROR * theirs.pow(2).mean().sqrt()
 
 
-def test_pictures_are_those_of_onnx_runtime(pipe, built) -> None:
+def test_images_are_those_of_onnx_runtime(pipe, built) -> None:
     """Same bundle, same seed, several steps with noise of their own: the backend changes nothing that is seen."""
     from hypersd import Pipeline
 
@@ -104,13 +104,13 @@ def test_pictures_are_those_of_onnx_runtime(pipe, built) -> None:
 
 @pytest.mark.parametrize("name", [SD15, SDXL])
 def test_rows_beyond_a_static_batch_are_drawn_one_by_one(built, backend: str, name: str) -> None:
-    """Guidance and two pictures on a bundle for one: the networks read and write slices of larger tensors."""
+    """Guidance and two images on a bundle for one: the networks read and write slices of larger tensors."""
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "red", "num_images_per_prompt": 2}
     assert_draws_as_the_cpu(built(name), backend, **settings)
 
 
 def test_shapes_change_inside_one_recording(backend: str, sdxl_dynamic_bundle: Path, tmp_path: Path) -> None:
-    """Three pictures on a bundle for one or two: runs of two rows and of one, in one graph."""
+    """Three images on a bundle for one or two: runs of two rows and of one, in one graph."""
     from hypersd.engines import build_engines
 
     root = build_engines(copied(sdxl_dynamic_bundle, tmp_path), backend).root
@@ -172,8 +172,8 @@ def test_two_pipelines_and_two_threads_draw_what_each_draws_alone(built, backend
 def test_a_replayed_engine_gives_the_bits_of_a_run_one(pipe) -> None:
     import torch
 
-    from hypersd.engines.cuda_graphs import capture_cuda_graph
-    from hypersd.engines.graphed_engine import GraphedEngine
+    from hypersd.engines.cuda.graphed_engine import GraphedEngine
+    from hypersd.engines.cuda.graphs import capture_cuda_graph
     from hypersd.engines.tensorrt.validate import random_feeds
 
     captures: list[object] = []
@@ -254,7 +254,7 @@ def empty_device_cache() -> None:
 
 
 def test_plans_without_weights_take_them_from_the_onnx_files(fp16_bundle, tmp_path: Path, backend: str) -> None:
-    """The same pictures; smaller on disk where there are weights to speak of."""
+    """The same images; smaller on disk where there are weights to speak of."""
     from hypersd import Pipeline
     from hypersd.engines import BuildOptions, build_engines
 
@@ -265,12 +265,12 @@ def test_plans_without_weights_take_them_from_the_onnx_files(fp16_bundle, tmp_pa
     sizes = {kind: manifest.files[manifest.engines[name].plans["unet"].file].size for kind, name in targets.items()}
     weights = sum(manifest.files[file].size for file in manifest.components["unet"].files)
     assert weights <= MB or sizes[True] < sizes[False]
-    pictures = [
+    images = [
         Pipeline.load(root, backend=backend, target=name)("a cat", seed=0, output_type="np").images
         for name in targets.values()
     ]
-    assert len(pictures) == 2
-    assert psnr(*pictures) >= PSNR
+    assert len(images) == 2
+    assert psnr(*images) >= PSNR
 
 
 def test_the_second_load_takes_the_kernels_from_the_cache(built, tmp_path: Path, backend: str) -> None:
@@ -278,13 +278,13 @@ def test_the_second_load_takes_the_kernels_from_the_cache(built, tmp_path: Path,
 
     if backend != "tensorrt-rtx":
         pytest.skip("only RTX compiles when it loads")
-    root, pictures, notes = copied(built(SD15), tmp_path), [], []
+    root, images, notes = copied(built(SD15), tmp_path), [], []
     for _ in range(2):
         notes.append(Notes())
         pipe = Pipeline.load(root, backend=backend, progress=notes[-1])
-        pictures.append(pipe("a cat", seed=0, output_type="np").images)
+        images.append(pipe("a cat", seed=0, output_type="np").images)
         assert len(list(root.glob("engines/*/*.cache"))) == len(pipe.engines)
     first, second = ({note for stage, note in noted.of.items() if "first run" in stage} for noted in notes)
     assert first == {"compiled for this GPU"}
     assert second == {"compiled at an earlier load"}
-    assert np.array_equal(*pictures)
+    assert np.array_equal(*images)

@@ -1,4 +1,4 @@
-"""Control pictures: whatever file comes, it is read upright as RGB or refused in one line; fitted, it is diffusers'."""
+"""Control images: whatever file comes, it is read upright as RGB or refused in one line; fitted, it is diffusers'."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+def source(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise(height, width, seed=seed))
 
 
@@ -76,21 +76,21 @@ SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><circle cx=
     ids=["empty", "text", "SVG", "header", "zeros"],
 )
 @pytest.mark.parametrize("name", ["sketch.png", "two\nlines.png"])
-def test_files_that_are_no_pictures_are_refused(tmp_path: Path, content: bytes, name: str) -> None:
+def test_files_that_are_no_images_are_refused(tmp_path: Path, content: bytes, name: str) -> None:
     """Empty, text, SVG, nothing but a header, zeros: the file and what is read are named."""
     path = tmp_path / name
     path.write_bytes(content)
     message = refusal(open_image, path)
-    assert "not a picture" in message
+    assert "not an image" in message
     assert "PNG, JPEG" in message
     assert "sketch.png" in message or "two" in message
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_pictures_cut_in_half_are_refused(tmp_path: Path, kind: str) -> None:
-    """An interrupted download must not become a picture with a grey half."""
+def test_images_cut_in_half_are_refused(tmp_path: Path, kind: str) -> None:
+    """An interrupted download must not become an image with a grey half."""
     whole = io.BytesIO()
-    picture(96, 96).save(whole, kind)
+    source(96, 96).save(whole, kind)
     path = tmp_path / f"half.{kind.lower()}"
     path.write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     message = refusal(open_image, path)
@@ -100,23 +100,23 @@ def test_pictures_cut_in_half_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 64), (64, 7)])
-def test_pictures_smaller_than_a_latent_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_smaller_than_a_latent_are_refused(tmp_path: Path, size: tuple[int, int]) -> None:
     """A tracking pixel or a divider line: both sides are named, and what is expected."""
-    message = refusal(open_image, saved(tmp_path / "dot.png", picture(*size)))
+    message = refusal(open_image, saved(tmp_path / "dot.png", source(*size)))
     assert f"{size[0]}x{size[1]}" in message
     assert "at least 8" in message
     assert "dot.png" in message
 
 
-def test_the_smallest_picture_is_read(tmp_path: Path) -> None:
+def test_the_smallest_image_is_read(tmp_path: Path) -> None:
     """The border that the message names is allowed itself."""
-    assert open_image(saved(tmp_path / "tiny.png", picture(8, 8))).size == (8, 8)
+    assert open_image(saved(tmp_path / "tiny.png", source(8, 8))).size == (8, 8)
 
 
 @pytest.mark.parametrize("limit", [24 * 16 - 1, 24 * 16 // 2 - 1], ids=["Pillow warns", "Pillow raises"])
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Past the limit Pillow only warns, past its double it raises: both are the same refusal here."""
-    path = saved(tmp_path / "bomb.png", picture())
+    path = saved(tmp_path / "bomb.png", source())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     message = refusal(open_image, path)
     assert "too many pixels" in message
@@ -129,7 +129,7 @@ def test_a_damaged_avif_is_refused(tmp_path: Path) -> None:
     """Pillow's decoder of AVIF raises a RuntimeError where others raise an OSError."""
     whole = io.BytesIO()
     try:
-        picture(64, 64).save(whole, "AVIF")
+        source(64, 64).save(whole, "AVIF")
     except (KeyError, OSError):
         pytest.skip("this Pillow has no AVIF")
     data = bytearray(whole.getvalue())
@@ -142,7 +142,7 @@ def test_a_damaged_avif_is_refused(tmp_path: Path) -> None:
 
 # EXIF
 
-# How an upright picture is stored for each orientation; 6 is what phones write that are held upright.
+# How an upright image is stored for each orientation; 6 is what phones write that are held upright.
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -157,8 +157,8 @@ STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize(("kind", "tolerance"), [("png", 0), ("jpg", 4)])
-def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, kind: str, tolerance: int) -> None:
-    """Phones turn pictures by EXIF only: without this the ControlNet would see a person lying down."""
+def test_images_are_turned_upright(tmp_path: Path, orientation: int, kind: str, tolerance: int) -> None:
+    """Phones turn images by EXIF only: without this the ControlNet would see a person lying down."""
     blocks = np.array([[0, 60, 120], [180, 220, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
     upright = np.stack([blocks] * 3, axis=2)
     exif = Image.Exif()
@@ -191,9 +191,9 @@ DAMAGED_EXIF = {
 @pytest.mark.parametrize(("exif", "size"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF)
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_spoils_no_picture(tmp_path: Path, kind: str, exif: bytes, size: tuple[int, int]) -> None:
-    """Every viewer shows such pictures: what can be told of the orientation holds, the rest is of no interest."""
-    assert open_image(saved(tmp_path / f"phone.{kind}", picture(), exif=exif)).size == size
+def test_damaged_exif_spoils_no_image(tmp_path: Path, kind: str, exif: bytes, size: tuple[int, int]) -> None:
+    """Every viewer shows such images: what can be told of the orientation holds, the rest is of no interest."""
+    assert open_image(saved(tmp_path / f"phone.{kind}", source(), exif=exif)).size == size
 
 
 # Modes
@@ -268,7 +268,7 @@ def test_sixteen_bit_colours_become_eight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
 def test_more_than_sixteen_bits_are_refused(tmp_path: Path, value: int) -> None:
-    """A 32-bit TIFF may mean anything: better no picture than a black one."""
+    """A 32-bit TIFF may mean anything: better no image than a black one."""
     deep = np.full((16, 24), 5, np.int32)
     deep[3, 3] = value
     message = refusal(open_image, saved(tmp_path / "deep.tif", Image.fromarray(deep)))
@@ -276,14 +276,14 @@ def test_more_than_sixteen_bits_are_refused(tmp_path: Path, value: int) -> None:
     assert "8-bit PNG" in message
 
 
-def test_grey_pictures_are_three_times_the_same(tmp_path: Path) -> None:
+def test_grey_images_are_three_times_the_same(tmp_path: Path) -> None:
     """Every level of grey stays what it is."""
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     seen = open_image(saved(tmp_path / "grey.png", Image.fromarray(levels)))
     assert np.array_equal(np.asarray(seen), np.dstack([levels] * 3))
 
 
-def test_one_bit_pictures_are_black_and_white(tmp_path: Path) -> None:
+def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     """Scanned drawings: 1 is 255 and not 1."""
     bits = noise(16, 24, 1) > 127
     seen = np.asarray(open_image(saved(tmp_path / "scan.png", Image.fromarray(bits))))
@@ -292,7 +292,7 @@ def test_one_bit_pictures_are_black_and_white(tmp_path: Path) -> None:
 
 def test_palettes_are_looked_up(tmp_path: Path) -> None:
     """An index is no grey."""
-    image = picture().quantize(16)
+    image = source().quantize(16)
     seen = open_image(saved(tmp_path / "palette.png", image))
     assert np.array_equal(np.asarray(seen), np.asarray(image.convert("RGB")))
 
@@ -334,11 +334,11 @@ def test_every_mode_is_rgb_or_a_refusal(mode: str) -> None:
 # Fitting
 
 
-@given(source=sizes, target=sizes)
+@given(size=sizes, target=sizes)
 @settings(deadline=None, max_examples=60)
-def test_fitting_is_diffusers_to_the_pixel(source: tuple[int, int], target: tuple[int, int]) -> None:
+def test_fitting_is_diffusers_to_the_pixel(size: tuple[int, int], target: tuple[int, int]) -> None:
     """Which filter, which side is cut, and on which side the odd pixel goes."""
-    image = picture(*source)
+    image = source(*size)
     for ours, theirs in (("crop", "crop"), ("stretch", "default")):
         fitted = fit(image, *target, ours)
         expected = JUDGE.resize(image, target[1], target[0], resize_mode=theirs)
@@ -348,20 +348,20 @@ def test_fitting_is_diffusers_to_the_pixel(source: tuple[int, int], target: tupl
 
 def test_the_aspect_is_kept_unless_told_otherwise() -> None:
     """The default cuts and does not distort."""
-    image = picture(40, 16)
+    image = source(40, 16)
     assert fit(image, 16, 16).tobytes() == image.crop((12, 0, 28, 16)).tobytes()
 
 
 def test_a_panorama_is_cut() -> None:
     """Only what nobody could hold is refused: twenty to one is unusual, and fine."""
-    image = picture(400, 20).resize((4000, 200))
+    image = source(400, 20).resize((4000, 200))
     assert fit(image, 512, 512).tobytes() == JUDGE.resize(image, 512, 512, resize_mode="crop").tobytes()
 
 
 @pytest.mark.parametrize("mode", ["fill", "default", "", None, ["crop"]])
 def test_unknown_resize_modes_name_the_known_ones(mode: Any) -> None:
     """Diffusers' other names included."""
-    message = refusal(fit, picture(), 8, 8, mode)
+    message = refusal(fit, source(), 8, 8, mode)
     assert repr(mode) in message
     assert "crop or stretch" in message
 
@@ -394,12 +394,12 @@ def assert_same(condition: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(condition, expected)
 
 
-@given(source=sizes, target=st.tuples(st.integers(1, 8), st.integers(1, 8)), count=st.integers(1, 3))
+@given(size=sizes, target=st.tuples(st.integers(1, 8), st.integers(1, 8)), count=st.integers(1, 3))
 @settings(deadline=None, max_examples=40)
-def test_pictures_become_diffusers_tensor(source: tuple[int, int], target: tuple[int, int], count: int) -> None:
-    """Bit for bit what the ControlNet gets there, of one picture and of a list."""
+def test_images_become_diffusers_tensor(size: tuple[int, int], target: tuple[int, int], count: int) -> None:
+    """Bit for bit what the ControlNet gets there, of one image and of a list."""
     width, height = target[0] * 8, target[1] * 8
-    images = [picture(*source, seed=seed) for seed in range(count)]
+    images = [source(*size, seed=seed) for seed in range(count)]
     assert_same(to_condition(images, width, height, "stretch"), judged(images, width, height))
     assert_same(to_condition(images[0], width, height, "stretch"), judged(images[0], width, height))
     expected = torch.cat([to_condition(fit(image, width, height), width, height) for image in images])
@@ -439,7 +439,7 @@ UNUSUAL: dict[str, Any] = {
 @pytest.mark.parametrize("image", UNUSUAL.values(), ids=UNUSUAL)
 @pytest.mark.filterwarnings("error")
 def test_every_array_of_floats_is_taken(image: np.ndarray) -> None:
-    """Numpy's views and dtypes that torch refuses or warns of are pictures all the same: ``array[:, ::-1]``."""
+    """Numpy's views and dtypes that torch refuses or warns of are images all the same: ``array[:, ::-1]``."""
     expected = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None]
     assert torch.equal(to_condition(image, 24, 16), expected)
 
@@ -479,22 +479,22 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no arrays": (np.zeros((0, 16, 24, 3)), "expected"),
     "no tensors": (torch.zeros(0, 3, 16, 24), "expected"),
     "empty list": ([], "empty"),
-    "empty list in a list": ([picture(), []], "empty"),
+    "empty list in a list": ([source(), []], "empty"),
     "path": ("photo.jpg", "str: expected a PIL image"),
     "Path": (Path("photo.jpg"), "expected a PIL image"),
     "None": (None, "NoneType"),
-    "None in a list": ([picture(), None], "NoneType"),
+    "None in a list": ([source(), None], "NoneType"),
     "number": (0.5, "float"),
-    "tiny picture": (picture(3, 9), "3x9 pixels"),
-    "picture of floats": (Image.new("F", (24, 16)), "mode F"),
+    "tiny image": (source(3, 9), "3x9 pixels"),
+    "image of floats": (Image.new("F", (24, 16)), "mode F"),
 }
 
 
 @pytest.mark.parametrize(("image", "telling"), WRONG.values(), ids=WRONG)
-def test_what_is_no_picture_is_refused(image: Any, telling: str) -> None:
+def test_what_is_no_image_is_refused(image: Any, telling: str) -> None:
     """Above all the usual slips: bytes or 0..255 for 0..1, the other layout, another size, a file's name."""
     message = refusal(to_condition, image, 24, 16)
-    assert message.startswith(("image: ", "control picture "))
+    assert message.startswith(("image: ", "control image "))
     assert telling in message
 
 
@@ -505,7 +505,7 @@ def test_what_is_no_picture_is_refused(image: Any, telling: str) -> None:
 def test_edges_are_opencvs(thresholds: tuple[float, ...]) -> None:
     """As in the code of diffusers' and the ControlNets' model cards, white on black, in three equal channels."""
     cv2 = pytest.importorskip("cv2")
-    image = picture(40, 30).resize((560, 420), Image.Resampling.BICUBIC)  # soft: edges of every strength
+    image = source(40, 30).resize((560, 420), Image.Resampling.BICUBIC)  # soft: edges of every strength
     edges = canny(image, *thresholds)
     expected = cv2.Canny(np.asarray(image), *(thresholds or (100, 200)))
     assert edges.mode == "RGB"
@@ -527,7 +527,7 @@ def test_edges_are_opencvs(thresholds: tuple[float, ...]) -> None:
 )
 def test_thresholds_out_of_order_are_refused(low: float, high: float, wrong: str) -> None:
     """OpenCV swaps them in silence, and makes of nan what it likes."""
-    message = refusal(canny, picture(), low, high)
+    message = refusal(canny, source(), low, high)
     assert "Canny threshold" in message
     assert wrong in message
     assert "expected" in message
@@ -536,13 +536,13 @@ def test_thresholds_out_of_order_are_refused(low: float, high: float, wrong: str
 @pytest.mark.parametrize("thresholds", [("100", 200), (100, None), (True, 200), ([1], 2)])
 def test_thresholds_that_are_no_numbers_are_refused(thresholds: tuple[Any, Any]) -> None:
     """As every other number that a call takes."""
-    assert "hreshold" in refusal(canny, picture(), *thresholds)
+    assert "hreshold" in refusal(canny, source(), *thresholds)
 
 
 def test_without_opencv_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenCV is in an extra, and the extra that is named exists; hypersd itself is on no package index."""
     monkeypatch.setitem(sys.modules, "cv2", None)
-    message = refusal(canny, picture())
+    message = refusal(canny, source())
     named = re.search(r"pip install -e '\.\[([\w-]+)\]'", message)
     assert named is not None
     extras = (Path(__file__).parents[2] / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
@@ -551,16 +551,16 @@ def test_without_opencv_the_message_says_how_to_get_it(monkeypatch: pytest.Monke
 
 def test_scribbles_are_inverted() -> None:
     """Dark lines on white become light lines on black."""
-    drawing = picture()
+    drawing = source()
     assert np.array_equal(np.asarray(scribble(drawing)), 255 - np.asarray(drawing))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_what_is_upright_is_not_turned_again(tmp_path: Path, orientation: int) -> None:
-    """A picture that was read with ``open_image`` goes through the pipeline as it is."""
+    """An image that was read with ``open_image`` goes through the pipeline as it is."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    upright = open_image(saved(tmp_path / "phone.jpg", picture(), exif=exif))
+    upright = open_image(saved(tmp_path / "phone.jpg", source(), exif=exif))
     assert upright.info == {}
     again = to_rgb(upright)
     assert again.size == upright.size

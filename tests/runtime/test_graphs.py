@@ -1,4 +1,4 @@
-"""The whole picture as one graph: the same pictures as step by step, to the bit, whatever changes between calls.
+"""The whole image as one graph: the same images as step by step, to the bit, whatever changes between calls.
 
 Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_graphs.py has the real one.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
-from hypersd.engines.cuda_graphs import WARM_UPS, GraphWarning
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphWarning
 from hypersd.errors import EngineError, RequestError
 from hypersd.runtime.text import ENCODERS, ClipTokenizer
 
-pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda_graphs.GraphWarning")
+pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning")
 PROMPT = "a photo of a cat"
 FAMILIES = pytest.mark.parametrize("family", ["sd15", "sdxl"])
 
@@ -49,7 +49,7 @@ def make_pipes(root: Path, backend: str = "onnxruntime", capture: Any = None) ->
 
 def as_array(images: Any) -> np.ndarray:
     if isinstance(images, list):
-        return np.stack([np.asarray(picture) for picture in images])
+        return np.stack([np.asarray(image) for image in images])
     return images.numpy() if isinstance(images, Tensor) else images
 
 
@@ -65,7 +65,7 @@ def assert_same(graphed: Pipeline, plain: Pipeline, calls: list[dict[str, Any]],
 
 
 @FAMILIES
-def test_pictures_are_those_of_the_plain_pipeline(family: str, request: pytest.FixtureRequest) -> None:
+def test_images_are_those_of_the_plain_pipeline(family: str, request: pytest.FixtureRequest) -> None:
     """Settings that alternate, each with a graph of its own, under prompts and seeds that share it."""
     graphed, plain, capture = make_pipes(request.getfixturevalue(f"{family}_bundle"))
     calls = [
@@ -81,10 +81,10 @@ def test_pictures_are_those_of_the_plain_pipeline(family: str, request: pytest.F
     zeroed = (
         family == "sdxl"
     )  # a negative prompt that is given goes through the encoders, an SDXL one that is not does not
-    assert capture.picture_captures == len(calls), "one each"
-    assert capture.picture_replays == len(calls) * (4 - WARM_UPS)
+    assert capture.image_captures == len(calls), "one each"
+    assert capture.image_replays == len(calls) * (4 - WARM_UPS)
     assert_same(graphed, plain, [{"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pil"}], rounds=5)
-    assert capture.picture_captures == len(calls) + (1 if zeroed else 0)
+    assert capture.image_captures == len(calls) + (1 if zeroed else 0)
 
 
 def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> None:
@@ -96,10 +96,10 @@ def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> Non
         {"height": 64, "width": 96, "guidance_scale": 1.0, "num_images_per_prompt": 3},
     ]
     assert_same(graphed, plain, calls)
-    assert capture.picture_captures == 3
+    assert capture.image_captures == 3
 
 
-def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callable[[str], Path]) -> None:
+def test_control_images_and_strengths_share_a_graph(export_controlled: Callable[[str], Path]) -> None:
     """They are inputs of the graph; which ControlNets act at which step is its key."""
     graphed, plain, capture = make_pipes(export_controlled("Hyper-SD15-1step-lora"))
     rng = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callabl
     for i, image in enumerate([one, other] * 3):
         call = {**base, "image": {"canny": image}, "controlnet_conditioning_scale": 0.3 + 0.1 * i}
         assert_same(graphed, plain, [call], rounds=1)
-    assert capture.picture_captures == 1
+    assert capture.image_captures == 1
     others: list[dict[str, Any]] = [
         {},
         {"image": {"scribble": one}},
@@ -118,11 +118,11 @@ def test_control_pictures_and_strengths_share_a_graph(export_controlled: Callabl
         {"image": {"canny": one}, "guidance_scale": 3.0, "num_images_per_prompt": 2},
     ]
     assert_same(graphed, plain, [{**base, **call} for call in others])
-    assert capture.picture_captures == 1 + len(others)
-    captures = capture.picture_captures
+    assert capture.image_captures == 1 + len(others)
+    captures = capture.image_captures
     without_effect = {**base, "image": {"canny": one}, "controlnet_conditioning_scale": 0.0}
     assert_same(graphed, plain, [without_effect])
-    assert capture.picture_captures == captures, "that is the plain picture's graph"
+    assert capture.image_captures == captures, "that is the plain image's graph"
 
 
 def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:
@@ -138,12 +138,12 @@ def test_what_a_graph_holds_fast_is_in_its_key(sd15_bundle: Path) -> None:
         {"num_inference_steps": None, "timesteps": [999, 500, 20]},
     ]
     assert_same(graphed, plain, [{**base, **change} for change in changes])
-    assert capture.picture_captures == len(changes)
+    assert capture.image_captures == len(changes)
     graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=0.0)
-    captures = capture.picture_captures
+    captures = capture.image_captures
     for scale in (0.5, 1.0, 0.0):
         graphed(PROMPT, seed=1, num_inference_steps=3, eta=0.5, guidance_scale=scale)
-    assert capture.picture_captures == captures + 1, "no guidance is no guidance"
+    assert capture.image_captures == captures + 1, "no guidance is no guidance"
 
 
 def test_generators_and_latents_are_used_as_without_a_graph(sd15_bundle: Path) -> None:
@@ -190,7 +190,7 @@ def test_callbacks_run_step_by_step(sd15_bundle: Path) -> None:
         assert_same(graphed, plain, [{"num_inference_steps": 3, "callback_on_step_end": halve}], rounds=1)
         assert_same(graphed, plain, [{"num_inference_steps": 3}], rounds=1)
     assert seen == [0, 1, 2] * 8
-    assert capture.captures == 1 + 2, "the picture, and step by step UNet and decoder; the prompt was encoded once"
+    assert capture.captures == 1 + 2, "the image, and step by step UNet and decoder; the prompt was encoded once"
 
 
 @pytest.mark.parametrize(
@@ -207,17 +207,17 @@ def test_timings_of_a_graph(kind: str, stages: list[str], sd15_bundle: Path) -> 
 
 
 def test_one_engine_that_cannot_be_recorded_is_enough(sd15_bundle: Path) -> None:
-    """The picture is recorded whole or not at all."""
+    """The image is recorded whole or not at all."""
     graphed, _, capture = make_pipes(sd15_bundle)
     engines = dict(graphed.engines)
     setattr(engines["vae_decoder"], "capturable", False)  # noqa: B010
     pipe = Pipeline(graphed.manifest, engines, graphed.text._tokenizers, capture=capture)
     for i in range(4):
         assert "denoise" in pipe(PROMPT, seed=i).timings
-    assert capture.picture_captures == 0
+    assert capture.image_captures == 0
 
 
-def test_a_failed_recording_is_a_warning_and_the_pictures_are_right(sd15_bundle: Path) -> None:
+def test_a_failed_recording_is_a_warning_and_the_images_are_right(sd15_bundle: Path) -> None:
     """It is shown at the call of the pipeline, once; with callbacks, for every network."""
 
     def fail(work: Any) -> Any:
@@ -227,7 +227,7 @@ def test_a_failed_recording_is_a_warning_and_the_pictures_are_right(sd15_bundle:
     assert_same(graphed, plain, [{}], rounds=WARM_UPS)
     with pytest.warns(GraphWarning, match="recording failed") as caught:
         assert_same(graphed, plain, [{}, {"output_type": "np"}, {"output_type": "pt"}], rounds=WARM_UPS + 3)
-    assert [warning.filename for warning in caught] == [__file__] * 2, "the text encoder and the picture"
+    assert [warning.filename for warning in caught] == [__file__] * 2, "the text encoder and the image"
     with pytest.warns(GraphWarning) as caught:
         assert_same(graphed, plain, [{"callback_on_step_end": lambda *_: None}], rounds=WARM_UPS + 3)
     assert len(caught) == len(graphed.engines) - 1, "UNet and decoder, which run by themselves now"
@@ -245,14 +245,14 @@ def test_bad_requests_leave_nothing_behind(sd15_bundle: Path) -> None:
             with pytest.raises(RequestError):
                 graphed(PROMPT, **bad)
         assert_same(graphed, plain, [{"seed": i}], rounds=1)
-    assert capture.picture_captures == 1
+    assert capture.image_captures == 1
 
 
 def test_the_null_backend_is_recorded_too(sdxl_bundle: Path) -> None:
     """The loop without networks, as a graph: what a launch costs."""
     graphed, plain, capture = make_pipes(sdxl_bundle, "null")
     assert_same(graphed, plain, [{"num_inference_steps": 4, "guidance_scale": 4.0}], rounds=5)
-    assert capture.picture_captures == 1
+    assert capture.image_captures == 1
 
 
 def test_a_thread_for_every_call_gets_to_the_graph(sd15_bundle: Path) -> None:
@@ -262,11 +262,11 @@ def test_a_thread_for_every_call_gets_to_the_graph(sd15_bundle: Path) -> None:
         for call in ({}, {"callback_on_step_end": lambda *_: None}):
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(assert_same, graphed, plain, [call], 1).result(60)
-    assert capture.captures == 1 + 2, "the picture, and step by step UNet and decoder; the prompt was encoded once"
+    assert capture.captures == 1 + 2, "the image, and step by step UNet and decoder; the prompt was encoded once"
 
 
 def test_threads_take_turns_and_draw_what_they_draw_alone(sd15_bundle: Path) -> None:
-    """Several users at once: one graph is launched by one of them at a time, and each gets its own picture."""
+    """Several users at once: one graph is launched by one of them at a time, and each gets its own image."""
     graphed, plain, capture = make_pipes(sd15_bundle)
     calls: list[dict[str, Any]] = [
         {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2},
@@ -283,4 +283,4 @@ def test_threads_take_turns_and_draw_what_they_draw_alone(sd15_bundle: Path) -> 
     with ThreadPoolExecutor(len(calls)) as pool:
         for i, results in enumerate(pool.map(work, range(len(calls)))):
             assert all(np.array_equal(result, alone[i]) for result in results)
-    assert capture.picture_captures == 2
+    assert capture.image_captures == 2

@@ -47,7 +47,7 @@ def test_a_known_prompt_runs_no_encoder_and_draws_the_same(counted: Any) -> None
 
 @FAMILIES
 def test_a_prompts_embeddings_do_not_depend_on_its_company(counted: Any) -> None:
-    """Alone, in a list, at any place, known or new: the same bits, so the same seed draws the same picture."""
+    """Alone, in a list, at any place, known or new: the same bits, so the same seed draws the same image."""
     pipe, _ = counted
     alone = pipe.encode_prompt([OTHER])
     lists = [[PROMPT, OTHER, ""], [OTHER, OTHER], ["red", OTHER]]

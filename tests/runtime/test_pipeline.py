@@ -1,6 +1,6 @@
 """The pipeline around the networks: outputs, noise, callbacks, how often each network runs, and threads.
 
-That the pictures themselves are diffusers' is tested in tests/test_parity.py.
+That the images themselves are diffusers' is tested in tests/test_parity.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from hypersd import Pipeline
 from hypersd.engines import Bundle, Manifest
 from hypersd.engines.load import Choice
-from hypersd.engines.manifest import PictureShapes, Range, TensorSpec
+from hypersd.engines.manifest import ImageShapes, Range, TensorSpec
 from hypersd.engines.null import NullEngine
 from hypersd.engines.tensorrt.targets import narrowed
 from hypersd.errors import EngineError, RequestError
@@ -52,14 +52,14 @@ def sd15(pipes: dict[str, Pipeline]) -> Pipeline:
 
 
 def draw(pipe: Pipeline, prompt: Any = PROMPT, **arguments: Any) -> np.ndarray:
-    """Pictures [B, H, W, 3] in 0..1."""
+    """Images [B, H, W, 3] in 0..1."""
     return pipe(prompt, output_type="np", **arguments).images
 
 
 # What comes out
 
 
-def test_the_four_output_types_are_one_picture(sd15: Pipeline) -> None:
+def test_the_four_output_types_are_one_image(sd15: Pipeline) -> None:
     """pil, np and pt are the same numbers in different clothes, and the latents decode to them."""
     arguments = {"num_inference_steps": 2, "num_images_per_prompt": 2, "seed": 3}
     pil, array, tensor, latents = (
@@ -73,7 +73,7 @@ def test_the_four_output_types_are_one_picture(sd15: Pipeline) -> None:
     assert tensor.shape == (2, 3, 64, 64)
     assert latents.shape == (2, 4, 8, 8)
     assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array)
-    assert np.array_equal(np.stack([np.asarray(picture) for picture in pil]), (array * 255).round().astype(np.uint8))
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), (array * 255).round().astype(np.uint8))
     decoded = (sd15.decode(latents) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(decoded, tensor, rtol=0, atol=1e-6)
     assert not np.array_equal(array[0], array[1])
@@ -88,7 +88,7 @@ def test_results_outlive_the_next_call(kind: str, sd15: Pipeline) -> None:
     assert (first == kept).all()
 
 
-def test_decoded_pictures_outlive_the_next_call(sd15: Pipeline) -> None:
+def test_decoded_images_outlive_the_next_call(sd15: Pipeline) -> None:
     """On a GPU threads share the decoder's buffers: what ``decode`` returned is the caller's."""
     latents = sd15(PROMPT, seed=1, output_type="latent").images
     decoded = sd15.decode(latents)
@@ -108,7 +108,7 @@ def test_tensors_that_are_returned_are_ordinary_ones(kind: str, sd15: Pipeline) 
 
 
 def test_unknown_output_types_are_refused_before_any_work(sd15_bundle: Path) -> None:
-    """A slip in the last argument must not cost a whole picture first."""
+    """A slip in the last argument must not cost a whole image first."""
     pipe, engines = counting_pipe(sd15_bundle)
     with pytest.raises(RequestError, match="pil, np, pt, latent"):
         pipe(PROMPT, output_type="jpg")
@@ -148,22 +148,22 @@ def test_a_callbacks_time_is_its_steps(sd15: Pipeline) -> None:
 
 
 @FAMILIES
-def test_pictures_of_a_list_of_seeds_do_not_depend_on_their_neighbours(family: str, pipes: dict[str, Pipeline]) -> None:
-    """Each picture of a batch is the one that its seed draws alone, fresh noise of every step included."""
+def test_images_of_a_list_of_seeds_do_not_depend_on_their_neighbours(family: str, pipes: dict[str, Pipeline]) -> None:
+    """Each image of a batch is the one that its seed draws alone, fresh noise of every step included."""
     pipe, seeds = pipes[family], [11, 5, 2**63 - 1]
     arguments = {"num_inference_steps": 3, "eta": 1.0}
     batch = pipe(PROMPT, num_images_per_prompt=3, seed=seeds, output_type="np", **arguments)
     assert batch.seed == tuple(seeds)
-    for picture, seed in zip(batch.images, seeds, strict=True):
+    for image, seed in zip(batch.images, seeds, strict=True):
         alone = draw(pipe, seed=seed, **arguments)[0]
-        np.testing.assert_allclose(picture, alone, atol=1e-5)
+        np.testing.assert_allclose(image, alone, atol=1e-5)
     assert np.abs(batch.images[0] - batch.images[1]).max() > 0.05
     by_prompt = draw(pipe, ["red dog", PROMPT], seed=[1, 11], **arguments)
     np.testing.assert_allclose(by_prompt[1], batch.images[0], atol=1e-5)
 
 
 def test_without_a_seed_one_is_drawn_and_reported(sd15: Pipeline) -> None:
-    """A picture that was not asked for twice can still be drawn again; two calls differ."""
+    """An image that was not asked for twice can still be drawn again; two calls differ."""
     first, second = (sd15(PROMPT, num_inference_steps=2, num_images_per_prompt=2, output_type="np") for _ in range(2))
     assert isinstance(first.seed, int)
     assert first.seed != second.seed
@@ -173,7 +173,7 @@ def test_without_a_seed_one_is_drawn_and_reported(sd15: Pipeline) -> None:
 
 
 def test_torchs_own_randomness_is_neither_used_nor_touched(sd15: Pipeline) -> None:
-    """A service's global seed does not decide its pictures, and drawing does not advance it."""
+    """A service's global seed does not decide its images, and drawing does not advance it."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = sd15(PROMPT, num_inference_steps=2).seed
@@ -183,7 +183,7 @@ def test_torchs_own_randomness_is_neither_used_nor_touched(sd15: Pipeline) -> No
 
 @FAMILIES
 def test_generators_are_seeds(family: str, pipes: dict[str, Pipeline]) -> None:
-    """diffusers' way to give a seed means the same as ours, one or one a picture."""
+    """diffusers' way to give a seed means the same as ours, one or one an image."""
     pipe, arguments = pipes[family], {"num_inference_steps": 2, "num_images_per_prompt": 2, "eta": 0.7}
     one = pipe(PROMPT, generator=seeded(7), output_type="np", **arguments)
     assert one.seed is None
@@ -277,7 +277,7 @@ def test_callbacks_see_and_change_what_they_do_in_diffusers(
     pipe, judge = pipes[family], reference(NAMES[family])
     ours: list[Any] = []
     theirs: list[Any] = []
-    picture = pipe(PROMPT, seed=7, callback_on_step_end=recorder(ours, change), **arguments).images
+    image = pipe(PROMPT, seed=7, callback_on_step_end=recorder(ours, change), **arguments).images
     expected = judge(PROMPT, generator=seeded(7), callback_on_step_end=recorder(theirs, change), **arguments).images
     assert all(call[0] is pipe for call in ours)
     assert [call[1] for call in ours] == [call[1] for call in theirs] == [0, 1, 2]
@@ -286,20 +286,20 @@ def test_callbacks_see_and_change_what_they_do_in_diffusers(
         assert one[3].keys() == other[3].keys()
         for name in one[3]:
             torch.testing.assert_close(one[3][name], other[3][name], rtol=1e-3, atol=1e-3)
-    assert np.abs(picture - expected).max() < TOLERANCE
+    assert np.abs(image - expected).max() < TOLERANCE
     if kind != "look":
         plain = draw(pipe, seed=7, num_inference_steps=3, guidance_scale=guidance, eta=0.5)
-        assert np.abs(picture - plain).max() > 5 * TOLERANCE, "the change must show"
+        assert np.abs(image - plain).max() > 5 * TOLERANCE, "the change must show"
 
 
 def test_callbacks_get_latents_unless_they_ask_otherwise(sd15: Pipeline) -> None:
     """diffusers' default; a callback that returns nothing changes nothing."""
     seen: list[list[str]] = []
-    picture = draw(
+    image = draw(
         sd15, seed=7, num_inference_steps=2, callback_on_step_end=lambda pipe, i, t, tensors: seen.append(list(tensors))
     )
     assert seen == [["latents"], ["latents"]]
-    assert np.array_equal(picture, draw(sd15, seed=7, num_inference_steps=2))
+    assert np.array_equal(image, draw(sd15, seed=7, num_inference_steps=2))
     seen.clear()
     sd15(
         PROMPT,
@@ -340,7 +340,7 @@ def test_unknown_callback_tensors_are_refused_with_the_known_ones(names: Any, sd
 
 
 def test_an_error_in_a_callback_comes_out_and_leaves_the_pipeline_usable(sd15: Pipeline) -> None:
-    """The way to stop a picture half-way."""
+    """The way to stop an image half-way."""
 
     class StopError(Exception):
         pass
@@ -380,7 +380,7 @@ def test_too_little_device_memory_is_one_line_of_what_to_do(
         pipe(PROMPT, num_images_per_prompt=3)
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("CUDA", "GPU 0 has 9 MiB free", "smaller pictures or fewer at a time", "free the device"):
+    for part in ("CUDA", "GPU 0 has 9 MiB free", "smaller images or fewer at a time", "free the device"):
         assert part in message
     assert caught.value.__cause__ is error
     monkeypatch.undo()
@@ -421,8 +421,8 @@ def test_without_guidance_the_unet_runs_once_a_step_with_one_row(
 
 
 @FAMILIES
-def test_a_fixed_batch_of_one_serves_any_number_of_pictures(family: str, request: pytest.FixtureRequest) -> None:
-    """One UNet row a step and picture, two with guidance; each prompt is encoded once, however many pictures it has."""
+def test_a_fixed_batch_of_one_serves_any_number_of_images(family: str, request: pytest.FixtureRequest) -> None:
+    """One UNet row a step and image, two with guidance; each prompt is encoded once, however many images it has."""
     pipe, engines = counting_pipe(request.getfixturevalue(f"{family}_bundle"))
     arguments: Any = {"num_inference_steps": 2, "num_images_per_prompt": 3, "seed": 0}
     pipe([PROMPT, "blue dog"], guidance_scale=0.0, **arguments)
@@ -438,7 +438,7 @@ def test_a_fixed_batch_of_one_serves_any_number_of_pictures(family: str, request
 
 
 def test_a_ranged_batch_is_used(sdxl_dynamic_bundle: Path) -> None:
-    """A bundle of one or two pictures draws two guided pictures in one UNet run a step: four rows."""
+    """A bundle of one or two images draws two guided images in one UNet run a step: four rows."""
     pipe, engines = counting_pipe(sdxl_dynamic_bundle, "null")
     arguments: Any = {"num_inference_steps": 8, "seed": 0, "output_type": "np"}
     for count, guidance, rows in [(1, 1.0, [1]), (1, 5.0, [2]), (2, 1.0, [2]), (2, 5.0, [4]), (3, 1.0, None)]:
@@ -457,11 +457,11 @@ def test_a_ranged_batch_is_used(sdxl_dynamic_bundle: Path) -> None:
 
 @FAMILIES
 def test_the_null_backend_runs_the_loop_and_counts(family: str, request: pytest.FixtureRequest) -> None:
-    """The loop without networks: grey pictures, checked inputs, and how often each engine was run."""
+    """The loop without networks: grey images, checked inputs, and how often each engine was run."""
     pipe = Pipeline.load(request.getfixturevalue(f"{family}_bundle"), backend="null")
     output = pipe([PROMPT, "blue dog"], num_inference_steps=4, seed=0)
-    assert [picture.size for picture in output.images] == [(64, 64)] * 2
-    assert {picture.getpixel((9, 9)) for picture in output.images} == {(128, 128, 128)}
+    assert [image.size for image in output.images] == [(64, 64)] * 2
+    assert {image.getpixel((9, 9)) for image in output.images} == {(128, 128, 128)}
     engines = {name: engine for name, engine in pipe.engines.items() if isinstance(engine, NullEngine)}
     assert engines.keys() == pipe.engines.keys()
     assert engines["unet"].runs == 8
@@ -486,7 +486,7 @@ def test_engines_narrower_than_their_bundle_say_what_else_to_take(
     """Another export would not help where the bundle has the size, and other engines not where it has not."""
     wide = Bundle.load(sdxl_dynamic_bundle).manifest
     fixed = {name: Range(name=name, min=n, opt=n, max=n) for name, n in (("batch", 1), ("height", 64), ("width", 64))}
-    pipe = load_narrow(sdxl_dynamic_bundle, narrowed(wide, PictureShapes(**fixed)), monkeypatch)
+    pipe = load_narrow(sdxl_dynamic_bundle, narrowed(wide, ImageShapes(**fixed)), monkeypatch)
     assert pipe(PROMPT, seed=0, num_inference_steps=8).images[0].size == (64, 64)
     with pytest.raises(RequestError) as caught:
         pipe(PROMPT, height=96)
@@ -534,12 +534,12 @@ def test_threads_share_a_pipeline_and_draw_what_they_draw_alone(family: str, pip
         {"prompt": ["red cat", "the dog"], "seed": 3, "num_inference_steps": 1},
         {"prompt": "", "seed": [4, 5], "num_images_per_prompt": 2, "num_inference_steps": 3, "eta": 0.3},
     ]
-    alone = [[picture.tobytes() for picture in pipe(**call).images] for call in calls]
+    alone = [[image.tobytes() for image in pipe(**call).images] for call in calls]
     barrier = threading.Barrier(len(calls))
 
     def work(i: int) -> list[list[bytes]]:
         barrier.wait(60)
-        return [[picture.tobytes() for picture in pipe(**calls[i]).images] for _ in range(6)]
+        return [[image.tobytes() for image in pipe(**calls[i]).images] for _ in range(6)]
 
     with ThreadPoolExecutor(len(calls)) as pool:
         for i, results in enumerate(pool.map(work, range(len(calls)))):

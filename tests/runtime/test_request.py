@@ -231,8 +231,8 @@ def test_sizes_that_are_none_are_refused(side: str, extent: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 1025, 1.0, "1", None, True])
-def test_picture_counts_out_of_range_are_refused(count: Any) -> None:
-    """At least one picture, and a bound against slips of the keyboard."""
+def test_image_counts_out_of_range_are_refused(count: Any) -> None:
+    """At least one image, and a bound against slips of the keyboard."""
     message = refusal(num_images_per_prompt=count)
     assert "num_images_per_prompt" in message
     assert "from 1 to 1024" in message
@@ -247,8 +247,8 @@ def test_seeds_out_of_range_are_refused(seed: Any) -> None:
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3], (1, 2, 3, 4, 5)])
-def test_seed_lists_are_one_a_picture(seeds: Any) -> None:
-    """A list of the wrong length names the number of pictures."""
+def test_seed_lists_are_one_a_image(seeds: Any) -> None:
+    """A list of the wrong length names the number of images."""
     message = refusal(["cat", "dog"], num_images_per_prompt=2, seed=seeds)
     assert f"got {len(seeds)}" in message
     assert "4" in message

@@ -101,7 +101,7 @@ def warnings_of(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
 
 @pytest.mark.parametrize("prompt", NASTY, ids=lambda prompt: ascii(prompt[:20]))
 def test_nasty_prompts_have_transformers_tokens(prompt: str, tokenizer_pairs: Any) -> None:
-    """Protects parity of every picture at its root: normalisation, merges, special tokens, truncation, padding."""
+    """Protects parity of every image at its root: normalisation, merges, special tokens, truncation, padding."""
     for ours, theirs in tokenizer_pairs:
         ids, _ = ours([prompt])
         assert ids.shape == (1, 77)

@@ -1,4 +1,4 @@
-"""Decoding in tiles: diffusers' own pictures, whatever the sizes, and no more latents at a time than a tile's."""
+"""Decoding in tiles: diffusers' own images, whatever the sizes, and no more latents at a time than a tile's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def decoder(vae: Any, seen: list[tuple[int, ...]] | None = None) -> Callable[[Te
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_pictures_are_those_of_diffusers(vae: AutoencoderKL, size: tuple[int, int]) -> None:
+def test_images_are_those_of_diffusers(vae: AutoencoderKL, size: tuple[int, int]) -> None:
     """To the bit, also where last tiles are smaller or hold nothing that others do not."""
     latents = noise(*size)
     expected = tiled_by_diffusers(vae, latents, 32, 0.25)
@@ -76,7 +76,7 @@ def test_pictures_are_those_of_diffusers(vae: AutoencoderKL, size: tuple[int, in
 @torch.no_grad()
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 0.5), (64, 0.125), (96, 0.25), (32, 0.0)])
 def test_other_tiles_and_batches_too(vae: AutoencoderKL, tile: int, overlap: float) -> None:
-    """The sizes of tiles and of what they share are the caller's, and every picture of a batch is tiled."""
+    """The sizes of tiles and of what they share are the caller's, and every image of a batch is tiled."""
     latents = noise(13, 7, batch=2)
     expected = tiled_by_diffusers(vae, latents, tile, overlap)
     assert torch.equal(tiled_decode(latents, decoder(vae), tile, overlap), expected)
@@ -91,8 +91,8 @@ def test_half_precision_rounds_as_diffusers_does(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def test_a_picture_that_fits_is_decoded_whole(vae: AutoencoderKL) -> None:
-    """No second pass, and no copy: small pictures cost what they did."""
+def test_a_image_that_fits_is_decoded_whole(vae: AutoencoderKL) -> None:
+    """No second pass, and no copy: small images cost what they did."""
     seen: list[tuple[int, ...]] = []
     latents = noise(4, 3)
     assert torch.equal(tiled_decode(latents, decoder(vae, seen), 32), vae.decode(latents).sample)
@@ -170,11 +170,11 @@ def test_a_dynamic_bundles_decoder_takes_every_tile(sdxl_dynamic_bundle: Path) -
     def decode(part: Tensor) -> Tensor:
         return engine.run({"latent_sample": part})["sample"]
 
-    pictures = tiled_decode(latents, decode, check_tile(spec, 64), least=least_latents(spec))
-    assert pictures.shape == (1, 3, 104, 96)
+    images = tiled_decode(latents, decode, check_tile(spec, 64), least=least_latents(spec))
+    assert images.shape == (1, 3, 104, 96)
     whole = decode(latents)
-    assert torch.equal(pictures[:, :, :8, :8], decode(latents[:, :, :8, :8].contiguous())[:, :, :8, :8])
-    assert not torch.equal(pictures, whole)
+    assert torch.equal(images[:, :, :8, :8], decode(latents[:, :, :8, :8].contiguous())[:, :, :8, :8])
+    assert not torch.equal(images, whole)
 
 
 def latent_sample(height: int | tuple[int, int], width: int | tuple[int, int]) -> TensorSpec:
@@ -219,13 +219,13 @@ def test_a_pipeline_decodes_in_tiles(sdxl_dynamic_bundle: Path) -> None:
         patch.setattr(
             decoder, "run", lambda feeds: (seen.append(tuple(feeds["latent_sample"].shape[2:])), run(feeds))[1]
         )
-        picture = tiled(PROMPT, output_type="pt", **arguments).images
+        image = tiled(PROMPT, output_type="pt", **arguments).images
     assert max(max(sides) for sides in seen) <= 8
     assert len(seen) == 4
     expected = whole(PROMPT, output_type="pt", **arguments).images
     assert torch.equal(latents, tiled(PROMPT, output_type="latent", **arguments).images)
-    assert not torch.equal(picture, expected)
-    assert (picture.float() - expected.float()).abs().mean() < 0.1
+    assert not torch.equal(image, expected)
+    assert (image.float() - expected.float()).abs().mean() < 0.1
 
 
 def test_a_pipeline_of_one_size_has_no_tiles(sd15_bundle: Path) -> None:

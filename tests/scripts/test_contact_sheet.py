@@ -20,7 +20,7 @@ def columns(sd15_bundle: Path) -> list[Column]:
 def test_a_column_for_every_number_of_steps(columns: list[Column]) -> None:
     assert [column.heading[0] for column in columns] == ["1 step", "2 steps", "4 steps", "8 steps"]
     assert {column.heading[1:] for column in columns} == {("Hyper-SD15-1step-lora", "TCD, eta 1")}
-    assert all(len(column.pictures) == 2 for column in columns)
+    assert all(len(column.images) == 2 for column in columns)
 
 
 def test_a_bundle_for_other_steps_has_a_column(export_tiny) -> None:
@@ -28,7 +28,7 @@ def test_a_bundle_for_other_steps_has_a_column(export_tiny) -> None:
     assert column.heading == ("1 step", "Hyper-SDXL-1step-Unet", "LCM, timestep 800")
 
 
-def test_pictures_stand_in_rows_and_columns() -> None:
+def test_images_stand_in_rows_and_columns() -> None:
     colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)], [(0, 200, 200), (200, 0, 200)]]
     columns = [
         Column(("1 step", "NAME", "TCD"), tuple(Image.new("RGB", (96, 96), c) for c in some)) for some in colours

@@ -1,4 +1,4 @@
-"""The judge of the demonstration checkpoints: fair to soft pictures, and merciless where a part is wrong."""
+"""The judge of the demonstration checkpoints: fair to soft images, and merciless where a part is wrong."""
 
 from __future__ import annotations
 
@@ -36,58 +36,58 @@ def draw_scenes(n: int, seed: int) -> list[Scene]:
     return [draw_scene(rng) for _ in range(n)]
 
 
-def judge_all(pictures: list[np.ndarray], scenes: list[Scene]) -> Scores:
-    return score(judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True))
+def judge_all(images: list[np.ndarray], scenes: list[Scene]) -> Scores:
+    return score(judge(image, scene) for image, scene in zip(images, scenes, strict=True))
 
 
 def worst(scores: Scores) -> float:
     return min(dataclasses.astuple(scores))
 
 
-def blur(picture: np.ndarray, sigma: float) -> np.ndarray:
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """``sigma`` in pixels."""
-    return to_bytes(gaussian(picture.astype(float), sigma, channel_axis=-1))
+    return to_bytes(gaussian(image.astype(float), sigma, channel_axis=-1))
 
 
-def scale(picture: np.ndarray, size: int) -> np.ndarray:
-    return to_bytes(resize(picture.astype(float), (size, size), order=1, anti_aliasing=True))
+def scale(image: np.ndarray, size: int) -> np.ndarray:
+    return to_bytes(resize(image.astype(float), (size, size), order=1, anti_aliasing=True))
 
 
-def to_bytes(picture: np.ndarray) -> np.ndarray:
-    return picture.round().clip(0, 255).astype(np.uint8)
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    return image.round().clip(0, 255).astype(np.uint8)
 
 
 SCENES = draw_scenes(60, seed=1)
 RNG = np.random.default_rng(2)
-PICTURES = [render(scene, RNG) for scene in SCENES]
+IMAGES = [render(scene, RNG) for scene in SCENES]
 
 
 # Fairness
 
 
-def test_clean_pictures_are_right():
+def test_clean_images_are_right():
     """A perfect model would get full marks: what is missing from 1 in a report is the model's."""
     scenes, rng = draw_scenes(300, seed=3), np.random.default_rng(4)
     assert worst(judge_all([render(scene, rng) for scene in scenes], scenes)) >= 0.99
 
 
-def test_soft_and_noisy_pictures_are_right():
+def test_soft_and_noisy_images_are_right():
     """A VAE's soft edges and grain cost no marks."""
     rng = np.random.default_rng(5)
-    pictures = [to_bytes(blur(picture, 0.7) + rng.normal(0, 3, picture.shape)) for picture in PICTURES]
-    assert worst(judge_all(pictures, SCENES)) >= 0.97
+    images = [to_bytes(blur(image, 0.7) + rng.normal(0, 3, image.shape)) for image in IMAGES]
+    assert worst(judge_all(images, SCENES)) >= 0.97
 
 
-def test_halved_and_doubled_pictures_are_right():
+def test_halved_and_doubled_images_are_right():
     """Half the resolution, as of a coarser VAE, still tells the shapes."""
-    for pictures in ([scale(p, 48) for p in PICTURES], [scale(scale(p, 48), 96) for p in PICTURES]):
-        assert worst(judge_all(pictures, SCENES)) >= 0.97
+    for images in ([scale(p, 48) for p in IMAGES], [scale(scale(p, 48), 96) for p in IMAGES]):
+        assert worst(judge_all(images, SCENES)) >= 0.97
 
 
 def test_drift_of_colour_and_shift_are_right():
-    """A little less contrast, a little warmth, two pixels of shift: still the picture that was asked for."""
-    pictures = [to_bytes(np.roll(p, (2, -2), (0, 1)) * 0.96 + (4, 0, -4)) for p in PICTURES]
-    assert worst(judge_all(pictures, SCENES)) >= 0.97
+    """A little less contrast, a little warmth, two pixels of shift: still the image that was asked for."""
+    images = [to_bytes(np.roll(p, (2, -2), (0, 1)) * 0.96 + (4, 0, -4)) for p in IMAGES]
+    assert worst(judge_all(images, SCENES)) >= 0.97
 
 
 @pytest.mark.parametrize("size", [64, 128, 192])
@@ -133,8 +133,8 @@ def test_one_wrong_part_of_a_thing_fails_alone(part: str, value: str, soft: floa
     """A score that falls names what broke, whichever value was asked for and whichever was drawn."""
     other = dataclasses.replace(CIRCLE, **{part: value})
     for drawn, asked in ((CIRCLE, other), (other, CIRCLE)):
-        picture = blur(render(Scene((drawn,), Background("gradient", "green"))), soft)
-        verdict = judge(picture, Scene((asked,), Background("gradient", "green")))
+        image = blur(render(Scene((drawn,), Background("gradient", "green"))), soft)
+        verdict = judge(image, Scene((asked,), Background("gradient", "green")))
         right = dataclasses.asdict(verdict.things[0])
         assert [name for name, is_right in right.items() if not is_right] == [part]
         assert verdict.pattern
@@ -145,8 +145,8 @@ def test_one_wrong_part_of_a_thing_fails_alone(part: str, value: str, soft: floa
 @pytest.mark.parametrize(("pattern", "tint"), [(p, t) for p in PATTERNS for t in TINTS if p == "plain" or t != "white"])
 def test_a_wrong_background_fails_alone(pattern: str, tint: str):
     """Pattern and tint are told apart from each other and from the things."""
-    picture = blur(render(Scene((CIRCLE,), Background(pattern, tint))), 0.7)
-    view = look(picture)
+    image = blur(render(Scene((CIRCLE,), Background(pattern, tint))), 0.7)
+    view = look(image)
     for asked in [Background(p, t) for p in PATTERNS for t in TINTS]:
         verdict = compare(view, Scene((CIRCLE,), asked))
         assert verdict.pattern == (asked.pattern == pattern)
@@ -176,12 +176,12 @@ def test_a_thing_too_many_fails_the_count_alone():
 
 
 def test_a_blot_fails_the_count():
-    """Something that is no thing of the world spoils the picture, though it is not one of the things."""
+    """Something that is no thing of the world spoils the image, though it is not one of the things."""
     scene = Scene((dataclasses.replace(CIRCLE, place="left", size="small"),), PLAIN)
-    picture = render(scene)
-    picture[10:90, 50:90:4] = picture[10:90, 51:90:4] = picture[48:50, 50:90] = (110, 80, 60)
-    assert look(picture).count is None
-    assert dataclasses.replace(judge(picture, scene), count=True, pattern=True, tint=True).all_right
+    image = render(scene)
+    image[10:90, 50:90:4] = image[10:90, 51:90:4] = image[48:50, 50:90] = (110, 80, 60)
+    assert look(image).count is None
+    assert dataclasses.replace(judge(image, scene), count=True, pattern=True, tint=True).all_right
 
 
 def test_swapped_words_are_wrong():
@@ -199,17 +199,17 @@ def test_grey_and_two_coloured_things_have_no_colour():
     mask = render(scene)[..., 1] < 60
     half = mask & (np.arange(96) < 48)
     for where, colour in ((mask, (110, 80, 60)), (half, COLOURS["blue"])):
-        picture = render(scene)
-        picture[where] = colour
-        thing = judge(picture, scene).things[0]
+        image = render(scene)
+        image[where] = colour
+        thing = judge(image, scene).things[0]
         assert (thing.colour, thing.shape) == (False, True)
 
 
 def test_half_a_thing_has_no_right_shape():
     """A shape needs its whole outline."""
-    picture = render(Scene((CIRCLE,), PLAIN))
-    picture[48:] = 255
-    assert not judge(picture, Scene((CIRCLE,), PLAIN)).things[0].shape
+    image = render(Scene((CIRCLE,), PLAIN))
+    image[48:] = 255
+    assert not judge(image, Scene((CIRCLE,), PLAIN)).things[0].shape
 
 
 @pytest.mark.parametrize("turned", [np.rot90, np.flipud], ids=["rot90", "flipud"])
@@ -233,36 +233,36 @@ def test_noise_scores_nothing():
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_an_even_picture_scores_nothing(value: int):
+def test_an_even_image_scores_nothing(value: int):
     """Black, grey or white: at most the white background of some scenes is right."""
     scores = judge_all([np.full((96, 96, 3), value, np.uint8)] * len(SCENES), SCENES)
     assert scores.overall <= 0.05
     assert scores.colours == scores.shapes == scores.places == scores.counts == 0
 
 
-def test_unfinished_pictures_score_low():
-    """What too few steps leave (noise, mush, a pale average of two pictures) loses its score, the more the worse."""
+def test_unfinished_images_score_low():
+    """What too few steps leave (noise, mush, a pale average of two images) loses its score, the more the worse."""
     rng = np.random.default_rng(8)
-    noisy = [to_bytes(p + rng.normal(0, 40, p.shape)) for p in PICTURES]
-    mixed = [to_bytes((a + b.astype(float)) / 2) for a, b in zip(PICTURES, PICTURES[1:] + PICTURES[:1], strict=True)]
-    halves = [np.hstack([a[:, :48], b[:, 48:]]) for a, b in zip(PICTURES, PICTURES[1:] + PICTURES[:1], strict=True)]
+    noisy = [to_bytes(p + rng.normal(0, 40, p.shape)) for p in IMAGES]
+    mixed = [to_bytes((a + b.astype(float)) / 2) for a, b in zip(IMAGES, IMAGES[1:] + IMAGES[:1], strict=True)]
+    halves = [np.hstack([a[:, :48], b[:, 48:]]) for a, b in zip(IMAGES, IMAGES[1:] + IMAGES[:1], strict=True)]
     assert judge_all(noisy, SCENES).overall <= 0.6
     assert judge_all(mixed, SCENES).overall <= 0.3
     assert judge_all(halves, SCENES).overall <= 0.6
-    assert judge_all([blur(p, 3) for p in PICTURES], SCENES).overall <= 0.85
-    assert judge_all([blur(p, 6) for p in PICTURES], SCENES).overall <= 0.5
+    assert judge_all([blur(p, 3) for p in IMAGES], SCENES).overall <= 0.85
+    assert judge_all([blur(p, 6) for p in IMAGES], SCENES).overall <= 0.5
 
 
-def test_a_picture_of_another_prompt_scores_chance():
-    """Good pictures that ignore their prompts are no good."""
-    assert judge_all(PICTURES[1:] + PICTURES[:1], SCENES).overall <= 0.3
+def test_a_image_of_another_prompt_scores_chance():
+    """Good images that ignore their prompts are no good."""
+    assert judge_all(IMAGES[1:] + IMAGES[:1], SCENES).overall <= 0.3
 
 
 # Scores
 
 
-def test_scores_are_shares_of_things_and_of_pictures():
-    """Two things weigh twice in what things have, and a picture once in what pictures have."""
+def test_scores_are_shares_of_things_and_of_images():
+    """Two things weigh twice in what things have, and an image once in what images have."""
     star, ring = Thing("star", "blue", "medium", "left"), Thing("ring", "red", "medium", "right")
     both = judge(render(Scene((star, ring), PLAIN)), Scene((star, ring), PLAIN))
     wrong = judge(render(Scene((CIRCLE,), PLAIN)), Scene((star,), Background("plain", "grey")))
@@ -271,7 +271,7 @@ def test_scores_are_shares_of_things_and_of_pictures():
     assert scores.overall == pytest.approx((2 / 3 * 3 + 1 / 2) / 4)
 
 
-def test_no_pictures_score_nothing():
+def test_no_images_score_nothing():
     """An empty evaluation must not look like a pass."""
     assert dataclasses.astuple(score([])) == (0.0,) * len(PARTS)
 
@@ -287,7 +287,7 @@ def test_a_verdict_is_all_right_only_without_a_fault():
 
 @pytest.mark.parametrize("shape", [(96, 96), (96, 64, 3), (96, 96, 4)])
 def test_other_arrays_are_refused(shape: tuple[int, ...]):
-    """A batch or a float picture must not be judged as if it were a bad picture."""
+    """A batch or a float image must not be judged as if it were a bad image."""
     with pytest.raises(ValueError, match="no square RGB"):
         look(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="float64"):

@@ -33,9 +33,9 @@ def run(tmp_path: Path, *words: object) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_soak_loses_nothing_and_memory_stays_flat(demo_bundle: Path, tmp_path: Path) -> None:
-    """A service under load for a while: every request answered with its own picture, and no leak.
+    """A service under load for a while: every request answered with its own image, and no leak.
 
-    16 MB between the middle and the end is what allocators may do; a leak of one 96x96 picture a request is more.
+    16 MB between the middle and the end is what allocators may do; a leak of one 96x96 image a request is more.
     """
     words = ("soak", "--serve", demo_bundle, "--clients", 4, "--seconds", 15, "--most-growth-mb", 16)
     code, figures = run(tmp_path, *words)
@@ -58,7 +58,7 @@ def test_a_full_queue_refuses_and_loses_nothing(demo_bundle: Path, tmp_path: Pat
 
 
 class Service(ThreadingHTTPServer):
-    """A stand-in for a service, whose answers are right until ``CASES`` pictures were drawn."""
+    """A stand-in for a service, whose answers are right until ``CASES`` images were drawn."""
 
     daemon_threads = True
 
@@ -74,13 +74,13 @@ def png(seed: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def answer(seed: int, picture_seed: int | None = None) -> dict[str, Any]:
-    drawn = seed if picture_seed is None else picture_seed
+def answer(seed: int, image_seed: int | None = None) -> dict[str, Any]:
+    drawn = seed if image_seed is None else image_seed
     return {"size": "8x8", "data": [{"b64_json": png(drawn), "seed": seed}]}
 
 
 def mislabelled(seed: int) -> dict[str, Any]:
-    """The right picture under another's seed."""
+    """The right image under another's seed."""
     return {"b64_json": png(seed), "seed": seed + 1}
 
 
@@ -131,9 +131,9 @@ def service(lie: Callable[[dict[str, Any]], Any]) -> Iterator[str]:
 
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "the seed of another": (lambda body: {**answer(body["seed"]), "data": [mislabelled(body["seed"])]}, "wrong"),
-    "another's picture": (lambda body: answer(body["seed"], 1000 + (body["seed"] + 1) % CASES), "wrong"),
+    "another's image": (lambda body: answer(body["seed"], 1000 + (body["seed"] + 1) % CASES), "wrong"),
     "other bytes": (lambda body: answer(body["seed"], body["seed"] + 5000), "wrong"),
-    "no picture": (lambda body: {"size": "8x8", "data": []}, "wrong"),
+    "no image": (lambda body: {"size": "8x8", "data": []}, "wrong"),
     "no answer": (lambda body: None, "failed"),
     "503 without Retry-After": (lambda body: (503, {}), "failed"),
     "500": (lambda body: (500, {}), "failed"),

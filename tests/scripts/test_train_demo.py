@@ -21,7 +21,7 @@ from hypersd.export.checkpoints import DEMO_CHECKPOINTS
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few pictures, few trajectories, one step of everything."""
+    """Few images, few trajectories, one step of everything."""
 
     def shorter(plan: Plan) -> Plan:
         return dataclasses.replace(plan, steps=1)
@@ -31,7 +31,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (trajectories, distill):
         monkeypatch.setattr(module, "COUNT", 4)
     monkeypatch.setattr(trajectories, "BATCH", 2)
-    monkeypatch.setattr(controlnet, "PICTURES", 16)
+    monkeypatch.setattr(controlnet, "IMAGES", 16)
     for module in (text, base):
         monkeypatch.setattr(module, "PLANS", {family: shorter(plan) for family, plan in module.PLANS.items()})
     monkeypatch.setattr(distill, "LORA_PLANS", {name: shorter(plan) for name, plan in distill.LORA_PLANS.items()})

@@ -1,4 +1,4 @@
-"""The HTTP API on the demonstration bundles: each field does what it says, and the pictures are the pipeline's own."""
+"""The HTTP API on the demonstration bundles: each field does what it says, and the images are the pipeline's own."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def decoded(text: str) -> Image.Image:
 
 
 def drawn(client: httpx.Client, **body: Any) -> Image.Image:
-    """The picture of a request for one."""
+    """The image of a request for one."""
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5, **body})
     assert answer.status_code == 200, answer.text
-    (picture,) = answer.json()["data"]
-    return decoded(picture["b64_json"])
+    (image,) = answer.json()["data"]
+    return decoded(image["b64_json"])
 
 
 def refused(client: httpx.Client, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def refused(client: httpx.Client, body: dict[str, Any], status: int = 400) -> di
     return error
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,11 @@ def refused(client: httpx.Client, body: dict[str, Any], status: int = 400) -> di
 def test_fields_are_the_pipelines_arguments(
     body: dict[str, Any], call: dict[str, Any], client: httpx.Client, demo_pipe: Pipeline
 ) -> None:
-    """Same seed, same bytes; and every field changes the picture."""
+    """Same seed, same bytes; and every field changes the image."""
     usual = {"prompt": [PROMPT], "seed": [5]}
-    picture = drawn(client, **body).tobytes()
-    assert picture == demo_pipe(**(usual | call)).images[0].tobytes()
-    assert not call or picture != demo_pipe(**usual).images[0].tobytes()
+    image = drawn(client, **body).tobytes()
+    assert image == demo_pipe(**(usual | call)).images[0].tobytes()
+    assert not call or image != demo_pipe(**usual).images[0].tobytes()
 
 
 @pytest.mark.parametrize(
@@ -100,30 +100,30 @@ def test_fields_are_the_pipelines_arguments(
         ({"resize_mode": "stretch"}, {"resize_mode": "stretch"}),
     ],
 )
-def test_fields_of_control_pictures(
+def test_fields_of_control_images(
     body: dict[str, Any], call: dict[str, Any], client: httpx.Client, demo_pipe: Pipeline, net: str, photo, photo_base64
 ) -> None:
     call = dict(call)
     seen = preprocess(fit(photo, 96, 96, call.pop("resize_mode", "crop")), call.pop("preprocess", "canny"))
     expected = demo_pipe([PROMPT], seed=[5], image={net: [seen]}, **call).images[0]
-    picture = drawn(client, control_image=photo_base64, **body).tobytes()
-    assert picture == expected.tobytes()
-    assert not body or picture != drawn(client, control_image=photo_base64).tobytes()
+    image = drawn(client, control_image=photo_base64, **body).tobytes()
+    assert image == expected.tobytes()
+    assert not body or image != drawn(client, control_image=photo_base64).tobytes()
 
 
-def test_ways_to_send_a_control_picture(client: httpx.Client, net: str, photo_base64: str) -> None:
+def test_ways_to_send_a_control_image(client: httpx.Client, net: str, photo_base64: str) -> None:
     plain = drawn(client, control_image=photo_base64).tobytes()
     assert plain != drawn(client).tobytes()
     assert drawn(client, control_image=f"data:image/png;base64,{photo_base64}").tobytes() == plain
     assert drawn(client, control_image={net: photo_base64}).tobytes() == plain
 
 
-def test_several_pictures_have_seeds_in_a_row(client: httpx.Client, demo_pipe: Pipeline) -> None:
+def test_several_images_have_seeds_in_a_row(client: httpx.Client, demo_pipe: Pipeline) -> None:
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "n": 3, "seed": 7}).json()
-    assert [picture["seed"] for picture in answer["data"]] == [7, 8, 9]
-    for picture in answer["data"]:
-        expected = demo_pipe([PROMPT], seed=[picture["seed"]]).images[0]
-        assert decoded(picture["b64_json"]).tobytes() == expected.tobytes()
+    assert [image["seed"] for image in answer["data"]] == [7, 8, 9]
+    for image in answer["data"]:
+        expected = demo_pipe([PROMPT], seed=[image["seed"]]).images[0]
+        assert decoded(image["b64_json"]).tobytes() == expected.tobytes()
 
 
 def test_a_seed_that_is_left_out_is_told(client: httpx.Client) -> None:
@@ -173,9 +173,9 @@ def test_what_openais_clients_send_beside_it_has_no_effect(client: httpx.Client)
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_formats(kind: str, client: httpx.Client) -> None:
-    picture = drawn(client, output_format=kind)
-    assert picture.format == kind.upper()
-    assert picture.size == (96, 96)
+    image = drawn(client, output_format=kind)
+    assert image.format == kind.upper()
+    assert image.size == (96, 96)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
@@ -188,20 +188,20 @@ def test_compression(kind: str, client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_client_that_accepts_pictures_gets_the_picture(kind: str, client: httpx.Client) -> None:
+def test_a_client_that_accepts_images_gets_the_image(kind: str, client: httpx.Client) -> None:
     """Whatever it is called in ``output_format``."""
     headers = {"Accept": f"text/html, image/{kind.upper()};q=0.9, */*"}
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5}, headers=headers)
     assert answer.headers["content-type"] == f"image/{kind}"
     assert answer.headers["x-hypersd-seed"] == "5"
     assert json.loads(answer.headers["x-hypersd-timings"])["total"] > 0
-    picture = Image.open(io.BytesIO(answer.content))
-    assert picture.format == kind.upper()
+    image = Image.open(io.BytesIO(answer.content))
+    assert image.format == kind.upper()
     if kind == "png":
-        assert picture.tobytes() == drawn(client).tobytes()
+        assert image.tobytes() == drawn(client).tobytes()
 
 
-def test_several_pictures_are_json_whatever_is_accepted(client: httpx.Client) -> None:
+def test_several_images_are_json_whatever_is_accepted(client: httpx.Client) -> None:
     answer = client.post(GENERATIONS, json={"prompt": "", "n": 2}, headers={"Accept": "image/png"})
     assert len(answer.json()["data"]) == 2
 
@@ -209,12 +209,12 @@ def test_several_pictures_are_json_whatever_is_accepted(client: httpx.Client) ->
 def test_pngs_carry_what_draws_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
     """Any text that may be asked for, too."""
     prompt = "ein Würfel 🎲 'quoted' \"twice\"\n\0 end"
-    picture = drawn(client, prompt=prompt, seed=9, steps=2)
-    settings = json.loads(picture.info["hypersd"])  # type: ignore[arg-type]
+    image = drawn(client, prompt=prompt, seed=9, steps=2)
+    settings = json.loads(image.info["hypersd"])  # type: ignore[arg-type]
     assert settings["prompt"] == prompt
     assert (settings["seed"], settings["num_inference_steps"], settings["eta"]) == (9, 2, 1.0)
     again = demo_pipe([settings["prompt"]], seed=[9], num_inference_steps=2, eta=settings["eta"])
-    assert picture.tobytes() == again.images[0].tobytes()
+    assert image.tobytes() == again.images[0].tobytes()
 
 
 # What is refused
@@ -270,8 +270,8 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, client:
         ({"size": "0x0"}, ""),
         ({"steps": 9}, "9"),
         ({"seed": 2**63 - 1, "n": 2}, "the last seed is above"),
-        ({"control_scale": 1}, "control_scale is about a control picture"),
-        ({"resize_mode": "crop"}, "resize_mode is about a control picture"),
+        ({"control_scale": 1}, "control_scale is about a control image"),
+        ({"resize_mode": "crop"}, "resize_mode is about a control image"),
         ({"control_image": {"depth": ""}}, "has no such ControlNet"),
     ],
 )
@@ -391,12 +391,12 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert more("hypersd_requests_total", path=GENERATIONS, code="400") == 1
     assert more("hypersd_requests_total", path="other", code="404") == 1
     assert more("hypersd_request_seconds_count", path=GENERATIONS) == 3
-    assert more("hypersd_pictures_total", model="demo15-canny") == 3
+    assert more("hypersd_images_total", model="demo15-canny") == 3
     assert more("hypersd_batch_size_sum", model="demo15-canny") == 3
     for stage in ("tokenize", "encode", "denoise", "decode", "total"):
         assert more("hypersd_stage_seconds_count", model="demo15-canny", stage=stage) == 3
     assert more("hypersd_queue_wait_seconds_count") == 3
-    assert after("hypersd_queue_pictures") == 0
+    assert after("hypersd_queue_images") == 0
     assert after("process_resident_memory_bytes") > 1e6
 
 
@@ -415,13 +415,13 @@ def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start
         figure = figures(client)
         gated.gate.set()
         assert [first.result().status_code, second.result().status_code] == [200, 200]
-    assert figure("hypersd_queue_pictures") == 1
+    assert figure("hypersd_queue_images") == 1
     assert figure("hypersd_refused_total", reason="queue_full") == 1
     assert figure("hypersd_requests_total", path=GENERATIONS, code="503") == 1
     assert gated.drawn == ["first", "second"]
 
 
-def test_the_event_loop_goes_on_while_a_picture_is_drawn(gated: GatedPipeline, start_server) -> None:
+def test_the_event_loop_goes_on_while_a_image_is_drawn(gated: GatedPipeline, start_server) -> None:
     """Everything else is answered before the drawing ends."""
     server = start_server(gated)
     gated.gate.clear()

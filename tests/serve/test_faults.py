@@ -19,7 +19,7 @@ from PIL import Image
 from serve_sockets import answer, dial, error_of, exchange, head, until_closed, whole
 from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, file_of, wait_until
 
-from hypersd.serve.pictures import decode_control_image
+from hypersd.serve.image_codec import decode_control_image
 from hypersd.serve.settings import ServeSettings
 
 GENERATIONS = "/v1/images/generations"
@@ -107,7 +107,7 @@ def test_prompts_of_ten_megabytes(name: str, demo_server: RunningServer) -> None
 )
 @pytest.mark.filterwarnings("ignore::hypersd.runtime.text.TruncationWarning")
 def test_prompts_that_are_drawn(prompt: str, demo_server: RunningServer) -> None:
-    """The picture's file holds them as they came."""
+    """The image's file holds them as they came."""
     body = json.dumps({"prompt": prompt}).encode()
     status, _, file = exchange(demo_server.address, whole(body, Accept="image/png"))
     assert status == 200
@@ -166,7 +166,7 @@ def test_other_methods(method: str, demo_server: RunningServer) -> None:
         assert until_closed(connection).startswith(b"HTTP/1.1 405")
 
 
-# Control pictures
+# Control images
 
 
 def png(width: int, height: int, pixels: bytes, *more: tuple[bytes, bytes]) -> bytes:
@@ -181,7 +181,7 @@ def png(width: int, height: int, pixels: bytes, *more: tuple[bytes, bytes]) -> b
 
 
 def bomb(side: int, strips: int) -> bytes:
-    """A picture of much more memory than bytes: 20,000 by 20,000 grey pixels in 400 KB."""
+    """An image of much more memory than bytes: 20,000 by 20,000 grey pixels in 400 KB."""
     packer, strip = zlib.compressobj(9), bytes((side + 1) * side // strips)
     first, further = (packer.compress(strip) + packer.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     return png(side, side, first + further * (strips - 1) + packer.flush())
@@ -219,7 +219,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_control_pictures_that_are_none(name: str, demo_server: RunningServer) -> None:
+def test_control_images_that_are_none(name: str, demo_server: RunningServer) -> None:
     text = base64.b64encode(HOSTILE[name]).decode()
     message = refused(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
     assert message.startswith("control")
@@ -229,7 +229,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(demo_server: RunningServer, mon
     data = bomb(20_000, 100)
     assert len(data) < 500_000
     loaded: list[object] = []
-    monkeypatch.setattr("hypersd.serve.pictures.to_rgb", loaded.append)
+    monkeypatch.setattr("hypersd.serve.image_codec.to_rgb", loaded.append)
     text = base64.b64encode(data).decode()
     assert "pixels" in refused(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
     assert loaded == []
@@ -273,7 +273,7 @@ def test_no_address_is_opened(text: str, demo_server: RunningServer, monkeypatch
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_control_pictures_that_are_good(kind: str, mode: str, demo_server: RunningServer) -> None:
+def test_control_images_that_are_good(kind: str, mode: str, demo_server: RunningServer) -> None:
     text = base64.b64encode(file_of(PHOTO.convert(mode), kind)).decode()
     assert exchange(demo_server.address, whole(json.dumps({"prompt": "", "control_image": text}).encode()))[0] == 200
 
@@ -301,7 +301,7 @@ def test_who_goes_is_not_drawn_for(gated: GatedPipeline, start_server) -> None:
     assert gated.drawn == ["under way", "stays"]
     figures = server.service.metrics.registry.get_sample_value
     wait_until(lambda: figures("hypersd_requests_total", {"path": GENERATIONS, "code": "499"}) == 2)
-    assert figures("hypersd_dropped_pictures_total", {"reason": "cancelled"}) == 1
+    assert figures("hypersd_dropped_images_total", {"reason": "cancelled"}) == 1
 
 
 @pytest.mark.parametrize("sent", [b"", b"PO", head(Content_Length=100), whole(BODY)[:-3], whole(BODY)])
@@ -319,7 +319,7 @@ def test_who_goes_with_a_reset(demo_server: RunningServer) -> None:
 
 
 def test_the_end(demo_canny_bundle: Path, gated: GatedPipeline) -> None:
-    """Who is drawn for gets the picture, who waits is told to go elsewhere, and then nobody listens."""
+    """Who is drawn for gets the image, who waits is told to go elsewhere, and then nobody listens."""
     service = StandInService(demo_canny_bundle, gated)
     with RunningServer(service, ServeSettings()) as server:
         service.wait_ready()
@@ -350,6 +350,6 @@ def test_out_of_memory(gated: GatedPipeline, start_server) -> None:
     gated.on_call = fail
     status, _, body = exchange(server.address, whole(json.dumps({"prompt": "huge"}).encode()))
     assert status == 500
-    assert error_of(body)["message"].startswith("out of memory: draw smaller pictures")
+    assert error_of(body)["message"].startswith("out of memory: draw smaller images")
     assert error_of(body) == error_of(body) | {"type": "server_error", "code": "engine_failed"}
     assert exchange(server.address, whole(BODY))[0] == 200

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from stand_in_service import LONG, wait_until
 
 from hypersd.serve.drawing import Drawing
-from hypersd.serve.errors import QueueFullError, StoppingError
 from hypersd.serve.job_queue import Job, JobQueue
+from hypersd.serve.service_errors import QueueFullError, StoppingError
 
 NOTHING: Any = None  # in place of what the queue does not look at
 

@@ -204,7 +204,7 @@ def test_patience_with_what_has_begun(gated: GatedPipeline, start_server, monkey
 
 
 def test_two_hundred_at_once_are_all_answered(gated: GatedPipeline, start_server) -> None:
-    """Drawn or told that the queue is full, each of them once, while one picture is under way."""
+    """Drawn or told that the queue is full, each of them once, while one image is under way."""
     running = start_server(gated, queue=64)
     gated.gate.clear()
     connections = [dial(running.address) for _ in range(200)]
@@ -298,14 +298,14 @@ def test_requests_that_are_sent_before_the_answer(demo_server: RunningServer) ->
         assert statuses(until_closed(connection)) == [200, 400, 200]
 
 
-def test_concurrent_requests_get_their_own_pictures(demo_server: RunningServer, demo_pipe) -> None:
-    def seed_and_picture(seed: int) -> tuple[int, bytes]:
+def test_concurrent_requests_get_their_own_images(demo_server: RunningServer, demo_pipe) -> None:
+    def seed_and_image(seed: int) -> tuple[int, bytes]:
         body = {"prompt": "a red circle", "seed": seed}
         answer = httpx.post(demo_server.url + GENERATIONS, json=body, headers={"Accept": "image/png"}, timeout=LONG)
         return int(answer.headers["x-hypersd-seed"]), answer.content
 
     with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(seed_and_picture, range(24)))
-    assert [seed for seed, _ in pictures] == list(range(24))
-    assert len({file for _, file in pictures}) == 24
-    assert pictures[3] == seed_and_picture(3)
+        images = list(pool.map(seed_and_image, range(24)))
+    assert [seed for seed, _ in images] == list(range(24))
+    assert len({file for _, file in images}) == 24
+    assert images[3] == seed_and_image(3)

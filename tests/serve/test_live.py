@@ -33,7 +33,7 @@ def ask(connection: ClientConnection, number: int, **body: Any) -> None:
     connection.send(json.dumps({"id": number, "prompt": PROMPT, **body}))
 
 
-def picture(connection: ClientConnection) -> tuple[dict[str, Any], bytes]:
+def image(connection: ClientConnection) -> tuple[dict[str, Any], bytes]:
     """The next frame's header and file."""
     frame = connection.recv(LONG)
     assert isinstance(frame, bytes), frame
@@ -48,20 +48,20 @@ def problem(connection: ClientConnection) -> dict[str, Any]:
 
 
 def superseded(server: RunningServer) -> float:
-    """How many inputs and pictures were dropped for a newer one."""
+    """How many inputs and images were dropped for a newer one."""
     figures = server.service.metrics.registry
-    return figures.get_sample_value("hypersd_dropped_pictures_total", {"reason": "superseded"}) or 0.0
+    return figures.get_sample_value("hypersd_dropped_images_total", {"reason": "superseded"}) or 0.0
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_picture_is_the_http_apis(kind: str, live: ClientConnection, demo_server: RunningServer) -> None:
+def test_a_image_is_the_http_apis(kind: str, live: ClientConnection, demo_server: RunningServer) -> None:
     """To the byte."""
     body = {"prompt": PROMPT, "seed": 3, "steps": 2, "output_format": kind}
     ask(live, 7, **body)
-    header, file = picture(live)
+    header, file = image(live)
     answer = httpx.post(
         demo_server.url + "/v1/images/generations", json=body, headers={"Accept": f"image/{kind}"}, timeout=LONG
     )
@@ -88,21 +88,21 @@ def test_the_subprotocol_is_agreed_upon(live: ClientConnection, demo_server: Run
     with connect(demo_server.live_url) as plain:
         assert plain.subprotocol is None
         ask(plain, 0)
-        assert picture(plain)[0]["id"] == 0
+        assert image(plain)[0]["id"] == 0
 
 
-def test_several_pictures_of_an_input(live: ClientConnection) -> None:
+def test_several_images_of_an_input(live: ClientConnection) -> None:
     ask(live, 1, n=3, seed=5)
-    headers = [picture(live)[0] for _ in range(3)]
+    headers = [image(live)[0] for _ in range(3)]
     assert [(one["index"], one["count"], one["seed"]) for one in headers] == [(0, 3, 5), (1, 3, 6), (2, 3, 7)]
 
 
-def test_control_pictures(live: ClientConnection, photo_base64: str) -> None:
+def test_control_images(live: ClientConnection, photo_base64: str) -> None:
     ask(live, 1, seed=5)
     ask_controlled = {"seed": 5, "control_image": photo_base64}
-    free = picture(live)[1]
+    free = image(live)[1]
     ask(live, 2, **ask_controlled)
-    assert picture(live)[1] != free
+    assert image(live)[1] != free
 
 
 # The newest wins
@@ -119,7 +119,7 @@ def test_the_newest_input_wins(gated: GatedPipeline, start_server) -> None:
             ask(live, number, prompt=str(number))
         wait_until(lambda: superseded(server) == 49)
         gated.gate.set()
-        assert [picture(live)[0]["id"] for _ in range(2)] == [0, 50]
+        assert [image(live)[0]["id"] for _ in range(2)] == [0, 50]
     assert gated.drawn == ["0", "50"]
 
 
@@ -134,8 +134,8 @@ def test_an_input_that_waits_for_the_device_is_superseded(gated: GatedPipeline, 
             ask(live, number, prompt=str(number), n=1)
         wait_until(lambda: superseded(server) == 49)
         gated.gate.set()
-        assert picture(live)[0]["id"] == 50
-        assert picture(other)[0]["id"] == 0
+        assert image(live)[0]["id"] == 50
+        assert image(other)[0]["id"] == 0
     assert gated.drawn == ["other", "50"]
 
 
@@ -148,7 +148,7 @@ def test_connections_do_not_supersede_each_other(gated: GatedPipeline, start_ser
         ask(two, 0, prompt="two")
         wait_until(lambda: len(server.service._jobs) == 1)
         gated.gate.set()
-        assert picture(one)[0]["id"] == picture(two)[0]["id"] == 0
+        assert image(one)[0]["id"] == image(two)[0]["id"] == 0
     assert gated.drawn == ["one", "two"]
 
 
@@ -191,14 +191,14 @@ def test_bad_input_is_told_and_the_next_is_drawn(
     assert answer["error"]["type"] == "invalid_request_error"
     assert param is None or answer["error"]["param"] == param
     ask(live, 5)
-    assert picture(live)[0]["id"] == 5
+    assert image(live)[0]["id"] == 5
 
 
 def test_a_binary_frame_is_told(live: ClientConnection) -> None:
     live.send(b"\xff\x00")
     assert "text" in problem(live)["error"]["message"]
     ask(live, 5)
-    assert picture(live)[0]["id"] == 5
+    assert image(live)[0]["id"] == 5
 
 
 def test_a_message_that_is_too_large_ends_the_connection(demo_server: RunningServer) -> None:
@@ -222,7 +222,7 @@ def test_a_failing_engine_is_told(gated: GatedPipeline, start_server) -> None:
         answer = problem(live)
         assert (answer["id"], answer["error"]["code"]) == (1, "engine_failed")
         ask(live, 2)
-        assert picture(live)[0]["id"] == 2
+        assert image(live)[0]["id"] == 2
 
 
 def test_a_full_queue_is_told(gated: GatedPipeline, start_server) -> None:
@@ -238,7 +238,7 @@ def test_a_full_queue_is_told(gated: GatedPipeline, start_server) -> None:
         assert (answer["id"], answer["error"]["code"]) == (1, "queue_full")
         gated.gate.set()
         ask(three, 2)
-        assert picture(three)[0]["id"] == 2
+        assert image(three)[0]["id"] == 2
 
 
 def test_who_has_gone_is_not_drawn_for(gated: GatedPipeline, start_server) -> None:
@@ -254,7 +254,7 @@ def test_who_has_gone_is_not_drawn_for(gated: GatedPipeline, start_server) -> No
         goes.socket.close()
         wait_until(lambda: len(server.service._jobs) == 0)
         gated.gate.set()
-        assert picture(stays)[0]["id"] == 1
+        assert image(stays)[0]["id"] == 1
     assert gated.drawn == ["first"]
     wait_until(lambda: server.service.metrics.registry.get_sample_value("hypersd_live_connections") == 0)
 
@@ -263,13 +263,13 @@ def test_there_are_only_so_many(gated: GatedPipeline, start_server) -> None:
     server = start_server(gated, max_live=1)
     with open_live(server) as first:
         ask(first, 1)
-        picture(first)
+        image(first)
         with open_live(server) as second, pytest.raises(ConnectionClosed) as raised:
             second.recv(LONG)
         assert raised.value.rcvd is not None
         assert raised.value.rcvd.code == 1013
         ask(first, 2)
-        assert picture(first)[0]["id"] == 2
+        assert image(first)[0]["id"] == 2
 
 
 def test_the_end_is_told(demo_canny_bundle, gated: GatedPipeline) -> None:

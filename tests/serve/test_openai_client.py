@@ -30,11 +30,11 @@ def client(demo_server: RunningServer) -> Iterator[OpenAI]:
         yield client
 
 
-def pixels(picture: Any) -> bytes:
-    return Image.open(io.BytesIO(base64.b64decode(picture.b64_json))).tobytes()
+def pixels(image: Any) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(image.b64_json))).tobytes()
 
 
-def test_pictures(client: OpenAI, demo_pipe: Pipeline) -> None:
+def test_images(client: OpenAI, demo_pipe: Pipeline) -> None:
     answer = client.images.generate(
         model="demo15-canny",
         prompt=PROMPT,
@@ -45,7 +45,7 @@ def test_pictures(client: OpenAI, demo_pipe: Pipeline) -> None:
     )
     assert answer.data is not None
     expected = [demo_pipe([PROMPT], seed=[seed], num_inference_steps=4).images[0].tobytes() for seed in (3, 4)]
-    assert [pixels(picture) for picture in answer.data] == expected
+    assert [pixels(image) for image in answer.data] == expected
     assert answer.output_format == "png"
     assert answer.created > 1.7e9
     assert answer.data[0].seed == 3  # type: ignore[attr-defined]

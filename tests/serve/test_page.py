@@ -25,7 +25,7 @@ from PIL import Image
 
 from hypersd import Pipeline
 from hypersd.runtime.metadata import METADATA_KEY
-from hypersd.serve import errors
+from hypersd.serve import service_errors as errors
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 OFFLINE = [
@@ -109,7 +109,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
-    """``open_page(fragment, **context)``: the page with a picture on it. It must not complain or look elsewhere."""
+    """``open_page(fragment, **context)``: the page with an image on it. It must not complain or look elsewhere."""
     contexts, problems = [], []
 
     def open_page(fragment: str = "", url: str = server.url, wait: bool = True, **options: Any) -> Any:
@@ -137,10 +137,10 @@ def _is_elsewhere(address: str, url: str) -> bool:
 
 
 def shown(page: Any, index: int = 0) -> np.ndarray:
-    """The pixels of a picture as the page has them."""
+    """The pixels of an image as the page has them."""
     data = page.evaluate(
         """async (index) => {
-            const image = document.querySelectorAll("#pictures img")[index];
+            const image = document.querySelectorAll("#images img")[index];
             await image.decode();
             const { naturalWidth: width, naturalHeight: height } = image;
             const canvas = Object.assign(document.createElement("canvas"), { width, height });
@@ -155,7 +155,7 @@ def shown(page: Any, index: int = 0) -> np.ndarray:
 
 
 def settled(page: Any) -> None:
-    """Wait until the newest input's picture is shown: nothing is under way any more."""
+    """Wait until the newest input's image is shown: nothing is under way any more."""
     page.wait_for_function("() => document.body.dataset.shown === document.body.dataset.asked")
 
 
@@ -174,8 +174,8 @@ def draw_disc(page: Any, x: float, y: float) -> None:
     page.mouse.up()
 
 
-def test_the_picture_follows_the_prompt(open_page, demo_canny_bundle: Path) -> None:
-    """Typing changes the picture; it is that which the runtime draws for these settings."""
+def test_the_image_follows_the_prompt(open_page, demo_canny_bundle: Path) -> None:
+    """Typing changes the image; it is that which the runtime draws for these settings."""
     page = open_page("#steps=4&seed=5")
     before = shown(page)
     page.fill("#prompt", PROMPT)
@@ -185,11 +185,11 @@ def test_the_picture_follows_the_prompt(open_page, demo_canny_bundle: Path) -> N
     assert not np.array_equal(before, shown(page))
     assert np.array_equal(shown(page), expected)
     assert "ms" in page.inner_text("#latency")
-    assert "pictures/s" in page.inner_text("#rate")
+    assert "images/s" in page.inner_text("#rate")
 
 
-def test_the_picture_follows_the_drawing(open_page) -> None:
-    """A disc drawn at the bottom right is where the circle is drawn; undone, the picture is the one before."""
+def test_the_image_follows_the_drawing(open_page) -> None:
+    """A disc drawn at the bottom right is where the circle is drawn; undone, the image is the one before."""
     page = open_page(f"#steps=4&seed=0&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
     before = shown(page)
@@ -206,18 +206,18 @@ def test_the_picture_follows_the_drawing(open_page) -> None:
     assert np.array_equal(shown(page), before)
 
 
-def test_fifty_fast_keystrokes_end_in_the_last_ones_picture(open_page, server: Server, demo_canny_bundle: Path) -> None:
+def test_fifty_fast_keystrokes_end_in_the_last_ones_image(open_page, server: Server, demo_canny_bundle: Path) -> None:
     """What is superseded is dropped, nothing is drawn twice, and the last is drawn."""
     page = open_page("#seed=1&prompt=")
     settled(page)
-    drawn, dropped = server.count("hypersd_pictures_total"), server.count("hypersd_dropped_pictures_total")
+    drawn, dropped = server.count("hypersd_images_total"), server.count("hypersd_dropped_images_total")
     asked = int(page.get_attribute("body", "data-asked"))
     text = (PROMPT + " ") * 2
     page.locator("#prompt").press_sequentially(text[:50])
     settled(page)
     drawn, dropped = (
-        server.count("hypersd_pictures_total") - drawn,
-        server.count("hypersd_dropped_pictures_total") - dropped,
+        server.count("hypersd_images_total") - drawn,
+        server.count("hypersd_dropped_images_total") - dropped,
     )
     sent = int(page.get_attribute("body", "data-asked")) - asked
     assert 1 <= drawn <= sent <= 50
@@ -227,10 +227,10 @@ def test_fifty_fast_keystrokes_end_in_the_last_ones_picture(open_page, server: S
 
 
 def test_controls_do_what_they_say(open_page) -> None:
-    """Seed, steps, eta and count change what is drawn; picture i of several has seed + i."""
+    """Seed, steps, eta and count change what is drawn; image i of several has seed + i."""
     page = open_page(f"#seed=7&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
-    pictures = [shown(page)]
+    images = [shown(page)]
     for change in (
         lambda: page.fill("#seed", "8"),
         lambda: page.select_option("#steps", "4"),
@@ -238,19 +238,19 @@ def test_controls_do_what_they_say(open_page) -> None:
     ):
         change()
         settled(page)
-        assert not np.array_equal(shown(page), pictures[-1])
-        pictures.append(shown(page))
+        assert not np.array_equal(shown(page), images[-1])
+        images.append(shown(page))
     page.fill("#count", "3")
     settled(page)
-    assert page.locator("#pictures img").count() == 3
-    assert [image.get_attribute("data-seed") for image in page.locator("#pictures img").all()] == ["8", "9", "10"]
-    assert np.array_equal(shown(page, 0), pictures[-1])
+    assert page.locator("#images img").count() == 3
+    assert [image.get_attribute("data-seed") for image in page.locator("#images img").all()] == ["8", "9", "10"]
+    assert np.array_equal(shown(page, 0), images[-1])
     page.fill("#count", "1")
     settled(page)
-    assert page.locator("#pictures img").count() == 1
+    assert page.locator("#images img").count() == 1
 
 
-def test_a_saved_picture_has_its_settings(open_page) -> None:
+def test_a_saved_image_has_its_settings(open_page) -> None:
     """The same pixels as on the page, as a PNG that says how to draw it again."""
     page = open_page(f"#steps=2&seed=11&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
@@ -264,7 +264,7 @@ def test_a_saved_picture_has_its_settings(open_page) -> None:
 
 
 def test_the_address_brings_the_settings_back(open_page) -> None:
-    """A reload, or a link that was sent, shows the same picture."""
+    """A reload, or a link that was sent, shows the same image."""
     page = open_page()
     page.fill("#prompt", PROMPT)
     page.fill("#seed", "21")
@@ -291,10 +291,10 @@ def test_the_seed_is_kept_or_new_for_every_input(open_page) -> None:
     page.fill("#prompt", "a red ring")
     settled(page)
     assert page.input_value("#seed") != "6"
-    assert page.get_attribute("#pictures img", "data-seed") == page.input_value("#seed")
+    assert page.get_attribute("#images img", "data-seed") == page.input_value("#seed")
 
 
-def test_a_bad_input_is_explained_and_the_picture_stays(open_page) -> None:
+def test_a_bad_input_is_explained_and_the_image_stays(open_page) -> None:
     page = open_page("#seed=3")
     settled(page)
     before = shown(page)
@@ -396,13 +396,13 @@ def test_it_fits_a_phone(open_page, scheme: str) -> None:
     assert page.evaluate("getComputedStyle(document.getElementById('canvas')).touchAction") == "none"
 
 
-def test_a_phone_shows_picture_and_drawing_at_once(open_page) -> None:
-    """The picture stays in sight while the page is scrolled, and does not cover what is drawn on."""
+def test_a_phone_shows_image_and_drawing_at_once(open_page) -> None:
+    """The image stays in sight while the page is scrolled, and does not cover what is drawn on."""
     page = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page.evaluate("document.getElementById('canvas').scrollIntoView({ block: 'end' })")
-    picture, canvas = (page.locator(name).bounding_box() for name in (".picture", "#canvas"))
-    assert picture["y"] >= 0
-    assert picture["y"] + picture["height"] <= canvas["y"]
+    image, canvas = (page.locator(name).bounding_box() for name in (".image", "#canvas"))
+    assert image["y"] >= 0
+    assert image["y"] + image["height"] <= canvas["y"]
     assert canvas["y"] + canvas["height"] <= 844
 
 

@@ -1,6 +1,6 @@
 """The service without its HTTP side: what is drawn together, what is dropped, and what goes wrong alone.
 
-Pictures are the demonstration checkpoint's. Where the order of things matters, a gate holds its pipeline back.
+Images are the demonstration checkpoint's. Where the order of things matters, a gate holds its pipeline back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hypersd.engines.manifest import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.shapes import ShapeOptions
-from hypersd.serve.calls import call_key, make_request, pictures_at_once
+from hypersd.serve.calls import call_key, images_at_once, make_request
 from hypersd.serve.drawing import ControlSettings, Drawing, Drawn, DrawSettings
-from hypersd.serve.errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
 from hypersd.serve.server import run_server
 from hypersd.serve.service import LocalService
+from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
 from hypersd.serve.settings import ServeSettings
 
 MODEL = "demo15-canny"
@@ -47,7 +47,7 @@ async def begin(service: LocalService, *drawings: Drawing, timeout: float = LONG
 
 
 async def hold(service: LocalService, pipe: GatedPipeline) -> asyncio.Task[list[Drawn]]:
-    """Keep the worker busy with a picture until the gate is opened."""
+    """Keep the worker busy with an image until the gate is opened."""
     pipe.gate.clear()
     before = len(pipe.calls)
     task = asyncio.create_task(service.draw(drawing("first"), LONG))
@@ -80,7 +80,7 @@ def test_alike_requests_share_a_call_while_the_device_is_busy(gated: GatedPipeli
     run(scenario())
     assert gated.calls == [["first"], ["0", "1", "2", "3"], ["4"]]
     assert counted(service, "hypersd_batch_size_count", model=MODEL) == 3
-    assert counted(service, "hypersd_pictures_total", model=MODEL) == 6
+    assert counted(service, "hypersd_images_total", model=MODEL) == 6
 
 
 def test_max_batch_bounds_a_call(gated: GatedPipeline, start_service) -> None:
@@ -130,7 +130,7 @@ def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe:
     assert (keys[0] == keys[1]) is is_alike
 
 
-def test_the_strength_of_a_controlnet_counts_and_its_picture_does_not(demo_pipe: Pipeline) -> None:
+def test_the_strength_of_a_controlnet_counts_and_its_image_does_not(demo_pipe: Pipeline) -> None:
     (net,) = demo_pipe.manifest.controlnets
 
     def key(colour: str, mode: str = "crop", **settings: Any) -> Any:
@@ -152,29 +152,29 @@ def test_the_strength_of_a_controlnet_counts_and_its_picture_does_not(demo_pipe:
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 2), ("cuda", 6)])
-def test_pictures_at_once(device: str, expected: int) -> None:
+def test_images_at_once(device: str, expected: int) -> None:
     """On a CPU kernels round by the number of rows, so that it must not change."""
     shapes = SimpleNamespace(batch=Range(name="batch", min=2, opt=3, max=6))
     pipe: Any = SimpleNamespace(manifest=SimpleNamespace(shapes=shapes), device=torch.device(device))
-    assert pictures_at_once(pipe) == expected
+    assert images_at_once(pipe) == expected
 
 
 @pytest.fixture(scope="module")
 def batch_of_three(shared_folder: Path, source_options) -> Pipeline:
-    """A tiny SD1.5 whose networks take three pictures at a time."""
+    """A tiny SD1.5 whose networks take three images at a time."""
     name = "Hyper-SD15-1step-lora"
     options = ExportOptions(sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3))
     return Pipeline.load(export_bundle(name, shared_folder / "serve" / "batch-of-three", options).root, device="cpu")
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:
+def test_a_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:
     """Alone, first, in the middle and last of a call, beside other prompts and seeds: the same bytes."""
     gated = GatedPipeline(batch_of_three, batch=3)
     service = start_service(gated)
     wanted, other = drawing("a cat", 5), drawing("a dog under a tree", 9)
 
     async def beside(*drawings: Drawing) -> bytes:
-        """The wanted picture, from a call that draws these."""
+        """The wanted image, from a call that draws these."""
         first = await hold(service, gated)
         tasks = await begin(service, *drawings)
         gated.gate.set()
@@ -246,10 +246,10 @@ def test_what_is_not_begun_in_time_is_not_drawn(gated: GatedPipeline, start_serv
 
     run(scenario())
     assert gated.drawn == ["first", "next"]
-    assert counted(service, "hypersd_dropped_pictures_total", reason="timeout") == 2
+    assert counted(service, "hypersd_dropped_images_total", reason="timeout") == 2
 
 
-def test_the_later_pictures_of_a_drawing_under_way_are_dropped(gated: GatedPipeline, start_service) -> None:
+def test_the_later_images_of_a_drawing_under_way_are_dropped(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated, max_batch=1)
 
     async def scenario() -> None:
@@ -278,7 +278,7 @@ def test_what_nobody_waits_for_is_not_drawn(gated: GatedPipeline, start_service)
 
     run(scenario())
     assert gated.drawn == ["first", "stays"]
-    assert counted(service, "hypersd_dropped_pictures_total", reason="cancelled") == 1
+    assert counted(service, "hypersd_dropped_images_total", reason="cancelled") == 1
 
 
 def test_what_is_superseded_is_not_drawn_but_what_was_begun_comes(gated: GatedPipeline, start_service) -> None:
@@ -300,7 +300,7 @@ def test_what_is_superseded_is_not_drawn_but_what_was_begun_comes(gated: GatedPi
     assert [one.seed for one in begun] == [1]
     assert waits == []
     assert gated.drawn == ["begun"]
-    assert counted(service, "hypersd_dropped_pictures_total", reason="superseded") == 2
+    assert counted(service, "hypersd_dropped_images_total", reason="superseded") == 2
 
 
 def test_the_end(gated: GatedPipeline, start_service) -> None:
@@ -356,8 +356,8 @@ def test_one_that_fails_does_not_spoil_those_it_is_drawn_with(gated: GatedPipeli
     ("error", "words"),
     [
         (RuntimeError("a kernel\nbroke"), r"^drawing failed \(RuntimeError: a kernel broke\)$"),
-        (MemoryError(), "^out of memory: draw smaller pictures, or fewer at a time$"),
-        (EngineError("out of memory for 1 picture"), "^out of memory for 1 picture$"),
+        (MemoryError(), "^out of memory: draw smaller images, or fewer at a time$"),
+        (EngineError("out of memory for 1 image"), "^out of memory for 1 image$"),
     ],
 )
 def test_an_engine_that_fails(error: Exception, words: str, gated: GatedPipeline, start_service) -> None:
@@ -388,7 +388,7 @@ def test_readiness_ends_with_three_failures_in_a_row_and_returns_with_a_success(
         return [await after(prompt) for prompt in ("bad", "bad", "good", "bad", "bad", "bad", "bad", "good")]
 
     assert run(scenario()) == [True, True, True, True, True, False, False, True]
-    assert counted(service, "hypersd_failed_pictures_total", error="RuntimeError") == 6
+    assert counted(service, "hypersd_failed_images_total", error="RuntimeError") == 6
 
 
 def test_what_requests_ask_wrongly_says_nothing_of_the_device(gated: GatedPipeline, start_service) -> None:
@@ -472,12 +472,12 @@ def test_a_bundle_that_changes_while_it_is_served(
     service.start()
     service.wait_ready()
 
-    def picture() -> bytes:
+    def image() -> bytes:
         return run(service.draw(drawing("a red circle", 3), LONG))[0].image.tobytes()
 
-    before = picture()
+    before = image()
     assert not service.models()[0].changed_on_disk
     change(own_copy, demo_bundle)
-    assert picture() == before
+    assert image() == before
     assert service.models()[0].changed_on_disk
     service.stop()

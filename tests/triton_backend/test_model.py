@@ -62,8 +62,8 @@ def model(load, sd15_bundle: Path) -> TritonPythonModel:
     return load(sd15_bundle)
 
 
-def picture(response: InferenceResponse) -> np.ndarray:
-    """The one picture of an answer, [H, W, 3]."""
+def image(response: InferenceResponse) -> np.ndarray:
+    """The one image of an answer, [H, W, 3]."""
     assert not response.has_error(), response.error().message()  # type: ignore[union-attr]
     (pixels,) = tensors(response)["image"]
     return pixels
@@ -85,16 +85,16 @@ def drawn(model: Model, prompt: str, **call: Any) -> np.ndarray:
     return np.asarray(model.pipe(prompt, **call).images[0])
 
 
-def test_answers_are_the_pipelines_pictures(model: TritonPythonModel) -> None:
+def test_answers_are_the_pipelines_images(model: TritonPythonModel) -> None:
     """Prompts, seeds and settings reach the pipeline."""
     requests = [
         InferenceRequest(prompt="a cat", seed=3),
         InferenceRequest(prompt="ein Küken", seed=4, steps=2, eta=0.3, guidance_scale=2.0, negative_prompt="a dog"),
     ]
     first, second = model.execute(requests)
-    assert np.array_equal(picture(first), drawn(model, "a cat", seed=3))
+    assert np.array_equal(image(first), drawn(model, "a cat", seed=3))
     call = {"num_inference_steps": 2, "eta": 0.3, "guidance_scale": 2.0, "negative_prompt": "a dog"}
-    assert np.array_equal(picture(second), drawn(model, "ein Küken", seed=4, **call))
+    assert np.array_equal(image(second), drawn(model, "ein Küken", seed=4, **call))
     assert tensors(first)["image"].dtype == np.uint8
     assert (tensors(first)["image"].shape, tensors(first)["seed"].tolist()) == ((1, 64, 64, 3), [[3]])
 
@@ -110,10 +110,10 @@ def test_a_seed_that_was_left_out_is_told(model: TritonPythonModel) -> None:
     first, second = model.execute([InferenceRequest(prompt="a cat"), InferenceRequest(prompt="a cat")])
     seeds = [int(tensors(response)["seed"][0, 0]) for response in (first, second)]
     assert seeds[0] != seeds[1]
-    assert np.array_equal(picture(first), drawn(model, "a cat", seed=seeds[0]))
+    assert np.array_equal(image(first), drawn(model, "a cat", seed=seeds[0]))
 
 
-def test_a_request_of_several_rows_has_several_pictures(model: TritonPythonModel) -> None:
+def test_a_request_of_several_rows_has_several_images(model: TritonPythonModel) -> None:
     prompts = np.array([[b"a cat"], [b"a dog"]], np.object_)
     (response,) = model.execute([InferenceRequest(prompt=prompts, seed=np.array([[5], [6]], np.int64))])
     images = tensors(response)["image"]
@@ -128,7 +128,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "eta": ({"prompt": "x", "eta": float("nan")}, "eta nan"),
     "width": ({"prompt": "x", "width": 128}, "width 128 is outside"),
     "text": ({"prompt": b"\xff\xfe"}, "prompt is not UTF-8"),
-    "control": ({"prompt": "x", "control_scale": 0.5}, "control_scale is about a control picture"),
+    "control": ({"prompt": "x", "control_scale": 0.5}, "control_scale is about a control image"),
 }
 
 
@@ -141,8 +141,8 @@ def test_a_bad_request_fails_alone(name: str, model: TritonPythonModel) -> None:
     code, words = failure(bad)
     assert code == "INVALID_ARG"
     assert message in words
-    assert np.array_equal(picture(good), drawn(model, "a cat", seed=1))
-    assert np.array_equal(picture(other), drawn(model, "a dog", seed=2))
+    assert np.array_equal(image(good), drawn(model, "a cat", seed=1))
+    assert np.array_equal(image(other), drawn(model, "a dog", seed=2))
 
 
 class Counting:
@@ -172,20 +172,20 @@ def test_cancelled_requests_are_not_drawn(model: TritonPythonModel, counting: Co
     requests = [InferenceRequest(prompt="a cat", is_cancelled=True), InferenceRequest(prompt="a dog")]
     cancelled, other = model.execute(requests)
     assert failure(cancelled)[0] == "CANCELLED"
-    picture(other)
+    image(other)
     assert counting.calls == [["a dog"]]
 
 
 @pytest.fixture(scope="session")
 def batched(load, bundles_folder: Path, source_options) -> TritonPythonModel:
-    """A bundle whose networks draw two pictures at a time."""
+    """A bundle whose networks draw two images at a time."""
     name = "Hyper-SD15-1step-lora"
     options = ExportOptions(sources=source_options(name), shapes=ShapeOptions(batch=2), precision="fp32")
     return load(export_bundle(name, bundles_folder / f"{name}-batch2", options).root)
 
 
 def test_requests_are_drawn_together_and_look_as_if_alone(batched: TritonPythonModel, monkeypatch) -> None:
-    """Three alike are two calls, one with other settings is a third; each picture is that of its own request."""
+    """Three alike are two calls, one with other settings is a third; each image is that of its own request."""
     counting = Counting(batched.pipe)
     asked = [{"prompt": f"a {i}", "seed": i} for i in range(3)]
     requests = [InferenceRequest(**inputs) for inputs in [*asked[:2], {"prompt": "b", "seed": 9, "steps": 2}, asked[2]]]
@@ -193,8 +193,8 @@ def test_requests_are_drawn_together_and_look_as_if_alone(batched: TritonPythonM
         patch.setattr(batched, "pipe", counting)
         responses = batched.execute(requests)
     assert sorted(counting.calls) == [["a 0", "a 1"], ["a 2"], ["b"]]
-    alone = [picture(batched.execute([request])[0]) for request in requests]
-    assert all(np.array_equal(picture(one), other) for one, other in zip(responses, alone, strict=True))
+    alone = [image(batched.execute([request])[0]) for request in requests]
+    assert all(np.array_equal(image(one), other) for one, other in zip(responses, alone, strict=True))
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("fail", "the engine failed"), ("break", "KeyError")])
@@ -208,7 +208,7 @@ def test_an_engine_that_fails_spoils_one_answer(
     code, message = failure(bad)
     assert code == "INTERNAL"
     assert words in message
-    assert np.array_equal(picture(good), np.asarray(counting.pipe("a cat", seed=1).images[0]))
+    assert np.array_equal(image(good), np.asarray(counting.pipe("a cat", seed=1).images[0]))
     assert counting.calls == [["a cat", prompt], ["a cat"], [prompt]]
 
 
@@ -218,7 +218,7 @@ def drawing_of_a_ring() -> Image.Image:
     return image
 
 
-def test_control_pictures(load, export_controlled) -> None:
+def test_control_images(load, export_controlled) -> None:
     """One for each ControlNet in the bundle's order, an empty one for none; they are prepared as it wants them."""
     model = load(export_controlled("Hyper-SD15-1step-lora"))
     names = list(model.pipe.manifest.controlnets)
@@ -227,16 +227,16 @@ def test_control_pictures(load, export_controlled) -> None:
     files = [file.getvalue() if name == "scribble" else b"" for name in names]
     requests = [
         InferenceRequest(prompt="a ring", seed=1, control_image=files, control_scale=0.5),
-        InferenceRequest(prompt="a ring", seed=1, control_image=[b"no picture"] * 2),
+        InferenceRequest(prompt="a ring", seed=1, control_image=[b"no image"] * 2),
         InferenceRequest(prompt="a ring", seed=1),
     ]
     followed, bad, plain = model.execute(requests)
     kind = model.pipe.manifest.controlnets["scribble"].preprocess
     control = {"scribble": preprocess(fit(drawing_of_a_ring(), 64, 64), kind)}
     expected = drawn(model, "a ring", seed=1, image=control, controlnet_conditioning_scale=0.5)
-    assert np.array_equal(picture(followed), expected)
+    assert np.array_equal(image(followed), expected)
     assert failure(bad)[0] == "INVALID_ARG"
-    assert not np.array_equal(picture(plain), picture(followed))
+    assert not np.array_equal(image(plain), image(followed))
 
 
 def test_the_repositorys_own_file_and_path(sd15_bundle: Path, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_the_repositorys_own_file_and_path(sd15_bundle: Path, tmp_path: Path) ->
     model = namespace["TritonPythonModel"]()
     model.initialize(arguments(folder, {"bundle": "../../bundles/demo", "backend": "auto"}))
     (response,) = model.execute([InferenceRequest(prompt="a cat", seed=1)])
-    assert picture(response).shape == (64, 64, 3)
+    assert image(response).shape == (64, 64, 3)
     model.finalize()
 
 

@@ -97,7 +97,7 @@ def wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path
 
 
 def infer(client: httpx.Client, model: str, **inputs: Any) -> httpx.Response:
-    """A request of one row for a picture."""
+    """A request of one row for an image."""
     types = {str: "BYTES", int: "INT32", float: "FP32"}
     tensors = [
         {
@@ -116,8 +116,8 @@ def outputs(response: httpx.Response) -> dict[str, np.ndarray]:
     return {each["name"]: np.array(each["data"]).reshape(each["shape"]) for each in response.json()["outputs"]}
 
 
-def test_pictures_are_the_pipelines_whoever_asks_meanwhile(server: httpx.Client, sd15_bundle: Path) -> None:
-    """Every one of many requests at once gets the picture of its own prompt and seed, or its own error."""
+def test_images_are_the_pipelines_whoever_asks_meanwhile(server: httpx.Client, sd15_bundle: Path) -> None:
+    """Every one of many requests at once gets the image of its own prompt and seed, or its own error."""
     pipe, name = Pipeline.load(sd15_bundle), sd15_bundle.name
     asked = [{"prompt": f"a {i}", "seed": i, **({"steps": 2, "eta": 0.3} if i % 2 else {})} for i in range(6)]
     asked.append({"prompt": "a cat", "seed": 7, "steps": 700})

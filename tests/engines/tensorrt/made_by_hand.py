@@ -12,9 +12,9 @@ from hypersd.engines.manifest import (
     Component,
     EngineTarget,
     FileRecord,
+    ImageShapes,
     Manifest,
     Origin,
-    PictureShapes,
     Plan,
     Range,
     SamplerSettings,
@@ -29,11 +29,11 @@ GIB = 1 << 30
 VERSIONS = {"tensorrt": "10.16.1.11", "tensorrt-rtx": "1.7.1.116"}
 
 
-def shapes(batch: Any = 1, height: Any = 512, width: Any = 512) -> PictureShapes:
+def shapes(batch: Any = 1, height: Any = 512, width: Any = 512) -> ImageShapes:
     """Each an extent, or (min, opt, max)."""
     spans = {"batch": batch, "height": height, "width": width}
     spans = {name: (span,) * 3 if isinstance(span, int) else span for name, span in spans.items()}
-    return PictureShapes(
+    return ImageShapes(
         **{name: Range(name=name, min=low, opt=usual, max=high) for name, (low, usual, high) in spans.items()}
     )
 
@@ -41,7 +41,7 @@ def shapes(batch: Any = 1, height: Any = 512, width: Any = 512) -> PictureShapes
 WIDE = shapes((1, 2, 4), (256, 512, 1024), (256, 512, 768))
 
 
-def manifest(wide: PictureShapes = WIDE, guided: bool = True, weights: str = "a") -> Manifest:
+def manifest(wide: ImageShapes = WIDE, guided: bool = True, weights: str = "a") -> Manifest:
     """A bundle for ``wide`` as the exporter describes one; ``weights`` is a hex digit that its hashes are made of."""
     batch, height, width = (_dim(getattr(wide, name)) for name in ("batch", "height", "width"))
     latent = [_dim(getattr(wide, name).divided(8, f"latent_{name}")) for name in ("height", "width")]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from hypersd.engines.tensorrt.process import POLYGRAPHY_FLAVOUR
+from hypersd.engines.tensorrt.build_process import POLYGRAPHY_FLAVOUR
 
 
 def _loaded() -> list[str]:

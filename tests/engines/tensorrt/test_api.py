@@ -32,9 +32,9 @@ from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
 from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, load_api
 from hypersd.engines.tensorrt.attention import attentions_without_kernel, mark_decomposable
-from hypersd.engines.tensorrt.builder import build_plan
-from hypersd.engines.tensorrt.engine import TensorRTEngine, check_engine
-from hypersd.engines.tensorrt.job import BuildJob
+from hypersd.engines.tensorrt.build_job import BuildJob
+from hypersd.engines.tensorrt.plan_builder import build_plan
+from hypersd.engines.tensorrt.tensorrt_engine import TensorRTEngine, check_engine
 from hypersd.engines.tensorrt.validate import _check_file
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
 
@@ -478,7 +478,7 @@ def aligned(*shape: int) -> torch.Tensor:
 
 
 def test_shapes_have_contexts_of_their_own(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
-    """The first run after a change of shapes cannot be recorded: one picture may need several, in turns."""
+    """The first run after a change of shapes cannot be recorded: one image may need several, in turns."""
     widths: list[int] = []
     engine_of.behaviour["IExecutionContext.get_tensor_shape"] = lambda *_: (1, widths[-1])
     engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))

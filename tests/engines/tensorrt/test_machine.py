@@ -107,7 +107,7 @@ TARGET_REASONS: dict[str, tuple[EngineTarget, Machine, list[str]]] = {
     "memory": (
         whole(),
         machine(gpu=gpu(name="MX450", total_memory=5 * GIB - 1)),
-        ["needs 5.4 GB", "MX450 has 5.4 GB", "smaller pictures"],
+        ["needs 5.4 GB", "MX450 has 5.4 GB", "smaller images"],
     ),
 }
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypersd.engines.manifest import Component, Manifest, PictureShapes, Range, TensorSpec, check_relative, dim_range
+from hypersd.engines.manifest import Component, ImageShapes, Manifest, Range, TensorSpec, check_relative, dim_range
 from hypersd.engines.tensorrt.targets import (
     describe,
     extents_of,
@@ -69,11 +69,11 @@ def test_keys_differ_with_all_that_a_plan_is_built_from() -> None:
     assert unet_key({"plans": with_plans(target(), bundle).plans}, bundle) == keys[0]
 
 
-def test_sizes_of_pictures_share_the_text_encoders() -> None:
+def test_sizes_of_images_share_the_text_encoders() -> None:
     """Their networks know no pixels: a plan for one size is the plan for another; of other batches it is not."""
     bundle = manifest()
 
-    def keys(size: PictureShapes) -> dict[str, str]:
+    def keys(size: ImageShapes) -> dict[str, str]:
         made = target(shapes=size)
         return {
             name: plan_key(made, component, onnx_hash(bundle, name))
@@ -112,7 +112,7 @@ def test_names_are_names_of_folders(
 
 
 def test_a_target_in_words() -> None:
-    """What a user reads names the flavour, its version, the GPUs and the pictures."""
+    """What a user reads names the flavour, its version, the GPUs and the images."""
     portable = target(version="1.7.1.116", shapes=shapes(1, 1024, 768))
     assert describe(portable) == "TensorRT-RTX 1.7.1.116, portable, 1 of 768 x 1024"
     bound = target(backend="tensorrt", version="10.8.0.43", stripped=True)
@@ -165,7 +165,7 @@ def is_inside(narrow: int | Range, wide: int | Range) -> bool:
 
 
 @given(part=inside, guided=st.booleans())
-def test_a_part_of_a_bundle_is_inside_it_and_fits_together(part: PictureShapes, guided: bool) -> None:
+def test_a_part_of_a_bundle_is_inside_it_and_fits_together(part: ImageShapes, guided: bool) -> None:
     """A plan is built for these extents: outside the graph's it fails, and networks that disagree draw garbage."""
     bundle = manifest(guided=guided)
     narrow = narrowed(bundle, part)
@@ -192,14 +192,14 @@ def extents_of_dim(dim: int | Range) -> list[int]:
 
 
 @given(whole=inside, guided=st.booleans())
-def test_the_whole_of_a_bundle_is_itself(whole: PictureShapes, guided: bool) -> None:
+def test_the_whole_of_a_bundle_is_itself(whole: ImageShapes, guided: bool) -> None:
     """For a bundle of any shapes, fixed ones too: what is built by default is exactly what was exported."""
     bundle = manifest(whole, guided)
     assert narrowed(bundle, whole) == bundle
 
 
 @given(part=inside, within=st.data())
-def test_a_part_of_a_part_is_a_part_of_the_whole(part: PictureShapes, within: st.DataObject) -> None:
+def test_a_part_of_a_part_is_a_part_of_the_whole(part: ImageShapes, within: st.DataObject) -> None:
     """The runtime narrows what the builder narrowed: in one step or two, it is the same."""
     spans = [(part.batch, 1), (part.height, 8), (part.width, 8)]
     smaller = shapes(*(within.draw(spans_inside(span, multiple)) for span, multiple in spans))
@@ -212,7 +212,7 @@ def test_a_part_of_a_part_is_a_part_of_the_whole(part: PictureShapes, within: st
     below=st.booleans(),
     part=inside,
 )
-def test_what_reaches_outside_is_refused_with_both(name: str, beyond: int, below: bool, part: PictureShapes) -> None:
+def test_what_reaches_outside_is_refused_with_both(name: str, beyond: int, below: bool, part: ImageShapes) -> None:
     """However far outside: the message names the extent and the bundle's range, in one line."""
     wide, step = getattr(WIDE, name), 1 if name == "batch" else 8
     least = max(1, wide.min - step * beyond)
@@ -239,7 +239,7 @@ def test_sides_that_are_no_whole_latents_are_refused() -> None:
 
 
 def test_dimensions_of_other_names_stay_as_they_are() -> None:
-    """A newer exporter may let more vary than pictures do."""
+    """A newer exporter may let more vary than images do."""
     tokens = Range(name="tokens", min=1, opt=77, max=154)
     bundle = manifest()
     spec = TensorSpec(dtype="int64", shape=(1, tokens))

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypersd.engines.controlnets import cond_embedding, controlnet, residual_input
+from hypersd.engines.component_names import cond_embedding, controlnet, residual_input
 from hypersd.engines.manifest import (
     Component,
     ControlNetSettings,
     FileRecord,
+    ImageShapes,
     Manifest,
-    PictureShapes,
     Range,
     TensorSpec,
     decode,
@@ -41,7 +41,7 @@ def fixed_or(extent: Range) -> int | Range:
     return extent.opt if extent.min == extent.max else extent
 
 
-def controlled(wide: PictureShapes = WIDE, guided: bool = True, weights: str = "a") -> Manifest:
+def controlled(wide: ImageShapes = WIDE, guided: bool = True, weights: str = "a") -> Manifest:
     """The bundle made by hand with a ControlNet, as the exporter describes one."""
     bundle = manifest(wide, guided, weights)
     unet = bundle.components["unet"]
@@ -93,7 +93,7 @@ def residuals_of(bundle: Manifest) -> dict[int, list[list[int]]]:
 
 
 @given(part=inside, guided=st.booleans())
-def test_halves_follow_the_latents(part: PictureShapes, guided: bool) -> None:
+def test_halves_follow_the_latents(part: ImageShapes, guided: bool) -> None:
     """At both ends of a range they are what the part's latents are when halved, inside the bundle's."""
     bundle = controlled(guided=guided)
     narrow = narrowed(bundle, part)
@@ -110,15 +110,15 @@ def test_halves_follow_the_latents(part: PictureShapes, guided: bool) -> None:
 
 
 @given(part=inside, guided=st.booleans())
-def test_the_networks_of_a_controlnet_fit_together(part: PictureShapes, guided: bool) -> None:
-    """The embedding sees each picture once, in pixels; with guidance the rest has the UNet's rows, twice as many."""
+def test_the_networks_of_a_controlnet_fit_together(part: ImageShapes, guided: bool) -> None:
+    """The embedding sees each image once, in pixels; with guidance the rest has the UNet's rows, twice as many."""
     narrow = narrowed(controlled(guided=guided), part)
     rest, embedding, unet = (narrow.components[name] for name in NETWORKS)
     assert {name: rest.inputs[name] for name in ("sample", "timestep", "encoder_hidden_states")} == {
         name: unet.inputs[name] for name in ("sample", "timestep", "encoder_hidden_states")
     }
-    picture = embedding.inputs["controlnet_cond"].shape
-    assert [extents_of_dim(picture[i]) for i in (0, 2, 3)] == [extents_of_dim(extent) for extent in part.extents]
+    image = embedding.inputs["controlnet_cond"].shape
+    assert [extents_of_dim(image[i]) for i in (0, 2, 3)] == [extents_of_dim(extent) for extent in part.extents]
     assert embedding.outputs["cond_embedding"].shape[1:] == rest.inputs["cond_embedding"].shape[1:]
     rows = unet.inputs["sample"].shape[0]
     assert {spec.shape[0] for name, spec in rest.outputs.items() if name in RESIDUALS} == {rows}
@@ -139,7 +139,7 @@ SIZES: list[tuple[Any, dict[int, list[int]]]] = [  # of a side in pixels, and of
 
 @pytest.mark.parametrize("whole", [SMALL, shapes(1, (64, 512, 2048), (64, 512, 2048))], ids=["small", "large"])
 @pytest.mark.parametrize(("size", "expected"), SIZES, ids=[str(size) for size, _ in SIZES])
-def test_odd_latents_round_up(size: Any, expected: dict[int, list[int]], whole: PictureShapes) -> None:
+def test_odd_latents_round_up(size: Any, expected: dict[int, list[int]], whole: ImageShapes) -> None:
     """Numbers written down: dividing pixels at once would give 72 / 32 = 2 for a convolution that makes 3."""
     narrow = narrowed(controlled(whole), shapes(1, size, 64))
     assert {times: sides[0] for times, sides in residuals_of(narrow).items()} == expected
@@ -152,7 +152,7 @@ def test_odd_latents_round_up(size: Any, expected: dict[int, list[int]], whole: 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_one_size_is_fixed_throughout(guided: bool) -> None:
-    """Without a single range left in any network, if there is one picture a call and no guidance."""
+    """Without a single range left in any network, if there is one image a call and no guidance."""
     narrow = narrowed(controlled(guided=guided), shapes(1, 264, 504))
     varying = [(key, dim.name) for key, spec in tensors(narrow).items() for dim in spec.shape if isinstance(dim, Range)]
     if guided:
@@ -167,17 +167,17 @@ def test_one_size_is_fixed_throughout(guided: bool) -> None:
 
 
 @given(whole=inside, guided=st.booleans())
-def test_the_whole_of_a_bundle_is_itself(whole: PictureShapes, guided: bool) -> None:
+def test_the_whole_of_a_bundle_is_itself(whole: ImageShapes, guided: bool) -> None:
     """By default what is built is exactly what was exported."""
     bundle = controlled(whole, guided)
     assert narrowed(bundle, whole) == bundle
 
 
 @given(part=inside, guided=st.booleans())
-def test_a_part_is_what_would_have_been_exported(part: PictureShapes, guided: bool) -> None:
+def test_a_part_is_what_would_have_been_exported(part: ImageShapes, guided: bool) -> None:
     """Narrowing a wide bundle gives the networks of a narrow one, unless that has fewer rows than guidance needs."""
     narrow, exported = narrowed(controlled(guided=guided), part), controlled(part, guided)
-    if guided:  # one picture twice is two rows, but a wide bundle's UNet can also run on one
+    if guided:  # one image twice is two rows, but a wide bundle's UNet can also run on one
         copies = {name: narrow.components[name] for name in (cond_embedding("canny"), "vae_decoder", "text_encoder")}
         assert copies == {name: exported.components[name] for name in copies}
     else:
@@ -185,7 +185,7 @@ def test_a_part_is_what_would_have_been_exported(part: PictureShapes, guided: bo
 
 
 @given(part=inside, within=st.data())
-def test_a_part_of_a_part_is_a_part_of_the_whole(part: PictureShapes, within: st.DataObject) -> None:
+def test_a_part_of_a_part_is_a_part_of_the_whole(part: ImageShapes, within: st.DataObject) -> None:
     """In one step or two, also where a half had only one extent left after the first."""
     spans = [(part.batch, 1), (part.height, 8), (part.width, 8)]
     smaller = shapes(*(within.draw(spans_inside(span, multiple)) for span, multiple in spans))
@@ -193,7 +193,7 @@ def test_a_part_of_a_part_is_a_part_of_the_whole(part: PictureShapes, within: st
 
 
 def test_halves_of_other_dimensions_stay_as_they_are() -> None:
-    """A newer exporter may halve more than pictures."""
+    """A newer exporter may halve more than images."""
     tokens = Range(name="tokens", min=1, opt=77, max=154).halved(1)
     bundle = controlled()
     spec = TensorSpec(dtype="float16", shape=(1, tokens))
@@ -217,7 +217,7 @@ def test_plans_of_a_controlnet() -> None:
 def test_plans_of_other_sizes_are_others() -> None:
     """Also where only halves differ in what a network takes; the ControlNet's weights are in the key."""
 
-    def key(size: PictureShapes, weights: str, name: str) -> str:
+    def key(size: ImageShapes, weights: str, name: str) -> str:
         bundle = controlled(weights=weights)
         return plan_key(target(shapes=size), narrowed(bundle, size).components[name], onnx_hash(bundle, name))
 

@@ -1,0 +1,98 @@
+"""Image files: names, sizes, metadata, contact sheets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..errors import DiskFullError, RequestError, UserError
+
+CAPTION_HEIGHT = 16
+MARGIN = 4
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``1024x768`` as width and height.
+
+    Raises:
+        RequestError: it is not of that form.
+    """
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if match is None:
+        raise RequestError(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse an output that can't be written before any time is spent on it."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"-o {path}: expected a name that ends in .png")
+    if path.is_dir():
+        raise RequestError(f"-o {path} is a folder: expected a file name")
+
+
+def numbered(path: Path, index: int, count: int) -> Path:
+    """The name of one of several images: ``cat-0.png``, ``cat-1.png`` beside ``cat.png``."""
+    if count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{index:0{len(str(count - 1))}d}{path.suffix}")
+
+
+def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
+    """Write an image with its settings as JSON in an iTXt chunk, whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    from ..runtime.metadata import png_info  # torch comes with it
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(temporary, format="PNG", pnginfo=png_info(metadata))
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one line why a file cannot be written.
+
+    Raises:
+        UserError: its place cannot be written.
+        DiskFullError: there is no room left.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = DiskFullError if error.errno == errno.ENOSPC else UserError
+        raise kind(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
+
+
+def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """All images in a grid that is about square, each over its caption."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width = max(image.width for image in images) + MARGIN
+    height = max(image.height for image in images) + MARGIN + CAPTION_HEIGHT
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = MARGIN + i % columns * width, MARGIN + i // columns * height
+        sheet.paste(image, (x, y))
+        draw.text((x, y + image.height + 1), caption, fill="black")
+    return sheet

@@ -1,0 +1,115 @@
+"""The service on a Ray cluster: ``serve run hypersd.cluster.application:app bundles=FOLDER``.
+
+HTTP is spoken by an ingress, images are drawn by replicas, one a GPU, as many as the queue needs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from ..errors import HyperSDError, RequestError
+from ..serve.app import make_app
+from ..serve.service import name_folders
+from ..serve.settings import ServeSettings
+from .bundles import BundleShelf, SharedBundle, share
+from .cluster_service import ClusterService
+from .drawer import Drawer
+from .options import ClusterOptions, read_options
+
+HEAD_NODE = {"node:__internal_head__": 0.001}
+UPSCALE_DELAY = 5.0  # seconds that a queue has to last: somebody waits
+CONSTRUCTOR_RETRIES = 3
+CONNECTIONS = 1000  # of an ingress; WebSockets take one each as long as they are open
+
+
+class ArgumentError(click.ClickException, RequestError):
+    """The application cannot be put together. Ray's command line prints a ClickException as one line."""
+
+    exit_code = 2
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP side, the same as that of ``hypersd serve``."""
+
+    def __init__(self, drawer: DeploymentHandle, settings: ServeSettings) -> None:
+        self._service, self._settings = ClusterService(drawer), settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray calls this in the event loop that the application is going to run in."""
+        self._watcher = asyncio.get_running_loop().create_task(self._service.watch())
+        return make_app(self._service, self._settings)
+
+    def __del__(self) -> None:
+        self._service.stop()
+        with contextlib.suppress(AttributeError, RuntimeError):  # not built yet, or the loop has ended
+            self._watcher.cancel()
+
+
+def app(arguments: Mapping[str, Any]) -> Application:
+    """The application that Ray Serve runs, from arguments as :class:`hypersd.cluster.options.ClusterOptions` has them.
+
+    Raises:
+        ArgumentError: an argument is missing, not known or out of range; or a folder holds no bundle.
+    """
+    try:
+        options = read_options(arguments)
+        bundles = [share(folder) for folder in name_folders(options.bundles).values()]
+        settings = options.settings()
+    except HyperSDError as error:
+        raise ArgumentError(str(error)) from error
+    ingress = serve.deployment(
+        name="Ingress",
+        num_replicas=options.ingresses,
+        max_ongoing_requests=CONNECTIONS,
+        ray_actor_options={"num_cpus": 0},
+    )(Ingress)
+    return ingress.bind(_drawer(options, bundles), settings)
+
+
+def _drawer(options: ClusterOptions, bundles: Sequence[SharedBundle]) -> Application:
+    shelf = serve.deployment(
+        name="BundleShelf",
+        max_ongoing_requests=8,
+        ray_actor_options={"num_cpus": 0, "resources": HEAD_NODE},
+    )(BundleShelf)
+    drawer = serve.deployment(
+        name="Drawer",
+        max_ongoing_requests=options.max_ongoing_requests,
+        max_queued_requests=options.queue,
+        max_constructor_retry_count=CONSTRUCTOR_RETRIES,
+        graceful_shutdown_timeout_s=options.timeout,
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        **_replicas(options),
+    )(Drawer)
+    return drawer.bind(
+        bundles,
+        shelf.bind(bundles),
+        device=options.device,
+        queue=options.max_ongoing_requests * options.max_count,  # never full before Ray's own, which all replicas share
+        max_batch=options.max_batch,
+        backend=options.backend,
+        precision=options.precision,
+    )
+
+
+def _replicas(options: ClusterOptions) -> dict[str, Any]:
+    if options.min_replicas == options.max_replicas:
+        return {"num_replicas": options.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": options.min_replicas,
+            "max_replicas": options.max_replicas,
+            "target_ongoing_requests": options.target_ongoing_requests,
+            "upscale_delay_s": UPSCALE_DELAY,
+        }
+    }

@@ -1,0 +1,184 @@
+"""Files of prompts on a Ray cluster: an actor on each GPU draws, the machine that started it writes the images."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..errors import EngineError, HyperSDError, one_line
+from ..serve.image_codec import encode
+from ..serve.intake import read_drawing
+from ..serve.schemas import GenerationRequest
+from ..serve.service import LocalService
+from ..serve.settings import ServeSettings
+from .bundles import BundleShelf, SharedBundle, find_or_fetch, share
+from .jobs import KEY_NAME, PromptJob
+
+BLOCK = 16  # images that an actor takes, and hands back, at a time
+ATTEMPTS = 3  # at a block whose actor dies: Ray itself would try for ever
+A_DAY = 86_400.0  # seconds for a block; nobody waits for one image
+LIMITS = ServeSettings(max_prompt=1_000_000, max_control_pixels=1 << 26)  # the file is the user's own
+SCHEMA = pa.schema([("file", pa.string()), ("png", pa.binary()), ("error", pa.string())])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorOptions:
+    """Who draws.
+
+    Attributes:
+        count: actors.
+        num_gpus: of each; 0 draws on the CPU.
+        max_batch: the most images that one call draws.
+        backend: as for :meth:`hypersd.Pipeline.load`; likewise ``precision``.
+    """
+
+    count: int
+    num_gpus: float
+    max_batch: int
+    backend: str
+    precision: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """An image's PNG file, or why there is none."""
+
+    file: str
+    png: bytes | None
+    error: str | None
+
+
+class Desk(BundleShelf):
+    """What the actors ask of the machine that started them."""
+
+    def __init__(self, bundle: SharedBundle) -> None:
+        super().__init__([bundle])
+        self._attempts: Counter[str] = Counter()
+
+    def begin(self, file: str) -> int:
+        """Note that the block that starts with ``file`` is begun; how often that was before."""
+        self._attempts[file] += 1
+        return self._attempts[file] - 1
+
+
+class BatchDrawer:
+    """An actor of Ray Data's: blocks of requests in, PNG files out."""
+
+    def __init__(self, bundle: SharedBundle, desk: Any, options: ActorOptions) -> None:
+        """Load the bundle and warm up; ``desk`` is the handle of an actor :class:`Desk`."""
+
+        def read(digest: str, file: str, offset: int) -> bytes:
+            return ray.get(desk.read.remote(digest, file, offset))
+
+        self._desk = desk
+        self._service = LocalService(
+            [find_or_fetch(bundle, read)],
+            devices=["cuda" if options.num_gpus else "cpu"],
+            queue=BLOCK,
+            max_batch=options.max_batch,
+            backend=options.backend,
+            precision=options.precision,
+        )
+        self._service.start()
+        self._service.wait_ready()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Columns ``file``, ``key`` and ``body`` (JSON) to those of SCHEMA."""
+        rows = block.to_pylist()
+        begun: Any = ray.get(self._desk.begin.remote(rows[0]["file"]))
+        if begun >= ATTEMPTS:
+            error = f"the process that drew it died, {ATTEMPTS} times over: see Ray's log"
+            return pa.Table.from_pylist([{"file": row["file"], "error": error} for row in rows], SCHEMA)
+        results = asyncio.run(self._draw_all(rows))
+        if not self._service.is_ready():
+            os._exit(1)  # the device fails at every call, and would soon have failed all that is left to draw
+        return pa.Table.from_pylist(results, SCHEMA)
+
+    async def _draw_all(self, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._draw, rows))
+
+    async def _draw(self, row: dict[str, str]) -> dict[str, Any]:
+        try:
+            body = GenerationRequest.model_validate_json(row["body"])
+            drawing = await asyncio.to_thread(read_drawing, body, self._service.models(), LIMITS)
+            [drawn] = await self._service.draw(drawing, A_DAY)
+        except HyperSDError as error:
+            return {"file": row["file"], "error": str(error)}
+        metadata = {**drawn.metadata, KEY_NAME: row["key"]}
+        return {"file": row["file"], "png": await asyncio.to_thread(encode, drawn.image, "png", None, metadata)}
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at ``address``; of None the one that this machine belongs to, or else one of its own.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    except (RayError, ConnectionError, ValueError, RuntimeError) as error:
+        raise EngineError(f"no Ray cluster at {address or 'hand'}: {one_line(error)}") from error
+
+
+def default_actors() -> tuple[int, float]:
+    """One for each GPU of the cluster, and that; without GPUs one that draws on the CPU."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return (gpus, 1.0) if gpus else (1, 0.0)
+
+
+def draw_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions) -> Iterator[Result]:
+    """Draw images; their results come as they are ready.
+
+    Raises:
+        BundleError: the folder holds no bundle.
+        EngineError: the actors could not start.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = -1  # what an actor fails at does not end the others' work
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [
+        {"file": job.file, "key": job.key, "body": job.body.model_dump_json(exclude_none=True)}
+        for job in sorted(jobs, key=lambda job: job.settings)  # those that one call can draw are beside each other
+    ]
+    try:
+        for row in _drawn(rows, share(bundle), options).iter_rows():
+            yield Result(**row)
+    except RayError as error:
+        raise EngineError(f"the actors failed: {_last_line(error)}") from error
+
+
+def _drawn(rows: list[dict[str, str]], bundle: SharedBundle, options: ActorOptions) -> ray.data.Dataset:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(bundle)
+    blocks = math.ceil(len(rows) / BLOCK)
+    return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        BatchDrawer,
+        batch_size=BLOCK,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"bundle": bundle, "desk": desk, "options": options},
+        compute=ray.data.ActorPoolStrategy(size=min(options.count, blocks)),
+        num_gpus=options.num_gpus or None,
+        num_cpus=None if options.num_gpus else 1,
+    )
+
+
+def _last_line(error: RayError) -> str:
+    """What went wrong over there: Ray's errors are whole tracebacks."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -1,0 +1,102 @@
+"""The service as the HTTP side sees it, drawn by replicas elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from ..errors import EngineError, HyperSDError
+from ..serve.cards import ModelCard
+from ..serve.drawing import Drawing, Drawn
+from ..serve.metrics import Metrics
+from ..serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnavailableError
+
+ATTEMPTS = 3  # of a drawing whose replica died: one that kills what draws it must not kill all
+ASK_AGAIN = 0.5  # seconds, while no replica is ready
+REFRESH = 30.0  # seconds, after which what is told of the bundles is asked for anew
+#: what the loss of a replica looks like from here; the cancelled task is one that its replica took along
+LOST = (RayActorError, NodeDiedError, ObjectLostError, TaskCancelledError)
+
+
+class ClusterService:
+    """Draws by the replicas of a deployment (:class:`hypersd.cluster.drawer.Drawer`).
+
+    A drawing whose replica dies is drawn by another: its seeds were decided here, so the images are the same. An
+    input that is superseded after it was sent to the replicas is drawn all the same.
+    """
+
+    def __init__(self, drawer: DeploymentHandle) -> None:
+        self.metrics = Metrics()
+        self._drawer = drawer
+        self._cards: list[ModelCard] = []
+        self._stopping = False
+        self._seconds = 0.0  # that the last drawing took, its wait included
+
+    async def watch(self) -> None:
+        """Ask for what is served, again and again; the service is ready from the first answer on."""
+        while True:
+            with contextlib.suppress(RayError, RayServeException):
+                self._cards = await self._drawer.models.remote()
+            await asyncio.sleep(REFRESH if self._cards else ASK_AGAIN)
+
+    def models(self) -> list[ModelCard]:
+        if not self._cards:
+            raise NotReadyError("the bundles are still being loaded: ask again later", retry_after=2)
+        return self._cards
+
+    def is_ready(self) -> bool:
+        return bool(self._cards) and not self._stopping
+
+    async def draw(self, drawing: Drawing, timeout: float, superseded: asyncio.Event | None = None) -> list[Drawn]:
+        began = time.monotonic()
+        try:
+            drawn = await asyncio.wait_for(self._draw(drawing, timeout), timeout)
+        except asyncio.TimeoutError:
+            self.metrics.saw_dropped("timeout", len(drawing.seeds))
+            raise TimedOutError(f"not finished within {timeout:g} s: ask for fewer images, or again later") from None
+        except UnavailableError as error:
+            self.metrics.saw_refusal(error.code)
+            raise
+        self._seconds = time.monotonic() - began
+        return drawn
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    async def _draw(self, drawing: Drawing, timeout: float) -> list[Drawn]:
+        for _ in range(ATTEMPTS):
+            if self._stopping:
+                raise StoppingError("the service is stopping: ask another, or again later")
+            try:
+                answer = await self._ask(drawing, timeout)
+            except LOST:
+                self.metrics.saw_failure("ReplicaDied")
+                continue
+            except BackPressureError as error:
+                message = f"{error.args[0]} requests wait, {error.args[1]} may: ask again later"
+                raise QueueFullError(message, self._retry_after()) from None
+            except DeploymentUnavailableError as error:
+                raise NotReadyError(f"no replica could be started ({error.message}): see Ray's log", 30) from None
+            if isinstance(answer, HyperSDError):
+                raise answer
+            return answer
+        raise EngineError(f"the process that drew it died, {ATTEMPTS} times over: see Ray's log before asking again")
+
+    async def _ask(self, drawing: Drawing, timeout: float) -> list[Drawn] | HyperSDError:
+        """One replica's answer. A cancelled call is cancelled there, too, as far as it still waits."""
+        response = self._drawer.draw.remote(drawing, timeout)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+    def _retry_after(self) -> int:
+        """Whole seconds until about half of what waits is drawn."""
+        return max(1, math.ceil(self._seconds / 2))

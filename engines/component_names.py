@@ -1,0 +1,34 @@
+"""What ControlNets are called in a bundle: their components, and the tensors that they hand to the UNet."""
+
+from __future__ import annotations
+
+import re
+
+RESIDUAL_INPUT = re.compile(r"(down|mid)_block_additional_residual(_\d+)?")
+
+
+def controlnet(name: str) -> str:
+    """The component that makes a ControlNet's residuals."""
+    return f"controlnet/{name}"
+
+
+def cond_embedding(name: str) -> str:
+    """The component that embeds a ControlNet's control image."""
+    return f"controlnet_cond_embedding/{name}"
+
+
+def residual_input(output: str) -> str:
+    """The UNet's input that an output of a ControlNet goes to; both have diffusers' names."""
+    return output.replace("_res_sample", "_additional_residual")
+
+
+def split_named(text: str) -> tuple[str | None, str]:
+    """``NAME=VALUE``, or None and the whole text: what comes before the sign may be a folder's path, and no name."""
+    name, equals, value = text.partition("=")
+    return (name, value) if equals and "/" not in name and "\\" not in name else (None, text)
+
+
+def check_controlnet_name(name: str) -> None:
+    """A ControlNet's name is that of a folder, and a word of options such as ``NAME=VALUE``."""
+    if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) or not name.strip("."):
+        raise ValueError(f"ControlNet name {name!r}: expected letters, digits, _, . and -")

@@ -1,0 +1,207 @@
+"""CUDA graphs: work that is enqueued once, recorded, and from then on launched whole.
+
+A recorded graph reads and writes the very addresses that it saw while it was recorded, so whoever keeps the graph keeps
+the memory too: see :class:`GraphedFunction` and :func:`retain`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import EngineError, one_line, warn_user
+
+T = TypeVar("T")
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], Any]], tuple[Replay, Any]]
+Work = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+WARM_UPS = 2  # calls: the first finds shapes and kernels, the second allocates what the first has planned
+KEPT_GRAPHS = 8  # the least recently used goes first
+
+_recording = threading.local()
+_one_capture = threading.Lock()  # torch: "only one capture may be underway at a time in the process"
+_broken: list[object] = []  # graphs whose capture torch could not end; its allocator may still point at them
+
+
+class GraphWarning(UserWarning):
+    """Work that was to be replayed from a CUDA graph cannot be recorded, and runs without one."""
+
+
+def retain(*owners: object) -> None:
+    """Keep ``owners`` for as long as the graph that this thread is recording; nothing happens outside a recording.
+
+    Engines call it with whatever owns memory that their kernels read or write and that is not torch's to keep.
+    """
+    if (kept := getattr(_recording, "kept", None)) is not None:
+        kept.extend(owners)
+
+
+class _Entry:
+    """One key's graph and all memory that it touches: they are made, kept and dropped together."""
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        self.inputs = {
+            name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in inputs.items()
+        }
+        self.runs = 0  # of the work itself, on whatever thread: buffers belong to the stream
+        self.is_recordable = True
+        self.replay: Replay | None = None
+        self.outputs: Mapping[str, Tensor] = {}
+        self.kept: list[object] = []
+
+    def load(self, inputs: Mapping[str, Tensor]) -> None:
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor, non_blocking=True)
+
+
+class GraphedFunction:
+    """A function of tensors that is recorded as a CUDA graph for every key and set of shapes.
+
+    ``work(key, inputs)`` returns named tensors. All that it depends on besides the values of ``inputs`` has to be in
+    ``key`` or never change, for it runs only a few times: the first calls run it as it is, the next one records it, and
+    later ones replay the recording. It must enqueue on the current stream, draw no random numbers, copy nothing from
+    the host and wait for nothing.
+
+    Work that cannot be recorded runs as it is, at every call; the first such failure is a :class:`GraphWarning`.
+
+    For one thread at a time, always on the same stream: the caller sees to that. Any number of threads may take turns.
+    """
+
+    def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT_GRAPHS) -> None:
+        self._work = work
+        self._capture = capture_cuda_graph if capture is None else capture
+        self._kept = kept
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._has_warned = False
+
+    def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The outputs of ``work(key, inputs)``.
+
+        They are the graph's own memory, which the next call of the same key overwrites, and which is gone when the key
+        is among the last few no more: copy what has to last.
+        """
+        whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
+        entry = self._entry(whole_key, inputs)
+        entry.load(inputs)
+        if entry.replay is None and entry.is_recordable and entry.runs >= WARM_UPS:
+            self._record(key, entry)
+        if entry.replay is None:
+            outputs = self._work(key, entry.inputs)
+            entry.runs += 1
+            return outputs
+        entry.replay()
+        return entry.outputs
+
+    def _entry(self, whole_key: Hashable, inputs: Mapping[str, Tensor]) -> _Entry:
+        entry = self._entries.get(whole_key)
+        if entry is None:
+            while len(self._entries) >= self._kept:
+                _, oldest = self._entries.popitem(last=False)
+                _finish(oldest)
+                del oldest  # before the new one is allocated
+            entry = self._entries[whole_key] = _Entry(inputs)
+        self._entries.move_to_end(whole_key)
+        return entry
+
+    def _record(self, key: Hashable, entry: _Entry) -> None:
+        """Give the entry its graph, or mark it as not recordable."""
+        # Other shapes may have run since the warm-ups, and some libraries plan for the last shape they saw: this one.
+        self._work(key, entry.inputs)
+        kept: list[object] = []
+        _recording.kept = kept
+        try:
+            entry.replay, entry.outputs = self._capture(lambda: self._work(key, entry.inputs))
+            entry.kept = kept
+        except Exception as error:  # of the recording, or of the work: then it comes out when the work runs as it is
+            entry.is_recordable = False
+            self._warn(error)
+        finally:
+            _recording.kept = None
+
+    def _warn(self, error: Exception) -> None:
+        """Say it once: the next kind of call will most likely fail in the same way."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        message = (
+            f"{one_line(error)}: this kind of call now runs without a graph, and slower; "
+            "Pipeline.load(..., cuda_graphs=False) silences this"
+        )
+        warn_user(message, GraphWarning)
+
+
+def _finish(entry: _Entry) -> None:
+    """Wait until the device is done with an entry that is about to be dropped: its memory may go to another stream."""
+    with _one_capture:  # which waiting for the device would spoil
+        for device in {tensor.device for tensor in entry.inputs.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
+
+
+def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
+    """Record what ``work`` enqueues on the current stream: a function that launches it, and what ``work`` returned.
+
+    Nothing is computed until the first launch. Memory that torch allocates inside belongs to the graph and lives as
+    long as the returned function; ``work`` must have run before, so that nothing else has to be allocated. Launches go
+    to the stream that is current then. Work of other threads on other streams is neither recorded nor disturbed, but
+    another thread must not wait for the whole device meanwhile.
+
+    Raises:
+        EngineError: something inside cannot be recorded. The current stream is what it was, and usable.
+    """
+    with _one_capture:
+        pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: other threads may allocate and synchronise their own streams.
+            with _capture_stream() as stream:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    result = work()
+        except Exception as error:
+            _abandon(graph, pool)
+            raise EngineError(
+                f"CUDA graph: recording failed ({one_line(_first_cause(error))}), expected work that only enqueues"
+            ) from error
+    return graph.replay, result
+
+
+@contextlib.contextmanager
+def _capture_stream() -> Iterator[torch.cuda.Stream]:
+    """The current stream, or beside the default stream, which cannot be recorded, another that is ordered with it.
+
+    Also puts the current stream back where a capture that fails to end would leave its own.
+    """
+    current = torch.cuda.current_stream()
+    is_default = current == torch.cuda.default_stream()
+    stream = torch.cuda.Stream() if is_default else current
+    if is_default:
+        stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield stream
+    if is_default:
+        current.wait_stream(stream)
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Take back what torch leaves behind where a capture was invalidated and so could not be ended.
+
+    Its allocator goes on asking the graph whose memory a request is: end that, and keep the graph in case it does not.
+    """
+    _broken.append(graph)
+    with contextlib.suppress(RuntimeError):  # there is nothing to end if the capture was ended after all
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: once a recording is invalid every later call fails too, and hides it."""
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    ours = [one for one in chain if isinstance(one, EngineError)]  # names the engine; its own cause is in its words
+    return (ours or chain)[-1]

@@ -1,0 +1,184 @@
+"""ControlNets: which are known, how they want to be used, and whether one fits a UNet.
+
+Source of the architecture: Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models",
+https://arxiv.org/abs/2302.05543; of the settings: the model cards, Hyper-SD's for SDXL's canny.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
+
+from ..engines.component_names import check_controlnet_name, split_named
+from ..engines.manifest import ControlNetSettings
+from ..errors import RequestError, WeightsError, one_line
+from .checkpoints import DEMO_CONTROLNET, FAMILY_NAMES, Family
+
+EMBEDDING_CHANNELS = (16, 32, 96, 256)  # diffusers' default
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KnownControlNet:
+    """A ControlNet whose settings are known, by its Hub repository or demonstration folder."""
+
+    location: str
+    family: Family
+    settings: ControlNetSettings
+
+
+def _known(location: str, family: Family, preprocess: Any, conditioning_scale: float = 1.0) -> KnownControlNet:
+    settings = ControlNetSettings(conditioning_scale=conditioning_scale, preprocess=preprocess)
+    return KnownControlNet(location=location, family=family, settings=settings)
+
+
+KNOWN_CONTROLNETS: tuple[KnownControlNet, ...] = (
+    _known("lllyasviel/control_v11p_sd15_canny", "sd15", "canny"),
+    _known("lllyasviel/sd-controlnet-canny", "sd15", "canny"),
+    _known("lllyasviel/sd-controlnet-scribble", "sd15", "scribble"),
+    _known("lllyasviel/control_v11p_sd15_scribble", "sd15", "scribble"),
+    _known("diffusers/controlnet-canny-sdxl-1.0", "sdxl", "canny", 0.5),
+    _known("diffusers/controlnet-canny-sdxl-1.0-mid", "sdxl", "canny", 0.5),
+    _known("diffusers/controlnet-canny-sdxl-1.0-small", "sdxl", "canny", 0.5),
+    _known(DEMO_CONTROLNET, "sd15", "canny"),
+)
+
+
+def settings_of(location: str) -> ControlNetSettings:
+    """How the ControlNet of that place wants to be used: diffusers' defaults where that is not known."""
+    return next((known.settings for known in KNOWN_CONTROLNETS if known.location == location), ControlNetSettings())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ControlNetSource:
+    """A ControlNet as the user names it.
+
+    Attributes:
+        location: a Hub repository, a folder, or a demonstration folder's name.
+        name: what it is called in the bundle; by default the last part of ``location``.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    location: str
+    name: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNetSource:
+        """``WHERE`` or ``NAME=WHERE``.
+
+        Raises:
+            RequestError: NAME is not one.
+        """
+        name, location = (None, text) if os.path.isdir(text) else split_named(text)
+        return cls(location=location, name="" if name is None else _checked(name, text))
+
+
+def named(sources: Iterable[ControlNetSource]) -> dict[str, ControlNetSource]:
+    """The ControlNets by what they are called in the bundle, in the order given.
+
+    Raises:
+        RequestError: two have the same name, or one has none that can be used.
+    """
+    by_name: dict[str, ControlNetSource] = {}
+    for source in sources:
+        name = _checked(source.name or PurePath(source.location).name, source.location)
+        if name.casefold() in map(str.casefold, by_name):  # one folder to some systems
+            raise RequestError(
+                f"--controlnet {source.location}: there are two of the name {name!r}: give one another, NAME=WHERE"
+            )
+        by_name[name] = source
+    return by_name
+
+
+def _checked(name: str, text: str) -> str:
+    try:
+        check_controlnet_name(name)
+    except ValueError as error:
+        raise RequestError(f"--controlnet {' '.join(text.split())}: {error}: give it one, NAME=WHERE") from error
+    return name
+
+
+def check_fits(
+    location: str, config: dict[str, Any], unet: dict[str, Any], family: Family, base: str, latent_scale: int
+) -> None:
+    """See from the configurations that a ControlNet's residuals are what a UNet can take.
+
+    Args:
+        location: where the ControlNet is, for messages.
+        config: its configuration.
+        unet: the UNet's.
+        family: the checkpoint's.
+        base: the checkpoint's base, for messages.
+        latent_scale: pixels per latent.
+
+    Raises:
+        WeightsError: it is none, is for another family or another UNet, or is of a kind that is not supported.
+    """
+    kind = config.get("_class_name", "no class")
+    if kind != "ControlNetModel":
+        raise WeightsError(f"--controlnet {location} holds {kind}, expected a ControlNetModel")
+    found = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+    if found != family:
+        offer = next(known.location for known in KNOWN_CONTROLNETS if known.family == family)
+        raise WeightsError(
+            f"--controlnet {location} is for {FAMILY_NAMES[found]}, the checkpoint is {FAMILY_NAMES[family]}: "
+            f"take one of its family, such as {offer}"
+        )
+    for key in ("cross_attention_dim", "projection_class_embeddings_input_dim"):
+        if config.get(key) != unet.get(key):
+            raise WeightsError(
+                f"--controlnet {location} has {key} {config.get(key)}, the UNet of {base} has {unet.get(key)}: "
+                "take one that was made for this base"
+            )
+    try:
+        ours, theirs, embedding = residual_shapes(config), residual_shapes(unet), _embedding_channels(config)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"--controlnet {location}: its config.json is not a ControlNet's ({one_line(error)}): download it again"
+        ) from error
+    if ours != theirs:
+        raise WeightsError(
+            f"--controlnet {location} makes residuals of {_words(ours)}, the UNet of {base} takes {_words(theirs)}: "
+            "take one that was made for this base"
+        )
+    unusual = {
+        "global_pool_conditions": bool(config.get("global_pool_conditions")),
+        "class_embed_type": config.get("class_embed_type") is not None,
+        "num_class_embeds": config.get("num_class_embeds") is not None,
+        "encoder_hid_dim_type": config.get("encoder_hid_dim_type") is not None,
+        "conditioning_channels": config.get("conditioning_channels", 3) != 3,
+        "in_channels": config.get("in_channels", 4) != 4,
+        "conditioning_embedding_out_channels": 2 ** (len(embedding) - 1) != latent_scale,
+        "controlnet_conditioning_channel_order": config.get("controlnet_conditioning_channel_order", "rgb")
+        not in ("rgb", "bgr"),
+    }
+    if used := [f"{key} {config.get(key)}" for key, is_used in unusual.items() if is_used]:
+        raise WeightsError(f"--controlnet {location} with {', '.join(used)} is not supported: take another")
+
+
+def _embedding_channels(config: dict[str, Any]) -> tuple[int, ...]:
+    """Channels of the layers that embed the control image: a convolution of stride 2 between each two."""
+    return tuple(config.get("conditioning_embedding_out_channels") or EMBEDDING_CHANNELS)
+
+
+def residual_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
+    """Of every residual on a UNet's way down, and then of the middle one: channels, and how often it was halved.
+
+    There is one after the first convolution, after every layer of every block, and after every downsampler.
+    """
+    channels = tuple(config.get("block_out_channels") or (320, 640, 1280, 1280))
+    layers = config.get("layers_per_block", 2)
+    per_block = [layers] * len(channels) if isinstance(layers, int) else list(layers)
+    shapes = [(channels[0], 0)]
+    for level, (width, count) in enumerate(zip(channels, per_block, strict=True)):
+        shapes += [(width, level)] * count
+        if level < len(channels) - 1:
+            shapes.append((width, level + 1))
+    return [*shapes, (channels[-1], len(channels) - 1)]
+
+
+def _words(shapes: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{channels} channels at 1/{2**level}" for channels, level in shapes)

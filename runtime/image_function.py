@@ -1,0 +1,254 @@
+"""The image as a function of tensors: embedded prompts and noise in, pixels out, and nothing that waits or draws.
+
+Everything here enqueues on the current stream and copies nothing from or to the host, so that it can be recorded as one
+CUDA graph. What it needs of the host comes in as tensors that ``make_constants`` and the sampler's ``draw_noise`` make.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines import Engine, Manifest
+from ..engines.engine import TORCH_DTYPES
+from ..samplers.noise import Generators
+from ..samplers.sampler import Sampler
+from .batching import run_rows
+from .controlled_unet import ControlledUnet
+from .pixels import to_pixels
+from .request import Request
+from .text import TextEmbeddings
+from .tiling import least_latents, tiled_decode
+
+# A row of one number is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
+NUMBER_ROW = 64
+NOISE = "noise_"  # and the step's number: an input for every step that takes noise
+CONDITION = "controlnet_cond/"  # and the ControlNet's name: its control images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """All that decides how images are computed, besides the inputs and their shapes: the key of a CUDA graph.
+
+    Attributes:
+        prompts: their number; each makes ``images_per_prompt`` images.
+        guidance_scale: 0 without guidance, else above 1.
+        zeroed_negatives: zeros instead of the embeddings of negative prompts.
+        num_inference_steps: None with ``timesteps``, and the other way round.
+        output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+        controls: for every step the names of the ControlNets that act on it.
+    """
+
+    prompts: int
+    images_per_prompt: int
+    guidance_scale: float
+    zeroed_negatives: bool
+    num_inference_steps: int | None
+    timesteps: tuple[int, ...] | None
+    eta: float
+    output_type: str
+    controls: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 0
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """What the sampler's methods take."""
+        return {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The ControlNets that act on some step."""
+        return tuple(dict.fromkeys(name for names in self.controls for name in names))
+
+
+class Painter:
+    """What a bundle does after its text encoders, as functions of tensors on their device.
+
+    With ``vae_tile`` images are decoded in tiles with sides of so many pixels (:mod:`.tiling`).
+    """
+
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, vae_tile: int | None = None
+    ) -> None:
+        self.manifest = manifest
+        self.sampler = sampler
+        self.unet = engines["unet"]
+        self.controlled_unet = ControlledUnet(manifest, engines)
+        self.vae_decoder = engines["vae_decoder"]
+        self.vae_tile = vae_tile
+
+    def settings(self, request: Request, output_type: str) -> ImageSettings:
+        """What of a request, its values apart, decides how it is computed."""
+        steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
+        return ImageSettings(
+            prompts=len(request.prompts),
+            images_per_prompt=request.num_images_per_prompt,
+            guidance_scale=request.guidance_scale if request.is_guided else 0.0,
+            zeroed_negatives=request.is_guided and self._zeroed_negatives(request),
+            num_inference_steps=request.num_inference_steps,
+            timesteps=request.timesteps,
+            eta=request.eta,
+            output_type=output_type,
+            controls=tuple(
+                tuple(control.name for control in request.controls if control.is_active(step, steps))
+                for step in range(steps)
+            ),
+        )
+
+    def make_constants(self, request: Request, settings: ImageSettings) -> dict[str, Tensor]:
+        """The inputs that follow from the request alone, on the device.
+
+        ``timesteps`` [steps, 64] float32, a row of one value each; for SDXL ``time_ids`` [B, 6], the size conditioning:
+        original size, crop corner and target size (Podell et al., section 2.2), B twice the images with guidance;
+        with ControlNets ``conditioning_scales`` [ControlNets, 64] float32, a row of one value for each that acts.
+        """
+        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
+        constants = {"timesteps": self._rows_of(steps)}
+        if settings.controlnets:
+            scales = {control.name: control.conditioning_scale for control in request.controls}
+            constants["conditioning_scales"] = self._rows_of([scales[name] for name in settings.controlnets])
+        if (spec := self.unet.inputs.get("time_ids")) is not None:
+            row = [request.height, request.width, 0, 0, request.height, request.width]
+            ids = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype])
+            constants["time_ids"] = ids.repeat(request.batch * (2 if settings.is_guided else 1), 1).to(self.unet.device)
+        return constants
+
+    def _rows_of(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers that engines take one of at a time: [N, 64] float32, a row of each."""
+        rows = torch.tensor(numbers, dtype=torch.float32).unsqueeze(1).repeat(1, NUMBER_ROW)
+        return rows.to(self.unet.device)
+
+    def draw_noise(self, settings: ImageSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+        """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
+        dtype = TORCH_DTYPES[self.unet.outputs["out_sample"].dtype]
+        noises = self.sampler.draw_noise(latents, **settings.steps, generator=generator, output_dtype=dtype)
+        return {f"{NOISE}{i}": noise for i, noise in enumerate(noises) if noise is not None}
+
+    def paint(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
+
+        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, as ``arrange`` orders them, ``latents``,
+        control images [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, and what the two methods above make.
+        """
+        embeddings = TextEmbeddings(inputs["prompt_embeds"], inputs.get("pooled_prompt_embeds"))
+        controls = self.embed_controls(settings, inputs)
+        latents = self.denoise(settings, embeddings, controls, inputs)
+        if settings.output_type == "latent":
+            return {"output": latents}
+        return {"output": to_pixels(self.decode(latents), settings.output_type)}
+
+    def arrange(self, settings: ImageSettings, encoded: TextEmbeddings) -> TextEmbeddings:
+        """One row an image; with guidance first those of the negative prompts, as diffusers orders them.
+
+        ``encoded`` has a row for each prompt, after those of the negative prompts if they are encoded.
+        """
+        count = settings.prompts
+
+        def repeat(rows: Tensor) -> Tensor:
+            repeats = settings.images_per_prompt
+            return rows if repeats == 1 else rows.repeat_interleave(repeats, dim=0)
+
+        positive = encoded.map(lambda rows: repeat(rows[-count:]))
+        if not settings.is_guided:
+            return positive
+        if settings.zeroed_negatives:
+            return positive.map(torch.zeros_like).cat(positive)
+        return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
+
+    def embed_controls(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The control images as the ControlNets that act see them, [B, C, h, w], by name: once for all steps."""
+        images = settings.prompts * settings.images_per_prompt
+        return {
+            name: self.controlled_unet.embed(name, inputs[f"{CONDITION}{name}"], images, settings.is_guided)
+            for name in settings.controlnets
+        }
+
+    def denoise(
+        self,
+        settings: ImageSettings,
+        embeddings: TextEmbeddings,
+        controls: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        *,
+        generator: Generators = None,
+        callback: Callable[[Denoiser, int, int, Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
+
+        ``embeddings`` and ``controls`` are what ``encode`` and ``embed_controls`` returned.
+        ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
+        """
+        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
+        denoiser = Denoiser(self.controlled_unet, embeddings, controls, settings, steps, inputs)
+        return self.sampler.sample(
+            denoiser,
+            inputs["latents"],
+            **settings.steps,
+            generator=generator,
+            noises=[inputs.get(f"{NOISE}{i}") for i in range(len(steps))] if generator is None else None,
+            callback=None if callback is None else lambda i, t, latents: callback(denoiser, i, t, latents),
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, 4, h, w] to images [B, 3, H, W] in -1..1; the tensor may be the decoder's own buffer."""
+        spec = self.vae_decoder.inputs["latent_sample"]
+        # A float32 decoder's division is float32 too.
+        scaled = latents.to(TORCH_DTYPES[spec.dtype]) / self.manifest.vae.scaling_factor
+
+        def decode(rows: Tensor) -> Tensor:
+            return run_rows(self.vae_decoder, {"latent_sample": rows})["sample"]
+
+        if self.vae_tile is None:
+            return decode(scaled.contiguous())
+        return tiled_decode(scaled, decode, self.vae_tile, scale=self.manifest.vae.spatial, least=least_latents(spec))
+
+    def _zeroed_negatives(self, request: Request) -> bool:
+        """SDXL's base was trained with zeros, not with an empty text, where no negative prompt is given."""
+        is_sdxl = self.manifest.family == "sdxl"
+        return is_sdxl and self.manifest.force_zeros_for_empty_prompt and request.negative_prompts is None
+
+
+class Denoiser:
+    """The UNet under one call's conditioning, with classifier-free guidance if the call asks for it.
+
+    ``feeds`` are inputs of the UNet and of the ControlNets that stay the same from step to step; a callback may
+    replace them.
+    """
+
+    def __init__(
+        self,
+        unet: ControlledUnet,
+        embeddings: TextEmbeddings,
+        controls: Mapping[str, Tensor],
+        settings: ImageSettings,
+        timesteps: Sequence[int],
+        inputs: Mapping[str, Tensor],
+    ) -> None:
+        self.unet = unet
+        self.settings = settings
+        self.controls = controls
+        self.steps = {t: i for i, t in enumerate(timesteps)}
+        self.timesteps = inputs["timesteps"]
+        self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
+        self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
+        if embeddings.text_embeds is not None and "time_ids" in inputs:
+            self.feeds["text_embeds"] = embeddings.text_embeds
+            self.feeds["time_ids"] = inputs["time_ids"]
+
+    def __call__(self, sample: Tensor, t: int) -> Tensor:
+        """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
+        rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
+        step = self.steps[t]
+        feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
+        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales)
+        if not self.settings.is_guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + self.settings.guidance_scale * (positive - negative)

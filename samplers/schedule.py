@@ -1,0 +1,206 @@
+"""Noise schedules and timestep lists: pure functions of a frozen configuration, in diffusers' key names."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+
+Kind = Literal["ddim", "tcd", "lcm"]
+BetaSchedule = Literal["linear", "scaled_linear"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """What shapes a schedule. The defaults are those of diffusers' TCD and LCM; `scheduler_config` knows DDIM's.
+
+    Hashable, so that what is computed from it can be cached.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: BetaSchedule = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing = "leading"
+    rescale_betas_zero_snr: bool = False
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", _floats(self.trained_betas))
+        for name, (accepts, expected) in _RULES.items():
+            if not accepts(value := getattr(self, name)):
+                raise RequestError(f"scheduler: {name}={value!r} is not supported, expected {expected}")
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise RequestError(
+                f"scheduler: trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps="
+                f"{self.num_train_timesteps}"
+            )
+
+
+def scheduler_config(kind: Kind, options: Mapping[str, Any]) -> SchedulerConfig:
+    """`options` in diffusers' key names over the defaults of diffusers' scheduler of that kind.
+
+    Keys that diffusers writes and that change nothing are dropped. Anything else that is unknown is refused: a setting
+    that is ignored gives another image without a word.
+    """
+    kept = {key: value for key, value in options.items() if key not in _HARMLESS and not key.startswith("_")}
+    if kept.pop("thresholding", False):
+        raise RequestError("scheduler: thresholding=True is not supported, expected False")
+    known = [field.name for field in dataclasses.fields(SchedulerConfig)]
+    if unknown := sorted(kept.keys() - known):
+        raise RequestError(f"scheduler: unknown {', '.join(unknown)}; supported are {', '.join(known)}")
+    config = SchedulerConfig(**{**_DEFAULTS[kind], **kept})
+    if kind != "ddim" and config.original_inference_steps > config.num_train_timesteps:
+        raise RequestError(
+            f"scheduler: original_inference_steps={config.original_inference_steps} is too large, expected at most "
+            f"num_train_timesteps={config.num_train_timesteps}"
+        )
+    return config
+
+
+def alphas_cumprod(config: SchedulerConfig) -> Tensor:
+    """The signal's share of the variance at every training timestep: [T] float32 on the CPU, as diffusers to the bit.
+
+    DDPM, arXiv:2006.11239, eq. 4 (its alpha-bar; the DDIM paper calls it alpha).
+    """
+    betas = _betas(config)
+    if config.rescale_betas_zero_snr:
+        betas = rescale_zero_terminal_snr(betas)
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """[T] float32 to [T] float32: the same schedule, ending in pure noise. arXiv:2305.08891, algorithm 1."""
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = roots[0], roots[-1]
+    bars = ((roots - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])
+
+
+def ddim_timesteps(config: SchedulerConfig, num_inference_steps: int) -> list[int]:
+    """Descending timesteps with the configured spacing: arXiv:2305.08891, table 2, rounded as diffusers rounds."""
+    total, n = config.num_train_timesteps, check_steps(num_inference_steps, config.num_train_timesteps)
+    if config.timestep_spacing == "trailing":
+        # arange, because another way to the same numbers rounds differently at n = 48. It may add an (n+1)th, -1: the
+        # first is at n = 61, where diffusers goes on to ask the network for timestep -1.
+        return (np.round(np.arange(total, 0, -total / n))[:n].astype(int) - 1).tolist()
+    if config.timestep_spacing == "linspace":
+        return np.linspace(0, total - 1, n).round()[::-1].astype(int).tolist()
+    steps = [i * (total // n) + config.steps_offset for i in reversed(range(n))]
+    if steps[0] >= total:
+        raise RequestError(
+            f"num_inference_steps={n} with leading spacing and steps_offset={config.steps_offset} starts at timestep "
+            f"{steps[0]}, expected at most {total - 1}"
+        )
+    return steps
+
+
+def distilled_timesteps(config: SchedulerConfig, num_inference_steps: int) -> list[int]:
+    """TCD's and LCM's descending timesteps: evenly spaced indices into the schedule that was distilled.
+
+    `timestep_spacing` and `steps_offset` play no part, as in diffusers: 4 steps are 999, 759, 499, 259.
+    """
+    original, n = config.original_inference_steps, check_steps(num_inference_steps, config.original_inference_steps)
+    stride = config.num_train_timesteps // original
+    return [(original - int(i * (original / n))) * stride - 1 for i in range(n)]
+
+
+def check_steps(num_inference_steps: int, most: int) -> int:
+    """The same number, if it is a whole one in 1..most."""
+    if not (_is_int(num_inference_steps) and 1 <= num_inference_steps <= most):
+        raise RequestError(f"num_inference_steps={num_inference_steps!r}: expected an integer from 1 to {most}")
+    return int(num_inference_steps)
+
+
+def check_timesteps(config: SchedulerConfig, timesteps: Iterable[int]) -> list[int]:
+    """The same timesteps, if they can be a schedule: integers in [0, num_train_timesteps), strictly descending."""
+    steps = list(timesteps) if isinstance(timesteps, Iterable) else timesteps
+    inside = isinstance(steps, list) and all(_is_int(t) and 0 <= t < config.num_train_timesteps for t in steps)
+    if not inside or not steps or any(a <= b for a, b in itertools.pairwise(steps)):
+        raise RequestError(
+            f"timesteps={steps!r}: expected strictly descending integers from {config.num_train_timesteps - 1} to 0"
+        )
+    return [int(t) for t in steps]
+
+
+def _betas(config: SchedulerConfig) -> Tensor:
+    start, end, total = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.trained_betas is not None:
+        return torch.tensor(config.trained_betas, dtype=torch.float32, device="cpu")
+    if config.beta_schedule == "linear":
+        return torch.linspace(start, end, total, dtype=torch.float32, device="cpu")
+    return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32, device="cpu") ** 2
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
+def _is_beta(value: object) -> bool:
+    return _is_positive(value) and cast(float, value) < 1
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _floats(values: Iterable[Any]) -> tuple[float, ...]:
+    try:
+        floats = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        floats = ()
+    if not floats or not all(_is_beta(value) for value in floats):
+        raise RequestError("scheduler: trained_betas is not supported, expected a list of numbers between 0 and 1")
+    return floats
+
+
+def _one_of(literal: Any) -> tuple[Callable[[Any], bool], str]:
+    return get_args(literal).__contains__, " or ".join(get_args(literal))
+
+
+# What a field may hold, and the words for it.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_train_timesteps": (lambda n: _is_int(n) and n > 0, "an integer of 1 or more"),
+    "original_inference_steps": (lambda n: _is_int(n) and n > 0, "an integer of 1 or more"),
+    "steps_offset": (lambda n: _is_int(n) and n >= 0, "an integer of 0 or more"),
+    "beta_start": (_is_beta, "a number between 0 and 1"),
+    "beta_end": (_is_beta, "a number between 0 and 1"),
+    "clip_sample_range": (_is_positive, "a number above 0"),
+    "timestep_scaling": (_is_positive, "a number above 0"),
+    "clip_sample": (_is_bool, "true or false"),
+    "set_alpha_to_one": (_is_bool, "true or false"),
+    "rescale_betas_zero_snr": (_is_bool, "true or false"),
+    "beta_schedule": _one_of(BetaSchedule),
+    "prediction_type": _one_of(PredictionType),
+    "timestep_spacing": _one_of(TimestepSpacing),
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddim": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True},
+    "tcd": {},
+    "lcm": {},
+}
+# Both matter only with thresholding.
+_HARMLESS = {"dynamic_thresholding_ratio", "sample_max_value"}

@@ -1,0 +1,38 @@
+"""Blocks of a batch, without Ray's processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from hypersd.cluster import batch_run as batch
+from hypersd.cluster.batch_run import ATTEMPTS, BatchDrawer, Desk
+from hypersd.cluster.bundles import share
+
+
+def test_a_block_that_kills_its_actors_is_given_up(sd15_bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts an actor again, and its task, as often as they die: one prompt would keep a batch for ever."""
+    desk, deaths = Desk(share(sd15_bundle)), []
+    handle: Any = SimpleNamespace(begin=SimpleNamespace(remote=desk.begin))
+    monkeypatch.setattr(batch.ray, "get", lambda reference: reference)
+
+    class Fragile(BatchDrawer):
+        def __init__(self) -> None:
+            self._desk = handle
+
+        async def _draw_all(self, rows: Any) -> Any:
+            deaths.append(rows)
+            raise SystemExit  # as far as the desk can tell
+
+    block = pa.Table.from_pylist([{"file": name, "key": "", "body": "{}"} for name in ("1.png", "2.png")])
+    for _ in range(ATTEMPTS):
+        with pytest.raises(SystemExit):
+            Fragile()(block)
+    results = Fragile()(block).to_pylist()
+    assert len(deaths) == ATTEMPTS
+    assert [(result["file"], result["png"]) for result in results] == [("1.png", None), ("2.png", None)]
+    assert all("died, 3 times over" in result["error"] for result in results)
+    assert desk.begin("3.png") == 0  # the others' attempts are their own

@@ -1,0 +1,163 @@
+"""The contenders themselves, in this process: they draw hypersd's image, and every second has a stage."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypersd.engines import Bundle
+from hypersd.errors import RequestError
+from hypersd.tools.bench.contenders import CONTENDERS, Context, find_contender
+from hypersd.tools.bench.contenders import diffusers as diffusers_contender
+from hypersd.tools.bench.contenders import hypersd as hypersd_contender
+from hypersd.tools.bench.contenders import one_graph as one_graph_contender
+from hypersd.tools.bench.contenders.timed import TimedPipeline
+from hypersd.tools.bench.drawing import Drawn, Settings
+from hypersd.tools.bench.images import image, make_requests
+from hypersd.tools.bench.options import BenchOptions
+from hypersd.tools.bench.sameness import compare_images
+from hypersd.tools.one_graph import add_one_graph
+from hypersd.tools.verification import find_reference_sources, load_pipeline
+
+
+def settings_of(bundle: Path, **options: Any) -> Settings:
+    """The first image of a bundle."""
+    return image(make_requests(Bundle.load(bundle).manifest, BenchOptions(**options))[0], 5, 0)
+
+
+def ours(bundle: Path, settings: Settings) -> Drawn:
+    drawer = hypersd_contender.Drawer(str(bundle))
+    drawer.load()
+    return drawer.draw(settings)
+
+
+@pytest.fixture
+def diffusers_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts diffusers' noise back that a contender exchanged in its process, which here is that of all tests."""
+    from diffusers import (
+        DDIMScheduler,
+        LCMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        TCDScheduler,
+    )
+
+    schedulers = [kind.step for kind in (DDIMScheduler, TCDScheduler, LCMScheduler)]
+    for function in (StableDiffusionPipeline.prepare_latents, StableDiffusionXLPipeline.prepare_latents, *schedulers):
+        names = inspect.unwrap(function).__globals__
+        monkeypatch.setitem(names, "randn_tensor", names["randn_tensor"])
+
+
+@pytest.mark.usefixtures("diffusers_noise")
+@pytest.mark.parametrize("name", ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora", "Hyper-SDXL-1step-Unet"])
+def test_diffusers_draws_the_same_image(name: str, export_tiny: Callable[[str], Path]) -> None:
+    """In float32 level for level but for rounding, in bfloat16 close by."""
+    bundle = export_tiny(name)
+    settings = settings_of(bundle)
+    expected = ours(bundle, settings)
+    for precision, verdicts in (("bundle", {"same"}), ("bf16", {"same", "close"})):
+        drawer = diffusers_contender.Drawer(str(bundle), "cpu", precision, "eager")
+        facts = drawer.load()
+        assert facts.precision == {"bundle": "fp32", "bf16": "bf16"}[precision]
+        drawn = drawer.draw(settings)
+        assert compare_images(expected.pixels, drawn.pixels, {"fp32", facts.precision}).verdict in verdicts
+
+
+@pytest.mark.usefixtures("diffusers_noise")
+def test_noise_is_that_of_the_bundles_precision(sd15_bundle: Path) -> None:
+    """A seed is other noise in float16 than in float32: what is computed in float32 starts from the bundle's too."""
+    manifest = Bundle.load(sd15_bundle).manifest
+    pipe = load_pipeline(manifest, find_reference_sources(manifest))
+    TimedPipeline(pipe, torch.device("cpu"), torch.float16)
+    shape, expected = (1, 4, 8, 8), torch.randn(1, 4, 8, 8, generator=torch.manual_seed(5), dtype=torch.float16)
+    for function in (type(pipe).prepare_latents, type(pipe.scheduler).step):  # what draws the first noise, and the rest
+        draw = inspect.unwrap(function).__globals__["randn_tensor"]
+        noise = draw(shape, generator=torch.manual_seed(5), device=torch.device("cpu"), dtype=torch.float32)
+        assert noise.dtype == torch.float32
+        assert torch.equal(noise, expected.float())
+
+
+@pytest.mark.usefixtures("diffusers_noise")
+def test_all_contenders_have_the_same_stages(export_tiny: Callable[[str], Path]) -> None:
+    """Names are shared, each step has its own, all add up to no more than the whole, and each image has its own."""
+    bundle = export_tiny("Hyper-SD15-1step-lora")
+    settings = settings_of(bundle, steps=[3])
+    drawer = diffusers_contender.Drawer(str(bundle), "cpu", "bundle", "eager")
+    drawer.load()
+    drawer.draw(settings)
+    for drawn in (ours(bundle, settings), drawer.draw(settings)):
+        steps = {"step 1", "step 2", "step 3"}
+        assert set(drawn.stages) == {"tokens", "text encoders", *steps, "decode", "conversion"}
+        assert all(seconds > 0 for seconds in drawn.stages.values())
+        assert sum(drawn.stages.values()) <= drawn.seconds
+        assert drawn.pixels.dtype == np.uint8
+        assert drawn.pixels.shape == (64, 64, 3)
+
+
+@pytest.mark.usefixtures("diffusers_noise")
+def test_compiled_means_the_unet_and_the_decoder(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both go through torch.compile and nothing else does; the compiler itself is torch's to test."""
+    compiled = []
+
+    def remember(function: Any, **_: Any) -> Any:
+        compiled.append(getattr(function, "__name__", type(function).__name__))
+        return function
+
+    monkeypatch.setattr(torch, "compile", remember)
+    drawer = diffusers_contender.Drawer(str(sd15_bundle), "cpu", "bf16", "compiled")
+    assert drawer.load().how == "compiled, channels_last"
+    assert compiled == ["UNet2DConditionModel", "decode"]
+    assert drawer.draw(settings_of(sd15_bundle)).stages["step 1"] > 0
+
+
+def test_a_compiled_contender_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without one the reason is told and not found out after minutes."""
+    from hypersd.tools.bench.contenders import Context
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    context = Context(None, "cpu", Path())  # pyright: ignore[reportArgumentType]
+    assert "install g++" in (find_contender("diffusers-compiled").why_not_here(context, False) or "")
+    assert find_contender("diffusers").why_not_here(context, False) is None
+
+
+def test_an_unknown_contender_is_refused_with_all_names() -> None:
+    """A misspelt name is answered with those that there are."""
+    with pytest.raises(RequestError, match=r"hypersd, .*optimum") as error:
+        find_contender("difusers")
+    assert "\n" not in str(error.value)
+
+
+def test_contenders_are_told_apart() -> None:
+    """No name twice; every module that can be imported here has the class that the worker asks for."""
+    names = [contender.name for contender in CONTENDERS]
+    assert len(set(names)) == len(names)
+    for module in {contender.module for contender in CONTENDERS} - {"hypersd.tools.bench.contenders.optimum"}:
+        assert hasattr(importlib.import_module(module), "Drawer")
+
+
+def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """The same image from another graph for each number of steps; a bundle without one is told what to do."""
+    contender = find_contender("hypersd-one-graph")
+    why = contender.why_not_here(Context(Bundle.load(sd15_bundle), "cpu", tmp_path), has_own_python=False)
+    assert why is not None
+    assert "--one-graph" in why
+    root = copy_bundle(sd15_bundle).root
+    for steps in (1, 2):
+        bundle = add_one_graph(root, steps)
+    assert contender.why_not_here(Context(bundle, "cpu", tmp_path), has_own_python=False) is None
+    drawer = one_graph_contender.Drawer(str(root), "cpu")
+    drawer.load()
+    for steps in (1, 2, 1):
+        settings = settings_of(root, steps=(steps,))
+        drawn = drawer.draw(settings)
+        assert compare_images(ours(root, settings).pixels, drawn.pixels, {"fp32"}).verdict == "same"
+        assert sum(drawn.stages.values()) <= drawn.seconds
+    with pytest.raises(RequestError, match="no one-graph of this bundle draws that"):
+        drawer.draw(settings_of(root, steps=(4,)))

@@ -1,0 +1,195 @@
+"""Images of a one-graph: those of the separate networks, and refusals of what it was not made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypersd import Pipeline
+from hypersd.engines import Bundle
+from hypersd.engines.null import NullEngine
+from hypersd.errors import RequestError
+from hypersd.export import ExportOptions, ShapeOptions, export_bundle
+from hypersd.runtime.one_graph import OneGraphPipeline, find_one_graph
+from hypersd.runtime.text import TruncationWarning
+from hypersd.tools.one_graph import add_one_graph
+
+PROMPT = "a photo of a cat"
+MOST_ROUNDED = 1e-3  # share of values that lie between two of 255 and round to the other one
+
+
+@pytest.fixture(scope="module")
+def sdxl_mixed_bundle(bundles_folder: Path, sdxl_bundle: Path, source_options) -> Path:
+    """SDXL in fp16 with the float32 VAE of its neighbour. Do not write to it."""
+    name = "Hyper-SDXL-1step-lora"
+    options = ExportOptions(sources=source_options(name, vae=source_options(name).base), precision="fp16")
+    return export_bundle(name, bundles_folder / f"{name}-mixed", options).root
+
+
+@pytest.fixture(scope="module")
+def dynamic_bundle(bundles_folder: Path, tiny_repos: Path, source_options) -> Path:
+    """SD1.5 with TAESD, 1 or 2 images a run, 64 to 96 pixels high. Do not write to it."""
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(
+        sources=source_options(name, vae=str(tiny_repos / "madebyollin/taesd")),
+        shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 96)}),
+        precision="fp32",
+    )
+    return export_bundle(name, bundles_folder / f"{name}-dynamic", options).root
+
+
+def pixels(images: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def difference(bundle: Bundle, **call: Any) -> tuple[int, float]:
+    """The bundle's last one-graph against its separate networks: the largest of 255, and the share of what differs."""
+    one_graph = OneGraphPipeline.load(bundle.root, list(bundle.manifest.one_graphs)[-1])
+    settings = one_graph.painter.settings
+    expected = pixels(
+        Pipeline.load(bundle.root)(
+            PROMPT,
+            num_inference_steps=settings.num_inference_steps,
+            eta=settings.eta,
+            height=settings.height,
+            width=settings.width,
+            **call,
+        ).images
+    )
+    assert expected.std() > 5  # an image
+    actual = pixels(one_graph(PROMPT, **call).images)
+    assert actual.shape == expected.shape
+    return int(np.abs(actual - expected).max()), float((actual != expected).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "eta"), [("tcd", 1, 1.0), ("tcd", 4, 0.5), ("ddim", 2, 0.5), ("ddim", 4, 0.0), ("lcm", 2, 0.0)]
+)
+def test_sd15_pixels_are_those_of_the_separate_networks(
+    kind: str, steps: int, eta: float, sd15_bundle: Path, copy_bundle
+) -> None:
+    """One graph draws the same image from the same seed: at most a pixel that lies between two values rounds over."""
+    bundle = add_one_graph(copy_bundle(sd15_bundle, kind=kind), steps, eta=eta)
+    largest, share = difference(bundle, seed=3)
+    assert largest <= 1
+    assert share < MOST_ROUNDED
+
+
+def test_sdxl_pixels_are_those_of_the_separate_networks(sdxl_bundle: Path, copy_bundle) -> None:
+    """Both encoders, the pooled text and the size conditioning are in the graph."""
+    largest, share = difference(add_one_graph(copy_bundle(sdxl_bundle), 2, eta=0.5), seed=3)
+    assert largest <= 1
+    assert share < MOST_ROUNDED
+
+
+def test_half_precision_with_a_float32_decoder(sdxl_mixed_bundle: Path, copy_bundle) -> None:
+    """Casts between the networks; the roundings of float16 are others where all is one graph."""
+    largest, _ = difference(add_one_graph(copy_bundle(sdxl_mixed_bundle), 2, eta=0.5), seed=3)
+    assert largest <= 3
+
+
+def test_a_size_and_a_number_out_of_the_bundles_ranges(dynamic_bundle: Path, copy_bundle) -> None:
+    """The networks' ranges become the one size of the graph, which draws several images in one run."""
+    bundle = add_one_graph(copy_bundle(dynamic_bundle), 2, height=96, batch=2)
+    (name,) = bundle.manifest.one_graphs
+    assert name == "one-graph-2steps-64x96-batch2"
+    assert bundle.manifest.one_graphs[name].network.inputs["latents"].shape == (2, 4, 12, 8)
+    largest, share = difference(bundle, seed=[3, 4], num_images_per_prompt=2)
+    assert largest <= 1
+    assert share < MOST_ROUNDED
+
+
+@pytest.fixture(scope="module")
+def two_steps(sd15_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with a one-graph of two steps."""
+    import shutil
+
+    from hypersd.engines.bundle import link_or_copy
+
+    root = tmp_path_factory.mktemp("one-graph") / "bundle"
+    shutil.copytree(sd15_bundle, root, copy_function=link_or_copy, ignore=shutil.ignore_patterns("bundle.json"))
+    shutil.copyfile(sd15_bundle / "bundle.json", root / "bundle.json")
+    return add_one_graph(root, 2).root
+
+
+@pytest.fixture(scope="module")
+def drawn(two_steps: Path) -> OneGraphPipeline:
+    return OneGraphPipeline.load(two_steps)
+
+
+def test_several_images_are_drawn_one_by_one(drawn: OneGraphPipeline) -> None:
+    """The number of images is free, and none depends on its neighbours."""
+    output = drawn([PROMPT, "a dog"], num_images_per_prompt=2, seed=[1, 2, 3, 4])
+    assert output.request.batch == len(output.images) == 4
+    assert output.images[0].size == (64, 64)
+    together = pixels(output.images)
+    assert (pixels(drawn("a dog", seed=3).images)[0] == together[2]).all()
+    assert (pixels(drawn(PROMPT, seed=1).images)[0] == together[0]).all()
+    assert (together[0] != together[1]).any()
+
+
+def test_the_caller_may_bring_latents_and_generators(drawn: OneGraphPipeline) -> None:
+    """A seed is short for what a generator draws: first the latents, then the noise."""
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(drawn.painter.latents_shape(1), generator=generator)
+    brought = drawn(PROMPT, latents=latents, generator=generator)
+    assert brought.seed is None
+    assert (pixels(brought.images) == pixels(drawn(PROMPT, seed=5).images)).all()
+    with pytest.raises(
+        RequestError, match=r"latents: expected a tensor of the shape \[1, 4, 8, 8\], got \[1, 4, 8, 9\]"
+    ):
+        drawn(PROMPT, latents=torch.zeros(1, 4, 8, 9))
+
+
+def test_one_run_of_one_network_is_a_image(two_steps: Path) -> None:
+    """That is what it is for: the host enqueues one network, whatever the number of steps."""
+    manifest = Bundle.load(two_steps).manifest
+    engine = NullEngine("one-graph", manifest.one_graphs["one-graph-2steps"].network)
+    pipe = OneGraphPipeline(manifest, "one-graph-2steps", engine, OneGraphPipeline.load(two_steps).tokenizers)
+    output = pipe(PROMPT, num_images_per_prompt=3)
+    assert engine.runs == 3  # of a graph of one image a run
+    assert list(output.timings) == ["tokenize", "draw", "convert", "total"]
+    assert pixels(output.images).shape == (3, 64, 64, 3)
+
+
+def test_openvino_draws_the_same(drawn: OneGraphPipeline, two_steps: Path) -> None:
+    """The file is no special one of ONNX Runtime's; a graph with a Loop OpenVINO does not compile."""
+    pytest.importorskip("openvino")
+    whole = pixels(OneGraphPipeline.load(two_steps, backend="openvino")(PROMPT, seed=3).images)
+    assert np.abs(whole - pixels(drawn(PROMPT, seed=3).images)).max() <= 1
+    with pytest.raises(RequestError, match="backend 'tensorrt' runs no one-graph"):
+        OneGraphPipeline.load(two_steps, backend="tensorrt")
+
+
+def test_a_long_prompt_warns(drawn: OneGraphPipeline) -> None:
+    """As in a pipeline: what CLIP does not see is named."""
+    with pytest.warns(TruncationWarning, match="cut off"):
+        drawn("very " * 100)
+
+
+def test_other_settings_are_refused_in_one_line(drawn: OneGraphPipeline, two_steps: Path) -> None:
+    """Nothing is drawn at settings that the graph was not made for; the line names all that differ."""
+    for settings, said in (
+        ({"num_inference_steps": 4}, "steps 2, not 4"),
+        ({"timesteps": [999, 500]}, r"timesteps None, not \(999, 500\)"),
+        ({"eta": 0.25}, "eta 1.0, not 0.25"),
+        ({"height": 128}, "height"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            drawn(PROMPT, **settings)
+    manifest = Bundle.load(two_steps).manifest
+    assert find_one_graph(manifest, 2) == "one-graph-2steps"
+    with pytest.raises(RequestError, match=r"one-graph-2steps has steps 2, not 4, eta 1\.0, not 0\.5; add one with"):
+        find_one_graph(manifest, 4, eta=0.5)
+
+
+def test_a_bundle_without_a_one_graph_says_so(sd15_bundle: Path, two_steps: Path) -> None:
+    """What to do is in the message."""
+    with pytest.raises(RequestError, match="has no one-graph, it has none; add one with `hypersd export --one-graph`"):
+        OneGraphPipeline.load(sd15_bundle)
+    with pytest.raises(RequestError, match="has no one-graph 'one-graph-9steps', it has one-graph-2steps"):
+        OneGraphPipeline.load(two_steps, "one-graph-9steps")

@@ -1,0 +1,198 @@
+"""A one-graph: the sampler's arithmetic as nodes, the networks' own weights, and its place in the bundle."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+
+from hypersd.engines import Bundle
+from hypersd.engines.compare import TOLERANCES, differences
+from hypersd.engines.manifest import TensorSpec
+from hypersd.engines.onnx_runtime import make_plain_session
+from hypersd.engines.progress import Silent
+from hypersd.errors import BundleError, RequestError
+from hypersd.export import ExportOptions, export_bundle
+from hypersd.samplers.sampler import make_sampler
+from hypersd.tools.graph_recorder import Recorded, Recorder
+from hypersd.tools.one_graph import add_one_graph, check_can_compose
+
+SHAPE = (1, 4, 8, 8)
+
+
+class Notes(Silent):
+    """What a user is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def denoise(sample: Any, t: int) -> Any:
+    """Stands in for the UNet: the arithmetic sees other numbers at every timestep."""
+    return torch.tensor(t / 2000.0) * sample  # half of it at most: what is left of a difference is no rounding error
+
+
+def run_recorded(path: Path, sample: Callable[..., Any], latents: Tensor, noises: list[Tensor | None]) -> Tensor:
+    """What ONNX Runtime makes of the nodes that ``sample`` recorded, node for node."""
+    dtype = str(latents.dtype).removeprefix("torch.")
+    recorder, spec = Recorder(path.parent), TensorSpec(dtype=dtype, shape=SHAPE)  # type: ignore[arg-type]
+    tensors = {"latents": latents, **{f"noise_{i}": noise for i, noise in enumerate(noises) if noise is not None}}
+    values = {name: Recorded(recorder, recorder.input(name, spec)) for name in tensors}
+    result = sample(denoise, values["latents"], noises=[values.get(f"noise_{i}") for i in range(len(noises))])
+    path.write_bytes(ir.to_proto(recorder.model({"output": (result.value, spec)}, "test")).SerializeToString())
+    feeds = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return torch.from_numpy(np.asarray(make_plain_session(path).run(None, feeds)[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("kind", ["ddim", "tcd", "lcm"])
+def test_the_recorded_sampler_computes_what_the_sampler_does(
+    kind: str, prediction_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The graph's arithmetic is the runtime's, to the last bits, for every number of steps, eta, and with clipping."""
+    for steps, eta, clip in itertools.product((1, 2, 4), (0.0, 0.5), (False, True)):
+        sampler = make_sampler(kind, prediction_type=prediction_type, clip_sample=clip)
+        generator = torch.Generator().manual_seed(steps)
+        latents = torch.randn(SHAPE, generator=generator).to(dtype)
+        settings = {"num_inference_steps": steps, "eta": eta}
+        noises = sampler.draw_noise(latents, **settings, generator=generator)
+        expected = sampler.sample(denoise, latents, **settings, noises=noises)
+
+        def sample(*args: Any, sampler: Any = sampler, settings: Any = settings, **more: Any) -> Any:
+            return sampler.sample(*args, **settings, **more)
+
+        actual = run_recorded(tmp_path / "steps.onnx", sample, latents, noises)
+        assert actual.dtype == dtype
+        # In float16 ONNX Runtime's CPU provider leaves out roundings between one operation and the next.
+        allowed = (1e-6, 1e-6) if dtype == torch.float32 else TOLERANCES["float16"]
+        error = differences(actual.numpy(), expected.numpy())
+        assert all(found <= most for found, most in zip(error, allowed, strict=True)), (steps, eta, clip, error)
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def test_weights_are_shared_and_only_the_steps_add_nodes(sd15_bundle: Path, copy_bundle) -> None:
+    """A one-graph costs kilobytes: its weights are the networks' files, however many steps there are."""
+    bundle = copy_bundle(sd15_bundle)
+    before = {path for path in bundle.root.rglob("*") if path.is_file()}
+    for steps in (1, 2, 4):
+        bundle = add_one_graph(bundle, steps)
+    graphs = {steps: bundle.manifest.one_graphs[f"one-graph-{steps}step{'s' * (steps > 1)}"] for steps in (1, 2, 4)}
+    new = {path for path in bundle.root.rglob("*") if path.is_file()} - before
+    assert new == {bundle.path(graph.network.onnx) for graph in graphs.values()}
+    networks = {name: operators(bundle.path(component.onnx)) for name, component in bundle.manifest.components.items()}
+    for steps, graph in graphs.items():
+        path = bundle.path(graph.network.onnx)
+        weights = {file for component in bundle.manifest.components.values() for file in component.files[1:]}
+        assert set(graph.network.files[1:]) == weights
+        found = operators(path)
+        for operator in ("Conv", "GroupNormalization", "Attention", "Gemm"):
+            others = sum(counts[operator] for name, counts in networks.items() if name != "unet")
+            assert found[operator] == others + steps * networks["unet"][operator], operator
+        inlined = sum(sum(counts.values()) * (steps if name == "unet" else 1) for name, counts in networks.items())
+        assert inlined < sum(found.values()) <= inlined + 20 + 15 * steps
+        assert path.stat().st_size < sum(bundle.manifest.files[file].size for file in weights) / 4
+    external = [
+        {v.name for v in ir.load(bundle.path(g.network.onnx)).graph.initializers.values() if v.name and "/" in v.name}
+        for g in graphs.values()
+    ]
+    assert external[0] == external[1] == external[2]
+
+
+def test_a_graph_that_is_there_is_kept_and_an_altered_one_is_made_again(sd15_bundle: Path, copy_bundle) -> None:
+    """The same command twice costs nothing and says so; a damaged file is never taken for the graph."""
+    bundle, notes = add_one_graph(copy_bundle(sd15_bundle), 2), Notes()
+    path = bundle.root / "one-graph-2steps.onnx"
+    content, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert add_one_graph(bundle, 2, progress=notes) == bundle
+    assert path.stat().st_mtime_ns == written
+    assert ["there already" in note for note in notes.notes] == [True]
+    path.write_bytes(content[:-1] + b"?")  # of the same size, which opening a bundle does not see
+    with pytest.raises(BundleError, match="altered"):
+        Bundle.load(bundle.root, hashes=True)
+    assert add_one_graph(bundle, 2) == bundle
+    assert path.read_bytes() == content
+    assert Bundle.load(bundle.root, hashes=True) == bundle
+    path.unlink()
+    with pytest.raises(BundleError, match=r"one-graph-2steps\.onnx is missing"):
+        Bundle.load(bundle.root)
+
+
+def test_other_settings_are_other_graphs(sd15_bundle: Path, copy_bundle) -> None:
+    """Graphs of several settings lie side by side, and their names say what differs from the usual."""
+    bundle = copy_bundle(sd15_bundle)
+    for eta in (None, 0.25):
+        bundle = add_one_graph(bundle, 2, eta=eta)
+    graphs = bundle.manifest.one_graphs
+    assert list(graphs) == ["one-graph-2steps", "one-graph-2steps-eta0.25"]
+    assert [graph.eta for graph in graphs.values()] == [1.0, 0.25]
+    assert len({graph.network.key for graph in graphs.values()}) == 2
+    assert list(graphs["one-graph-2steps"].network.inputs) == ["input_ids", "latents", "noise_0"]
+
+
+def test_an_export_that_is_done_keeps_its_one_graphs(
+    tiny_repos: Path, sd15_bundle: Path, copy_bundle, source_options
+) -> None:
+    """They are added to a finished bundle: the same export again finds it done, and does not take them away."""
+    name = "Hyper-SD15-1step-lora"
+    bundle = add_one_graph(copy_bundle(sd15_bundle), 1)
+    options = ExportOptions(sources=source_options(name), precision="fp32")
+    assert export_bundle(name, bundle.root, options) == bundle
+    assert list(bundle.manifest.one_graphs) == ["one-graph-1step"]
+
+
+def test_what_a_one_graph_cannot_do_is_refused(sd15_bundle: Path, copy_bundle) -> None:
+    """Guidance, ControlNets, other steps and other sizes: one line each, and nothing is written."""
+    with pytest.raises(RequestError, match=r"guidance 5, which a one-graph does not do"):
+        add_one_graph(copy_bundle(sd15_bundle, "guided", guidance_scale=5.0), 1)
+    with pytest.raises(RequestError, match=r"takes no ControlNet, the bundle has canny, depth"):
+        check_can_compose("Hyper-SD15-1step-lora", 0.0, ["canny", "depth"])
+    bundle = copy_bundle(sd15_bundle)
+    with pytest.raises(RequestError, match="not distilled for 9 steps"):
+        add_one_graph(bundle, 9)
+    with pytest.raises(RequestError, match="outside this bundle's"):
+        add_one_graph(bundle, 1, height=4096)
+    with pytest.raises(RequestError, match="batch 2 is outside this bundle's 1"):
+        add_one_graph(bundle, 1, batch=2)
+    with pytest.raises(RequestError, match="eta"):
+        add_one_graph(bundle, 1, eta=1.5)
+    assert not list(bundle.root.glob("*one-graph*"))
+    assert Bundle.load(bundle.root) == bundle
+
+
+def test_tensorrt_rtx_builds_it(sd15_bundle: Path, copy_bundle, tmp_path: Path) -> None:
+    """The file is one that TensorRT-RTX takes whole, uint8 output included; 1.7 crashes where attentions share keys."""
+    pytest.importorskip("tensorrt_rtx")
+    from hypersd.engines.tensorrt.build_job import BuildJob
+    from hypersd.engines.tensorrt.build_process import run_build
+
+    bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
+    network, plan = bundle.manifest.one_graphs["one-graph-2steps"].network, tmp_path / "one-graph.engine"
+    job = BuildJob(
+        backend="tensorrt-rtx",
+        component="one-graph-2steps",
+        onnx=str(bundle.path(network.onnx)),
+        plan=str(plan),
+        inputs=network.inputs,
+        outputs=network.outputs,
+    )
+    built = run_build(job, lambda *_: None)
+    weights = sum(bundle.manifest.files[file].size for file in network.files[1:])
+    assert plan.stat().st_size > 0
+    assert built.weights_memory is not None
+    assert weights / 3 < built.weights_memory < 1.2 * weights  # the steps share the weights in the engine, too

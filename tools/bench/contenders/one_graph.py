@@ -1,0 +1,49 @@
+"""A bundle's graph of the whole image, in this package's own environment."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from ....engines import Bundle
+from ....runtime.one_graph import OneGraphPipeline, find_one_graph
+from ..drawing import CONVERSION, DRAW, TOKENS, Drawn, Facts, Settings
+from .device import device_name
+
+STAGES = {"tokenize": TOKENS, "draw": DRAW, "convert": CONVERSION}
+PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu")
+
+
+class Drawer:
+    """The one-graphs of a bundle, of which the one that draws is loaded."""
+
+    def __init__(self, bundle: str, device: str) -> None:
+        self._bundle = bundle
+        self._device = device
+
+    def load(self) -> Facts:
+        """Load the bundle's first one-graph."""
+        self._manifest = Bundle.load(self._bundle).manifest
+        self._pipe = OneGraphPipeline.load(self._bundle, device=self._device)
+        how = f"onnxruntime, {', '.join(self._manifest.one_graphs)}"
+        device = device_name(self._pipe.device)
+        return Facts(precision=self._manifest.precision, device=device, how=how, packages=PACKAGES)
+
+    def draw(self, settings: Settings) -> Drawn:
+        """Draw one image; the first of other steps loads their graph."""
+        asked: dict[str, Any] = {
+            **settings.schedule,
+            "eta": settings.eta,
+            "height": settings.height,
+            "width": settings.width,
+        }
+        name = find_one_graph(self._manifest, **asked)
+        if name != self._pipe.name:
+            self._pipe = OneGraphPipeline.load(self._bundle, name, device=self._device)
+        began = time.perf_counter()
+        result = self._pipe(settings.prompt, **asked, seed=settings.seed)
+        seconds = time.perf_counter() - began
+        stages = {STAGES[key]: took for key, took in result.timings.items() if key in STAGES}
+        return Drawn(np.asarray(result.images[0]), seconds, stages)

@@ -1,0 +1,80 @@
+"""optimum-onnx's pipelines on the bundle's own ONNX files; runs in an environment that need not have this package's.
+
+:mod:`hypersd.tools.bench.optimum_folder` writes the folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import onnxruntime as ort
+import torch
+from optimum.onnxruntime import (  # pyright: ignore[reportMissingImports]  # it cannot share our environment
+    ORTStableDiffusionPipeline,
+    ORTStableDiffusionXLPipeline,
+)
+
+from ..drawing import Drawn, Facts, Settings
+from .device import device_name, resolve_device
+from .timed import TimedPipeline
+
+PACKAGES = ("torch", "optimum-onnx", "optimum", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu")
+PIPELINES = {"sd15": ORTStableDiffusionPipeline, "sdxl": ORTStableDiffusionXLPipeline}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+class Drawer:
+    """A bundle's networks in the layout of optimum's exports.
+
+    Args:
+        folder: that layout.
+        family: ``"sd15"`` or ``"sdxl"``.
+        precision: the bundle's, ``"fp32"`` or ``"fp16"``.
+        device: ``"auto"``, ``"cpu"`` or a CUDA device.
+    """
+
+    def __init__(self, folder: str, family: str, precision: str, device: str) -> None:
+        self._folder = folder
+        self._family = family
+        self._precision = precision
+        has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+        self._device = resolve_device(device if has_cuda or device != "auto" else "cpu")
+
+    def load(self) -> Facts:
+        """Load, with optimum's own defaults."""
+        is_cuda = self._device.type == "cuda"
+        provider = "CUDAExecutionProvider" if is_cuda else "CPUExecutionProvider"
+        options = {"device_id": self._device.index or 0} if is_cuda else {}
+        pipe: Any = PIPELINES[self._family].from_pretrained(self._folder, provider=provider, provider_options=options)
+        if self._family == "sdxl":
+            pipe.text_encoder = _TextEncoder(pipe.text_encoder)
+            pipe.text_encoder_2 = _TextEncoder(pipe.text_encoder_2)
+        self._timed = TimedPipeline(pipe, self._device, DTYPES[self._precision])
+        how = f"ONNX Runtime, {provider}"
+        return Facts(precision=self._precision, device=device_name(self._device), how=how, packages=PACKAGES)
+
+    def draw(self, settings: Settings) -> Drawn:
+        """Draw one image."""
+        return self._timed.draw(settings)
+
+
+class _Encoded(NamedTuple):
+    """What SDXL's pipeline asks of a text encoder: the pooled projection first, and the last layer but one."""
+
+    first: torch.Tensor
+    hidden_states: tuple[torch.Tensor | None, ...]
+
+
+class _TextEncoder:
+    """A text encoder of a bundle, which computes no layer but the one that is used, as optimum's pipeline wants it."""
+
+    def __init__(self, encoder: Any) -> None:
+        self._encoder = encoder
+
+    def __call__(self, input_ids: torch.Tensor, output_hidden_states: bool | None = None) -> _Encoded:
+        outputs = self._encoder(input_ids)
+        hidden_states = outputs["hidden_states"]
+        return _Encoded(outputs.get("text_embeds", hidden_states), (hidden_states, None))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)

@@ -1,0 +1,128 @@
+"""A bundle in the layout of optimum's exports: links to its graphs and tokenizers, beside the configurations it lacks.
+
+The graphs' names, inputs and outputs are optimum's already. Its pipelines also want to know the classes of the parts,
+and a few numbers of each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...engines import Bundle, Manifest
+from ...engines.manifest import TensorSpec
+
+PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+SCHEDULERS = {"ddim": "DDIMScheduler", "tcd": "TCDScheduler", "lcm": "LCMScheduler"}
+NETWORKS = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+LONGEST_PROMPT = 77  # tokens
+DIFFUSERS_VERSION = "0.30.0"  # of the layout: optimum wants one to be named
+
+
+def why_not_optimum(manifest: Manifest) -> str | None:
+    """Why optimum's pipelines cannot take a bundle's networks; None if they can."""
+    if manifest.controlnets:
+        return "the bundle's UNet takes residuals of ControlNets, which optimum's does not feed"
+    return None
+
+
+def write_optimum_folder(bundle: Bundle, folder: Path) -> None:
+    """Write the layout into ``folder``, which holds nothing yet. Nothing is copied: keep the bundle meanwhile."""
+    for name, component in bundle.manifest.components.items():
+        (folder / name).mkdir(parents=True)
+        for file in component.files:
+            (folder / file).symlink_to(bundle.path(file).resolve())
+    for name in _tokenizers(bundle.manifest):
+        (folder / name).mkdir()
+        source = bundle.path(f"{name}/tokenizer.json").resolve()
+        (folder / name / "tokenizer.json").symlink_to(source)
+        _write(folder / name / "tokenizer_config.json", _tokenizer_config(source))
+    for file, config in _configs(bundle.manifest).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        _write(folder / file, config)
+
+
+def _configs(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """The configuration files by name."""
+    scheduler = SCHEDULERS[manifest.sampler.kind]
+    configs = {
+        "model_index.json": _model_index(manifest, scheduler),
+        "scheduler/scheduler_config.json": {"_class_name": scheduler, **manifest.scheduler},
+        "unet/config.json": _unet_config(manifest),
+        "vae_decoder/config.json": _vae_config(manifest),
+    }
+    for name, component in manifest.components.items():
+        if name.startswith("text_encoder"):
+            configs[f"{name}/config.json"] = _text_encoder_config(component.outputs)
+    return configs
+
+
+def _model_index(manifest: Manifest, scheduler: str) -> dict[str, Any]:
+    """The classes that the pipeline is put together from; optimum has its own for the networks."""
+    index: dict[str, Any] = {
+        "_class_name": PIPELINES[manifest.family],
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "scheduler": ["diffusers", scheduler],
+        "feature_extractor": [None, None],
+    }
+    index |= {name: list(NETWORKS[name]) for name in manifest.components if name in NETWORKS}
+    index |= {name: ["transformers", "CLIPTokenizerFast"] for name in _tokenizers(manifest)}
+    if manifest.family == "sdxl":
+        return index | {"force_zeros_for_empty_prompt": manifest.force_zeros_for_empty_prompt}
+    return index | {"safety_checker": [None, None], "requires_safety_checker": False}
+
+
+def _tokenizers(manifest: Manifest) -> list[str]:
+    return [name for name in TOKENIZERS if f"{name}/tokenizer.json" in manifest.files]
+
+
+def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
+    """What ``tokenizer.json`` says of padding, where transformers looks for it."""
+    padding = json.loads(tokenizer.read_text(encoding="utf-8"))["padding"]
+    return {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": LONGEST_PROMPT,
+        "pad_token": padding["pad_token"],
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+
+
+def _unet_config(manifest: Manifest) -> dict[str, Any]:
+    """What the pipelines read of a UNet."""
+    return {
+        "in_channels": manifest.vae.latent_channels,
+        "out_channels": manifest.vae.latent_channels,
+        "sample_size": manifest.shapes.height.opt // manifest.vae.spatial,
+        "time_cond_proj_dim": None,
+    }
+
+
+def _vae_config(manifest: Manifest) -> dict[str, Any]:
+    """What the pipelines read of a decoder; the number of blocks says how many pixels a latent is wide."""
+    return {
+        "block_out_channels": [1] * manifest.vae.spatial.bit_length(),
+        "latent_channels": manifest.vae.latent_channels,
+        "scaling_factor": manifest.vae.scaling_factor,
+        "force_upcast": False,
+    }
+
+
+def _text_encoder_config(outputs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """A bundle's text encoder gives no layers but the one that is used."""
+    config: dict[str, Any] = {"num_hidden_layers": 0}
+    if "text_embeds" in outputs:
+        config["projection_dim"] = outputs["text_embeds"].shape[-1]
+    return config
+
+
+def _write(file: Path, config: dict[str, Any]) -> None:
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

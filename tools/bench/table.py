@@ -1,0 +1,178 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .drawing import DECODE, DRAW, TEXT_ENCODERS, is_step
+from .figures import TOTAL
+from .report import Comparison, Entry, Report, Row, Summary
+
+NONE = "-"
+MILLISECONDS_BELOW = 2.0  # the longest median, in seconds, up to which a table is in milliseconds
+
+
+def print_report(report: Report, console: Console) -> None:
+    """All tables, and what has to be said beside them."""
+    for comparison in report.comparisons:
+        console.print(_title(report, comparison), markup=False, soft_wrap=True, style="bold")
+        console.print(_latency_table(report, comparison, console.width))
+        if any(comparison.floors.values()):
+            console.print("floor: the least that this machine's own rates allow, and how many times that hypersd takes")
+            console.print(_floor_table(report, comparison))
+    for line in _lines(report):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeUnit:
+    """What seconds are shown in."""
+
+    name: str
+    scale: float
+    digits: int
+
+    def show(self, seconds: float | None) -> str:
+        return NONE if seconds is None else f"{seconds * self.scale:,.{self.digits}f}"
+
+
+def time_unit(seconds: Sequence[float]) -> TimeUnit:
+    """Milliseconds for what is quick."""
+    longest = max(seconds, default=0.0)
+    if longest >= MILLISECONDS_BELOW:
+        return TimeUnit("s", 1.0, 2)
+    return TimeUnit("ms", 1000.0, 1 if longest < 0.1 else 0)
+
+
+def comparison_unit(comparison: Comparison) -> TimeUnit:
+    """That of all medians of one number of steps."""
+    return time_unit([row.summary.median for row in comparison.rows if row.summary is not None])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """``show`` makes the cell of a contender that drew; ``from_width`` is the narrowest terminal that has room."""
+
+    heading: str
+    show: Callable[[Entry, Row, Summary, TimeUnit], str]
+    from_width: int = 0
+
+
+def steps_seconds(stages: Mapping[str, float]) -> float | None:
+    """All steps together; None where they were not timed by themselves."""
+    steps = [seconds for stage, seconds in stages.items() if is_step(stage)]
+    return sum(steps) if steps else None
+
+
+def other_seconds(stages: Mapping[str, float]) -> float:
+    """What is neither text encoders nor steps nor decoder."""
+    named = (TEXT_ENCODERS, DECODE, DRAW)
+    return sum(seconds for stage, seconds in stages.items() if stage not in named and not is_step(stage))
+
+
+def _start(entry: Entry) -> str:
+    return NONE if entry.start is None else f"{entry.start.seconds:.1f} s"
+
+
+def _memory(size: int | None) -> str:
+    return NONE if size is None else f"{size / 1e9:.2f} GB"
+
+
+def _sameness(row: Row) -> str:
+    if row.sameness is None:
+        return ""
+    found = row.sameness
+    return f"{found.verdict}, equal" if found.psnr is None else f"{found.verdict}, {found.psnr:.0f} dB"
+
+
+COLUMNS = (
+    _Column("median", lambda entry, row, summary, unit: unit.show(summary.median)),
+    _Column("p95", lambda entry, row, summary, unit: unit.show(summary.p95), 112),
+    _Column("min", lambda entry, row, summary, unit: unit.show(summary.minimum), 112),
+    _Column("ratio", lambda entry, row, summary, unit: NONE if summary.ratio is None else f"{summary.ratio:.2f}"),
+    _Column("floor", lambda entry, row, summary, unit: _times(summary.floors.get(TOTAL))),
+    _Column("text", lambda entry, row, summary, unit: unit.show(summary.stages.get(TEXT_ENCODERS)), 112),
+    _Column("unet", lambda entry, row, summary, unit: unit.show(steps_seconds(summary.stages))),
+    _Column("decode", lambda entry, row, summary, unit: unit.show(summary.stages.get(DECODE))),
+    _Column("other", lambda entry, row, summary, unit: unit.show(other_seconds(summary.stages)), 112),
+    _Column("memory", lambda entry, row, summary, unit: _memory(entry.host_memory), 112),
+    _Column("start", lambda entry, row, summary, unit: _start(entry), 112),
+    _Column("image", lambda entry, row, summary, unit: _sameness(row)),
+)
+
+
+def _times(factor: float | None) -> str:
+    return NONE if factor is None else f"{factor:.1f} x"
+
+
+def _title(report: Report, comparison: Comparison) -> str:
+    drawing, steps = report.drawing, f"{comparison.steps} step{'s' if comparison.steps > 1 else ''}"
+    size, unit = f"{drawing.width}x{drawing.height}", comparison_unit(comparison)
+    return f"{report.checkpoint}, {steps}, {size}, {drawing.rounds} rounds; times in {unit.name}"
+
+
+def _empty_table(first: str) -> Table:
+    """Narrow margins: the widest table has 13 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _latency_table(report: Report, comparison: Comparison, width: int) -> Table:
+    """A row a contender, the quickest first; those that failed last."""
+    unit, table = comparison_unit(comparison), _empty_table("contender")
+    columns = [column for column in COLUMNS if width >= column.from_width]
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column.heading == "image" else "right", no_wrap=True)
+    for row in sorted(comparison.rows, key=lambda row: row.summary.median if row.summary else float("inf")):
+        entry, name = (
+            report.entry(row.contender),
+            Text(row.contender, "bold" if row.contender == report.baseline.name else ""),
+        )
+        if row.summary is None:
+            table.add_row(name, "failed")
+        else:
+            summary = row.summary
+            table.add_row(name, *(Text(column.show(entry, row, summary, unit)) for column in columns))
+    return table
+
+
+def _floor_table(report: Report, comparison: Comparison) -> Table:
+    """The least that each stage could take, by precision, and how far hypersd is from it."""
+    ours = next(row.summary for row in comparison.rows if row.contender == report.baseline.name)
+    unit = time_unit([sum(floor.values()) for floor in comparison.floors.values()])
+    table = _empty_table("stage")
+    for precision in comparison.floors:
+        table.add_column(f"{precision}, {unit.name}", justify="right")
+    table.add_column(f"{report.baseline.name}, {report.baseline.precision}", justify="right")
+    stages = list(next(iter(comparison.floors.values())))
+    for stage in [*stages, TOTAL]:
+        least = [sum(floor.values()) if stage == TOTAL else floor[stage] for floor in comparison.floors.values()]
+        times = ours.floors.get(stage) if ours is not None else None
+        table.add_row(stage, *map(unit.show, least), _times(times))
+    return table
+
+
+def _lines(report: Report) -> list[str]:
+    """What each contender was, what failed, and what the columns mean."""
+    lines, ours = [], report.baseline.name
+    for entry in report.contenders:
+        if entry.failure is not None:
+            lines.append(f"{entry.name} failed: {entry.failure}")
+        else:
+            memory = "" if entry.device_memory is None else f"; {_memory(entry.device_memory)} of device memory"
+            lines.append(f"{entry.name}: {entry.how}, {entry.precision} on {entry.device}{memory}")
+    lines += [
+        f"ratio: the median, over rounds, of its seconds divided by {ours}'s; image: beside {ours}'s first one",
+        "start: from the start of a process to its first image, imports and loading included",
+        "floor: how many times the least that this machine's own rates allow for its precision",
+        "memory: the most that was resident, mapped weight files included",
+        "every image has a prompt of its own: no text encoder's cache helps",
+    ]
+    return [*lines, *report.notes]

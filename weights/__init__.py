@@ -1,0 +1,1 @@
+"""Weight files: safetensors, the layouts of LoRA files, and LoRA arithmetic."""
