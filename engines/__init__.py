@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .tensorrt.target_builder import BuildOptions, build_engines
 
 _HOMES = {
-    "BuildOptions": "tensorrt.build",
+    "BuildOptions": "tensorrt.target_builder",
     "Bundle": "bundle",
     "Engine": "engine",
     "Manifest": "manifest",
-    "build_engines": "tensorrt.build",
+    "build_engines": "tensorrt.target_builder",
     "load_engines": "load",
 }
 

@@ -25,7 +25,7 @@ POLYGRAPHY_FLAVOUR = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 # Not -m, which would import from the folder that the user happens to be in (-P forbids it from Python 3.11 on).
-WORKER = f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.worker import main; main()"
+WORKER = f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.build_worker import main; main()"
 
 
 def run_build(job: BuildJob, update: Callable[[float, str], None]) -> Built:
