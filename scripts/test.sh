@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lints, type-checks and tests the package. Makes .venv the first time; later runs need no network.
 #
-#   scripts/test.sh                     ruff, pyright and the whole suite
+#   scripts/test.sh                     ruff, pyright, codespell, shellcheck, the documentation and the whole suite
 #   scripts/test.sh tests/runtime -x    pytest alone, with these arguments; paths are from the repository root
 #
 # PYTHON names the interpreter that makes .venv. With CI=true a check that cannot run is a failure.
@@ -23,7 +23,16 @@ type_check() {
     fi
 }
 
-set_up export,dev,tensorrt-rtx,openvino,train-demo,ray
+# actionlint is no Python package with a binary: it runs where it is installed.
+check_workflows() {
+    local actionlint
+    actionlint="$(command -v actionlint || true)"
+    [[ -z "$actionlint" ]] || "$actionlint"
+}
+
+check_shell() { git ls-files -z '*.sh' .ci/run | xargs -0 .venv/bin/shellcheck -x; }
+
+set_up export,dev,tensorrt-rtx,openvino,train-demo,ray,docs
 
 if (($# == 0)); then
     failed=()
@@ -33,6 +42,10 @@ if (($# == 0)); then
     "$VENV_PYTHON" -m ruff format --check . || failed+=("ruff format --check")
     say "pyright"
     type_check || failed+=("pyright")
+    say "codespell, shellcheck, actionlint"
+    .venv/bin/codespell || failed+=("codespell")
+    check_shell || failed+=("shellcheck")
+    check_workflows || failed+=("actionlint")
     if ((${#failed[@]})); then
         die "failed: $(printf '%s; ' "${failed[@]}")tests were not run."
     fi
