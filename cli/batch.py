@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> None:
     with locked(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
         with writing(args.output):
             args.output.mkdir(parents=True, exist_ok=True)
-        missing = [job for job in jobs if not job.is_drawn(args.output)]
+        missing = [job for job in jobs if not job.is_generated(args.output)]
         _say_found(args, jobs, missing)
         errors: dict[str, str] = {}
         try:
             if missing:
-                _draw(args, missing, errors)
+                _generate(args, missing, errors)
         finally:  # also of what an interruption left
             _write_index(args.output, jobs, errors)
     _say_end(args, jobs, errors)
@@ -114,9 +114,9 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
     err().print(line, markup=False, soft_wrap=True)
 
 
-def _draw(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
+def _generate(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
     """Draw and write images; ``errors`` gets those that failed, by the image's name."""
-    from ..cluster.batch_run import connect, draw_jobs
+    from ..cluster.batch_run import connect, generate_jobs
     from ..engines.bundle import write_whole
     from .console import step_bar
     from .image_output import writing
@@ -124,7 +124,7 @@ def _draw(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str,
     connect(args.address)
     errors.update({job.file: "not drawn" for job in jobs})
     with step_bar(f"drawing into {args.output}", len(jobs)) as advance:
-        for result in draw_jobs(args.bundle, jobs, _actors(args)):
+        for result in generate_jobs(args.bundle, jobs, _actors(args)):
             if result.png is None:
                 errors[result.file] = result.error or "not drawn"
             else:

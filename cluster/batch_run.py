@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import EngineError, HyperSDError, one_line
 from ..serve.image_codec import encode
-from ..serve.intake import read_drawing
+from ..serve.intake import read_request
 from ..serve.schemas import GenerationRequest
 from ..serve.service import LocalService
 from ..serve.settings import ServeSettings
@@ -102,23 +102,23 @@ class BatchDrawer:
         if begun >= ATTEMPTS:
             error = f"the process that drew it died, {ATTEMPTS} times over: see Ray's log"
             return pa.Table.from_pylist([{"file": row["file"], "error": error} for row in rows], SCHEMA)
-        results = asyncio.run(self._draw_all(rows))
+        results = asyncio.run(self._generate_all(rows))
         if not self._service.is_ready():
             os._exit(1)  # the device fails at every call, and would soon have failed all that is left to draw
         return pa.Table.from_pylist(results, SCHEMA)
 
-    async def _draw_all(self, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-        return await asyncio.gather(*map(self._draw, rows))
+    async def _generate_all(self, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._generate, rows))
 
-    async def _draw(self, row: dict[str, str]) -> dict[str, Any]:
+    async def _generate(self, row: dict[str, str]) -> dict[str, Any]:
         try:
             body = GenerationRequest.model_validate_json(row["body"])
-            drawing = await asyncio.to_thread(read_drawing, body, self._service.models(), LIMITS)
-            [drawn] = await self._service.draw(drawing, A_DAY)
+            service_request = await asyncio.to_thread(read_request, body, self._service.models(), LIMITS)
+            [image] = await self._service.generate(service_request, A_DAY)
         except HyperSDError as error:
             return {"file": row["file"], "error": str(error)}
-        metadata = {**drawn.metadata, KEY_NAME: row["key"]}
-        return {"file": row["file"], "png": await asyncio.to_thread(encode, drawn.image, "png", None, metadata)}
+        metadata = {**image.metadata, KEY_NAME: row["key"]}
+        return {"file": row["file"], "png": await asyncio.to_thread(encode, image.image, "png", None, metadata)}
 
 
 def connect(address: str | None) -> None:
@@ -141,7 +141,7 @@ def default_actors() -> tuple[int, float]:
     return (gpus, 1.0) if gpus else (1, 0.0)
 
 
-def draw_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions) -> Iterator[Result]:
+def generate_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions) -> Iterator[Result]:
     """Draw images; their results come as they are ready.
 
     Raises:
@@ -158,13 +158,13 @@ def draw_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions) ->
         for job in sorted(jobs, key=lambda job: job.settings)  # those that one call can draw are beside each other
     ]
     try:
-        for row in _drawn(rows, share(bundle), options).iter_rows():
+        for row in _generated(rows, share(bundle), options).iter_rows():
             yield Result(**row)
     except RayError as error:
         raise EngineError(f"the actors failed: {_last_line(error)}") from error
 
 
-def _drawn(rows: list[dict[str, str]], bundle: SharedBundle, options: ActorOptions) -> ray.data.Dataset:
+def _generated(rows: list[dict[str, str]], bundle: SharedBundle, options: ActorOptions) -> ray.data.Dataset:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(bundle)
     blocks = math.ceil(len(rows) / BLOCK)

@@ -13,9 +13,9 @@ from ray.serve.handle import DeploymentHandle
 
 from ..errors import EngineError, HyperSDError
 from ..serve.cards import ModelCard
-from ..serve.drawing import Drawing, Drawn
 from ..serve.metrics import Metrics
 from ..serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnavailableError
+from ..serve.service_request import GeneratedImage, ServiceRequest
 
 ATTEMPTS = 3  # of a drawing whose replica died: one that kills what draws it must not kill all
 ASK_AGAIN = 0.5  # seconds, while no replica is ready
@@ -53,28 +53,30 @@ class ClusterService:
     def is_ready(self) -> bool:
         return bool(self._cards) and not self._stopping
 
-    async def draw(self, drawing: Drawing, timeout: float, superseded: asyncio.Event | None = None) -> list[Drawn]:
+    async def generate(
+        self, service_request: ServiceRequest, timeout: float, superseded: asyncio.Event | None = None
+    ) -> list[GeneratedImage]:
         began = time.monotonic()
         try:
-            drawn = await asyncio.wait_for(self._draw(drawing, timeout), timeout)
+            images = await asyncio.wait_for(self._generate(service_request, timeout), timeout)
         except asyncio.TimeoutError:
-            self.metrics.saw_dropped("timeout", len(drawing.seeds))
+            self.metrics.saw_dropped("timeout", len(service_request.seeds))
             raise TimedOutError(f"not finished within {timeout:g} s: ask for fewer images, or again later") from None
         except UnavailableError as error:
             self.metrics.saw_refusal(error.code)
             raise
         self._seconds = time.monotonic() - began
-        return drawn
+        return images
 
     def stop(self) -> None:
         self._stopping = True
 
-    async def _draw(self, drawing: Drawing, timeout: float) -> list[Drawn]:
+    async def _generate(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage]:
         for _ in range(ATTEMPTS):
             if self._stopping:
                 raise StoppingError("the service is stopping: ask another, or again later")
             try:
-                answer = await self._ask(drawing, timeout)
+                answer = await self._ask(service_request, timeout)
             except LOST:
                 self.metrics.saw_failure("ReplicaDied")
                 continue
@@ -88,9 +90,9 @@ class ClusterService:
             return answer
         raise EngineError(f"the process that drew it died, {ATTEMPTS} times over: see Ray's log before asking again")
 
-    async def _ask(self, drawing: Drawing, timeout: float) -> list[Drawn] | HyperSDError:
+    async def _ask(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage] | HyperSDError:
         """One replica's answer. A cancelled call is cancelled there, too, as far as it still waits."""
-        response = self._drawer.draw.remote(drawing, timeout)
+        response = self._drawer.generate.remote(service_request, timeout)
         try:
             return await response
         except asyncio.CancelledError:

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import EngineError, HyperSDError
 from ..serve.calls import keep_prompts_out_of_the_log
 from ..serve.cards import ModelCard
-from ..serve.drawing import Drawing, Drawn
 from ..serve.service import LocalService
+from ..serve.service_request import GeneratedImage, ServiceRequest
 from .bundles import SharedBundle, find_or_fetch
 from .ray_metrics import ReplicaMetrics
 
@@ -48,10 +48,10 @@ class Drawer:
         self._service.start()
         self._service.wait_ready()
 
-    async def draw(self, drawing: Drawing, timeout: float) -> list[Drawn] | HyperSDError:
-        """The images, or why there are none (see :meth:`hypersd.serve.service.Service.draw`)."""
+    async def generate(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage] | HyperSDError:
+        """The images, or why there are none (see :meth:`hypersd.serve.service.Service.generate`)."""
         try:
-            return await self._service.draw(drawing, timeout)
+            return await self._service.generate(service_request, timeout)
         except HyperSDError as error:
             return error
 

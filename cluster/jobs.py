@@ -54,7 +54,7 @@ class PromptJob:
         """Equal for images that one call may draw."""
         return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "control_image"})
 
-    def is_drawn(self, folder: Path) -> bool:
+    def is_generated(self, folder: Path) -> bool:
         """Whether the image is in a folder as it would be drawn now."""
         return image_key(folder / self.file) == self.key
 

@@ -22,10 +22,9 @@ from starlette.staticfiles import StaticFiles
 from .. import __version__
 from ..errors import HyperSDError
 from .cards import ModelCard
-from .drawing import Drawing, Drawn
 from .guard import Guard
 from .image_codec import encode
-from .intake import read_drawing
+from .intake import read_request
 from .live import LiveConnections
 from .problems import invalid, problem_response, response_of
 from .schemas import (
@@ -42,6 +41,7 @@ from .schemas import (
     Steps,
 )
 from .service import Service
+from .service_request import GeneratedImage, ServiceRequest
 from .settings import ServeSettings
 
 STATIC = Path(__file__).parent / "static"
@@ -80,7 +80,7 @@ def make_app(service: Service, settings: ServeSettings) -> FastAPI:
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     _handle_errors(app)
-    _add_drawing(app, service, settings)
+    _add_generation(app, service, settings)
     _add_status(app, service, settings)
     _add_page(app, service, settings)
     paths = {route.path for route in app.routes if isinstance(route, Route)}
@@ -90,7 +90,7 @@ def make_app(service: Service, settings: ServeSettings) -> FastAPI:
     return app
 
 
-def _add_drawing(app: FastAPI, service: Service, settings: ServeSettings) -> None:
+def _add_generation(app: FastAPI, service: Service, settings: ServeSettings) -> None:
     @app.post(
         "/v1/images/generations",
         response_model=Generation,
@@ -100,17 +100,17 @@ def _add_drawing(app: FastAPI, service: Service, settings: ServeSettings) -> Non
     async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
         """Answers with JSON, or with the image itself if `Accept` names image/png, image/jpeg or image/webp."""
         wanted = _wanted_format(request, body)
-        drawing = await asyncio.to_thread(lambda: read_drawing(body, service.models(), settings))
-        drawn = await _while_connected(request, service.draw(drawing, settings.timeout))
+        service_request = await asyncio.to_thread(lambda: read_request(body, service.models(), settings))
+        images = await _while_connected(request, service.generate(service_request, settings.timeout))
         output_format = wanted or body.output_format
-        files = await asyncio.to_thread(_encode_all, drawn, output_format, body.output_compression)
+        files = await asyncio.to_thread(_encode_all, images, output_format, body.output_compression)
         if wanted:
             headers = {
-                "X-Hypersd-Seed": str(drawn[0].seed),
-                "X-Hypersd-Timings": json.dumps(dict(drawn[0].timings)),
+                "X-Hypersd-Seed": str(images[0].seed),
+                "X-Hypersd-Timings": json.dumps(dict(images[0].timings)),
             }
             return Response(files[0], media_type=f"image/{wanted}", headers=headers)
-        return _generation(drawing, drawn, files, output_format)
+        return _generation(service_request, images, files, output_format)
 
 
 def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
@@ -122,25 +122,27 @@ def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
     return None
 
 
-def _encode_all(drawn: Sequence[Drawn], output_format: str, quality: int | None) -> list[bytes]:
-    return [encode(one.image, output_format, quality, one.metadata) for one in drawn]
+def _encode_all(images: Sequence[GeneratedImage], output_format: str, quality: int | None) -> list[bytes]:
+    return [encode(one.image, output_format, quality, one.metadata) for one in images]
 
 
-def _generation(drawing: Drawing, drawn: Sequence[Drawn], files: Sequence[bytes], output_format: str) -> Generation:
-    request = drawn[-1].request
+def _generation(
+    service_request: ServiceRequest, images: Sequence[GeneratedImage], files: Sequence[bytes], output_format: str
+) -> Generation:
+    request = images[-1].request
     return Generation(
         created=int(time.time()),
         data=[
             Image(b64_json=base64.b64encode(file).decode(), seed=one.seed)
-            for one, file in zip(drawn, files, strict=True)
+            for one, file in zip(images, files, strict=True)
         ],
-        model=drawing.model,
+        model=service_request.model,
         output_format=output_format,  # type: ignore[arg-type]
         size=f"{request.width}x{request.height}",
         steps=request.steps,
         eta=request.eta,
-        waited=max(one.waited for one in drawn),
-        timings=dict(drawn[-1].timings),
+        waited=max(one.waited for one in images),
+        timings=dict(images[-1].timings),
     )
 
 

@@ -12,41 +12,41 @@ from ..runtime import Pipeline
 from ..runtime.control_images import fit, preprocess
 from ..runtime.request import Request
 from ..runtime.text import TruncationWarning
-from .drawing import Drawing
 from .job_queue import Job
+from .service_request import ServiceRequest
 
 
-def make_request(pipe: Pipeline, drawing: Drawing) -> Request:
+def make_request(pipe: Pipeline, service_request: ServiceRequest) -> Request:
     """What the pipeline is going to draw for one image of a drawing.
 
     Raises:
         RequestError: the pipeline does not draw that.
     """
     return pipe.make_request(
-        drawing.prompt,
-        negative_prompt=drawing.negative_prompt,
-        controlled_by=drawing.control,
-        **drawing.settings.arguments(),
+        service_request.prompt,
+        negative_prompt=service_request.negative_prompt,
+        controlled_by=service_request.control,
+        **service_request.settings.arguments(),
     )
 
 
-def control_images(pipe: Pipeline, drawing: Drawing, request: Request) -> dict[str, Image.Image]:
+def control_images(pipe: Pipeline, service_request: ServiceRequest, request: Request) -> dict[str, Image.Image]:
     """What the ControlNets are to see, of the size that is drawn."""
-    settings = drawing.control_settings
+    settings = service_request.control_settings
     return {
         name: preprocess(
             fit(image, request.width, request.height, settings.resize_mode),
             settings.preprocess or pipe.manifest.controlnets[name].preprocess,
         )
-        for name, image in drawing.control.items()
+        for name, image in service_request.control.items()
     }
 
 
-def call_key(drawing: Drawing, request: Request) -> Hashable:
+def call_key(service_request: ServiceRequest, request: Request) -> Hashable:
     """Equal for images that one call can draw. What is left out counts as what it means."""
     settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
-    shape = (request.height, request.width, request.controls, drawing.negative_prompt is None)
-    return (drawing.model, *settings, *shape)
+    shape = (request.height, request.width, request.controls, service_request.negative_prompt is None)
+    return (service_request.model, *settings, *shape)
 
 
 def images_at_once(pipe: Pipeline) -> int:
@@ -61,16 +61,16 @@ def images_at_once(pipe: Pipeline) -> int:
 
 def call_arguments(jobs: Sequence[Job]) -> dict[str, Any]:
     """The pipeline's arguments for jobs of one key."""
-    drawings = [job.drawing for job in jobs]
+    service_requests = [job.service_request for job in jobs]
     names = jobs[0].control
     return {
-        "prompt": [drawing.prompt for drawing in drawings],
+        "prompt": [service_request.prompt for service_request in service_requests],
         "negative_prompt": None
-        if drawings[0].negative_prompt is None
-        else [drawing.negative_prompt for drawing in drawings],
+        if service_requests[0].negative_prompt is None
+        else [service_request.negative_prompt for service_request in service_requests],
         "seed": [job.seed for job in jobs],
         "image": {name: [job.control[name] for job in jobs] for name in names} if names else None,
-        **drawings[0].settings.arguments(),
+        **service_requests[0].settings.arguments(),
     }
 
 

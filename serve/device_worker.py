@@ -11,9 +11,9 @@ from ..errors import EngineError, HyperSDError, RequestError, one_line
 from ..runtime import Pipeline
 from ..runtime.metadata import image_metadata
 from .calls import call_arguments, images_at_once, warm_up
-from .drawing import Drawn
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
+from .service_request import GeneratedImage
 
 LOG = logging.getLogger(__name__)
 FAILURES_UNTIL_UNWELL = 3  # calls in a row: a device that has crashed does not come back
@@ -59,34 +59,34 @@ class Worker(threading.Thread):
         finally:
             self._is_loaded.set()
         while jobs := self._jobs.take(self._most):
-            self._draw(jobs)
+            self._generate(jobs)
 
     def _most(self, job: Job) -> int:
-        return min(self._max_batch, images_at_once(self.pipelines[job.drawing.model]))
+        return min(self._max_batch, images_at_once(self.pipelines[job.service_request.model]))
 
-    def _draw(self, jobs: Sequence[Job]) -> None:
+    def _generate(self, jobs: Sequence[Job]) -> None:
         """Draw jobs of one key together; if that fails each alone, because one must not spoil the others'."""
         try:
-            self._draw_together(self.pipelines[jobs[0].drawing.model], jobs)
+            self._generate_together(self.pipelines[jobs[0].service_request.model], jobs)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
             for job in jobs:
-                self._draw([job])
+                self._generate([job])
 
-    def _draw_together(self, pipe: Pipeline, jobs: Sequence[Job]) -> None:
+    def _generate_together(self, pipe: Pipeline, jobs: Sequence[Job]) -> None:
         began = time.monotonic()
         output = pipe(**call_arguments(jobs))
         seconds = (time.monotonic() - began) / len(jobs)
         self.seconds_per_image += (seconds - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1.0)
         self._failures = 0
-        self._metrics.saw_call(jobs[0].drawing.model, len(jobs), output.timings)
+        self._metrics.saw_call(jobs[0].service_request.model, len(jobs), output.timings)
         for job, image in zip(jobs, output.images, strict=True):
             waited = began - job.queued_at
             self._metrics.saw_wait(waited)
             job.result.set_result(
-                Drawn(
+                GeneratedImage(
                     image=image,
                     seed=job.seed,
                     request=job.request,

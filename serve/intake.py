@@ -10,14 +10,14 @@ from PIL import Image
 from ..errors import RequestError
 from ..runtime.request import LARGEST_SEED
 from .cards import ModelCard
-from .drawing import ControlSettings, Drawing, DrawSettings
 from .image_codec import decode_control_image
 from .schemas import GenerationRequest
 from .service_errors import UnknownModelError
+from .service_request import ControlSettings, DrawSettings, ServiceRequest
 from .settings import ServeSettings
 
 
-def read_drawing(body: GenerationRequest, cards: Sequence[ModelCard], settings: ServeSettings) -> Drawing:
+def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: ServeSettings) -> ServiceRequest:
     """What a body asks for. Images in it are decoded, which takes milliseconds.
 
     Raises:
@@ -31,7 +31,7 @@ def read_drawing(body: GenerationRequest, cards: Sequence[ModelCard], settings: 
     width, height = _size(body.size)
     card = _card(body.model, cards)
     _check_lonely(body)
-    return Drawing(
+    return ServiceRequest(
         model=card.id,
         prompt=body.prompt,
         seeds=_seeds(body.seed, body.n),

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from PIL import Image
 
 from ..runtime.request import Request
-from .drawing import Drawing, Drawn
 from .service_errors import QueueFullError, StoppingError
+from .service_request import GeneratedImage, ServiceRequest
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,12 +27,12 @@ class Job:
         result: cancelled while the job waits, it is not drawn.
     """
 
-    drawing: Drawing
+    service_request: ServiceRequest
     seed: int
     request: Request
     control: dict[str, Image.Image]
     key: Hashable
-    result: Future[Drawn] = dataclasses.field(default_factory=Future)
+    result: Future[GeneratedImage] = dataclasses.field(default_factory=Future)
     queued_at: float = dataclasses.field(default_factory=time.monotonic)
 
 

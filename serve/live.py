@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from starlette.datastructures import Headers
 
 from ..errors import HyperSDError
-from .drawing import Drawn
 from .image_codec import encode
-from .intake import read_drawing
+from .intake import read_request
 from .problems import problem, status_of
 from .schemas import LiveInput, json_of
 from .service import Service
 from .service_errors import UnavailableError
+from .service_request import GeneratedImage
 from .settings import ServeSettings
 
 SUBPROTOCOL = "hypersd.live"
@@ -64,7 +64,7 @@ class _Connection:
         self._superseded = asyncio.Event()  # of the input that is being answered
 
     async def serve(self) -> None:
-        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._draw())]
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._generate())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -96,7 +96,7 @@ class _Connection:
             raise WebSocketDisconnect(message.get("code", 1005))
         return message.get("text")
 
-    async def _draw(self) -> None:
+    async def _generate(self) -> None:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -113,17 +113,19 @@ class _Connection:
             await self._send_problem(_id_of(text), 400, *_in_words(error))
             return
         try:
-            drawing = await asyncio.to_thread(lambda: read_drawing(body, self.service.models(), self.settings))
-            drawn = await self.service.draw(drawing, self.settings.timeout, self._superseded)
+            service_request = await asyncio.to_thread(lambda: read_request(body, self.service.models(), self.settings))
+            images = await self.service.generate(service_request, self.settings.timeout, self._superseded)
         except HyperSDError as error:
             status, code = status_of(error)
             await self._send_problem(body.id, status, str(error), None, code)
             if isinstance(error, UnavailableError):  # the same input is not tried again by itself, but the next will be
                 await asyncio.sleep(min(error.retry_after, 1))
             return
-        for i, one in enumerate(drawn):
+        for i, one in enumerate(images):
             file = await asyncio.to_thread(encode, one.image, body.output_format, body.output_compression, one.metadata)
-            await self.socket.send_bytes(_frame(_header(body, drawing.model, one, i, len(drawing.seeds)), file))
+            await self.socket.send_bytes(
+                _frame(_header(body, service_request.model, one, i, len(service_request.seeds)), file)
+            )
 
     async def _send_problem(
         self, number: int | None, status: int, message: str, param: str | None = None, code: str | None = None
@@ -153,21 +155,21 @@ def _in_words(error: ValidationError) -> tuple[str, str | None]:
     return f"{where}: {first['msg']}" if where else str(first["msg"]), where or None
 
 
-def _header(body: LiveInput, model: str, drawn: Drawn, index: int, count: int) -> dict[str, Any]:
-    request = drawn.request
+def _header(body: LiveInput, model: str, image: GeneratedImage, index: int, count: int) -> dict[str, Any]:
+    request = image.request
     return {
         "id": body.id,
         "index": index,
         "count": count,
-        "seed": drawn.seed,
+        "seed": image.seed,
         "mime": f"image/{body.output_format}",
         "width": request.width,
         "height": request.height,
         "steps": request.steps,
         "eta": request.eta,
         "model": model,
-        "waited": drawn.waited,
-        "timings": dict(drawn.timings),
+        "waited": image.waited,
+        "timings": dict(image.timings),
     }
 
 

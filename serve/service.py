@@ -16,10 +16,10 @@ from ..runtime import Pipeline
 from .calls import call_key, control_images, make_request
 from .cards import ModelCard, make_card
 from .device_worker import Worker
-from .drawing import Drawing, Drawn
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
 from .service_errors import NotReadyError, StoppingError, TimedOutError, UnavailableError, UnknownModelError
+from .service_request import GeneratedImage, ServiceRequest
 
 
 class Service(Protocol):
@@ -39,7 +39,9 @@ class Service(Protocol):
         """Whether a request would be drawn now."""
         ...
 
-    async def draw(self, drawing: Drawing, timeout: float, superseded: asyncio.Event | None = None) -> list[Drawn]:
+    async def generate(
+        self, service_request: ServiceRequest, timeout: float, superseded: asyncio.Event | None = None
+    ) -> list[GeneratedImage]:
         """The images of a drawing, one for each seed.
 
         What still waits is not drawn once the call is cancelled, or ``superseded`` is set: the list then holds those
@@ -128,8 +130,10 @@ class LocalService:
             for name, pipe in self._pipelines().items()
         ]
 
-    async def draw(self, drawing: Drawing, timeout: float, superseded: asyncio.Event | None = None) -> list[Drawn]:
-        jobs = await asyncio.to_thread(self._jobs_of, drawing)
+    async def generate(
+        self, service_request: ServiceRequest, timeout: float, superseded: asyncio.Event | None = None
+    ) -> list[GeneratedImage]:
+        jobs = await asyncio.to_thread(self._jobs_of, service_request)
         try:
             self._jobs.put(jobs, self._retry_after())
         except UnavailableError as error:
@@ -172,16 +176,21 @@ class LocalService:
                 return worker.pipelines
         raise NotReadyError("the bundles are still being loaded: ask again later", retry_after=2)
 
-    def _jobs_of(self, drawing: Drawing) -> list[Job]:
+    def _jobs_of(self, service_request: ServiceRequest) -> list[Job]:
         """The drawing's images, checked. Takes milliseconds, more with control images."""
         pipelines = self._pipelines()
-        if drawing.model not in pipelines:
-            raise UnknownModelError(f"model {drawing.model!r} is not served here: expected {' or '.join(pipelines)}")
-        pipe = pipelines[drawing.model]
-        request = make_request(pipe, drawing)
-        control = control_images(pipe, drawing, request)
-        key = call_key(drawing, request)
-        return [Job(drawing=drawing, seed=s, request=request, control=control, key=key) for s in drawing.seeds]
+        if service_request.model not in pipelines:
+            raise UnknownModelError(
+                f"model {service_request.model!r} is not served here: expected {' or '.join(pipelines)}"
+            )
+        pipe = pipelines[service_request.model]
+        request = make_request(pipe, service_request)
+        control = control_images(pipe, service_request, request)
+        key = call_key(service_request, request)
+        return [
+            Job(service_request=service_request, seed=s, request=request, control=control, key=key)
+            for s in service_request.seeds
+        ]
 
     async def _drop_superseded(self, superseded: asyncio.Event | None, jobs: Sequence[Job]) -> None:
         if superseded is not None:
@@ -199,7 +208,7 @@ class LocalService:
         return max(1, math.ceil(len(self._jobs) * seconds / len(self.workers) / 2))
 
 
-async def _finished(jobs: Sequence[Job]) -> list[Drawn]:
+async def _finished(jobs: Sequence[Job]) -> list[GeneratedImage]:
     """The images that were drawn; raises what made one fail."""
     # Shielded: if the wait is cancelled, the jobs are cancelled by who counts them.
     futures = [asyncio.shield(asyncio.wrap_future(job.result)) for job in jobs]
@@ -207,7 +216,7 @@ async def _finished(jobs: Sequence[Job]) -> list[Drawn]:
     for result in results:
         if isinstance(result, Exception):
             raise result
-    return [result for result in results if isinstance(result, Drawn)]
+    return [result for result in results if isinstance(result, GeneratedImage)]
 
 
 def name_folders(bundles: Sequence[str | Path]) -> dict[str, Path]:

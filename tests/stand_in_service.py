@@ -76,7 +76,7 @@ class GatedPipeline:
         return self.pipe(prompt, **arguments)
 
     @property
-    def drawn(self) -> list[str]:
+    def prompts(self) -> list[str]:
         """Prompts of all calls."""
         return [prompt for call in self.calls for prompt in call]
 

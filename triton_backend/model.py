@@ -20,9 +20,9 @@ from ..serve.calls import (
     make_request,
     warm_up,
 )
-from ..serve.drawing import Drawing
 from ..serve.job_queue import Job
-from .rows import read_drawings
+from ..serve.service_request import ServiceRequest
+from .rows import read_requests
 from .tensors import IMAGE, SEED
 
 
@@ -61,7 +61,7 @@ class Model:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer requests, each by itself: with images and seeds, or with its error."""
         readings = [self._read(request) for request in requests]
-        self._draw([job for reading in readings if isinstance(reading, list) for job in reading])
+        self._generate([job for reading in readings if isinstance(reading, list) for job in reading])
         return [self._answer(reading) for reading in readings]
 
     def finalize(self) -> None:
@@ -74,17 +74,21 @@ class Model:
             if request.is_cancelled():
                 raise CancelledRequestError("cancelled before it was drawn")
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            return [self._job(drawing) for drawing in read_drawings(self.name, self.pipe.manifest, tensors)]
+            return [
+                self._job(service_request) for service_request in read_requests(self.name, self.pipe.manifest, tensors)
+            ]
         except Exception as error:  # must not spoil the other requests
             return error
 
-    def _job(self, drawing: Drawing) -> Job:
-        request = make_request(self.pipe, drawing)
-        control = control_images(self.pipe, drawing, request)
-        key = call_key(drawing, request)
-        return Job(drawing=drawing, seed=drawing.seeds[0], request=request, control=control, key=key)
+    def _job(self, service_request: ServiceRequest) -> Job:
+        request = make_request(self.pipe, service_request)
+        control = control_images(self.pipe, service_request, request)
+        key = call_key(service_request, request)
+        return Job(
+            service_request=service_request, seed=service_request.seeds[0], request=request, control=control, key=key
+        )
 
-    def _draw(self, jobs: Sequence[Job]) -> None:
+    def _generate(self, jobs: Sequence[Job]) -> None:
         """Draw all, those together that one call can draw."""
         most = images_at_once(self.pipe)
         alike: dict[Any, list[Job]] = {}
@@ -92,9 +96,9 @@ class Model:
             alike.setdefault(job.key, []).append(job)
         for group in alike.values():
             for first in range(0, len(group), most):
-                self._draw_together(group[first : first + most])
+                self._generate_together(group[first : first + most])
 
-    def _draw_together(self, jobs: Sequence[Job]) -> None:
+    def _generate_together(self, jobs: Sequence[Job]) -> None:
         """Draw jobs in one call; if that fails each alone, because one must not spoil the others'."""
         try:
             images = self.pipe(**call_arguments(jobs)).images
@@ -103,7 +107,7 @@ class Model:
                 jobs[0].result.set_exception(error)
                 return
             for job in jobs:
-                self._draw_together([job])
+                self._generate_together([job])
             return
         for job, image in zip(jobs, images, strict=True):
             job.result.set_result(image)

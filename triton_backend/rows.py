@@ -11,15 +11,15 @@ from PIL import Image
 
 from ..engines import Manifest
 from ..errors import RequestError
-from ..serve.drawing import Drawing, DrawSettings
 from ..serve.image_codec import read_control_image
+from ..serve.service_request import DrawSettings, ServiceRequest
 from ..serve.settings import ServeSettings
 from .tensors import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
 
 MOST_PIXELS = ServeSettings().max_control_pixels
 
 
-def read_drawings(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[Drawing]:
+def read_requests(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[ServiceRequest]:
     """What a request asks for, a drawing of one image for every row.
 
     Args:
@@ -33,7 +33,7 @@ def read_drawings(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarr
     return [_read_row(model, manifest, tensors, row) for row in range(len(tensors[PROMPT]))]
 
 
-def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray], row: int) -> Drawing:
+def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray], row: int) -> ServiceRequest:
     values = {name: tensor[row].reshape(-1).tolist() for name, tensor in tensors.items()}
     settings: dict[str, Any] = {
         argument: _number(name, tensors[name][row].reshape(-1)[0])
@@ -43,7 +43,7 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
     control = _control_images(list(manifest.controlnets), values.get(CONTROL_IMAGE, []))
     if not control and (idle := sorted(CONTROL_NUMBERS.keys() & tensors.keys())):
         raise RequestError(f"{idle[0]} is about a control image: expected {CONTROL_IMAGE} with it")
-    return Drawing(
+    return ServiceRequest(
         model=model,
         prompt=_text(PROMPT, values[PROMPT][0]),
         seeds=(values[SEED][0] if SEED in values else secrets.randbits(32),),

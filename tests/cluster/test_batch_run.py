@@ -23,7 +23,7 @@ def test_a_block_that_kills_its_actors_is_given_up(sd15_bundle, monkeypatch: pyt
         def __init__(self) -> None:
             self._desk = handle
 
-        async def _draw_all(self, rows: Any) -> Any:
+        async def _generate_all(self, rows: Any) -> Any:
             deaths.append(rows)
             raise SystemExit  # as far as the desk can tell
 

@@ -12,10 +12,10 @@ from ray.serve.exceptions import BackPressureError
 
 from hypersd.cluster.cluster_service import ATTEMPTS, ClusterService
 from hypersd.errors import EngineError, RequestError
-from hypersd.serve.drawing import Drawing
 from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError
+from hypersd.serve.service_request import ServiceRequest
 
-DRAWING = Drawing(model="demo15", prompt="a red circle", seeds=(7,))
+REQUEST = ServiceRequest(model="demo15", prompt="a red circle", seeds=(7,))
 LOSSES = (ActorDiedError(), ActorUnavailableError("unavailable", None), TaskCancelledError())
 
 
@@ -45,11 +45,11 @@ class Handle:
         self._outcomes = iter(outcomes)
 
     @property
-    def draw(self) -> Handle:
+    def generate(self) -> Handle:
         return self
 
-    def remote(self, drawing: Drawing, timeout: float) -> Response:
-        self.seeds.append(drawing.seeds)
+    def remote(self, service_request: ServiceRequest, timeout: float) -> Response:
+        self.seeds.append(service_request.seeds)
         self.responses.append(Response(next(self._outcomes)))
         return self.responses[-1]
 
@@ -64,24 +64,24 @@ def service_of(*outcomes: Any) -> tuple[ClusterService, Handle]:
     return ClusterService(fake), handle
 
 
-def draw(service: ClusterService, timeout: float = 5.0) -> Any:
-    return asyncio.run(service.draw(DRAWING, timeout))
+def generate(service: ClusterService, timeout: float = 5.0) -> Any:
+    return asyncio.run(service.generate(REQUEST, timeout))
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
-def test_a_drawing_whose_replica_is_lost_is_drawn_by_another(loss: BaseException) -> None:
+def test_a_request_whose_replica_is_lost_is_generated_by_another(loss: BaseException) -> None:
     """With the seeds of the first attempt: the client cannot tell."""
     service, handle = service_of(raising(loss), ["image"])
-    assert draw(service) == ["image"]
+    assert generate(service) == ["image"]
     assert handle.seeds == [(7,), (7,)]
     assert b'hypersd_failed_images_total{error="ReplicaDied"} 1.0' in service.metrics.exposition()
 
 
-def test_a_drawing_that_kills_replicas_does_not_kill_all() -> None:
+def test_a_request_that_kills_replicas_does_not_kill_all() -> None:
     """One that crashes the driver crashes it everywhere."""
     service, handle = service_of(*[raising(ActorDiedError())] * 10)
     with pytest.raises(EngineError, match="died, 3 times over"):
-        draw(service)
+        generate(service)
     assert len(handle.responses) == ATTEMPTS
 
 
@@ -89,7 +89,7 @@ def test_a_full_queue_is_told_at_once_with_a_time() -> None:
     """Ray's refusal is a 503 with Retry-After for clients, and is counted."""
     service, handle = service_of(raising(BackPressureError(64, 64)))
     with pytest.raises(QueueFullError, match="64 requests wait, 64 may") as caught:
-        draw(service)
+        generate(service)
     assert caught.value.retry_after >= 1
     assert len(handle.responses) == 1
     assert b'hypersd_refused_total{reason="queue_full"} 1.0' in service.metrics.exposition()
@@ -100,13 +100,13 @@ def test_what_a_replica_says_is_no_reason_to_try_again(error: Exception) -> None
     """A client's mistake is one everywhere."""
     service, handle = service_of(error)
     with pytest.raises(type(error), match=str(error)):
-        draw(service)
+        generate(service)
     assert len(handle.responses) == 1
 
 
 def leave_early(service: ClusterService) -> Callable[[], Any]:
     async def leave() -> None:
-        task = asyncio.ensure_future(service.draw(DRAWING, 60.0))
+        task = asyncio.ensure_future(service.generate(REQUEST, 60.0))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -119,12 +119,12 @@ def test_what_nobody_waits_for_is_cancelled_at_the_replica() -> None:
     """A client that leaves, and a time that is up, free the replica's queue."""
     service, handle = service_of(None, None)
     with pytest.raises(TimedOutError, match=r"0\.05 s"):
-        draw(service, timeout=0.05)
+        generate(service, timeout=0.05)
     leave_early(service)()
     assert [response.cancelled for response in handle.responses] == [True, True]
 
 
-def test_nothing_is_drawn_before_the_bundles_are_known_or_after_the_stop() -> None:
+def test_nothing_is_generated_before_the_bundles_are_known_or_after_the_stop() -> None:
     """Ray routes requests to an ingress as soon as it runs: it answers what ``hypersd serve`` answers then."""
     service, handle = service_of(["image"])
     assert not service.is_ready()
@@ -132,5 +132,5 @@ def test_nothing_is_drawn_before_the_bundles_are_known_or_after_the_stop() -> No
         service.models()
     service.stop()
     with pytest.raises(StoppingError):
-        draw(service)
+        generate(service)
     assert not handle.responses

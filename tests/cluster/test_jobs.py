@@ -76,27 +76,27 @@ def test_an_option_that_is_wrong_is_not_blamed_on_a_line(
         read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, defaults)
 
 
-def test_what_is_drawn_is_known_by_what_it_was_drawn_from(tmp_path: Path, manifest: Manifest) -> None:
+def test_what_is_generated_is_known_by_what_it_was_generated_from(tmp_path: Path, manifest: Manifest) -> None:
     """A prompt, a setting or a bundle that changed makes another image of the same name; new engines do not."""
     line = {"prompt": "a cat", "seed": 3, "steps": 1}
 
     def job(changes: dict[str, Any] | None = None, bundle: Manifest = manifest) -> PromptJob:
         return read_jobs(write(tmp_path / "p.jsonl", {**line, **(changes or {})}), bundle, 0, {})[0]
 
-    assert not job().is_drawn(tmp_path)
+    assert not job().is_generated(tmp_path)
     write_image(job(), tmp_path)
-    assert job().is_drawn(tmp_path)
-    assert job({"user": "somebody"}).is_drawn(tmp_path)
+    assert job().is_generated(tmp_path)
+    assert job({"user": "somebody"}).is_generated(tmp_path)
     sampler = msgspec.structs.replace(manifest.sampler, eta=0.125)
     others = [job({"prompt": "a dog"}), job({"steps": 4}), job({"eta": 0.5})]
     others.append(job(bundle=msgspec.structs.replace(manifest, sampler=sampler)))
     assert [other.file for other in others] == ["000001-3.png"] * 4
-    assert not any(other.is_drawn(tmp_path) for other in others)
+    assert not any(other.is_generated(tmp_path) for other in others)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_image_is_drawn_again(content: bytes, tmp_path: Path, manifest: Manifest) -> None:
+def test_a_file_that_is_no_image_is_generated_again(content: bytes, tmp_path: Path, manifest: Manifest) -> None:
     """Someone else's file of that name, or what a crash of the machine left."""
     job = read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, {})[0]
     (tmp_path / job.file).write_bytes(content)
-    assert not job.is_drawn(tmp_path)
+    assert not job.is_generated(tmp_path)

@@ -123,9 +123,9 @@ def all_at_once(generate: Callable[..., httpx.Response], seeds: Sequence[int], c
 
 def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pipeline, demo_bundle: Path) -> None:
     """The same application: the same fields, errors and images, and no word of Ray in them."""
-    drawn = cluster.generate(seed=11)
-    assert drawn.status_code == 200
-    assert is_drawn_by(pipeline, image(drawn), PROMPT, seed=11)
+    response = cluster.generate(seed=11)
+    assert response.status_code == 200
+    assert is_drawn_by(pipeline, image(response), PROMPT, seed=11)
     assert [card["id"] for card in cluster.client.get("/v1/models").json()["data"]] == [demo_bundle.name]
     wrong, unknown = cluster.generate(size="8x8"), cluster.generate(model="other")
     assert (wrong.status_code, unknown.status_code) == (400, 404)
@@ -160,11 +160,11 @@ def test_load_is_spread_over_both_replicas(cluster: Cluster) -> None:
     responses = all_at_once(cluster.generate, range(40), clients=8)
     assert {response.status_code for response in responses} == {200}
     ids = {response.headers["x-request-id"] for response in responses}
-    wait_until(lambda: ids <= {request for _, request in cluster.calls("draw")})  # the log comes after the answer
-    drawn = Counter(replica for replica, request in cluster.calls("draw") if request in ids)
-    assert sum(drawn.values()) == len(ids) == 40
-    assert len(drawn) == 2
-    assert min(drawn.values()) >= 5
+    wait_until(lambda: ids <= {request for _, request in cluster.calls("generate")})  # the log comes after the answer
+    counts = Counter(replica for replica, request in cluster.calls("generate") if request in ids)
+    assert sum(counts.values()) == len(ids) == 40
+    assert len(counts) == 2
+    assert min(counts.values()) >= 5
 
 
 def test_a_full_queue_refuses_at_once(cluster: Cluster) -> None:
@@ -190,7 +190,7 @@ def test_a_full_queue_refuses_at_once(cluster: Cluster) -> None:
 
 def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, pipeline: Pipeline) -> None:
     """Each request has one answer, with the image of its seed; only what was in the dead replica is drawn again."""
-    victim = cluster.calls("draw")[-1][0]
+    victim = cluster.calls("generate")[-1][0]
     killed: list[str] = []
 
     def generate(seed: int) -> httpx.Response:
@@ -207,8 +207,8 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
         assert response.json()["data"][0]["seed"] == seed
         assert is_drawn_by(pipeline, image(response), PROMPT, seed=seed, num_inference_steps=4), seed
     ids = {response.headers["x-request-id"] for response in responses}
-    drawn = Counter(request for _, request in cluster.calls("draw") if request in ids)
-    assert sum(drawn.values()) <= len(seeds) + ONGOING  # what was in the dead replica, and nothing else, is drawn again
+    counts = Counter(request for _, request in cluster.calls("generate") if request in ids)
+    assert sum(counts.values()) <= len(seeds) + ONGOING  # what was in the dead replica, and else, is generated again
     figures = cluster.client.get("/metrics").text
     assert 1 <= float(re.findall(r'failed_images_total\{error="ReplicaDied"\} (\S+)', figures)[0]) <= ONGOING
 
@@ -269,10 +269,10 @@ def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_
     assert to_draw in said
     assert "prompts.jsonl line 41: height 64 is outside this bundle's 96" in said
     assert "1 of 64 images failed" in said
-    drawn = times_of(folder)
-    assert {name for name in kept if drawn[name] != kept[name]} == {"000001-0.png"}
+    times = times_of(folder)
+    assert {name for name in kept if times[name] != kept[name]} == {"000001-0.png"}
     listed = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
-    assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(drawn)
+    assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(times)
     for entry in listed[::9]:
         with Image.open(folder / entry["file"]) as image:
             assert is_drawn_by(pipeline, image, entry["prompt"], seed=entry["seed"], num_inference_steps=8)

@@ -42,7 +42,7 @@ def decoded(text: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
 
 
-def drawn(client: httpx.Client, **body: Any) -> Image.Image:
+def generate(client: httpx.Client, **body: Any) -> Image.Image:
     """The image of a request for one."""
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5, **body})
     assert answer.status_code == 200, answer.text
@@ -83,7 +83,7 @@ def test_fields_are_the_pipelines_arguments(
 ) -> None:
     """Same seed, same bytes; and every field changes the image."""
     usual = {"prompt": [PROMPT], "seed": [5]}
-    image = drawn(client, **body).tobytes()
+    image = generate(client, **body).tobytes()
     assert image == demo_pipe(**(usual | call)).images[0].tobytes()
     assert not call or image != demo_pipe(**usual).images[0].tobytes()
 
@@ -106,16 +106,16 @@ def test_fields_of_control_images(
     call = dict(call)
     seen = preprocess(fit(photo, 96, 96, call.pop("resize_mode", "crop")), call.pop("preprocess", "canny"))
     expected = demo_pipe([PROMPT], seed=[5], image={net: [seen]}, **call).images[0]
-    image = drawn(client, control_image=photo_base64, **body).tobytes()
+    image = generate(client, control_image=photo_base64, **body).tobytes()
     assert image == expected.tobytes()
-    assert not body or image != drawn(client, control_image=photo_base64).tobytes()
+    assert not body or image != generate(client, control_image=photo_base64).tobytes()
 
 
 def test_ways_to_send_a_control_image(client: httpx.Client, net: str, photo_base64: str) -> None:
-    plain = drawn(client, control_image=photo_base64).tobytes()
-    assert plain != drawn(client).tobytes()
-    assert drawn(client, control_image=f"data:image/png;base64,{photo_base64}").tobytes() == plain
-    assert drawn(client, control_image={net: photo_base64}).tobytes() == plain
+    plain = generate(client, control_image=photo_base64).tobytes()
+    assert plain != generate(client).tobytes()
+    assert generate(client, control_image=f"data:image/png;base64,{photo_base64}").tobytes() == plain
+    assert generate(client, control_image={net: photo_base64}).tobytes() == plain
 
 
 def test_several_images_have_seeds_in_a_row(client: httpx.Client, demo_pipe: Pipeline) -> None:
@@ -130,7 +130,7 @@ def test_a_seed_that_is_left_out_is_told(client: httpx.Client) -> None:
     """And is another at each request."""
     answers = [client.post(GENERATIONS, json={"prompt": PROMPT}).json()["data"][0] for _ in range(2)]
     assert answers[0]["seed"] != answers[1]["seed"]
-    assert drawn(client, seed=answers[0]["seed"]).tobytes() == decoded(answers[0]["b64_json"]).tobytes()
+    assert generate(client, seed=answers[0]["seed"]).tobytes() == decoded(answers[0]["b64_json"]).tobytes()
 
 
 def test_what_the_answer_tells(client: httpx.Client) -> None:
@@ -165,7 +165,7 @@ def test_what_openais_clients_send_beside_it_has_no_effect(client: httpx.Client)
         "size": "auto",
         "n": 1,
     }
-    assert drawn(client, **others).tobytes() == drawn(client).tobytes()
+    assert generate(client, **others).tobytes() == generate(client).tobytes()
 
 
 # Formats
@@ -173,7 +173,7 @@ def test_what_openais_clients_send_beside_it_has_no_effect(client: httpx.Client)
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_formats(kind: str, client: httpx.Client) -> None:
-    image = drawn(client, output_format=kind)
+    image = generate(client, output_format=kind)
     assert image.format == kind.upper()
     assert image.size == (96, 96)
 
@@ -198,7 +198,7 @@ def test_a_client_that_accepts_images_gets_the_image(kind: str, client: httpx.Cl
     image = Image.open(io.BytesIO(answer.content))
     assert image.format == kind.upper()
     if kind == "png":
-        assert image.tobytes() == drawn(client).tobytes()
+        assert image.tobytes() == generate(client).tobytes()
 
 
 def test_several_images_are_json_whatever_is_accepted(client: httpx.Client) -> None:
@@ -206,10 +206,10 @@ def test_several_images_are_json_whatever_is_accepted(client: httpx.Client) -> N
     assert len(answer.json()["data"]) == 2
 
 
-def test_pngs_carry_what_draws_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
+def test_pngs_carry_what_generates_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
     """Any text that may be asked for, too."""
     prompt = "ein Würfel 🎲 'quoted' \"twice\"\n\0 end"
-    image = drawn(client, prompt=prompt, seed=9, steps=2)
+    image = generate(client, prompt=prompt, seed=9, steps=2)
     settings = json.loads(image.info["hypersd"])  # type: ignore[arg-type]
     assert settings["prompt"] == prompt
     assert (settings["seed"], settings["num_inference_steps"], settings["eta"]) == (9, 2, 1.0)
@@ -418,10 +418,10 @@ def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start
     assert figure("hypersd_queue_images") == 1
     assert figure("hypersd_refused_total", reason="queue_full") == 1
     assert figure("hypersd_requests_total", path=GENERATIONS, code="503") == 1
-    assert gated.drawn == ["first", "second"]
+    assert gated.prompts == ["first", "second"]
 
 
-def test_the_event_loop_goes_on_while_a_image_is_drawn(gated: GatedPipeline, start_server) -> None:
+def test_the_event_loop_goes_on_while_a_image_is_generated(gated: GatedPipeline, start_server) -> None:
     """Everything else is answered before the drawing ends."""
     server = start_server(gated)
     gated.gate.clear()

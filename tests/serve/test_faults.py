@@ -34,7 +34,7 @@ def alive(demo_server: RunningServer) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def drawing(demo_server: RunningServer) -> Iterator[None]:
+def still_generates(demo_server: RunningServer) -> Iterator[None]:
     """After all of them it draws."""
     yield
     assert exchange(demo_server.address, whole(BODY))[0] == 200
@@ -106,7 +106,7 @@ def test_prompts_of_ten_megabytes(name: str, demo_server: RunningServer) -> None
     "prompt", ["", " ", "\0", "a\0b", "🎲" * 200, "\u202e\u0301" * 50, "x" * 200, "\r\n\t", "\uffff"]
 )
 @pytest.mark.filterwarnings("ignore::hypersd.runtime.text.TruncationWarning")
-def test_prompts_that_are_drawn(prompt: str, demo_server: RunningServer) -> None:
+def test_prompts_that_are_generated(prompt: str, demo_server: RunningServer) -> None:
     """The image's file holds them as they came."""
     body = json.dumps({"prompt": prompt}).encode()
     status, _, file = exchange(demo_server.address, whole(body, Accept="image/png"))
@@ -281,7 +281,7 @@ def test_control_images_that_are_good(kind: str, mode: str, demo_server: Running
 # Clients that go
 
 
-def test_who_goes_is_not_drawn_for(gated: GatedPipeline, start_server) -> None:
+def test_who_goes_is_not_generated_for(gated: GatedPipeline, start_server) -> None:
     """What waited is dropped, what was under way ends for nobody, and those who stay get theirs."""
     server = start_server(gated)
     gated.gate.clear()
@@ -298,7 +298,7 @@ def test_who_goes_is_not_drawn_for(gated: GatedPipeline, start_server) -> None:
         wait_until(lambda: len(server.service._jobs) == 1)
         gated.gate.set()
         assert answer(stays)[0] == 200
-    assert gated.drawn == ["under way", "stays"]
+    assert gated.prompts == ["under way", "stays"]
     figures = server.service.metrics.registry.get_sample_value
     wait_until(lambda: figures("hypersd_requests_total", {"path": GENERATIONS, "code": "499"}) == 2)
     assert figures("hypersd_dropped_images_total", {"reason": "cancelled"}) == 1
@@ -324,8 +324,8 @@ def test_the_end(demo_canny_bundle: Path, gated: GatedPipeline) -> None:
     with RunningServer(service, ServeSettings()) as server:
         service.wait_ready()
         gated.gate.clear()
-        with dial(server.address) as drawn, dial(server.address) as waiting:
-            drawn.sendall(whole(BODY))
+        with dial(server.address) as busy, dial(server.address) as waiting:
+            busy.sendall(whole(BODY))
             wait_until(lambda: gated.calls)
             waiting.sendall(whole(BODY))
             wait_until(lambda: len(service._jobs) == 1)
@@ -334,7 +334,7 @@ def test_the_end(demo_canny_bundle: Path, gated: GatedPipeline) -> None:
             assert (status, error_of(body)["code"]) == (503, "stopping")
             assert int(headers["retry-after"]) >= 1
             gated.gate.set()
-            assert answer(drawn)[0] == 200
+            assert answer(busy)[0] == 200
             server.wait_ended()
         with pytest.raises(ConnectionRefusedError):
             dial(server.address)

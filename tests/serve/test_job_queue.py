@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_in_service import LONG, wait_until
 
-from hypersd.serve.drawing import Drawing
 from hypersd.serve.job_queue import Job, JobQueue
 from hypersd.serve.service_errors import QueueFullError, StoppingError
+from hypersd.serve.service_request import ServiceRequest
 
 NOTHING: Any = None  # in place of what the queue does not look at
 
@@ -23,8 +23,8 @@ takes = st.tuples(st.just("take"), st.integers(1, 5))
 
 
 def make_jobs(keys: Sequence[str]) -> list[Job]:
-    drawing = Drawing(model="m", prompt="", seeds=(0,))
-    return [Job(drawing=drawing, seed=0, request=NOTHING, control={}, key=key) for key in keys]
+    service_request = ServiceRequest(model="m", prompt="", seeds=(0,))
+    return [Job(service_request=service_request, seed=0, request=NOTHING, control={}, key=key) for key in keys]
 
 
 def in_threads(queue: JobQueue, count: int) -> tuple[list[threading.Thread], list[list[Job]]]:

@@ -186,8 +186,8 @@ def test_patience_with_what_has_begun(gated: GatedPipeline, start_server, monkey
     monkeypatch.setattr(server, "HEADER_SECONDS", 1.5)
     running = start_server(gated)
     gated.gate.clear()
-    with dial(running.address) as drawing, dial(running.address) as pausing, connect(running.live_url) as live:
-        drawing.sendall(whole(BODY))
+    with dial(running.address) as busy, dial(running.address) as pausing, connect(running.live_url) as live:
+        busy.sendall(whole(BODY))
         pausing.sendall(head("/healthz", "GET"))
         assert answer(pausing)[0] == 200
         with dial(running.address) as silent:
@@ -195,7 +195,7 @@ def test_patience_with_what_has_begun(gated: GatedPipeline, start_server, monkey
         pausing.sendall(head("/healthz", "GET"))
         assert answer(pausing)[0] == 200
         gated.gate.set()
-        assert answer(drawing)[0] == 200
+        assert answer(busy)[0] == 200
         live.send(json.dumps({"id": 1, "prompt": ""}))
         assert isinstance(live.recv(LONG), bytes)
 
@@ -218,10 +218,10 @@ def test_two_hundred_at_once_are_all_answered(gated: GatedPipeline, start_server
     answers = [answer(connection) for connection in connections]
     for connection in connections:
         connection.close()
-    drawn = [json.loads(body)["data"][0]["seed"] for status, _, body in answers if status == 200]
+    seeds = [json.loads(body)["data"][0]["seed"] for status, _, body in answers if status == 200]
     assert {status for status, _, _ in answers} == {200, 503}
-    assert sorted(map(str, drawn)) == sorted(gated.drawn)
-    assert len(drawn) == len(gated.calls[0]) + 64
+    assert sorted(map(str, seeds)) == sorted(gated.prompts)
+    assert len(seeds) == len(gated.calls[0]) + 64
     assert all(int(headers["retry-after"]) >= 1 for status, headers, _ in answers if status == 503)
 
 

@@ -120,7 +120,7 @@ def test_the_newest_input_wins(gated: GatedPipeline, start_server) -> None:
         wait_until(lambda: superseded(server) == 49)
         gated.gate.set()
         assert [image(live)[0]["id"] for _ in range(2)] == [0, 50]
-    assert gated.drawn == ["0", "50"]
+    assert gated.prompts == ["0", "50"]
 
 
 def test_an_input_that_waits_for_the_device_is_superseded(gated: GatedPipeline, start_server) -> None:
@@ -136,7 +136,7 @@ def test_an_input_that_waits_for_the_device_is_superseded(gated: GatedPipeline, 
         gated.gate.set()
         assert image(live)[0]["id"] == 50
         assert image(other)[0]["id"] == 0
-    assert gated.drawn == ["other", "50"]
+    assert gated.prompts == ["other", "50"]
 
 
 def test_connections_do_not_supersede_each_other(gated: GatedPipeline, start_server) -> None:
@@ -149,7 +149,7 @@ def test_connections_do_not_supersede_each_other(gated: GatedPipeline, start_ser
         wait_until(lambda: len(server.service._jobs) == 1)
         gated.gate.set()
         assert image(one)[0]["id"] == image(two)[0]["id"] == 0
-    assert gated.drawn == ["one", "two"]
+    assert gated.prompts == ["one", "two"]
 
 
 # What goes wrong
@@ -181,7 +181,7 @@ def test_connections_do_not_supersede_each_other(gated: GatedPipeline, start_ser
         ('{"id": 4, "prompt": "", "control_image": "file:///etc/passwd"}', 4, None),
     ],
 )
-def test_bad_input_is_told_and_the_next_is_drawn(
+def test_bad_input_is_told_and_the_next_is_generated(
     text: str, number: int | None, param: str | None, live: ClientConnection
 ) -> None:
     live.send(text)
@@ -241,7 +241,7 @@ def test_a_full_queue_is_told(gated: GatedPipeline, start_server) -> None:
         assert image(three)[0]["id"] == 2
 
 
-def test_who_has_gone_is_not_drawn_for(gated: GatedPipeline, start_server) -> None:
+def test_who_has_gone_is_not_generated_for(gated: GatedPipeline, start_server) -> None:
     """Without a farewell: the socket is closed."""
     server = start_server(gated)
     gated.gate.clear()
@@ -255,7 +255,7 @@ def test_who_has_gone_is_not_drawn_for(gated: GatedPipeline, start_server) -> No
         wait_until(lambda: len(server.service._jobs) == 0)
         gated.gate.set()
         assert image(stays)[0]["id"] == 1
-    assert gated.drawn == ["first"]
+    assert gated.prompts == ["first"]
     wait_until(lambda: server.service.metrics.registry.get_sample_value("hypersd_live_connections") == 0)
 
 

@@ -59,13 +59,13 @@ def test_only_a_prompt(client: OpenAI) -> None:
 
 
 def test_asynchronously(demo_server: RunningServer, demo_pipe: Pipeline) -> None:
-    async def draw() -> list[bytes]:
+    async def generate() -> list[bytes]:
         async with AsyncOpenAI(**settings(demo_server)) as client:
             ask = client.images.generate
             answers = await asyncio.gather(*(ask(prompt=PROMPT, extra_body={"seed": seed}) for seed in range(3)))
         return [pixels(answer.data[0]) for answer in answers if answer.data]
 
-    assert asyncio.run(draw()) == [demo_pipe([PROMPT], seed=[seed]).images[0].tobytes() for seed in range(3)]
+    assert asyncio.run(generate()) == [demo_pipe([PROMPT], seed=[seed]).images[0].tobytes() for seed in range(3)]
 
 
 def test_models(client: OpenAI) -> None:

@@ -23,34 +23,36 @@ from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.shapes import ShapeOptions
 from hypersd.serve.calls import call_key, images_at_once, make_request
-from hypersd.serve.drawing import ControlSettings, Drawing, Drawn, DrawSettings
 from hypersd.serve.server import run_server
 from hypersd.serve.service import LocalService
 from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
+from hypersd.serve.service_request import ControlSettings, DrawSettings, GeneratedImage, ServiceRequest
 from hypersd.serve.settings import ServeSettings
 
 MODEL = "demo15-canny"
 
 
-def drawing(prompt: str = "a red circle", *seeds: int, **settings: Any) -> Drawing:
-    return Drawing(model=MODEL, prompt=prompt, seeds=seeds or (0,), settings=DrawSettings(**settings))
+def service_request(prompt: str = "a red circle", *seeds: int, **settings: Any) -> ServiceRequest:
+    return ServiceRequest(model=MODEL, prompt=prompt, seeds=seeds or (0,), settings=DrawSettings(**settings))
 
 
-async def begin(service: LocalService, *drawings: Drawing, timeout: float = LONG) -> list[asyncio.Task[list[Drawn]]]:
+async def begin(
+    service: LocalService, *service_requests: ServiceRequest, timeout: float = LONG
+) -> list[asyncio.Task[list[GeneratedImage]]]:
     """Requests that have come, one after the other, and wait."""
     tasks = []
-    for one in drawings:
+    for one in service_requests:
         waiting = len(service._jobs)
-        tasks.append(asyncio.create_task(service.draw(one, timeout)))
+        tasks.append(asyncio.create_task(service.generate(one, timeout)))
         await until(lambda waiting=waiting, one=one: len(service._jobs) == waiting + len(one.seeds))
     return tasks
 
 
-async def hold(service: LocalService, pipe: GatedPipeline) -> asyncio.Task[list[Drawn]]:
+async def hold(service: LocalService, pipe: GatedPipeline) -> asyncio.Task[list[GeneratedImage]]:
     """Keep the worker busy with an image until the gate is opened."""
     pipe.gate.clear()
     before = len(pipe.calls)
-    task = asyncio.create_task(service.draw(drawing("first"), LONG))
+    task = asyncio.create_task(service.generate(service_request("first"), LONG))
     await pipe.begun(before + 1)
     return task
 
@@ -72,10 +74,10 @@ def test_alike_requests_share_a_call_while_the_device_is_busy(gated: GatedPipeli
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        others = await begin(service, *(drawing(str(i), i) for i in range(5)))
+        others = await begin(service, *(service_request(str(i), i) for i in range(5)))
         gated.gate.set()
-        drawn = [one for task in (first, *others) for one in await task]
-        assert [one.batch for one in drawn] == [1, 4, 4, 4, 4, 1]
+        images = [one for task in (first, *others) for one in await task]
+        assert [one.batch for one in images] == [1, 4, 4, 4, 4, 1]
 
     run(scenario())
     assert gated.calls == [["first"], ["0", "1", "2", "3"], ["4"]]
@@ -88,7 +90,7 @@ def test_max_batch_bounds_a_call(gated: GatedPipeline, start_service) -> None:
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        (others,) = await begin(service, drawing("x", 1, 2, 3))
+        (others,) = await begin(service, service_request("x", 1, 2, 3))
         gated.gate.set()
         await asyncio.gather(first, others)
 
@@ -96,13 +98,17 @@ def test_max_batch_bounds_a_call(gated: GatedPipeline, start_service) -> None:
     assert gated.calls == [["first"], ["x", "x"], ["x"]]
 
 
-def test_unlike_requests_are_drawn_apart_the_oldest_first(gated: GatedPipeline, start_service) -> None:
+def test_unlike_requests_are_generated_apart_the_oldest_first(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        others = await begin(service, drawing("b", num_inference_steps=2), drawing("c"), drawing("d", eta=0.5))
-        others += await begin(service, drawing("e", num_inference_steps=2), drawing("f", num_inference_steps=1))
+        others = await begin(
+            service, service_request("b", num_inference_steps=2), service_request("c"), service_request("d", eta=0.5)
+        )
+        others += await begin(
+            service, service_request("e", num_inference_steps=2), service_request("f", num_inference_steps=1)
+        )
         gated.gate.set()
         await asyncio.gather(first, *others)
 
@@ -126,7 +132,10 @@ def test_unlike_requests_are_drawn_apart_the_oldest_first(gated: GatedPipeline, 
 def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe: Pipeline) -> None:
     """What is left out counts as what it means."""
     settings: dict[str, Any] = {"model": MODEL, "prompt": "a", "seeds": (0,)}
-    keys = [call_key(one, make_request(demo_pipe, one)) for one in (Drawing(**settings), Drawing(**settings | change))]
+    keys = [
+        call_key(one, make_request(demo_pipe, one))
+        for one in (ServiceRequest(**settings), ServiceRequest(**settings | change))
+    ]
     assert (keys[0] == keys[1]) is is_alike
 
 
@@ -134,7 +143,7 @@ def test_the_strength_of_a_controlnet_counts_and_its_image_does_not(demo_pipe: P
     (net,) = demo_pipe.manifest.controlnets
 
     def key(colour: str, mode: str = "crop", **settings: Any) -> Any:
-        one = Drawing(
+        one = ServiceRequest(
             model=MODEL,
             prompt="",
             seeds=(0,),
@@ -147,7 +156,7 @@ def test_the_strength_of_a_controlnet_counts_and_its_image_does_not(demo_pipe: P
     assert key("red") == key("blue") == key("blue", "stretch") == key("red", controlnet_conditioning_scale=1.0)
     assert key("red") != key("red", controlnet_conditioning_scale=0.5)
     assert key("red") != key("red", control_guidance_end=0.5)
-    alone = drawing("")
+    alone = service_request("")
     assert key("red") != call_key(alone, make_request(demo_pipe, alone))
 
 
@@ -171,20 +180,20 @@ def test_a_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, sta
     """Alone, first, in the middle and last of a call, beside other prompts and seeds: the same bytes."""
     gated = GatedPipeline(batch_of_three, batch=3)
     service = start_service(gated)
-    wanted, other = drawing("a cat", 5), drawing("a dog under a tree", 9)
+    wanted, other = service_request("a cat", 5), service_request("a dog under a tree", 9)
 
-    async def beside(*drawings: Drawing) -> bytes:
+    async def beside(*service_requests: ServiceRequest) -> bytes:
         """The wanted image, from a call that draws these."""
         first = await hold(service, gated)
-        tasks = await begin(service, *drawings)
+        tasks = await begin(service, *service_requests)
         gated.gate.set()
         await first
-        drawn = [(await task)[0] for task in tasks]
-        assert {one.batch for one in drawn} == {len(drawings)}
-        return drawn[drawings.index(wanted)].image.tobytes()
+        images = [(await task)[0] for task in tasks]
+        assert {one.batch for one in images} == {len(service_requests)}
+        return images[service_requests.index(wanted)].image.tobytes()
 
     async def scenario() -> set[bytes]:
-        crowds = [(wanted,), (wanted, other, other), (other, wanted, other), (other, drawing("", 5), wanted)]
+        crowds = [(wanted,), (wanted, other, other), (other, wanted, other), (other, service_request("", 5), wanted)]
         return {await beside(*crowd) for crowd in crowds}
 
     (seen,) = run(scenario())
@@ -200,7 +209,7 @@ def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None
     async def scenario() -> None:
         for pipe in pipes:
             pipe.gate.clear()
-        tasks = [asyncio.create_task(service.draw(drawing(str(i)), LONG)) for i in range(2)]
+        tasks = [asyncio.create_task(service.generate(service_request(str(i)), LONG)) for i in range(2)]
         for pipe in pipes:
             await pipe.begun()
         for pipe in pipes:
@@ -208,7 +217,7 @@ def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None
         await asyncio.gather(*tasks)
 
     run(scenario())
-    assert sorted(pipe.drawn[0] for pipe in pipes) == ["0", "1"]
+    assert sorted(pipe.prompts[0] for pipe in pipes) == ["0", "1"]
 
 
 # What is dropped
@@ -219,77 +228,77 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPip
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        waiting = await begin(service, drawing("waits"))
+        waiting = await begin(service, service_request("waits"))
         for seeds in ((1, 2), (1, 2, 3)):
             with pytest.raises(QueueFullError) as raised:
-                await service.draw(drawing("refused", *seeds), LONG)
+                await service.generate(service_request("refused", *seeds), LONG)
             assert raised.value.retry_after >= 1
-        waiting += await begin(service, drawing("fits"))
+        waiting += await begin(service, service_request("fits"))
         gated.gate.set()
         await asyncio.gather(first, *waiting)
 
     run(scenario())
-    assert gated.drawn == ["first", "waits", "fits"]
+    assert gated.prompts == ["first", "waits", "fits"]
     assert counted(service, "hypersd_refused_total", reason="queue_full") == 2
 
 
-def test_what_is_not_begun_in_time_is_not_drawn(gated: GatedPipeline, start_service) -> None:
+def test_what_is_not_begun_in_time_is_not_generated(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
 
     async def scenario() -> None:
         first = await hold(service, gated)
         with pytest.raises(TimedOutError, match=r"not finished within 0.01 s: ask"):
-            await service.draw(drawing("late", 1, 2), 0.01)
+            await service.generate(service_request("late", 1, 2), 0.01)
         gated.gate.set()
         await first
-        await service.draw(drawing("next"), LONG)
+        await service.generate(service_request("next"), LONG)
 
     run(scenario())
-    assert gated.drawn == ["first", "next"]
+    assert gated.prompts == ["first", "next"]
     assert counted(service, "hypersd_dropped_images_total", reason="timeout") == 2
 
 
-def test_the_later_images_of_a_drawing_under_way_are_dropped(gated: GatedPipeline, start_service) -> None:
+def test_the_later_images_of_a_request_under_way_are_dropped(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated, max_batch=1)
 
     async def scenario() -> None:
         gated.gate.clear()
-        gone = asyncio.create_task(service.draw(drawing("gone", 1, 2, 3), LONG))
+        gone = asyncio.create_task(service.generate(service_request("gone", 1, 2, 3), LONG))
         await gated.begun()
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         gated.gate.set()
-        await service.draw(drawing("next"), LONG)
+        await service.generate(service_request("next"), LONG)
 
     run(scenario())
-    assert gated.drawn == ["gone", "next"]
+    assert gated.prompts == ["gone", "next"]
 
 
-def test_what_nobody_waits_for_is_not_drawn(gated: GatedPipeline, start_service) -> None:
+def test_what_nobody_waits_for_is_not_generated(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        gone, stays = await begin(service, drawing("gone"), drawing("stays"))
+        gone, stays = await begin(service, service_request("gone"), service_request("stays"))
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         gated.gate.set()
         await asyncio.gather(first, stays)
 
     run(scenario())
-    assert gated.drawn == ["first", "stays"]
+    assert gated.prompts == ["first", "stays"]
     assert counted(service, "hypersd_dropped_images_total", reason="cancelled") == 1
 
 
-def test_what_is_superseded_is_not_drawn_but_what_was_begun_comes(gated: GatedPipeline, start_service) -> None:
+def test_what_is_superseded_is_not_generated_but_what_was_begun_comes(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated, max_batch=1)
 
-    async def scenario() -> tuple[list[Drawn], list[Drawn]]:
+    async def scenario() -> tuple[list[GeneratedImage], list[GeneratedImage]]:
         gated.gate.clear()
         superseded = asyncio.Event()
-        begun = asyncio.create_task(service.draw(drawing("begun", 1, 2), LONG, superseded))
+        begun = asyncio.create_task(service.generate(service_request("begun", 1, 2), LONG, superseded))
         await gated.begun()
-        waits = asyncio.create_task(service.draw(drawing("waits", 3), LONG, superseded))
+        waits = asyncio.create_task(service.generate(service_request("waits", 3), LONG, superseded))
         await until(lambda: len(service._jobs) == 2)
         superseded.set()
         await until(lambda: len(service._jobs) == 0)
@@ -299,7 +308,7 @@ def test_what_is_superseded_is_not_drawn_but_what_was_begun_comes(gated: GatedPi
     begun, waits = run(scenario())
     assert [one.seed for one in begun] == [1]
     assert waits == []
-    assert gated.drawn == ["begun"]
+    assert gated.prompts == ["begun"]
     assert counted(service, "hypersd_dropped_images_total", reason="superseded") == 2
 
 
@@ -309,20 +318,20 @@ def test_the_end(gated: GatedPipeline, start_service) -> None:
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        (waiting,) = await begin(service, drawing("waits"))
+        (waiting,) = await begin(service, service_request("waits"))
         service.stop()
         assert not service.is_ready()
         with pytest.raises(StoppingError):
             await waiting
         with pytest.raises(StoppingError):
-            await service.draw(drawing("comes"), LONG)
+            await service.generate(service_request("comes"), LONG)
         gated.gate.set()
         assert len(await first) == 1
 
     run(scenario())
     service.join(LONG)
     assert not any(worker.is_alive() for worker in service.workers)
-    assert gated.drawn == ["first"]
+    assert gated.prompts == ["first"]
 
 
 # What goes wrong
@@ -336,13 +345,13 @@ def raises(error: BaseException) -> Callable[[list[str]], object]:
     return on_call
 
 
-def test_one_that_fails_does_not_spoil_those_it_is_drawn_with(gated: GatedPipeline, start_service) -> None:
+def test_one_that_fails_does_not_spoil_those_it_is_generated_with(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
     gated.on_call = raises(RuntimeError("kernel"))
 
     async def scenario() -> None:
         first = await hold(service, gated)
-        a, bad, c = await begin(service, drawing("a"), drawing("bad"), drawing("c"))
+        a, bad, c = await begin(service, service_request("a"), service_request("bad"), service_request("c"))
         gated.gate.set()
         await asyncio.gather(first, a, c)
         with pytest.raises(EngineError):
@@ -367,8 +376,8 @@ def test_an_engine_that_fails(error: Exception, words: str, gated: GatedPipeline
 
     async def scenario() -> None:
         with pytest.raises(EngineError, match=words):
-            await service.draw(drawing("bad"), LONG)
-        assert len(await service.draw(drawing("good"), LONG)) == 1
+            await service.generate(service_request("bad"), LONG)
+        assert len(await service.generate(service_request("good"), LONG)) == 1
 
     run(scenario())
     assert service.is_ready()
@@ -381,7 +390,7 @@ def test_readiness_ends_with_three_failures_in_a_row_and_returns_with_a_success(
     gated.on_call = raises(RuntimeError("the device is lost"))
 
     async def after(prompt: str) -> bool:
-        await asyncio.gather(service.draw(drawing(prompt), LONG), return_exceptions=True)
+        await asyncio.gather(service.generate(service_request(prompt), LONG), return_exceptions=True)
         return service.is_ready()
 
     async def scenario() -> list[bool]:
@@ -399,32 +408,33 @@ def test_what_requests_ask_wrongly_says_nothing_of_the_device(gated: GatedPipeli
     async def scenario() -> None:
         for _ in range(4):
             with pytest.raises(RequestError):
-                await service.draw(drawing("bad"), LONG)
+                await service.generate(service_request("bad"), LONG)
 
     run(scenario())
     assert service.is_ready()
 
 
-def test_nothing_is_drawn_before_the_bundles_are_loaded(gated: GatedPipeline, demo_canny_bundle: Path) -> None:
+def test_nothing_is_generated_before_the_bundles_are_loaded(gated: GatedPipeline, demo_canny_bundle: Path) -> None:
     service = StandInService(demo_canny_bundle, gated)
     assert not service.is_ready()
     with pytest.raises(NotReadyError):
         service.models()
     with pytest.raises(NotReadyError):
-        run(service.draw(drawing(), LONG))
+        run(service.generate(service_request(), LONG))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "error"), [(drawing(num_inference_steps=9), RequestError), (drawing(height=64), RequestError)]
+    ("wrong", "error"),
+    [(service_request(num_inference_steps=9), RequestError), (service_request(height=64), RequestError)],
 )
-def test_what_the_bundle_does_not_draw_never_waits(
-    wrong: Drawing, error: type[Exception], gated, start_service
+def test_what_the_bundle_does_not_generate_never_waits(
+    wrong: ServiceRequest, error: type[Exception], gated, start_service
 ) -> None:
     service = start_service(gated)
     with pytest.raises(error):
-        run(service.draw(wrong, LONG))
+        run(service.generate(wrong, LONG))
     with pytest.raises(UnknownModelError):
-        run(service.draw(Drawing(model="another", prompt="", seeds=(0,)), LONG))
+        run(service.generate(ServiceRequest(model="another", prompt="", seeds=(0,)), LONG))
     assert gated.calls == []
 
 
@@ -473,7 +483,7 @@ def test_a_bundle_that_changes_while_it_is_served(
     service.wait_ready()
 
     def image() -> bytes:
-        return run(service.draw(drawing("a red circle", 3), LONG))[0].image.tobytes()
+        return run(service.generate(service_request("a red circle", 3), LONG))[0].image.tobytes()
 
     before = image()
     assert not service.models()[0].changed_on_disk

@@ -25,7 +25,7 @@ from hypersd.runtime.control_images import fit, preprocess
 from hypersd.triton_backend import model as triton_model
 from hypersd.triton_backend.model import Model
 from hypersd.triton_backend.repository import write_repository
-from hypersd.triton_backend.rows import read_drawings
+from hypersd.triton_backend.rows import read_requests
 
 
 class TritonPythonModel(Model):
@@ -102,7 +102,7 @@ def test_answers_are_the_pipelines_images(model: TritonPythonModel) -> None:
 def test_numbers_are_those_that_were_meant(model: TritonPythonModel) -> None:
     """0.3 in float32 is another number than 0.3, with which the HTTP service would draw."""
     inputs = {tensor.name(): tensor.as_numpy() for tensor in InferenceRequest(prompt="x", eta=0.3, steps=2).inputs()}
-    (drawing,) = read_drawings("demo", model.pipe.manifest, inputs)
+    (drawing,) = read_requests("demo", model.pipe.manifest, inputs)
     assert (drawing.settings.eta, drawing.settings.num_inference_steps) == (0.3, 2)
 
 

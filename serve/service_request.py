@@ -41,7 +41,7 @@ class ControlSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ServiceRequest:
     """Images of one prompt, one for each seed.
 
     Attributes:
@@ -59,7 +59,7 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawn:
+class GeneratedImage:
     """A finished image.
 
     Attributes:
