@@ -1,8 +1,9 @@
-"""What commands share of words: those that they take and those that they print for pasting."""
+"""Argument types and options that several commands share, and command lines to copy."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -10,24 +11,37 @@ BUNDLE_HELP = "the folder that `hypersd export` wrote"
 
 
 def folder(text: str) -> Path:
-    """The name of a folder. An empty one, as of a shell variable that is not set, would mean the current folder."""
+    """Parse a folder's name; an empty one (a shell variable that is not set) would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty: expected a folder, such as bundles/Hyper-SDXL-1step-lora")
     return Path(text)
 
 
+def size(text: str) -> tuple[int, int]:
+    """Parse ``1024x768`` as (width, height) in pixels."""
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+def size_word(size: tuple[int, int] | None) -> str | None:
+    """Format (width, height) as ``1024x768``."""
+    return None if size is None else f"{size[0]}x{size[1]}"
+
+
 def quoted(path: Path) -> str:
-    """A path as a word for the shell, which no command takes for an option."""
+    """Quote a path for the shell, so that no command takes it for an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def build_command(bundle: Path, *options: str) -> str:
-    """What builds a bundle's engines. The bundle comes first: some options take all words that follow."""
+    """Command line that builds a bundle's engines. The bundle comes first: some options take all words that follow."""
     return " ".join(["hypersd build", quoted(bundle), *map(shlex.quote, options)])
 
 
 def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
-    """What draws, explained by ``words``, and what OpenVINO computes in; the others compute in what was exported."""
+    """Add `--backend` (help text ``words``) and `--precision` (OpenVINO only)."""
     parser.add_argument(
         "--backend",
         default="auto",
@@ -37,5 +51,5 @@ def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
-        help="what OpenVINO computes in (default: bf16 where the processor multiplies in it, else fp32)",
+        help="OpenVINO only: compute type (default: bf16 where the processor supports it natively, else fp32)",
     )

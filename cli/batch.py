@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_backend, folder
+from .arguments import BUNDLE_HELP, add_backend, folder, size, size_word
 
 if TYPE_CHECKING:
     from ..cluster.batch_run import ActorOptions
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eta", type=float, help="0..1, stochasticity")
     parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
-    parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
     add_backend(parser, "as for generate (default: auto)")
     parser.add_argument("--address", help="of the Ray cluster (default: this machine's, or one of its own)")
     parser.add_argument("--actors", type=int, metavar="N", help="that draw (default: one for each GPU, else one)")
@@ -96,7 +96,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         "eta": args.eta,
         "guidance_scale": args.guidance,
         "negative_prompt": args.negative_prompt,
-        "size": args.size,
+        "size": size_word(args.size),
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from .arguments import BUNDLE_HELP, folder
+from .arguments import BUNDLE_HELP, folder, size, size_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("--contenders", nargs="+", default=[], metavar="NAME", help=f"some of: {names}")
     parser.add_argument("--steps", nargs="+", type=int, default=[], metavar="N", help="default: the checkpoint's own")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="inside the bundle's range")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
     parser.add_argument("--eta", type=float, help="0..1, stochasticity")
     parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="images of each (default: 5)")
     parser.add_argument(
@@ -64,11 +63,12 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.bench.table import print_report
     from .console import StageLines, out
 
+    width, height = args.size or (None, None)
     options = BenchOptions(
         contenders=args.contenders,
         steps=args.steps,
-        height=args.height,
-        width=args.width,
+        height=height,
+        width=width,
         eta=args.eta,
         rounds=args.rounds,
         warmup=args.warmup,
@@ -107,8 +107,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _command(args: argparse.Namespace) -> str:
     """The command line that measures the same again; without where the results went."""
     words = ["hypersd", "bench", str(args.bundle)]
-    for name in ("contenders", "steps", "height", "width", "eta", "rounds", "warmup", "prompt", "seed", "device"):
-        value = getattr(args, name)
+    for name in ("contenders", "steps", "size", "eta", "rounds", "warmup", "prompt", "seed", "device"):
+        value = size_word(args.size) if name == "size" else getattr(args, name)
         if value is not None and value != []:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     words += [word for name, python in args.python for word in ("--python", f"{name}={python}")]

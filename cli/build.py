@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import time
 
-from .arguments import BUNDLE_HELP, folder
+from .arguments import BUNDLE_HELP, folder, size
 from .engine_options import add_engine_options, option_words, span_type
 
 EXTRA = "tensorrt-rtx"
-DIMS = ("batch", "height", "width")
 BUNDLE_FIRST = " (and BUNDLE before the option)"  # an option of several values takes a bundle for one of them
 
 
@@ -32,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shapes = parser.add_argument_group("images", "a part of the bundle's ranges; what is left out keeps them whole")
     shapes.add_argument("--batch", type=int, metavar="N", help="images at a time")
-    shapes.add_argument("--height", type=int, metavar="PIXELS", help="one height alone")
-    shapes.add_argument("--width", type=int, metavar="PIXELS", help="one width alone")
+    shapes.add_argument("--size", type=size, metavar="WxH", help="one width and height in pixels")
     shapes.add_argument(
         "--dynamic",
         nargs="+",
@@ -77,7 +75,7 @@ def _remove(args: argparse.Namespace) -> None:
     from ..errors import RequestError
     from .console import out
 
-    shapes = [f"--{name}" for name in (*DIMS, "dynamic") if getattr(args, name) is not None]
+    shapes = [f"--{name}" for name in ("batch", "size", "dynamic") if getattr(args, name) is not None]
     backend = ["--backend"] if args.backend != "auto" else []
     if given := [*backend, *shapes, *option_words(args)]:
         raise RequestError(f"--remove builds nothing: leave {given[0]} out")
@@ -89,8 +87,11 @@ def _spans(args: argparse.Namespace) -> dict[str, tuple[int, int, int]]:
     """The dimensions that were named, as (min, opt, max)."""
     from ..errors import RequestError
 
-    fixed = {name: (extent,) * 3 for name in DIMS if (extent := getattr(args, name)) is not None}
+    width, height = args.size or (None, None)
+    extents = {"batch": args.batch, "height": height, "width": width}
+    fixed = {name: (extent,) * 3 for name, extent in extents.items() if extent is not None}
     ranges = dict(args.dynamic or ())
     if both := sorted(fixed.keys() & ranges.keys()):
-        raise RequestError(f"--{both[0]} and --dynamic {both[0]}=…: give one of the two")
+        option = "--batch" if both[0] == "batch" else "--size"
+        raise RequestError(f"{option} and --dynamic {both[0]}=MIN:OPT:MAX: give one of the two")
     return fixed | ranges

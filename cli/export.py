@@ -1,7 +1,7 @@
 """Export a checkpoint to a bundle.
 
 Downloads what is missing, fuses the LoRA into the UNet, traces every network to ONNX, checks each against torch on
-ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is installed (--engine). Interrupted, it
+ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is installed (--backend). Interrupted, it
 goes on where it stopped; done, it says so.
 
 Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files; those of the
@@ -15,7 +15,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .arguments import build_command, folder, quoted
+from .arguments import build_command, folder, quoted, size
 from .engine_options import add_engine_options, option_words, span_type
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form = parser.add_argument_group("bundle")
     form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
-    form.add_argument("--height", type=int, metavar="PIXELS", help="default: what the base was trained for")
-    form.add_argument("--width", type=int, metavar="PIXELS", help="default: what the base was trained for")
+    form.add_argument(
+        "--size", type=size, metavar="WxH", help="width and height in pixels (default: the base's training size)"
+    )
     form.add_argument("--batch", type=int, metavar="N", help="images per run of a network (default: 1)")
     form.add_argument(
         "--dynamic",
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add a graph of the whole image for each number of steps: tokens and noise in, pixels out",
     )
     form.add_argument(
-        "--engine",
+        "--backend",
         choices=["auto", "none", "tensorrt", "tensorrt-rtx"],
         default="auto",
         help="build TensorRT engines too; auto takes what is installed, and none if nothing is (default: auto)",
@@ -111,12 +112,12 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
     build_options = make_build_options(args)
-    if args.engine == "none" and (given := option_words(args)):
-        raise RequestError(f"{given[0]} says how to build engines, --engine none builds none: leave one of them out")
+    if args.backend == "none" and (given := option_words(args)):
+        raise RequestError(f"{given[0]} says how to build engines, --backend none builds none: leave one of them out")
     _check_one_graphs(checkpoint, args)
     _check_triton(args)
     began = time.perf_counter()
-    builder, why_none = _find_builder(args.engine, build_options)
+    builder, why_none = _find_builder(args.backend, build_options)
     from ..export.exporter import export_bundle
 
     progress = StageLines()
@@ -195,6 +196,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
     from ..export.sources import SourceOptions
 
     dynamic = None if args.dynamic is None else dict(args.dynamic)
+    width, height = args.size or (None, None)
     return ExportOptions(
         sources=SourceOptions(
             base=args.base,
@@ -204,7 +206,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
             vae=args.vae,
             controlnets=tuple(map(ControlNetSource.parse, args.controlnet)),
         ),
-        shapes=ShapeOptions(batch=args.batch, height=args.height, width=args.width, dynamic=dynamic),
+        shapes=ShapeOptions(batch=args.batch, height=height, width=width, dynamic=dynamic),
         precision=args.precision,
         lora_scale=args.lora_scale,
         random_weights=RandomWeights() if args.random_weights else None,
@@ -212,17 +214,17 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
     )
 
 
-def _find_builder(engine: str, options: BuildOptions) -> tuple[Builder | None, str]:
+def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, str]:
     """What to build with, or why there is nothing; what cannot be is refused before the export takes minutes."""
     from ..errors import DeviceError
     from .engine_options import find_builder
 
-    if engine == "none":
+    if backend == "none":
         return None, ""
     try:
-        builder = find_builder(engine)
+        builder = find_builder(backend)
     except DeviceError as error:
-        if engine != "auto":
+        if backend != "auto":
             raise
         return None, str(error)
     builder.check(options)
@@ -236,13 +238,13 @@ def _build(bundle: Bundle, args: argparse.Namespace, options: BuildOptions, prog
 
     kept = f"{bundle.root} is complete without engines, those that are finished are kept"
     try:
-        return build_engines(bundle, args.engine, options, progress)
+        return build_engines(bundle, args.backend, options, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{kept}: the same command goes on from there") from None
     except BundleError:
         raise  # the bundle is damaged
     except HyperSDError as error:
-        command = build_command(bundle.root, "--backend", args.engine, *option_words(args))
+        command = build_command(bundle.root, "--backend", args.backend, *option_words(args))
         raise type(error)(f"{error}; {kept}; go on with: {command}") from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_backend, folder
+from .arguments import BUNDLE_HELP, add_backend, folder, size
 from .control_options import add_control_options, read_controls
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
     parser.add_argument("--seed", type=int, help="default: a random one, which is printed")
-    parser.add_argument("--size", metavar="WxH", help="in pixels, inside the bundle's range")
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="number of images (default: 1)")
     add_backend(
         parser, "auto takes the bundle's TensorRT engines if they can run here, else ONNX Runtime (default: auto)"
@@ -84,9 +84,9 @@ def _check(args: argparse.Namespace) -> None:
     import secrets
 
     from ..errors import RequestError
-    from .image_output import check_output, parse_size
+    from .image_output import check_output
 
-    args.width, args.height = parse_size(args.size) if args.size else (None, None)
+    args.width, args.height = args.size or (None, None)
     if not 1 <= args.count <= 1000:
         raise RequestError(f"--count {args.count} is out of range: expected 1 to 1000")
     check_output(args.output)

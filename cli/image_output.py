@@ -6,7 +6,6 @@ import contextlib
 import errno
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,6 @@ from ..errors import DiskFullError, RequestError, UserError
 
 CAPTION_HEIGHT = 16
 MARGIN = 4
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``1024x768`` as width and height.
-
-    Raises:
-        RequestError: it is not of that form.
-    """
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
-    if match is None:
-        raise RequestError(f"--size {text!r}: expected WIDTHxHEIGHT in pixels, such as 512x512")
-    return int(match[1]), int(match[2])
 
 
 def check_output(path: Path | None) -> None:

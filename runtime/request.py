@@ -179,8 +179,7 @@ def _side(manifest: Manifest, allowed: Range, wide: Range, engines: str, extent:
         raise RequestError(f"{allowed.name} {extent} is not a multiple of {multiple}: take {nearest}")
     if not wide.min <= extent <= wide.max:
         raise RequestError(
-            f"{wide.name} {extent} is outside this bundle's {wide}: "
-            f"export one with --{wide.name} {extent}, or with --dynamic"
+            f"{wide.name} {extent} is outside this bundle's {wide}: export one with another --size, or with --dynamic"
         )
     if not allowed.min <= extent <= allowed.max:
         raise RequestError(

@@ -92,7 +92,7 @@ def main() -> None:
     if args.controlnet and not (folder / "controlnet/config.json").exists():
         write_controlnet(folder, args.family)
     command = [sys.executable, "-m", "hypersd.cli", "export", "--ckpt", CHECKPOINTS[args.family], "--random-weights"]
-    command += ["--replace", "--engine", "none", "--precision", args.precision]
+    command += ["--replace", "--backend", "none", "--precision", args.precision]
     command += ["--out", str(folder / (f"{args.precision}-controlnet" if args.controlnet else args.precision))]
     command += ["--controlnet", str(folder / "controlnet")] if args.controlnet else []
     result = run_measured(command)

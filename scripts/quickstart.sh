@@ -32,7 +32,7 @@ set_up export
 
 # --replace: what was exported from older weights is exported again, what was exported from these is kept.
 say "Exporting $CKPT to an ONNX bundle"
-run hypersd export --ckpt "$CKPT" --precision fp32 --engine none --out "$BUNDLE" --replace
+run hypersd export --ckpt "$CKPT" --precision fp32 --backend none --out "$BUNDLE" --replace
 
 say "Drawing an image in one step"
 run hypersd generate "$BUNDLE" "a small red star left of a large blue ring, on a green striped background" \

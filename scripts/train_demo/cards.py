@@ -178,7 +178,7 @@ def hyper_card(folder: Path, figures: tuple[str, ...]) -> str:
         "`hypersd` knows them by their names and takes these settings for what a call leaves out:",
         """\
 ```bash
-hypersd export --ckpt Hyper-Demo15-1step-lora --precision fp32 --engine none
+hypersd export --ckpt Hyper-Demo15-1step-lora --precision fp32 --backend none
 hypersd generate bundles/Hyper-Demo15-1step-lora "a red star on a blue background" --steps 4 --seed 0 -o star.png
 ```""",
         "diffusers takes them as Hyper-SD's own:",
@@ -288,7 +288,7 @@ def tiny_vae_card(folder: Path, figures: tuple[str, ...]) -> str:
         "## Use",
         """\
 ```bash
-hypersd export --ckpt Hyper-Demo15-1step-lora --precision fp32 --engine none --vae tiny
+hypersd export --ckpt Hyper-Demo15-1step-lora --precision fp32 --backend none --vae tiny
 ```""",
         """\
 ```python

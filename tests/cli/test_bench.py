@@ -44,7 +44,7 @@ def test_hypersd_beside_diffusers(sd15_bundle: Path, tmp_path: Path, capsys: pyt
         (["--python", "nobody=/bin/true"], "contender 'nobody' is not known"),
         (["--steps", "99"], "was not distilled for 99 steps"),
         (["--rounds", "0"], "expected a whole number, 1 or more"),
-        (["--height", "63"], "is not a multiple of 8"),
+        (["--size", "64x63"], "is not a multiple of 8"),
         (["--json", "no/such/folder/file.json"], "expected a file name in a folder that is there"),
         (["--plot", "."], "expected a file name in a folder that is there"),
     ],

@@ -187,7 +187,7 @@ def test_engines_for_named_gpus(sd15_bundle: Path, copy, capsys: pytest.CaptureF
 def test_engines_for_a_part_of_the_images(sdxl_dynamic_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
     """A fixed height and a narrower width; the batch keeps the bundle's range."""
     bundle = copy(sdxl_dynamic_bundle)
-    words = ["--backend", "tensorrt-rtx", "--height", "96", "--dynamic", "width=64:72:80"]
+    words = ["--backend", "tensorrt-rtx", "--dynamic", "height=96:96:96", "width=64:72:80"]
     run(capsys, "build", bundle, *words)
     shapes = Bundle.load(bundle).manifest.engines[target_of(bundle)].shapes
     assert [(r.min, r.opt, r.max) for r in (shapes.batch, shapes.height, shapes.width)] == [
@@ -209,12 +209,12 @@ def test_engines_for_a_part_of_the_images(sdxl_dynamic_bundle: Path, copy, capsy
         (["--timing-cache", "."], "folder"),
         (["--timing-cache", "new"], "timing cache"),
         (["--batch", "2"], "outside this bundle's 1"),
-        (["--height", "72"], "outside this bundle's 64"),
-        (["--width", "0"], "outside this bundle's 64"),
+        (["--size", "64x72"], "outside this bundle's 64"),
+        (["--size", "0x64"], "outside this bundle's 64"),
         (["--dynamic"], "at least one"),
         (["--dynamic", "depth=1:2:3"], "MIN:OPT:MAX"),
         (["--dynamic", "height=64:64:128"], "height 128 is outside this bundle's 64"),
-        (["--height", "64", "--dynamic", "height=64:64:64"], "one of the two"),
+        (["--size", "64x64", "--dynamic", "height=64:64:64"], "one of the two"),
         (["--remove", "some"], "--remove builds nothing: leave --backend out"),
     ],
 )
@@ -229,7 +229,7 @@ def test_bad_arguments_of_build(
 @pytest.mark.parametrize(
     "option",
     [
-        ["--height", "64"],
+        ["--size", "64x64"],
         ["--dynamic", "height=64:64:64"],
         ["--optimization-level", "0"],
         ["--compute-capability", "8.9"],
@@ -264,7 +264,7 @@ def test_a_bad_word_is_answered_at_once() -> None:
         from hypersd.cli import main
         for words in (["--optimization-level", "9"], ["--timing-cache", "/"], ["--dynamic", "a=1"], []):
             assert main(["build", "nowhere", *words]) == 2
-        assert main(["export", "--ckpt", "Hyper-SD15-1step-lora", "--engine", "none", "--strip-weights"]) == 2
+        assert main(["export", "--ckpt", "Hyper-SD15-1step-lora", "--backend", "none", "--strip-weights"]) == 2
         assert "torch" not in sys.modules
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -328,7 +328,7 @@ def test_ctrl_c_while_building(command: str, export_arguments: list[str], sd15_b
     bundle = copy(sd15_bundle)
     words = {
         "build": ["build", str(bundle), "--backend", "tensorrt-rtx"],
-        "export": [*export_arguments, "--precision", "fp32", "--engine", "tensorrt-rtx", "--out", str(bundle)],
+        "export": [*export_arguments, "--precision", "fp32", "--backend", "tensorrt-rtx", "--out", str(bundle)],
     }[command]
     argv = [sys.executable, "-m", "hypersd.cli", *words]
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -364,7 +364,7 @@ def test_export_with_engines(
     """One command from weights to engines for every network. Done, it says so; of what is lost it builds that alone."""
     copy(sd15_bundle)  # beside the new one, whose networks it has: nothing needs tracing again
     bundle = tmp_path / "new"
-    words = [*export_arguments, "--precision", "fp32", "--out", bundle, "--engine", "tensorrt-rtx"]
+    words = [*export_arguments, "--precision", "fp32", "--out", bundle, "--backend", "tensorrt-rtx"]
     out, _ = run(capsys, *words)
     assert [line.split()[0] for line in out.splitlines()] == ["bundle", "engines", "draw"]
     target = Bundle.load(bundle, hashes=True).manifest.engines[target_of(bundle)]
@@ -396,8 +396,8 @@ def test_export_with_nothing_installed(
 
 
 def test_export_without_engines(exported: list[object], capsys: pytest.CaptureFixture[str]) -> None:
-    """--engine none asks for ONNX alone, so nothing is said of it."""
-    out, err = run(capsys, *exported, "--engine", "none")
+    """--backend none asks for ONNX alone, so nothing is said of it."""
+    out, err = run(capsys, *exported, "--backend", "none")
     assert "ONNX only" not in err
     assert [line.split()[0] for line in out.splitlines()] == ["bundle", "draw"]
 
@@ -405,8 +405,8 @@ def test_export_without_engines(exported: list[object], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--engine", "tensorrt"], "[tensorrt]"),
-        (["--engine", "tensorrt-rtx"], "[tensorrt-rtx]"),
+        (["--backend", "tensorrt"], "[tensorrt]"),
+        (["--backend", "tensorrt-rtx"], "[tensorrt-rtx]"),
     ],
 )
 def test_export_refuses_engines_that_cannot_be(
@@ -425,11 +425,11 @@ def test_export_refuses_engines_that_cannot_be(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--engine", "openvino"], "tensorrt-rtx"),
-        (["--engine", "none", "--refittable"], "--refittable"),
-        (["--engine", "none", "--optimization-level", "0"], "--optimization-level"),
-        (["--engine", "tensorrt-rtx", "--compute-capability", "9.9"], "8.9"),
-        (["--engine", "tensorrt-rtx", "--timing-cache", "new"], "timing cache"),
+        (["--backend", "openvino"], "tensorrt-rtx"),
+        (["--backend", "none", "--refittable"], "--refittable"),
+        (["--backend", "none", "--optimization-level", "0"], "--optimization-level"),
+        (["--backend", "tensorrt-rtx", "--compute-capability", "9.9"], "8.9"),
+        (["--backend", "tensorrt-rtx", "--timing-cache", "new"], "timing cache"),
     ],
 )
 def test_bad_engine_options_of_export(
@@ -447,7 +447,7 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
     known = sha256_file(graph)
     graph.write_bytes(b"\xff" * graph.stat().st_size)
     options = ["--compute-capability", "8.9", "12.0", "--optimization-level", "0"]
-    damaged = [*exported, "--engine", "tensorrt-rtx", *options]
+    damaged = [*exported, "--backend", "tensorrt-rtx", *options]
     assert "altered" in run(capsys, *damaged, code=2)[1], (
         "that is the bundle's fault, and no build is to be gone on with"
     )
@@ -620,7 +620,7 @@ def test_generate_on_a_gpu(rtx_bundle: Path, copy, tmp_path: Path, capsys: pytes
 def test_help_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     """Every option of the issue is there."""
     shapes, engines = (
-        ["--batch", "--height", "--width", "--dynamic"],
+        ["--batch", "--size", "--dynamic"],
         [
             "--compute-capability",
             "--optimization-level",
@@ -631,7 +631,7 @@ def test_help_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     )
     for command, options in {
         "build": ["--backend", *shapes, *engines],
-        "export": ["--engine", *engines],
+        "export": ["--backend", *engines],
         "generate": ["--backend", "--target", "tensorrt-rtx"],
     }.items():
         out, _ = run(capsys, command, "--help")

@@ -168,7 +168,7 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., s
         (["--seed", str(2**64)], "0 to"),
         (["--count", "0"], "1 to 1000"),
         (["--size", "64x60"], "multiple of 8"),
-        (["--size", "128x64"], "--width 128"),
+        (["--size", "128x64"], "--size"),
         (["--size", "big"], "WIDTHxHEIGHT"),
         (["--timesteps", "5", "10"], "descending"),
         (["--device", "tpu"], "cpu"),
@@ -260,9 +260,9 @@ def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[...
         (["--ckpt", "sd-turbo"], "hypersd list"),
         (["--ckpt", "Hyper-FLUX.1-dev-8steps-lora"], "FLUX"),
         (["--revision", "main"], "--revision"),
-        (["--height", "128", "--dynamic", "height=64:64:256"], "one of the two"),
-        (["--height", "100"], "multiple of 8"),
-        (["--width", "8"], "64 to 4096"),
+        (["--size", "128x128", "--dynamic", "height=64:64:256"], "one of the two"),
+        (["--size", "64x100"], "multiple of 8"),
+        (["--size", "8x64"], "64 to 4096"),
         (["--batch", "0"], "1 to 64"),
         (["--dynamic", "depth=1:2:3"], "MIN:OPT:MAX"),
         (["--dynamic", "height=128:64:256"], "MIN <= OPT <= MAX"),
@@ -391,7 +391,7 @@ def test_a_demonstration_checkpoint_from_export_to_verify(
     """No options but the name; and the bundle is the same from a clone at another place, which verifies it, too."""
     bundle = tmp_path / "bundle"
     export = ["export", "--ckpt", "Hyper-Demo15-2steps-lora", "--vae", "tiny", "--precision", "fp32"]
-    export += ["--engine", "none", "--out", str(bundle)]
+    export += ["--backend", "none", "--out", str(bundle)]
     assert main(export) == 0
     text = (bundle / "bundle.json").read_text()
     assert str(REPO) not in text

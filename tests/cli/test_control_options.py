@@ -220,7 +220,7 @@ def test_export_with_what_is_no_controlnet_of_its_family(
     """The folder is named, and what it holds; nothing is written."""
     (tmp_path / "nowhere").mkdir()
     place = tmp_path / "nowhere" if where == "nowhere" else tiny_repos / where
-    line = fails(*export_arguments, "--controlnet", place, "--out", tmp_path / "bundle", "--engine", "none")
+    line = fails(*export_arguments, "--controlnet", place, "--out", tmp_path / "bundle", "--backend", "none")
     assert said in line
     assert str(place) in line
     assert not (tmp_path / "bundle").exists()
@@ -231,4 +231,4 @@ def test_export_with_two_of_one_name(
 ) -> None:
     """It says how to tell them apart."""
     place = tiny_repos / "lllyasviel/sd-controlnet-scribble"
-    assert "NAME=WHERE" in fails(*export_arguments, "--controlnet", place, "--controlnet", place, "--engine", "none")
+    assert "NAME=WHERE" in fails(*export_arguments, "--controlnet", place, "--controlnet", place, "--backend", "none")

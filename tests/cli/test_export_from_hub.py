@@ -50,7 +50,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     """The real command, nothing changed but HF_ENDPOINT: download, resume, fuse, trace, bundle, image."""
     env = hub.environment(tmp_path / "cache")
     hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
-    words = ["--engine", "none", "--controlnet", f"canny={CANNY}"]
+    words = ["--backend", "none", "--controlnet", f"canny={CANNY}"]
     done = hypersd("export", "--ckpt", NAME, *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr
@@ -111,7 +111,7 @@ def local_export(tiny_repos: Path) -> list[str]:
     base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
     lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-2steps-lora.safetensors"
     words = ["--ckpt", "Hyper-SD15-2steps-lora", "--base", str(base), "--lora", str(lora), "--out", "bundle"]
-    return ["export", "--engine", "none", *words]
+    return ["export", "--backend", "none", *words]
 
 
 def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:

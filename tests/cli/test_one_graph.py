@@ -20,7 +20,7 @@ def test_export_info_and_generate(
 ) -> None:
     """The user's way: a done export gets its one-graphs, info shows them, and generate draws the same image."""
     bundle = copy_bundle(sd15_bundle)
-    export = [*export_arguments, "--precision", "fp32", "--engine", "none", "--out", str(bundle.root)]
+    export = [*export_arguments, "--precision", "fp32", "--backend", "none", "--out", str(bundle.root)]
     assert main([*export, "--one-graph", "2", "1", "2"]) == 0
     assert capsys.readouterr().out.count("its weights are those of the other networks") == 2
     assert list(Bundle.load(bundle.root, hashes=True).manifest.one_graphs) == ["one-graph-2steps", "one-graph-1step"]
@@ -54,10 +54,10 @@ def test_several_are_drawn_with_the_first_graph_if_no_steps_are_given(
 def test_engines_are_built_of_the_separate_networks(
     export_arguments: list[str], sd15_bundle: Path, copy_bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights are not built twice: --engine makes a plan for each network, and the one-graph stays as it is."""
+    """The weights are not built twice: --backend makes a plan for each network, and the one-graph stays as it is."""
     pytest.importorskip("tensorrt_rtx")
     bundle = copy_bundle(sd15_bundle)
-    export = [*export_arguments, "--precision", "fp32", "--engine", "tensorrt-rtx", "--out", str(bundle.root)]
+    export = [*export_arguments, "--precision", "fp32", "--backend", "tensorrt-rtx", "--out", str(bundle.root)]
     assert main([*export, "--one-graph", "1"]) == 0
     manifest = Bundle.load(bundle.root, hashes=True).manifest
     (target,) = manifest.engines.values()

@@ -13,7 +13,7 @@ from PIL import Image
 from hypersd.cli import main
 
 NAME = "Hyper-SD15-1step-lora"
-EXPORT = ("export", "--ckpt", NAME, "--random-weights", "--engine", "none")
+EXPORT = ("export", "--ckpt", NAME, "--random-weights", "--backend", "none")
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def run(source_options: Callable[..., SourceOptions], tmp_path: Path) -> Run:
 def cli_arguments(tiny_repos: Path, name: str, out: Path) -> list[str]:
     entry = find_checkpoint(name)
     return [
-        "export", "--ckpt", name, "--precision", "fp32", "--engine", "none", "--out", str(out),
+        "export", "--ckpt", name, "--precision", "fp32", "--backend", "none", "--out", str(out),
         "--base", str(tiny_repos / entry.base),
         "--lora", str(tiny_repos / HYPER_SD_REPO / entry.filename),
     ]  # fmt: skip

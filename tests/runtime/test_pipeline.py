@@ -503,7 +503,7 @@ def test_engines_narrower_than_their_bundle_say_what_else_to_take(
 def test_engines_as_wide_as_their_bundle_are_not_to_blame(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle itself is of one size."""
     pipe = load_narrow(sd15_bundle, Bundle.load(sd15_bundle).manifest, monkeypatch)
-    with pytest.raises(RequestError, match="height 96 is outside this bundle's 64: export one with --height 96"):
+    with pytest.raises(RequestError, match="height 96 is outside this bundle's 64: export one with another --size"):
         pipe(PROMPT, height=96)
 
 
