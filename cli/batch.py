@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..runtime.request import LARGEST_SEED
+    from ..runtime.params import LARGEST_SEED
     from ..samplers.numbers import real_number, whole_number
 
     whole_number("--seed", args.seed, 0, LARGEST_SEED)

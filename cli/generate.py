@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..engines.load import Choice
     from ..runtime import Pipeline
     from ..runtime.one_graph import OneGraphPipeline
+    from ..runtime.params import Params
     from ..runtime.pipeline import PipelineOutput
     from ..runtime.request import Request
     from .control_options import Controls
@@ -70,10 +71,10 @@ def run(args: argparse.Namespace) -> None:
     controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no image is said at once
     if args.one_graph:
         whole = _load_one_graph(args)
-        images = _draw(whole.manifest, lambda i: _draw_whole(whole, args, i), controls, args)
+        images = _draw(whole.manifest, lambda i: whole.generate(_params(args, i)), controls, args)
     else:
         pipe = _load(args)
-        control = _control_arguments(pipe, controls, args)
+        control = _control_params(pipe, controls, args)
         images = _draw(pipe.manifest, lambda i: _draw_one(pipe, args, i, control), controls, args)
     if args.count > 1:
         _write_sheet(images, args)
@@ -111,7 +112,7 @@ def _load(args: argparse.Namespace) -> Pipeline:
     began = time.perf_counter()
     from ..errors import RequestError
     from ..runtime import Pipeline
-    from ..runtime.request import LARGEST_SEED
+    from ..runtime.params import LARGEST_SEED
     from .console import StageNotes
 
     if args.count > 1 and args.seed + args.count - 1 > LARGEST_SEED:
@@ -146,7 +147,7 @@ def _load_one_graph(args: argparse.Namespace) -> OneGraphPipeline:
 
     name = None
     if args.steps is not None or args.timesteps is not None:
-        name = find_one_graph(Bundle.load(args.bundle).manifest, **_one_graph_settings(args))
+        name = find_one_graph(Bundle.load(args.bundle).manifest, _params(args))
     pipe = OneGraphPipeline.load(args.bundle, name, args.backend, args.device)
     args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
     seconds = time.perf_counter() - began
@@ -156,14 +157,23 @@ def _load_one_graph(args: argparse.Namespace) -> OneGraphPipeline:
     return pipe
 
 
-def _one_graph_settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "num_inference_steps": args.steps,
-        "timesteps": args.timesteps,
-        "eta": args.eta,
-        "height": args.height,
-        "width": args.width,
-    }
+def _params(args: argparse.Namespace, index: int = 0, **control: Any) -> Params:
+    """The params of the image of that index."""
+    from ..runtime.params import Params
+
+    return Params(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        timesteps=args.timesteps,
+        eta=args.eta,
+        guidance_scale=args.guidance,
+        height=args.height,
+        width=args.width,
+        seed=args.seed + index,
+        force=args.force,
+        **control,
+    )
 
 
 def _draw(
@@ -204,16 +214,16 @@ def _idle_controls(request: Request) -> list[str]:
     ]
 
 
-def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's arguments for the control images, which are fitted and changed here, once for all images."""
+def _control_params(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
+    """The params of the control images, which are fitted and preprocessed here, once for all images."""
     from ..errors import RequestError
     from .console import err, out
     from .image_output import write_png
 
     if controls is None:
         return {}
-    height, width = pipe.image_size(args.height, args.width)
-    images = controls.images(width, height)
+    request = pipe.decide(_params(args, control_image=controls.sources, **controls.arguments))
+    images = controls.images(request.width, request.height)
     for name, image in images.items():
         given = controls.sources[name]
         line = (
@@ -226,32 +236,14 @@ def _control_arguments(pipe: Pipeline, controls: Controls | None, args: argparse
                 raise RequestError(f"--save-control would write over {path}: give another -o")
             write_png(path, image, {})
             out().print(f"{path}  what {name} sees", markup=False, soft_wrap=True)
-    return {"image": images, **controls.arguments}
+    return {"control_image": images, **controls.arguments}
 
 
 def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
     with step_bar(f"image {index + 1} of {args.count}", _steps(pipe, args)) as advance:
-        return pipe(
-            args.prompt,
-            negative_prompt=args.negative_prompt,
-            num_inference_steps=args.steps,
-            timesteps=args.timesteps,
-            eta=args.eta,
-            guidance_scale=args.guidance,
-            height=args.height,
-            width=args.width,
-            seed=args.seed + index,
-            force=args.force,
-            **control,
-            callback_on_step_end=lambda *_: advance(),
-        )
-
-
-def _draw_whole(pipe: OneGraphPipeline, args: argparse.Namespace, index: int) -> PipelineOutput:
-    """By a one-graph, which has no steps to be told of."""
-    return pipe(args.prompt, **_one_graph_settings(args), seed=args.seed + index)
+        return pipe.generate(_params(args, index, **control), callback_on_step_end=lambda *_: advance())
 
 
 def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from ..engines import Manifest
 from ..engines.manifest import encode
 from ..errors import RequestError
 from ..runtime.metadata import METADATA_KEY
-from ..runtime.request import LARGEST_SEED
+from ..runtime.params import LARGEST_SEED
 from ..serve.schemas import GenerationRequest
 
 JSON_LINES = (".jsonl", ".ndjson")

@@ -102,22 +102,24 @@ def images_by_name(manifest: Manifest, image: Any) -> dict[str, Any]:
     """
     names = list(manifest.controlnets)
     if not names:
-        raise RequestError(f"image: {manifest.checkpoint} was exported without a ControlNet: export with --controlnet")
+        raise RequestError(
+            f"control_image: {manifest.checkpoint} was exported without a ControlNet: export with --controlnet"
+        )
     if isinstance(image, Mapping):
-        _check_names("image", image, manifest.controlnets)
+        _check_names("control_image", image, manifest.controlnets)
         if not image:
-            raise RequestError(f"image: no image in it: expected some for {', '.join(names)}")
+            raise RequestError(f"control_image: no image in it: expected some for {', '.join(names)}")
         return {name: image[name] for name in names if name in image}
     if len(names) == 1:
         return {names[0]: image}
     if not isinstance(image, (list, tuple)) or not image:
-        raise RequestError(f"image: one for {_count(names)}: expected a list of one for each, or some by name")
+        raise RequestError(f"control_image: one for {_count(names)}: expected a list of one for each, or some by name")
     if isinstance(image[0], (list, tuple)):  # a list of all ControlNets' for each prompt
         if any(not isinstance(row, (list, tuple)) or len(row) != len(names) for row in image):
-            raise RequestError(f"image: lists that do not all hold one for each of {_count(names)}")
+            raise RequestError(f"control_image: lists that do not all hold one for each of {_count(names)}")
         image = [list(column) for column in zip(*image, strict=True)]
     if len(image) != len(names):
-        raise RequestError(f"image: {len(image)} for {_count(names)}: expected one for each, or some by name")
+        raise RequestError(f"control_image: {len(image)} for {_count(names)}: expected one for each, or some by name")
     return dict(zip(names, image, strict=True))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,10 @@ from ..samplers.noise import Generators, randn
 from ..samplers.sampler import make_sampler
 from .batching import run_rows
 from .clock import Clock
+from .params import Params, decide
 from .pipeline import PipelineOutput, make_generators
 from .pixels import to_images
-from .request import Request, make_request
+from .request import Request
 from .text import ClipTokenizer, TextConditioner, load_tokenizers
 
 
@@ -41,38 +44,32 @@ def why_not(one_graph: OneGraph, request: Request) -> str | None:
     return ", ".join(reasons) or None
 
 
-def find_one_graph(
-    manifest: Manifest,
-    num_inference_steps: int | None = None,
-    timesteps: Sequence[int] | None = None,
-    eta: float | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> str:
-    """The name of the one-graph that draws what a call with these arguments asks for.
+def find_one_graph(manifest: Manifest, params: Params) -> str:
+    """The name of the one-graph that generates what ``params`` ask for.
 
     Raises:
         RequestError: an argument is out of range, or the bundle has none that does.
     """
-    request = make_request(
-        manifest,
-        "",
-        negative_prompt=None,
-        num_inference_steps=num_inference_steps,
-        timesteps=timesteps,
-        eta=eta,
-        guidance_scale=None,
-        height=height,
-        width=width,
-        num_images_per_prompt=1,
-        seed=None,
-        force=True,  # a one-graph was made for its steps
-    )
+    request = decide(manifest, replace(params, force=True))  # a one-graph was made for its steps
     reasons = {name: why_not(one_graph, request) for name, one_graph in manifest.one_graphs.items()}
     if found := next((name for name, reason in reasons.items() if reason is None), None):
         return found
     has = "; ".join(f"{name} has {reason}" for name, reason in reasons.items()) or "it has none"
     raise RequestError(f"no one-graph of this bundle draws that: {has}; add one with `hypersd export --one-graph`")
+
+
+def _with_settings(params: Params, settings: OneGraph) -> Params:
+    """Params with the graph's settings where they leave them open."""
+    has_steps = params.num_inference_steps is not None or params.timesteps is not None
+    return replace(
+        params,
+        num_inference_steps=params.num_inference_steps if has_steps else settings.num_inference_steps,
+        timesteps=params.timesteps if has_steps else settings.timesteps,
+        eta=settings.eta if params.eta is None else params.eta,
+        height=settings.height if params.height is None else params.height,
+        width=settings.width if params.width is None else params.width,
+        force=True,  # the graph was made for its steps, and generates no others
+    )
 
 
 class OneGraphPainter:
@@ -160,33 +157,12 @@ class OneGraphPipeline:
             )
         return cls(opened.manifest, name, load_one_graph(opened, name, backend, device), load_tokenizers(opened))
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        eta: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-    ) -> PipelineOutput:
-        """Draw. Settings that are given must be those of the graph, which are taken for what is left out.
+    def __call__(self, prompt: str | Sequence[str], **params: Any) -> PipelineOutput:
+        """Generate images: :meth:`generate` with its params as keywords."""
+        return self.generate(Params(prompt=prompt, **params))
 
-        Args:
-            prompt: a text, or a list of texts.
-            num_inference_steps: network calls per image.
-            timesteps: custom timesteps.
-            eta: 0..1, stochasticity.
-            height: in pixels.
-            width: in pixels.
-            num_images_per_prompt: images for each prompt.
-            seed: short for a CPU generator of that seed; a list holds one for each image.
-            generator: a ``torch.Generator``, or a list of one for each image.
-            latents: unit-variance noise [B, 4, height/8, width/8] to start from.
+    def generate(self, params: Params) -> PipelineOutput:
+        """Generate images. Settings that are given must be those of the graph, which are taken for what is left out.
 
         Returns:
             A list of ``PIL.Image``, with seconds by stage: ``tokenize``, ``draw``, ``convert`` and ``total``.
@@ -195,29 +171,16 @@ class OneGraphPipeline:
             RequestError: a setting is not the graph's, or an argument is out of range.
             EngineError: the engine failed.
         """
-        settings, steps_given = self.painter.settings, num_inference_steps is not None or timesteps is not None
-        request = make_request(
-            self.manifest,
-            prompt,
-            negative_prompt=None,
-            num_inference_steps=num_inference_steps if steps_given else settings.num_inference_steps,
-            timesteps=timesteps if steps_given else settings.timesteps,
-            eta=settings.eta if eta is None else eta,
-            guidance_scale=None,
-            height=settings.height if height is None else height,
-            width=settings.width if width is None else width,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            force=True,  # the graph was made for its steps, and no others are drawn
-        )
+        settings = self.painter.settings
+        request = decide(self.manifest, _with_settings(params, settings))
         if reason := why_not(settings, request):
             raise RequestError(f"{self.name} has {reason}: expected its own settings, or a pipeline of all networks")
-        generator, used_seed = make_generators(request, generator)
+        generator, used_seed = make_generators(request, params.generator)
         clock = Clock()
         with clock.stage("tokenize"):
             tokens = self._tokens(request)
         with clock.stage("draw", self.device):
-            pixels = self._draw(request, tokens, generator, latents).cpu()
+            pixels = self._draw(request, tokens, generator, params.latents).cpu()
         with clock.stage("convert"):
             images = to_images(pixels, "pil")
         return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)

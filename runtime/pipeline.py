@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from ..errors import BundleError, EngineError, RequestError, one_line
 from ..samplers.noise import Generators, randn
 from ..samplers.sampler import Sampler, make_sampler
 from .clock import Clock, Steps
-from .control_images import check_resize_mode
 from .controlled_unet import with_plain_unet
-from .controls import PerControlNet, images_by_name, make_conditions, make_controls
+from .controls import PerControlNet, images_by_name, make_conditions
 from .image_function import CONDITION, Denoiser, ImageSettings, Painter
-from .pixels import check_output_type, to_images, to_pixels
-from .request import Request, image_size, make_request
+from .params import Params, decide
+from .pixels import to_images, to_pixels
+from .request import Request
 from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
 
@@ -157,7 +157,6 @@ class Pipeline:
         pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
         return pipe
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -174,59 +173,21 @@ class Pipeline:
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
-        image: Any = None,
+        control_image: Any = None,
         controlnet_conditioning_scale: PerControlNet = None,
         control_guidance_start: PerControlNet = None,
         control_guidance_end: PerControlNet = None,
         resize_mode: str = "crop",
+        force: bool = False,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        force: bool = False,
     ) -> PipelineOutput:
-        """Draw images. Arguments have diffusers' names and meaning; what is left out comes from the manifest.
+        """Generate images: :meth:`generate` with its params as keywords, which have diffusers' names and meaning.
 
-        Args:
-            prompt: one, or a list for several images.
-            negative_prompt: what to keep away from; without effect unless ``guidance_scale`` is above 1.
-            num_inference_steps: number of steps, one of those that the checkpoint was distilled for.
-            timesteps: custom timesteps instead, strictly descending.
-            eta: 0..1, stochasticity (DDIM's eta, TCD's gamma).
-            guidance_scale: classifier-free guidance; 1 or less means none, at half the cost.
-            height: in pixels, inside the bundle's range.
-            width: likewise.
-            num_images_per_prompt: images for each prompt.
-            seed: short for a CPU generator of that seed (the same images on every device); a list holds one for
-                each image, which then does not depend on its neighbours.
-            generator: a ``torch.Generator``, or a list of one for each image.
-            latents: unit-variance noise [B, 4, height/8, width/8] to start from.
-            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
-            image: the control image: a ``PIL.Image`` of any size, an array [H, W, 3] or a tensor [3, H, W] of floats
-                in 0..1 of the size that is drawn, or a list of one for each prompt. Of several ControlNets a list of
-                one for each, or a dict of some by name. Without one no ControlNet runs. It does not decide the size
-                that is drawn, as in diffusers, but is fitted to it.
-            controlnet_conditioning_scale: how strongly the ControlNets act, 0 for not at all: a number for all, a list
-                of one for each, or a dict of some by name.
-            control_guidance_start: the part of the steps, 0..1, before which they do not act (default: 0); likewise.
-            control_guidance_end: the part after which they do not act (default: 1); likewise.
-            resize_mode: ``"crop"`` keeps the aspect of control images and cuts what is over, ``"stretch"`` does not.
-            callback_on_step_end: called as ``callback(pipe, step_index, timestep, tensors)`` after every step; tensors
-                in the dict that it returns replace the loop's.
-            callback_on_step_end_tensor_inputs: which tensors it gets, of ``latents`` and ``prompt_embeds``.
-            force: allow numbers of steps that the checkpoint was not distilled for.
-
-        Raises:
-            RequestError: an argument is out of range.
-            EngineError: an engine failed, or the device's memory is not enough.
+        See :class:`.params.Params` for each of them.
         """
-        check_output_type(output_type)
-        check_resize_mode(resize_mode)
-        _check_callback_tensors(callback_on_step_end_tensor_inputs)
-        images = {} if image is None else images_by_name(self.manifest, image)
-        control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
-        if image is None and control_numbers != (None, None, None):
-            raise RequestError("controlnet_conditioning_scale and control_guidance_*: expected an image with them")
-        request = self.make_request(
-            prompt,
+        params = Params(
+            prompt=prompt,
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
@@ -236,23 +197,52 @@ class Pipeline:
             width=width,
             num_images_per_prompt=num_images_per_prompt,
             seed=seed,
-            force=force,
-            controlled_by=images,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            control_image=control_image,
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             control_guidance_start=control_guidance_start,
             control_guidance_end=control_guidance_end,
+            resize_mode=resize_mode,
+            force=force,
         )
-        generator, used_seed = make_generators(request, generator)
-        settings = self._painter.settings(request, output_type)
+        return self.generate(params, callback_on_step_end, callback_on_step_end_tensor_inputs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        params: Params,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PipelineOutput:
+        """Generate the images that ``params`` ask for.
+
+        Args:
+            params: the arguments; the manifest decides on those that are None.
+            callback_on_step_end: called as ``callback(pipe, step_index, timestep, tensors)`` after every step; tensors
+                in the dict that it returns replace the loop's.
+            callback_on_step_end_tensor_inputs: the tensors that it gets, of ``latents`` and ``prompt_embeds``.
+
+        Raises:
+            RequestError: an argument is out of range.
+            EngineError: an engine failed, or the device's memory is not enough.
+        """
+        _check_callback_tensors(callback_on_step_end_tensor_inputs)
+        request = self.decide(params)
+        generator, used_seed = make_generators(request, params.generator)
+        settings = self._painter.settings(request, params.output_type)
         clock = Clock()
         with clock.stage("tokenize"):
             tokenized = self._tokenize(request, settings)
         conditions: dict[str, Tensor] = {}
-        if images:
+        if params.control_image is not None:
             with clock.stage("control"):
-                conditions = make_conditions(images, request.width, request.height, resize_mode, len(request.prompts))
+                images = images_by_name(self.manifest, params.control_image)
+                size = request.width, request.height
+                conditions = make_conditions(images, *size, params.resize_mode, len(request.prompts))
         with _out_of_memory_in_words(request), self._turn() as caller:
-            call = _Call(request, settings, tokenized, conditions, generator, latents)
+            call = _Call(request, settings, tokenized, conditions, generator, params.latents)
             if self._graphed is not None and callback_on_step_end is None:
                 drawn = self._draw_graphed(self._graphed, call, clock, caller)
             else:
@@ -262,58 +252,13 @@ class Pipeline:
                 drawn = self._draw_by_stages(call, clock, callback, caller)
         return PipelineOutput(images=drawn, timings=clock.timings(), request=request, seed=used_seed)
 
-    def make_request(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        eta: float | None = None,
-        guidance_scale: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        seed: int | Sequence[int] | None = None,
-        controlled_by: Iterable[str] = (),
-        controlnet_conditioning_scale: PerControlNet = None,
-        control_guidance_start: PerControlNet = None,
-        control_guidance_end: PerControlNet = None,
-        force: bool = False,
-    ) -> Request:
-        """What a call with these arguments draws, everything decided; nothing is drawn.
-
-        ``controlled_by`` are names of the ControlNets that get an image; for the rest see :meth:`__call__`.
+    def decide(self, params: Params) -> Request:
+        """Check ``params``, and make every decision that :meth:`generate` would make, without generating.
 
         Raises:
             RequestError: an argument is out of range.
         """
-        control_numbers = controlnet_conditioning_scale, control_guidance_start, control_guidance_end
-        return make_request(
-            self.manifest,
-            prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            force=force,
-            controls=make_controls(self.manifest, controlled_by, *control_numbers),
-            bundle_shapes=self._bundle_shapes,
-            engines=self._engines_name,
-        )
-
-    def image_size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width of what a call with these arguments draws.
-
-        Raises:
-            RequestError: they are not among those that the bundle or its engines were made for.
-        """
-        return image_size(self.manifest, self._bundle_shapes, self._engines_name, height, width)
+        return decide(self.manifest, params, self._bundle_shapes, self._engines_name)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each; those of prompts seen lately are kept."""
@@ -465,8 +410,6 @@ def _out_of_memory_in_words(request: Request) -> Iterator[None]:
 def make_generators(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
     """The generator to draw from, and the seed that made it if it was made here."""
     if generator is not None:
-        if request.seeds is not None:
-            raise RequestError("seed and generator: give one of the two")
         return generator, None
     seeds = request.seeds or (secrets.randbits(32),)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]

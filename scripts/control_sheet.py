@@ -58,7 +58,8 @@ def draw(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image | N
     ]
     for scale in SCALES:
         drawn = [
-            pipe(prompt, seed=seed, image={name: edges}, controlnet_conditioning_scale=scale) for prompt in prompts
+            pipe(prompt, seed=seed, control_image={name: edges}, controlnet_conditioning_scale=scale)
+            for prompt in prompts
         ]
         heading = f"strength {scale:g}", pipe.manifest.checkpoint, settings(pipe)
         columns.append(Column(heading, tuple(out.images[0] for out in drawn)))

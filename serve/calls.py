@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 from PIL import Image
 
 from ..runtime import Pipeline
 from ..runtime.control_images import fit, preprocess
+from ..runtime.params import Params
 from ..runtime.request import Request
 from ..runtime.text import TruncationWarning
 from .job_queue import Job
 from .service_request import ServiceRequest
 
 
-def make_request(pipe: Pipeline, service_request: ServiceRequest) -> Request:
-    """What the pipeline is going to draw for one image of a drawing.
-
-    Raises:
-        RequestError: the pipeline does not draw that.
-    """
-    return pipe.make_request(
-        service_request.prompt,
+def request_params(service_request: ServiceRequest) -> Params:
+    """The params of one image of a service_request, its seed and the fitting of its control images apart."""
+    return Params(
+        prompt=service_request.prompt,
         negative_prompt=service_request.negative_prompt,
-        controlled_by=service_request.control,
+        control_image=service_request.control or None,
         **service_request.settings.arguments(),
     )
 
@@ -59,25 +56,24 @@ def images_at_once(pipe: Pipeline) -> int:
     return batch.min if pipe.device.type == "cpu" else batch.max
 
 
-def call_arguments(jobs: Sequence[Job]) -> dict[str, Any]:
-    """The pipeline's arguments for jobs of one key."""
-    service_requests = [job.service_request for job in jobs]
-    names = jobs[0].control
-    return {
-        "prompt": [service_request.prompt for service_request in service_requests],
-        "negative_prompt": None
+def call_params(jobs: Sequence[Job]) -> Params:
+    """The params of one call that generates the images of jobs with equal keys."""
+    service_requests, names = [job.service_request for job in jobs], jobs[0].control
+    return dataclasses.replace(
+        request_params(service_requests[0]),
+        prompt=[service_request.prompt for service_request in service_requests],
+        negative_prompt=None
         if service_requests[0].negative_prompt is None
-        else [service_request.negative_prompt for service_request in service_requests],
-        "seed": [job.seed for job in jobs],
-        "image": {name: [job.control[name] for job in jobs] for name in names} if names else None,
-        **service_requests[0].settings.arguments(),
-    }
+        else [service_request.negative_prompt or "" for service_request in service_requests],
+        seed=[job.seed for job in jobs],
+        control_image={name: [job.control[name] for job in jobs] for name in names} or None,
+    )
 
 
 def warm_up(pipe: Pipeline) -> None:
     """Draw until a call costs what later ones cost: on a GPU the third call of a kind is recorded."""
     for i in range(3 if pipe.device.type == "cuda" else 1):
-        pipe("warm-up", seed=i)
+        pipe.generate(Params(prompt="warm-up", seed=i))
 
 
 def keep_prompts_out_of_the_log() -> None:

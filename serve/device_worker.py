@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import EngineError, HyperSDError, RequestError, one_line
 from ..runtime import Pipeline
 from ..runtime.metadata import image_metadata
-from .calls import call_arguments, images_at_once, warm_up
+from .calls import call_params, images_at_once, warm_up
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
 from .service_request import GeneratedImage
@@ -77,7 +77,7 @@ class Worker(threading.Thread):
 
     def _generate_together(self, pipe: Pipeline, jobs: Sequence[Job]) -> None:
         began = time.monotonic()
-        output = pipe(**call_arguments(jobs))
+        output = pipe.generate(call_params(jobs))
         seconds = (time.monotonic() - began) / len(jobs)
         self.seconds_per_image += (seconds - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1.0)
         self._failures = 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..errors import RequestError
-from ..runtime.request import LARGEST_SEED
+from ..runtime.params import LARGEST_SEED
 from .cards import ModelCard
 from .image_codec import decode_control_image
 from .schemas import GenerationRequest

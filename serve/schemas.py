@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..runtime.request import LARGEST_GUIDANCE, LARGEST_SEED
+from ..runtime.params import LARGEST_GUIDANCE, LARGEST_SEED
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 ProblemType = Literal["invalid_request_error", "authentication_error", "server_error"]

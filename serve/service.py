@@ -13,7 +13,7 @@ from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
 from ..errors import RequestError
 from ..runtime import Pipeline
-from .calls import call_key, control_images, make_request
+from .calls import call_key, control_images, request_params
 from .cards import ModelCard, make_card
 from .device_worker import Worker
 from .job_queue import Job, JobQueue
@@ -184,7 +184,7 @@ class LocalService:
                 f"model {service_request.model!r} is not served here: expected {' or '.join(pipelines)}"
             )
         pipe = pipelines[service_request.model]
-        request = make_request(pipe, service_request)
+        request = pipe.decide(request_params(service_request))
         control = control_images(pipe, service_request, request)
         key = call_key(service_request, request)
         return [

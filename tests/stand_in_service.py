@@ -17,6 +17,7 @@ from PIL import Image
 
 from hypersd import Pipeline
 from hypersd.engines.manifest import Range
+from hypersd.runtime.params import Params
 from hypersd.runtime.pipeline import PipelineOutput
 from hypersd.serve import server
 from hypersd.serve.service import LocalService
@@ -62,18 +63,18 @@ class GatedPipeline:
         at_once = Range(name="batch", min=batch, opt=batch, max=batch)
         shapes = msgspec.structs.replace(pipe.manifest.shapes, batch=at_once)
         self.manifest = msgspec.structs.replace(pipe.manifest, shapes=shapes)
-        self.choice, self.device, self.make_request = pipe.choice, pipe.device, pipe.make_request
+        self.choice, self.device, self.decide = pipe.choice, pipe.device, pipe.decide
         self.calls: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.on_call: Callable[[list[str]], object] = lambda prompts: None
 
-    def __call__(self, prompt: Any, **arguments: Any) -> PipelineOutput:
-        if prompt != "warm-up":
-            self.calls.append(list(prompt))
+    def generate(self, params: Params) -> PipelineOutput:
+        if params.prompt != "warm-up":
+            self.calls.append(list(params.prompt))
             assert self.gate.wait(LONG), "nobody opened the gate"
-            self.on_call(list(prompt))
-        return self.pipe(prompt, **arguments)
+            self.on_call(list(params.prompt))
+        return self.pipe.generate(params)
 
     @property
     def prompts(self) -> list[str]:

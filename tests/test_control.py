@@ -66,7 +66,9 @@ def test_one_controlnet(name: str, scale: float, load, controlled_reference) -> 
     """One of a bundle's two ControlNets alone, at any strength, is diffusers with that one."""
     image = photograph()
     control = {"controlnet_conditioning_scale": scale}
-    ours = load(name)(PROMPT, seed=SEED, image={"canny": image}, **control, **ROWS[name], output_type="np").images
+    ours = load(name)(
+        PROMPT, seed=SEED, control_image={"canny": image}, **control, **ROWS[name], output_type="np"
+    ).images
     theirs = draw_theirs(controlled_reference(name, "canny"), image=image, **control, **ROWS[name])
     assert np.abs(ours - theirs).max() < TOLERANCE
 
@@ -90,9 +92,9 @@ def test_one_controlnet(name: str, scale: float, load, controlled_reference) -> 
 def test_two_controlnets(name: str, control: Mapping[str, Any], load, controlled_reference) -> None:
     """Residuals are summed, each with its strength, in its own part of the steps."""
     images = [photograph(seed=1), photograph(seed=2)]
-    call = {**ROWS[name], **control, "image": images}
-    ours = load(name)(PROMPT, seed=SEED, output_type="np", **call).images
-    theirs = draw_theirs(controlled_reference(name, "canny", "scribble"), **call)
+    call = {**ROWS[name], **control}
+    ours = load(name)(PROMPT, seed=SEED, output_type="np", control_image=images, **call).images
+    theirs = draw_theirs(controlled_reference(name, "canny", "scribble"), image=images, **call)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
@@ -110,7 +112,7 @@ def test_control_shows(name: str, load) -> None:
 
     def drawn(image: Any, **control: Any) -> np.ndarray:
         call = {**ROWS[name], "num_inference_steps": 2}
-        return pipe(PROMPT, seed=SEED, image=image, output_type="np", **call, **control).images
+        return pipe(PROMPT, seed=SEED, control_image=image, output_type="np", **call, **control).images
 
     one, other = photograph(seed=1), photograph(seed=2)
     sources = [
@@ -139,13 +141,14 @@ def test_guidance_sizes_and_batches_of_a_ranged_bundle(sdxl_dynamic_bundle: Path
         {"height": 72, "width": 96, "guidance_scale": 1.0, "prompt": [PROMPT, "blue dog"]},
     ]
     for call in calls:
-        call = {"prompt": PROMPT, "image": photograph(call["width"], call["height"]), **call}
+        call, size = {"prompt": PROMPT, **call}, (call["width"], call["height"])
+        image: Any = photograph(*size)
         if isinstance(call["prompt"], list):
-            call["image"] = [call["image"], photograph(call["width"], call["height"], seed=1)]
+            image = [image, photograph(*size, seed=1)]
         count = 2 if isinstance(call["prompt"], list) else call.get("num_images_per_prompt", 1)
         latents = torch.randn(count, 4, call["height"] // 8, call["width"] // 8)
-        ours = pipe(**call, latents=latents, output_type="latent").images
-        theirs = judge(**call, latents=latents, num_inference_steps=8, output_type="latent").images
+        ours = pipe(**call, control_image=image, latents=latents, output_type="latent").images
+        theirs = judge(**call, image=image, latents=latents, num_inference_steps=8, output_type="latent").images
         error = (ours.float() - theirs).abs()
         assert error.max() < 0.05 * theirs.abs().max(), call
         assert error.mean() < 5e-3 * theirs.abs().mean(), call
@@ -236,7 +239,7 @@ CANNY, EMBEDDING = "controlnet/canny", "controlnet_cond_embedding/canny"
 )
 def test_a_controlnet_runs_only_where_it_acts(control: Mapping[str, float], times: int, counted) -> None:
     """Once for every step of its window, its embedding once in all, and neither where it has no effect."""
-    runs, _ = counted(UNIFIED, image={"canny": photograph()}, num_inference_steps=8, **control)
+    runs, _ = counted(UNIFIED, control_image={"canny": photograph()}, num_inference_steps=8, **control)
     assert (runs[CANNY], runs[EMBEDDING], runs["unet"]) == (times, min(times, 1), 8)
     assert not {"controlnet/scribble", "controlnet_cond_embedding/scribble"} & set(runs)
 
@@ -251,7 +254,7 @@ def test_without_a_image_no_controlnet_runs(counted) -> None:
 def test_rows_are_doubled_for_guidance_alone(guidance_scale: float, rows: int, counted) -> None:
     """Guidance of 1 or less costs one row of UNet and ControlNet; the image is embedded once in any case."""
     name = "Hyper-SDXL-8steps-CFG-lora"
-    runs, most = counted(name, image=photograph(), guidance_scale=guidance_scale, num_inference_steps=8)
+    runs, most = counted(name, control_image=photograph(), guidance_scale=guidance_scale, num_inference_steps=8)
     assert (most["unet"], most[CANNY], most[EMBEDDING]) == (rows, rows, 1)
     assert runs[CANNY] == 8
 
@@ -262,9 +265,9 @@ def test_a_image_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
     call: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "output_type": "np"}
 
     def draw_another(*_: Any) -> None:
-        pipe("blue dog", image={"canny": other}, **call)
+        pipe("blue dog", control_image={"canny": other}, **call)
 
-    images = {"image": {"canny": one}, **call}
+    images = {"control_image": {"canny": one}, **call}
     disturbed = pipe(PROMPT, callback_on_step_end=draw_another, **images).images
     assert np.array_equal(disturbed, pipe(PROMPT, **images).images)
 
@@ -285,7 +288,7 @@ def test_a_bundle_without_controlnet(export_tiny: Callable[[str], Path]) -> None
     """Asked for control it says how to export one, in Python as on the command line."""
     pipe = Pipeline.load(export_tiny(UNIFIED), backend="null")
     with pytest.raises(RequestError, match="--controlnet"):
-        pipe(PROMPT, image=photograph())
+        pipe(PROMPT, control_image=photograph())
 
 
 @pytest.mark.parametrize(
@@ -293,19 +296,27 @@ def test_a_bundle_without_controlnet(export_tiny: Callable[[str], Path]) -> None
     [
         {"controlnet_conditioning_scale": 0.5},
         {"control_guidance_end": 0.5},
-        {"image": [photograph()]},
-        {"image": photograph()},
-        {"image": {"depth": photograph()}},
-        {"image": [photograph()] * 2, "controlnet_conditioning_scale": [1.0, 1.0, 1.0]},
-        {"image": [photograph()] * 2, "controlnet_conditioning_scale": -0.1},
-        {"image": [photograph()] * 2, "resize_mode": "fill"},
-        {"image": [photograph(), Image.new("RGB", (1, 1))]},
-        {"image": {"canny": [photograph()] * 2}},
+        {"control_image": [photograph()]},
+        {"control_image": photograph()},
+        {"control_image": {"depth": photograph()}},
+        {"control_image": [photograph()] * 2, "controlnet_conditioning_scale": [1.0, 1.0, 1.0]},
+        {"control_image": [photograph()] * 2, "controlnet_conditioning_scale": -0.1},
+        {"control_image": [photograph()] * 2, "resize_mode": "fill"},
+        {"control_image": [photograph(), Image.new("RGB", (1, 1))]},
+        {"control_image": {"canny": [photograph()] * 2}},
     ],
-    ids=lambda call: (
-        "-".join(map(str, call))
-        + str(len(call.get("image", ())) if "image" in call and not isinstance(call["image"], Image.Image) else "")
-    ),
+    ids=[
+        "strength alone",
+        "end alone",
+        "too few images",
+        "one image for two",
+        "another name",
+        "too many strengths",
+        "negative strength",
+        "another resize mode",
+        "an image too small",
+        "too many images for a prompt",
+    ],
 )
 def test_calls_that_cannot_be(call: Mapping[str, Any], export_controlled) -> None:
     """What does not fit is refused in one line, before anything is drawn."""

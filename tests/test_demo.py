@@ -142,7 +142,7 @@ def test_edges_are_followed(name: str, row: str, controlled_pipeline, figures) -
 
     def drawn(**control: Any) -> np.ndarray:
         made = [
-            pipe(caption, seed=i, image=canny(photo), output_type="np", **control).images
+            pipe(caption, seed=i, control_image=canny(photo), output_type="np", **control).images
             for i, (caption, photo) in enumerate(zip(captions, photos, strict=True))
         ]
         return np.round(np.concatenate(made) * 255).astype(np.uint8)

@@ -22,7 +22,8 @@ from ..engines.tensorrt.targets import narrowed
 from ..errors import BundleError, RequestError
 from ..export.check import check_types
 from ..export.recipes import tool_versions
-from ..runtime.request import Request, make_request
+from ..runtime.params import Params, decide
+from ..runtime.request import Request
 from ..samplers.sampler import make_sampler
 from .one_graph_build import Composed, Sampling, compose
 
@@ -119,20 +120,16 @@ def _request(
     batch = wide.opt if batch is None else batch
     if not wide.min <= batch <= wide.max:
         raise RequestError(f"batch {batch} is outside this bundle's {wide}: export one with --batch {batch}")
-    return make_request(
-        manifest,
-        "",
-        negative_prompt=None,
+    params = Params(
+        prompt="",
         num_inference_steps=num_inference_steps,
-        timesteps=None,
         eta=eta,
-        guidance_scale=None,
         height=height,
         width=width,
         num_images_per_prompt=batch,
-        seed=None,
         force=force,
     )
+    return decide(manifest, params)
 
 
 def _key(manifest: Manifest, request: Request) -> str:

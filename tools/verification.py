@@ -266,7 +266,7 @@ def _draw_ours(
         seen.append(tensors["latents"].clone())
 
     result = pipe(
-        prompt, num_inference_steps=steps, seed=seed, output_type="np", image=images, callback_on_step_end=keep
+        prompt, num_inference_steps=steps, seed=seed, output_type="np", control_image=images, callback_on_step_end=keep
     )
     return result.request, result.images[0], seen
 

@@ -12,12 +12,12 @@ import numpy as np
 from ..errors import EngineError, HyperSDError, RequestError
 from ..runtime import Pipeline
 from ..serve.calls import (
-    call_arguments,
     call_key,
+    call_params,
     control_images,
     images_at_once,
     keep_prompts_out_of_the_log,
-    make_request,
+    request_params,
     warm_up,
 )
 from ..serve.job_queue import Job
@@ -81,7 +81,7 @@ class Model:
             return error
 
     def _job(self, service_request: ServiceRequest) -> Job:
-        request = make_request(self.pipe, service_request)
+        request = self.pipe.decide(request_params(service_request))
         control = control_images(self.pipe, service_request, request)
         key = call_key(service_request, request)
         return Job(
@@ -101,7 +101,7 @@ class Model:
     def _generate_together(self, jobs: Sequence[Job]) -> None:
         """Draw jobs in one call; if that fails each alone, because one must not spoil the others'."""
         try:
-            images = self.pipe(**call_arguments(jobs)).images
+            images = self.pipe.generate(call_params(jobs)).images
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].result.set_exception(error)

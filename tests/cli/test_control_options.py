@@ -90,7 +90,7 @@ def test_the_whole_count_follows_one_image(bundle: Path, photo: Path, tmp_path: 
         == 0
     )
     image = {"canny": Image.open(photo)}
-    expected = Pipeline.load(bundle)("a cat", seed=2, image=image, resize_mode="stretch").images[0]
+    expected = Pipeline.load(bundle)("a cat", seed=2, control_image=image, resize_mode="stretch").images[0]
     assert Image.open(tmp_path / "n-1.png").tobytes() == expected.tobytes()
 
 

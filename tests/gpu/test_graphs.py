@@ -145,7 +145,7 @@ def test_control_images_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None
     graphed, plain = load(sdxl_dynamic_bundle)
     images = [Image.effect_noise((64, 64), sigma) for sigma in (20, 90)]
     for i in range(WARM_UPS + 4):
-        control = {"image": images[i % 2], "controlnet_conditioning_scale": 0.2 * i + 0.1}
+        control = {"control_image": images[i % 2], "controlnet_conditioning_scale": 0.2 * i + 0.1}
         for call in (control, {}, {**control, "control_guidance_end": 0.5}):
             settings = {"num_inference_steps": 8, "seed": i, "output_type": "np", **call}
             assert np.array_equal(images_of(graphed, PROMPTS[0], **settings), images_of(plain, PROMPTS[0], **settings))

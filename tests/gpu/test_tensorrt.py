@@ -125,7 +125,7 @@ def test_a_controlnet_beside_the_unet(backend: str, sdxl_dynamic_bundle: Path, t
     root = build_engines(copied(sdxl_dynamic_bundle, tmp_path), backend).root
     image = Image.effect_noise((96, 104), 60)
     for control in ({}, {"guidance_scale": 1.0}, {"control_guidance_end": 0.5}, {"num_images_per_prompt": 3}):
-        assert_draws_as_the_cpu(root, backend, num_inference_steps=8, image=image, **control)
+        assert_draws_as_the_cpu(root, backend, num_inference_steps=8, control_image=image, **control)
 
 
 def test_many_calls_take_no_more_device_memory(pipe) -> None:

@@ -20,7 +20,7 @@ from hypersd.engines.manifest import decode
 from hypersd.runtime.controls import LARGEST_SCALE, Control, images_by_name, make_conditions, make_controls
 
 from .test_control_images import refusal
-from .test_request import BASE, SPEC
+from .test_params import BASE, SPEC
 
 KINDS = ("controlnet", "controlnet_cond_embedding")
 
@@ -266,7 +266,7 @@ ARRAY = np.zeros((2, 8, 8, 3))
 def test_images_that_cannot_be_shared_out_are_refused(image: Any, telling: str) -> None:
     """Never guessed, never one dropped: the message says how many there are and which."""
     message = refusal(images_by_name, TWO, image)
-    assert message.startswith("image: ")
+    assert message.startswith("control_image: ")
     assert telling in message
 
 

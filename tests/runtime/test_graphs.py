@@ -106,21 +106,21 @@ def test_control_images_and_strengths_share_a_graph(export_controlled: Callable[
     one, other = (Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(2))
     base: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
     for i, image in enumerate([one, other] * 3):
-        call = {**base, "image": {"canny": image}, "controlnet_conditioning_scale": 0.3 + 0.1 * i}
+        call = {**base, "control_image": {"canny": image}, "controlnet_conditioning_scale": 0.3 + 0.1 * i}
         assert_same(graphed, plain, [call], rounds=1)
     assert capture.image_captures == 1
     others: list[dict[str, Any]] = [
         {},
-        {"image": {"scribble": one}},
-        {"image": [one, other]},
-        {"image": [one, other], "control_guidance_start": [0.0, 0.5]},
-        {"image": {"canny": one}, "control_guidance_end": 0.5},
-        {"image": {"canny": one}, "guidance_scale": 3.0, "num_images_per_prompt": 2},
+        {"control_image": {"scribble": one}},
+        {"control_image": [one, other]},
+        {"control_image": [one, other], "control_guidance_start": [0.0, 0.5]},
+        {"control_image": {"canny": one}, "control_guidance_end": 0.5},
+        {"control_image": {"canny": one}, "guidance_scale": 3.0, "num_images_per_prompt": 2},
     ]
     assert_same(graphed, plain, [{**base, **call} for call in others])
     assert capture.image_captures == 1 + len(others)
     captures = capture.image_captures
-    without_effect = {**base, "image": {"canny": one}, "controlnet_conditioning_scale": 0.0}
+    without_effect = {**base, "control_image": {"canny": one}, "controlnet_conditioning_scale": 0.0}
     assert_same(graphed, plain, [without_effect])
     assert capture.image_captures == captures, "that is the plain image's graph"
 

@@ -105,7 +105,7 @@ def test_fields_of_control_images(
 ) -> None:
     call = dict(call)
     seen = preprocess(fit(photo, 96, 96, call.pop("resize_mode", "crop")), call.pop("preprocess", "canny"))
-    expected = demo_pipe([PROMPT], seed=[5], image={net: [seen]}, **call).images[0]
+    expected = demo_pipe([PROMPT], seed=[5], control_image={net: [seen]}, **call).images[0]
     image = generate(client, control_image=photo_base64, **body).tobytes()
     assert image == expected.tobytes()
     assert not body or image != generate(client, control_image=photo_base64).tobytes()

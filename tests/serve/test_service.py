@@ -22,7 +22,7 @@ from hypersd.engines.manifest import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.shapes import ShapeOptions
-from hypersd.serve.calls import call_key, images_at_once, make_request
+from hypersd.serve.calls import call_key, images_at_once, request_params
 from hypersd.serve.server import run_server
 from hypersd.serve.service import LocalService
 from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
@@ -133,7 +133,7 @@ def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe:
     """What is left out counts as what it means."""
     settings: dict[str, Any] = {"model": MODEL, "prompt": "a", "seeds": (0,)}
     keys = [
-        call_key(one, make_request(demo_pipe, one))
+        call_key(one, demo_pipe.decide(request_params(one)))
         for one in (ServiceRequest(**settings), ServiceRequest(**settings | change))
     ]
     assert (keys[0] == keys[1]) is is_alike
@@ -151,13 +151,13 @@ def test_the_strength_of_a_controlnet_counts_and_its_image_does_not(demo_pipe: P
             control_settings=ControlSettings(resize_mode=mode),
             settings=DrawSettings(**settings),
         )
-        return call_key(one, make_request(demo_pipe, one))
+        return call_key(one, demo_pipe.decide(request_params(one)))
 
     assert key("red") == key("blue") == key("blue", "stretch") == key("red", controlnet_conditioning_scale=1.0)
     assert key("red") != key("red", controlnet_conditioning_scale=0.5)
     assert key("red") != key("red", control_guidance_end=0.5)
     alone = service_request("")
-    assert key("red") != call_key(alone, make_request(demo_pipe, alone))
+    assert key("red") != call_key(alone, demo_pipe.decide(request_params(alone)))
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 2), ("cuda", 6)])

@@ -15,6 +15,7 @@ from hypersd.engines.null import NullEngine
 from hypersd.errors import RequestError
 from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 from hypersd.runtime.one_graph import OneGraphPipeline, find_one_graph
+from hypersd.runtime.params import Params
 from hypersd.runtime.text import TruncationWarning
 from hypersd.tools.one_graph import add_one_graph
 
@@ -182,9 +183,9 @@ def test_other_settings_are_refused_in_one_line(drawn: OneGraphPipeline, two_ste
         with pytest.raises(RequestError, match=said):
             drawn(PROMPT, **settings)
     manifest = Bundle.load(two_steps).manifest
-    assert find_one_graph(manifest, 2) == "one-graph-2steps"
+    assert find_one_graph(manifest, Params(prompt="", num_inference_steps=2)) == "one-graph-2steps"
     with pytest.raises(RequestError, match=r"one-graph-2steps has steps 2, not 4, eta 1\.0, not 0\.5; add one with"):
-        find_one_graph(manifest, 4, eta=0.5)
+        find_one_graph(manifest, Params(prompt="", num_inference_steps=4, eta=0.5))
 
 
 def test_a_bundle_without_a_one_graph_says_so(sd15_bundle: Path, two_steps: Path) -> None:

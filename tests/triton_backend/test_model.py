@@ -22,6 +22,7 @@ from hypersd.engines import Bundle
 from hypersd.errors import EngineError, RequestError
 from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 from hypersd.runtime.control_images import fit, preprocess
+from hypersd.runtime.params import Params
 from hypersd.triton_backend import model as triton_model
 from hypersd.triton_backend.model import Model
 from hypersd.triton_backend.repository import write_repository
@@ -150,15 +151,15 @@ class Counting:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.pipe, self.calls = pipe, []
-        self.manifest, self.device, self.make_request = pipe.manifest, pipe.device, pipe.make_request
+        self.manifest, self.device, self.decide = pipe.manifest, pipe.device, pipe.decide
 
-    def __call__(self, prompt: list[str], **call: Any) -> Any:
-        self.calls.append(prompt)
-        if "fail" in prompt:
+    def generate(self, params: Params) -> Any:
+        self.calls.append([*params.prompt])
+        if "fail" in params.prompt:
             raise EngineError("the engine failed")
-        if "break" in prompt:
+        if "break" in params.prompt:
             raise KeyError("a bug")
-        return self.pipe(prompt, **call)
+        return self.pipe.generate(params)
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_control_images(load, export_controlled) -> None:
     followed, bad, plain = model.execute(requests)
     kind = model.pipe.manifest.controlnets["scribble"].preprocess
     control = {"scribble": preprocess(fit(drawing_of_a_ring(), 64, 64), kind)}
-    expected = drawn(model, "a ring", seed=1, image=control, controlnet_conditioning_scale=0.5)
+    expected = drawn(model, "a ring", seed=1, control_image=control, controlnet_conditioning_scale=0.5)
     assert np.array_equal(image(followed), expected)
     assert failure(bad)[0] == "INVALID_ARG"
     assert not np.array_equal(image(plain), image(followed))

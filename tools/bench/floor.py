@@ -11,7 +11,7 @@ from pathlib import Path
 from ...engines import Bundle
 from ...engines.engine import TORCH_DTYPES
 from ...engines.manifest import Component, Range, dim_range
-from ...runtime.request import image_size
+from ...runtime.params import Params, decide
 from ...runtime.text import ENCODERS
 from .drawing import DECODE, TEXT_ENCODERS, step_name
 from .graph_work import Work, graph_work
@@ -44,7 +44,8 @@ def image_floor(bundle: Bundle, steps: int, height: int, width: int, batch: int,
         RequestError: the bundle does not draw that size.
     """
     manifest = bundle.manifest
-    height, width = image_size(manifest, manifest.shapes, "", height, width)
+    request = decide(manifest, Params(prompt="", height=height, width=width))
+    height, width = request.height, request.width
     scale = manifest.vae.spatial
     extents = {
         "height": height,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ...engines import Manifest
-from ...runtime.request import Request, make_request
+from ...runtime.params import Params, decide
+from ...runtime.request import Request
 from .drawing import Settings
 from .options import BenchOptions
 
@@ -14,22 +17,11 @@ def make_requests(manifest: Manifest, options: BenchOptions) -> list[Request]:
     Raises:
         RequestError: a setting is out of range for the bundle.
     """
+    common = Params(
+        prompt=options.prompt, eta=options.eta, height=options.height, width=options.width, seed=options.seed
+    )
     return [
-        make_request(
-            manifest,
-            options.prompt,
-            negative_prompt=None,
-            num_inference_steps=steps,
-            timesteps=None,
-            eta=options.eta,
-            guidance_scale=None,
-            height=options.height,
-            width=options.width,
-            num_images_per_prompt=1,
-            seed=options.seed,
-            force=False,
-        )
-        for steps in options.steps or [None]
+        decide(manifest, dataclasses.replace(common, num_inference_steps=steps)) for steps in options.steps or [None]
     ]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
 from ....engines import Bundle
 from ....runtime.one_graph import OneGraphPipeline, find_one_graph
+from ....runtime.params import Params
 from ..drawing import CONVERSION, DRAW, TOKENS, Drawn, Facts, Settings
 from .device import device_name
 
@@ -33,17 +33,19 @@ class Drawer:
 
     def draw(self, settings: Settings) -> Drawn:
         """Draw one image; the first of other steps loads their graph."""
-        asked: dict[str, Any] = {
+        params = Params(
+            prompt=settings.prompt,
             **settings.schedule,
-            "eta": settings.eta,
-            "height": settings.height,
-            "width": settings.width,
-        }
-        name = find_one_graph(self._manifest, **asked)
+            eta=settings.eta,
+            height=settings.height,
+            width=settings.width,
+            seed=settings.seed,
+        )
+        name = find_one_graph(self._manifest, params)
         if name != self._pipe.name:
             self._pipe = OneGraphPipeline.load(self._bundle, name, device=self._device)
         began = time.perf_counter()
-        result = self._pipe(settings.prompt, **asked, seed=settings.seed)
+        result = self._pipe.generate(params)
         seconds = time.perf_counter() - began
         stages = {STAGES[key]: took for key, took in result.timings.items() if key in STAGES}
         return Drawn(np.asarray(result.images[0]), seconds, stages)

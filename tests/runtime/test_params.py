@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypersd.engines import Manifest
 from hypersd.engines.manifest import decode
 from hypersd.errors import RequestError
-from hypersd.runtime.request import LARGEST_GUIDANCE, LARGEST_SEED, Request, make_request
+from hypersd.runtime.params import LARGEST_GUIDANCE, LARGEST_SEED, Params, decide
+from hypersd.runtime.request import Request
 
 SPEC = {"dtype": "float32", "shape": [1]}
 BASE: dict[str, Any] = {
@@ -67,7 +68,7 @@ MANIFEST = manifest()
 
 
 def make(prompt: Any = "cat", *, of: Manifest = MANIFEST, **arguments: Any) -> Request:
-    return make_request(of, prompt, **{**LEFT_OUT, **arguments})
+    return decide(of, Params(prompt=prompt, **arguments))
 
 
 def refusal(prompt: Any = "cat", *, of: Manifest = MANIFEST, **arguments: Any) -> str:
@@ -301,7 +302,7 @@ def test_junk_is_a_request_or_a_request_error(arguments: dict[str, Any]) -> None
     """Whatever is passed, the answer is a request in range or a RequestError of one line."""
     prompt = arguments.pop("prompt")
     try:
-        request = make_request(MANIFEST, prompt, **arguments)
+        request = decide(MANIFEST, Params(prompt=prompt, **arguments))
     except RequestError as error:
         message = str(error)
     else:
