@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Checks hypersd on this machine's GPU: what draws there, the tests marked gpu, and latencies. Writes a report.
+# Checks hypersd on this machine's GPU: images of every backend, the tests marked gpu, latency. Writes a report.
 #
 #   scripts/gpu_check.sh                             report in benchmarks/gpu-NAME-OF-THE-GPU.md
-#   scripts/gpu_check.sh --out FILE.md --bundle DIR  elsewhere; also times a bundle of your own (may be repeated)
+#   scripts/gpu_check.sh --out FILE.md --bundle DIR  elsewhere; also measures a bundle of your own (may be repeated)
 #
-# Paths are from the repository root. It has an environment of its own, .venv-gpu, because onnxruntime-gpu would take the
-# place of .venv's onnxruntime. With PYTHON set nothing is installed: that interpreter has to have hypersd and what it
-# should be tested with. Exit code 1 if anything failed or nothing drew on the GPU; the report says which.
+# Paths are relative to the repository root. The environment is .venv-gpu, because onnxruntime-gpu would replace .venv's
+# onnxruntime. With PYTHON set nothing is installed: that interpreter must have hypersd and the backends to check. Exit
+# code 1 if anything failed or no image was generated on the GPU; the report has the reasons.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 GPU_VENV="$ROOT/.venv-gpu"
 
-# In place of common.sh's, which makes .venv.
+# Replaces common.sh's function, which makes .venv.
 make_venv() {
     local python
     if is_python_310 "$VENV_PYTHON"; then
@@ -34,13 +34,13 @@ has_cuda_provider() {
 sys.exit("CUDAExecutionProvider" not in onnxruntime.get_available_providers())' >/dev/null 2>&1
 }
 
-# What may be missing is missing from the report too, which says so and goes on without.
+# A backend that cannot be installed is reported as not checked.
 install_rest() {
     if ! "$VENV_PYTHON" -c 'import tensorrt' >/dev/null 2>&1; then
         say "Installing tensorrt, if pip finds its libraries"
         run_pip -e '.[tensorrt]' || warn "TensorRT was not installed and will not be checked (pip's words: $PIP_LOG)."
     fi
-    # Last and alone: it owns the same module as the onnxruntime that hypersd asks for.
+    # Last and alone: it provides the same module as the onnxruntime that hypersd requires.
     if ! has_cuda_provider; then
         say "Installing onnxruntime-gpu"
         "$VENV_PYTHON" -m pip uninstall -q -y onnxruntime >>"$PIP_LOG" 2>&1 || true
