@@ -23,7 +23,7 @@ export class Sheet {
     return this.strokes.length === 0;
   }
 
-  /** The sheet's shape is that of the image; strokes stay as they are. */
+  /** Give the sheet the image's aspect ratio; strokes stay as they are. */
   setAspect(width, height) {
     const side = 512;
     const longest = Math.max(width, height);
@@ -44,7 +44,7 @@ export class Sheet {
     for (const part of events.length ? events : [event]) this.add(...this.place(part), pressureOf(part));
   }
 
-  /** Where on the sheet an event is. */
+  /** An event's position on the sheet. */
   place(event) {
     const box = this.canvas.getBoundingClientRect();
     const across = (event.clientX - box.left) / box.width;
@@ -110,13 +110,13 @@ export class Sheet {
     context.stroke();
   }
 
-  /** The drawing as a PNG in a data: URL. */
+  /** The user's drawing as a PNG in a data: URL. */
   png() {
     return this.canvas.toDataURL("image/png");
   }
 }
 
-/** Of a pen that feels it; a mouse or a finger always presses alike. */
+/** The pressure of a pen that measures it; 1 for a mouse or a finger. */
 function pressureOf({ pointerType, pressure }) {
   return pointerType === "pen" && pressure > 0 ? 0.4 + pressure : 1;
 }

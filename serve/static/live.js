@@ -1,4 +1,4 @@
-// Type or draw, and the image follows.
+// The live page: type or draw with the pen, and the image follows.
 
 import { Sheet } from "./canvas.js";
 import { Pen } from "./pen.js";
@@ -9,10 +9,10 @@ import { LiveSocket } from "./socket.js";
 
 const LARGE = 640 * 640; // pixels from which on JPEG is quicker than PNG
 const RETRY = 1000; // milliseconds
-const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of refusals that the same input may not meet again
-const TOOLS = ["brush", "eraser"]; // they change no image by themselves
+const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of rejections after which the same input is worth another attempt
+const TOOLS = ["brush", "eraser"]; // they alone do not change the image
 
-const inputs = new Map(); // by id: what was sent, and when
+const inputs = new Map(); // by id: the request and the time when it was sent
 let models = [];
 let number = 0; // of the next input
 let frame = 0;
@@ -44,7 +44,7 @@ document.addEventListener("keydown", (event) => {
 });
 socket.tryNow();
 
-/** Before every connection: the server may be another one by now, with other checkpoints. */
+/** Ask for the models before every connection: a restarted server may serve others. */
 async function prepare() {
   try {
     const served = await askModels();
@@ -65,7 +65,7 @@ function fill(served) {
   fromAddress();
 }
 
-/** The form as the address has it. */
+/** Fill the form from the page's address. */
 function fromAddress() {
   const kept = bringBack();
   choose(models.some(({ id }) => id === kept.model) ? kept.model : models[0].id, kept);
@@ -81,11 +81,11 @@ function choose(id, kept) {
 
 const current = () => models.find(({ id }) => id === field("model").value);
 
-/** Something is different: the newest input is made once a frame, however many events there were. */
+/** Send the form as the newest input, at most once a frame, however many events there were. */
 function changed() {
   showNumbers();
   if (!models.length) return;
-  document.body.dataset.asked = ""; // with `shown`: whether the image is that of the newest input
+  document.body.dataset.asked = ""; // equal to `shown` once the image of the newest input is there
   document.body.classList.add("busy");
   if (frame) return;
   frame = requestAnimationFrame(() => {
@@ -115,9 +115,9 @@ function opened() {
   changed();
 }
 
-/** Says so, and counts down to the next attempt, which is seen and not read out. */
+/** Show why the connection is lost, and count down to the next attempt; screen readers skip the countdown. */
 function closed(seconds, why) {
-  inputs.clear(); // their images will not come
+  inputs.clear(); // their images will never arrive
   document.body.classList.add("offline");
   document.body.classList.remove("busy");
   field("retry").hidden = false;
@@ -133,7 +133,7 @@ function closed(seconds, why) {
 }
 
 function status(message) {
-  if (field("status").textContent !== message) field("status").textContent = message; // else it is read out again
+  if (field("status").textContent !== message) field("status").textContent = message; // setting it anew would make screen readers repeat it
 }
 
 function show(header, image) {
@@ -146,9 +146,9 @@ function show(header, image) {
   if (document.body.dataset.shown === document.body.dataset.asked) document.body.classList.remove("busy");
 }
 
-/** An input was refused: why stands beside its field, and the last image stays. */
+/** Show an input's error beside its field; the last image stays. */
 function refuse(id, error) {
-  if (id !== null && id !== number - 1) return; // there is a newer one
+  if (id !== null && id !== number - 1) return; // a newer input is on its way
   complain(error.message, fieldOf(error));
   if (PASSING.includes(error.code)) setTimeout(changed, RETRY);
   else document.body.classList.remove("busy");

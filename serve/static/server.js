@@ -1,4 +1,4 @@
-// The service over HTTP: what it serves, images as files, and the token for both.
+// HTTP requests to the service: its models, images as files, and the token that both need.
 
 const TOKEN = "hypersd-token"; // in sessionStorage: gone with the tab, and never in an address
 const PATIENCE = 10_000; // milliseconds
@@ -8,14 +8,14 @@ export class Unauthorized extends Error {}
 export const token = () => sessionStorage.getItem(TOKEN);
 export const keepToken = (text) => sessionStorage.setItem(TOKEN, text);
 
-/** What GET /v1/models lists. Throws Unauthorized if it wants a token, or another one. */
+/** The models that GET /v1/models lists. Throws Unauthorized if the token is missing or wrong. */
 export async function askModels() {
   const answer = await ask("/v1/models", { headers: authorization(), signal: AbortSignal.timeout(PATIENCE) });
   return (await answer.json()).data;
 }
 
-/** The image that a request asks for, as a PNG file that carries its settings. */
-export async function drawFile(request) {
+/** Generate one image, as a PNG file that carries its settings. */
+export async function generateFile(request) {
   const headers = { "Content-Type": "application/json", Accept: "image/png", ...authorization() };
   const answer = await ask("/v1/images/generations", { method: "POST", headers, body: JSON.stringify(request) });
   return answer.blob();
@@ -31,7 +31,7 @@ async function ask(path, options) {
 }
 
 async function problemOf(answer) {
-  const body = await answer.json().catch(() => null); // a proxy before the server says it in HTML
+  const body = await answer.json().catch(() => null); // a proxy in front of the server answers in HTML
   return body?.error?.message ?? `The server answers ${answer.status}.`;
 }
 

@@ -1,13 +1,13 @@
-// The form: what it holds, as the service takes it, and as the address of this page keeps it.
+// The form: its values as a request's body, and in the page's address.
 
 const KEPT = ["model", "prompt", "steps", "seed", "count", "eta", "guidance", "size", "controlnet", "strength"];
-const LARGEST_SEED = 2 ** 32; // of those that the dice throw
+const LARGEST_SEED = 2 ** 32; // bound of random seeds
 const SIZES = [512, 640, 768, 896, 1024, 1152, 1280, 1536];
 
 const EXAMPLES = ["a photo of a cat", "a lighthouse in a storm, oil painting", "a bowl of ramen, studio light"];
-// The demonstration checkpoints have learnt shapes and nothing else.
+// The demonstration checkpoints know only shapes.
 const DEMO = ["a large yellow star on green stripes", "a red circle left of a blue square", "a purple ring on a pink background"];
-// The names that the service has for the form's fields.
+// The form's fields by the names that the service's errors use.
 const FIELDS = {
   n: "count",
   num_inference_steps: "steps",
@@ -18,20 +18,20 @@ const FIELDS = {
   control_scale: "strength",
   controlnet_conditioning_scale: "strength",
 };
-const KEEPING = 500; // milliseconds: browsers refuse an address that is changed more often for long
+const KEEPING = 500; // milliseconds: browsers reject more frequent changes of the address
 
 let keeping = 0;
 
 export const field = (name) => document.getElementById(name);
 
-/** The field that an error is about; the prompt's if it does not say. */
+/** The field that an error names, else the prompt's. */
 export function fieldOf({ param, message }) {
   const name = /^\w*/.exec(param ?? message)[0];
   const known = field(FIELDS[name] ?? name)?.closest("#controls .prompt, #drawing:not([hidden]), .settings label:not([hidden])");
   return known ? field(FIELDS[name] ?? name) : field("prompt");
 }
 
-/** Fill the form for a checkpoint; what it does not offer is not shown. */
+/** Fill the form for a checkpoint; fields that it does not support are hidden. */
 export function offer(model) {
   options(field("steps"), model.steps.allowed, model.steps.default);
   field("eta").value = model.eta.default;
@@ -54,7 +54,7 @@ export function chooseControlNet({ controlnets }) {
   field("strength").value = net.control_scale;
 }
 
-/** Prompts to begin with: the first is there from the start, unless the address has one. */
+/** Offer example prompts; the first one fills an empty prompt. */
 export function showExamples({ checkpoint }, onChange) {
   const prompts = checkpoint.includes("Demo") ? DEMO : EXAMPLES;
   const buttons = prompts.map((prompt) => {
@@ -74,18 +74,18 @@ function options(select, values, chosen) {
   select.value = chosen ?? "";
 }
 
-/** The usual size, and square ones that the checkpoint takes. */
+/** The default size, and the square sizes that the checkpoint supports. */
 function sizesOf({ width, height }) {
   const squares = SIZES.filter((side) => [width, height].every((of) => of.min <= side && side <= of.max));
   return [...new Set([`${width.default}x${height.default}`, ...squares.map((side) => `${side}x${side}`)])];
 }
 
-/** The numbers beside the sliders. */
+/** Show the sliders' values as numbers. */
 export function showNumbers() {
   for (const name of ["eta", "guidance", "strength", "brush"]) field(`${name}-value`).value = field(name).value;
 }
 
-/** A request's body, with the drawing if there is one. Numbers that are no numbers are left to the service to refuse. */
+/** The form as a request's body, with the user's drawing if there is one. Invalid numbers are left for the service to reject. */
 export function body(sheet) {
   const request = {
     model: field("model").value,
@@ -108,7 +108,7 @@ export function throwDice() {
   field("seed").value = Math.floor(Math.random() * LARGEST_SEED);
 }
 
-/** Keep the form in the address, so that a reload or a link brings it back. The drawing is not in it. */
+/** Keep the form in the address, so that a reload or a link restores it. The drawing is not kept. */
 export function keep() {
   keeping ||= setTimeout(() => {
     keeping = 0;
@@ -117,7 +117,7 @@ export function keep() {
   }, KEEPING);
 }
 
-/** The form as the address has it; `model` first, because the others' ranges are its. */
+/** The form's values from the address; `model` is applied first, because it decides the ranges of the others. */
 export function bringBack() {
   const kept = new URLSearchParams(location.hash.slice(1));
   return {

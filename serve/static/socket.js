@@ -1,4 +1,4 @@
-// The connection to /v1/live. Of the inputs that are handed to it the newest is sent, and it comes back by itself.
+// The connection to /v1/live. It sends the newest input only, and reconnects by itself.
 
 const FIRST_WAIT = 250; // milliseconds until the first new attempt; each takes twice as long as the one before
 const LONGEST_WAIT = 5000;
@@ -8,14 +8,14 @@ export class LiveSocket {
   /**
    * @param {{prepare: () => Promise<boolean>, token: () => string | null, onOpen: () => void,
    *   onClosed: (seconds: number, why: string) => void, onImage: (header: object, image: Blob) => void,
-   *   onError: (id: number, error: object) => void}} handlers `prepare` comes before every attempt: it throws to have
-   *   another one made later, and returns false if none is to be made before `tryNow`.
+   *   onError: (id: number, error: object) => void}} handlers `prepare` is called before every attempt: if it throws,
+   *   another attempt follows later; if it returns false, none follows before `tryNow`.
    */
   constructor(handlers) {
     this.handlers = handlers;
     this.pending = null; // makes the newest input, when there is room for it
     this.attempts = 0;
-    this.isIdle = true; // neither connected nor about to be
+    this.isIdle = true; // neither connected nor connecting
   }
 
   async tryNow() {
@@ -39,7 +39,7 @@ export class LiveSocket {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       this.attempts = 0;
-      this.handlers.onOpen(); // who sends the present input
+      this.handlers.onOpen(); // sends the current input
     };
     socket.onmessage = (event) => this.receive(event.data);
     socket.onclose = (event) => this.again(event.reason);
@@ -58,7 +58,7 @@ export class LiveSocket {
 
   flush() {
     if (!this.pending || !this.isOpen) return;
-    // The server drops what is superseded, so an input goes at once; but what a slow line has not taken is not added to.
+    // The server drops superseded inputs, so an input is sent at once, except on a slow line with unsent data.
     if (this.socket.bufferedAmount > UNSENT) {
       clearTimeout(this.flushing);
       this.flushing = setTimeout(() => this.flush(), 20);
@@ -75,12 +75,12 @@ export class LiveSocket {
       this.handlers.onError(id, error);
       return;
     }
-    const length = new DataView(data).getUint32(0); // of the header, which the image's file follows
+    const length = new DataView(data).getUint32(0); // of the header; the image's file follows it
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length)));
     this.handlers.onImage(header, new Blob([new Uint8Array(data, 4 + length)], { type: header.mime }));
   }
 
-  /** Try again after a while, longer each time; not all pages at the same moment. */
+  /** Try again after a wait that grows with each attempt, and is random so that pages do not all return at once. */
   again(why) {
     const wait = Math.min(FIRST_WAIT * 2 ** this.attempts, LONGEST_WAIT) * (0.8 + 0.4 * Math.random());
     this.attempts += 1;
