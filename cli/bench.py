@@ -1,9 +1,9 @@
 """Measure a bundle's latency on this machine, beside the alternatives that are installed.
 
-Every contender draws the same images from the same fused weights, in a process of its own; one draws at a time, round
-by round, and their images are compared with those of hypersd, or, if only some of its backends are named, of the
-first. Left alone it takes all contenders that can run here. A contender that lives in another environment is named with
-its Python: --python optimum=/path/to/python.
+Every contender generates the same images from the same fused weights, in a process of its own, one at a time, round by
+round. Their images are compared with those of hypersd, or, if only some of its backends are named, of the first named
+one. By default all contenders that can run here take part. A contender in another environment is given with its Python:
+--python optimum=/path/to/python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .arguments import BUNDLE_HELP, folder, size, size_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which bundle, which contenders, which images, and where the result goes."""
+    """Add the bundle, the contenders, the images, and the file of the result."""
     from ..tools.bench.contenders import CONTENDERS
 
     names = ", ".join(contender.name for contender in CONTENDERS)
@@ -30,13 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup", type=_count, metavar="N", help="images before them that do not count (default: 1; 3 on a GPU)"
     )
     parser.add_argument("--prompt", default="a photo of a cat", metavar="TEXT", help="default: a photo of a cat")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--python", nargs="+", type=_named, default=[], metavar="NAME=PYTHON", help="what runs a contender"
+        "--python", nargs="+", type=_named, default=[], metavar="NAME=PYTHON", help="interpreter of a contender"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the stages as bars")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
 
 
 def _count(text: str) -> int:
@@ -48,7 +47,7 @@ def _count(text: str) -> int:
 def _named(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not name or not value:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected such as optimum=/path/to/python")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected e.g. optimum=/path/to/python")
     return name, value
 
 
@@ -57,9 +56,8 @@ def run(args: argparse.Namespace) -> None:
     _check_outputs(args)
     from ..engines import Bundle
     from ..engines.bundle import write_whole
-    from ..tools.bench.options import BenchOptions
     from ..tools.bench.report import encode
-    from ..tools.bench.session import run_bench
+    from ..tools.bench.session import BenchOptions, run_bench
     from ..tools.bench.table import print_report
     from .console import StageLines, out
 
@@ -80,32 +78,23 @@ def run(args: argparse.Namespace) -> None:
     report = run_bench(Bundle.load(args.bundle), options, _command(args), StageLines())
     if args.json is not None:  # first, for a reader of the tables may leave
         write_whole(args.json, encode(report))
-    if args.plot is not None:
-        from ..tools.bench.plot import plot_report
-
-        plot_report(report, args.plot)
     print_report(report, out())
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """See before minutes are spent that the results can be written.
+    """Check that the result can be written, before minutes are spent.
 
     Raises:
-        RequestError: a folder is not there, or what draws the plot is not.
+        RequestError: the folder of the file does not exist.
     """
-    import importlib.util
-
     from ..errors import RequestError
 
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-            raise RequestError(f"{option} {path}: expected a file name in a folder that is there")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib, which is not installed; in the clone: pip install -e '.[bench]'")
+    if args.json is not None and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
+        raise RequestError(f"--json {args.json}: expected a file name in an existing folder")
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that measures the same again; without where the results went."""
+    """The command line that measures the same again, without the file of the result."""
     words = ["hypersd", "bench", str(args.bundle)]
     for name in ("contenders", "steps", "size", "eta", "rounds", "warmup", "prompt", "seed", "device"):
         value = size_word(args.size) if name == "size" else getattr(args, name)

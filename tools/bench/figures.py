@@ -1,4 +1,4 @@
-"""Figures of repeated timings, and the order in which they are taken."""
+"""Figures of repeated timings, and the comparison of two contenders' images."""
 
 from __future__ import annotations
 
@@ -6,24 +6,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from .drawing import OTHER
-from .report import Sample, Summary
+import numpy as np
 
-TOTAL = "total"
+from ..verification import THRESHOLDS, measure_difference
+from .protocol import OTHER
+from .report import Sameness, Sample, Summary, Verdict
 
-
-def round_order(names: Sequence[str], i: int) -> list[str]:
-    """Who draws after whom in round ``i``: A B C, then C B A, so that what drifts does not favour any."""
-    return list(names) if i % 2 == 0 else list(reversed(names))
+LEVEL = 1 / 255
 
 
 def make_sample(seconds: float, stages: Mapping[str, float]) -> Sample:
-    """A sample, with what is left of the whole as the stage ``other``, never less than nothing."""
+    """A sample, with the rest of the whole as the stage ``other``, never negative."""
     return Sample(seconds=seconds, stages={**stages, OTHER: max(0.0, seconds - sum(stages.values()))})
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """The value below which lies this part (0 to 1) of some; between two of them it is interpolated."""
+    """The value below which this part (0 to 1) of the values lies, interpolated linearly."""
     ordered = sorted(values)
     place = part * (len(ordered) - 1)
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
@@ -43,24 +41,33 @@ def stage_medians(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def times_floor(seconds: Mapping[str, float], median: float, floor: Mapping[str, float]) -> dict[str, float]:
-    """How many times its floor each stage takes that has one, and all of it."""
-    times = {stage: seconds[stage] / least for stage, least in floor.items() if stage in seconds and least > 0}
-    whole = sum(floor.values())
-    return {**times, TOTAL: median / whole} if whole > 0 else times
-
-
-def summarize(samples: Sequence[Sample], ours: Sequence[Sample], floor: Mapping[str, float]) -> Summary | None:
+def summarize(samples: Sequence[Sample], ours: Sequence[Sample]) -> Summary | None:
     """The figures of a contender's samples beside hypersd's; None without samples."""
     if not samples:
         return None
-    seconds, stages = [sample.seconds for sample in samples], stage_medians(samples)
-    median = statistics.median(seconds)
+    seconds = [sample.seconds for sample in samples]
     return Summary(
-        median=median,
+        median=statistics.median(seconds),
         p95=percentile(seconds, 0.95),
         minimum=min(seconds),
         ratio=median_ratio([sample.seconds for sample in ours], seconds),
-        stages=stages,
-        floors=times_floor(stages, median, floor),
+        stages=stage_medians(samples),
     )
+
+
+def compare_images(ours: np.ndarray, theirs: np.ndarray, precisions: set[str]) -> Sameness:
+    """Compare two images, uint8 [H, W, 3], whose components computed in these precisions."""
+    if ours.shape != theirs.shape:
+        return Sameness(psnr=0.0, largest=1.0, verdict="other")
+    found = measure_difference("image", ours / 255, theirs / 255, peak=1.0)
+    if math.isinf(found.psnr):
+        return Sameness(psnr=None, largest=0.0, verdict="same")
+    return Sameness(psnr=found.psnr, largest=found.largest, verdict=_judge(found.psnr, found.largest, precisions))
+
+
+def _judge(psnr: float, largest: float, precisions: set[str]) -> Verdict:
+    """``same`` within the threshold of `hypersd verify`, ``close`` if that is bfloat16's, which rounds at 8 bits."""
+    threshold = THRESHOLDS[next(name for name in ("bf16", "fp16", "fp32") if name in precisions)]
+    if not (psnr >= threshold.psnr and largest <= max(threshold.largest, LEVEL * 1.001)):  # pixels are whole levels
+        return "other"
+    return "close" if "bf16" in precisions else "same"

@@ -1,4 +1,4 @@
-"""What `hypersd bench` found out, as it is written to JSON. Seconds and bytes throughout."""
+"""The report of `hypersd bench`, as it is written to JSON. Seconds and bytes throughout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Literal
 
 import msgspec
 
-REPORT_VERSION = 1
+from .host import Host
+
+REPORT_VERSION = 2
 Verdict = Literal["same", "close", "other"]
 
 
@@ -21,7 +23,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sameness:
-    """How far a contender's first image is from hypersd's.
+    """Difference between a contender's first image and hypersd's.
 
     Attributes:
         psnr: in dB; None for equal images.
@@ -41,7 +43,6 @@ class Summary:
     Attributes:
         ratio: the median of its seconds divided by hypersd's of the same round.
         stages: the median of every stage.
-        floors: how many times its floor a stage takes, and the whole (``total``).
     """
 
     median: float
@@ -49,7 +50,6 @@ class Summary:
     minimum: float
     ratio: float | None
     stages: dict[str, float]
-    floors: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Row:
     Attributes:
         warmup: seconds of the images that do not count.
         samples: one a round, in the rounds' order; fewer if it failed.
-        sameness: None for hypersd itself, and for what drew nothing.
+        sameness: None for hypersd itself, and for a contender without an image.
         summary: None without samples.
     """
 
@@ -71,20 +71,19 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """All contenders at one number of steps; ``floors`` are the least seconds by precision and stage."""
+class StepsTable:
+    """All contenders at one number of steps."""
 
     steps: int
-    floors: dict[str, dict[str, float]]
     rows: list[Row]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """From the start of a process to its first finished image.
+    """Seconds from the start of a process to its first finished image.
 
-    Finding a contender's files and checking their hashes is not in it. The operating system may have kept the files
-    in memory.
+    The search for a contender's files and the check of their hashes are not included. The operating system may have
+    cached the files.
     """
 
     process: float
@@ -102,11 +101,11 @@ class Entry:
     """A contender.
 
     Attributes:
-        how: what ran, in its own words.
-        precision: what its networks computed in: ``fp32``, ``fp16`` or ``bf16``.
-        host_memory: the largest resident size of its process; resident pages of mapped weight files are in it.
-        device_memory: what it took of its CUDA device.
-        failure: why it could not go on.
+        how: the backend, in a few words.
+        precision: of its components' computations: ``fp32``, ``fp16`` or ``bf16``.
+        host_memory: the largest resident size of its process; resident pages of mapped weight files are included.
+        device_memory: memory that it took of its CUDA device.
+        failure: the reason why it stopped.
     """
 
     name: str
@@ -122,8 +121,8 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """What was drawn: image i has seed ``seed`` + i, and from the second on a prompt with its number."""
+class ImageFacts:
+    """The images: image i has seed ``seed`` + i, and from the second on a prompt with its number."""
 
     prompt: str
     seed: int
@@ -137,45 +136,25 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where it ran; ``cores`` are those that the process may use."""
-
-    processor: str
-    extensions: list[str]
-    cores: int
-    memory: int | None
-    system: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasuredRates:
-    """What the machine reaches in one precision."""
-
-    flops_per_second: float
-    bytes_per_second: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One run of `hypersd bench`. ``notes`` say what a reader of the figures has to know."""
+    """One run of `hypersd bench`. ``notes`` hold what a reader of the figures has to know."""
 
-    report_version: Literal[1] = REPORT_VERSION
+    report_version: Literal[2] = REPORT_VERSION
     date: str
     command: str
     hypersd: str
     bundle: str
     checkpoint: str
     precision: str
-    drawing: Drawing
-    machine: Machine
-    rates: dict[str, MeasuredRates]
+    images: ImageFacts
+    host: Host
     contenders: list[Entry]
-    comparisons: list[Comparison]
+    comparisons: list[StepsTable]
     notes: list[str]
 
     @property
     def baseline(self) -> Entry:
-        """What all others are compared with."""
+        """The contender that all others are compared with."""
         return self.contenders[0]
 
     def entry(self, name: str) -> Entry:
@@ -189,9 +168,9 @@ def encode(report: Report) -> bytes:
 
 
 def decode(text: bytes) -> Report:
-    """The report of such a JSON.
+    """The report in such a JSON.
 
     Raises:
-        msgspec.DecodeError: it is none.
+        msgspec.DecodeError: the text is no report of this version.
     """
     return msgspec.json.decode(text, type=Report)

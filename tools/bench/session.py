@@ -1,8 +1,9 @@
-"""One run of the bench: contenders start one after another, then draw in turns, and one report comes of it."""
+"""One run of the bench: contenders start one after another, then generate in turns; the result is one report."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import sys
@@ -11,43 +12,66 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ... import __version__
-from ...engines import Bundle
+from ...engines import Bundle, Manifest
 from ...engines.progress import BuildProgress, Stage
+from ...runtime.params import Params, decide
 from ...runtime.request import Request
-from .choice import choose_contenders
-from .contenders import Context
-from .drawing import Settings
-from .entrant import Entrant
-from .figures import summarize
-from .floors import Floors, measure_floors
-from .images import image, make_requests
-from .machine import this_machine
-from .memory import available_memory
-from .options import BenchOptions
-from .process import WorkerError, write_start
-from .report import Comparison, Drawing, Report, Row, Sameness
-from .rounds import Taken, take_turns
-from .sameness import compare_images
+from .contender_process import ContenderError, write_start
+from .contenders import Context, choose_contenders
+from .entrant import Entrant, Taken, take_turns
+from .figures import compare_images, summarize
+from .host import available_memory, this_host
+from .protocol import Settings
+from .report import ImageFacts, Report, Row, Sameness, StepsTable
 
 CPU_WARMUP, CUDA_WARMUP = 1, 3  # images; hypersd records its CUDA graph at the third call of a kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What to measure; None stands for the bundle's own.
+
+    Attributes:
+        contenders: their names; empty for all that can run here.
+        steps: numbers of steps; empty for the bundle's.
+        height: in pixels.
+        width: in pixels.
+        eta: 0..1, stochasticity.
+        rounds: images that count, of each contender.
+        warmup: images before them that do not count; None for one, and three on a GPU.
+        device: ``"auto"``, ``"cpu"`` or a CUDA device.
+        pythons: interpreters of contenders that live in another environment, by the contender's name.
+    """
+
+    contenders: Sequence[str] = ()
+    steps: Sequence[int] = ()
+    height: int | None = None
+    width: int | None = None
+    eta: float | None = None
+    rounds: int = 5
+    warmup: int | None = None
+    prompt: str = "a photo of a cat"
+    seed: int = 0
+    device: str = "auto"
+    pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: BuildProgress) -> Report:
     """Measure.
 
     Args:
-        bundle: whose images are drawn.
-        options: how many of them, by whom.
-        command: what the report says that it was made with.
+        bundle: the bundle whose images are generated.
+        options: how many of them, by which contenders.
+        command: the command line that the report names.
         progress: told of every contender's start and of every round.
 
     Raises:
         RequestError: a contender is not known or cannot run here, an interpreter does not run, or a setting is out of
             range for the bundle.
-        WorkerError: all contenders failed.
+        ContenderError: all contenders failed.
     """
     requests = make_requests(bundle.manifest, options)
-    contenders, left_out = choose_contenders(bundle, options)
+    contenders, left_out = choose_contenders(bundle, options.device, options.contenders, options.pythons)
     entrants = [Entrant(contender) for contender in contenders]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hypersd-bench-")))
@@ -56,8 +80,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Bui
         start_all(entrants, bundle, options, image(requests[0], options.seed, 0), folder, progress)
         warmup = options.warmup or (CUDA_WARMUP if _any_on_cuda(entrants) else CPU_WARMUP)
         taken = _take_all(entrants, requests, options, warmup, folder, progress)
-        _check_any_drew(entrants, taken)
-        floors = measure_floors(bundle, requests, entrants, progress)
+        _check_any_sample(entrants, taken)
     return Report(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
@@ -65,12 +88,40 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Bui
         bundle=str(bundle.root),
         checkpoint=bundle.manifest.checkpoint,
         precision=bundle.manifest.precision,
-        drawing=_drawing(requests, options, warmup),
-        machine=this_machine(),
-        rates=floors.rates,
+        images=_image_facts(requests, options, warmup),
+        host=this_host(),
         contenders=[entrant.entry() for entrant in entrants],
-        comparisons=[_compare(entrants, *pair, floors) for pair in zip(requests, taken, strict=True)],
-        notes=[*_bundle_notes(bundle), *left_out, *floors.notes],
+        comparisons=[_compare(entrants, *pair) for pair in zip(requests, taken, strict=True)],
+        notes=[*_bundle_notes(bundle), *left_out],
+    )
+
+
+def make_requests(manifest: Manifest, options: BenchOptions) -> list[Request]:
+    """One request for each number of steps.
+
+    Raises:
+        RequestError: a setting is out of range for the bundle.
+    """
+    common = Params(
+        prompt=options.prompt, eta=options.eta, height=options.height, width=options.width, seed=options.seed
+    )
+    return [
+        decide(manifest, dataclasses.replace(common, num_inference_steps=steps)) for steps in options.steps or [None]
+    ]
+
+
+def image(request: Request, seed: int, number: int) -> Settings:
+    """The image of that number, from 0 on, with its own seed, and a prompt that no cache of text embeddings holds."""
+    prompt = request.prompts[0]
+    return Settings(
+        prompt=f"{prompt}, {number + 1}" if number else prompt,
+        seed=seed + number,
+        num_inference_steps=request.num_inference_steps,
+        timesteps=request.timesteps,
+        eta=request.eta,
+        guidance_scale=request.guidance_scale,
+        height=request.height,
+        width=request.width,
     )
 
 
@@ -82,7 +133,7 @@ def start_all(
     folder: Path,
     progress: BuildProgress,
 ) -> None:
-    """Start every contender's process and let it draw its first image, while no other one runs."""
+    """Start every contender's process and generate its first image, while no other one runs."""
     program = write_start(folder / "program")
     for entrant in entrants:
         with Stage(progress, f"start {entrant.name}") as stage:
@@ -97,7 +148,7 @@ def start_all(
 
 
 def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) -> str | None:
-    """Why one more process would take memory that the others need, of which ``free`` bytes are left; None if not.
+    """The reason why one more process does not fit into the ``free`` bytes of memory; None if it does.
 
     ``holds_halves``: it keeps two bytes of every weight.
     """
@@ -123,16 +174,16 @@ def _take_all(
     """All rounds of every number of steps."""
     taken = []
     for i, request in enumerate(requests):
-        first = 1 + i * (warmup + options.rounds)  # number 0 was drawn at the start
+        first = 1 + i * (warmup + options.rounds)  # number 0 is the image of the start
         with Stage(progress, f"rounds of {request.steps} step(s)") as stage:
             images = functools.partial(_numbered, request, options.seed, first)
             taken.append(take_turns(entrants, images, options.rounds, warmup, folder, stage))
     return taken
 
 
-def _check_any_drew(entrants: Sequence[Entrant], taken: Sequence[Mapping[str, Taken]]) -> None:
+def _check_any_sample(entrants: Sequence[Entrant], taken: Sequence[Mapping[str, Taken]]) -> None:
     if not any(each.samples for by_name in taken for each in by_name.values()):
-        raise WorkerError("; ".join(f"{entrant.name} failed: {entrant.failure}" for entrant in entrants))
+        raise ContenderError("; ".join(f"{entrant.name} failed: {entrant.failure}" for entrant in entrants))
 
 
 def _numbered(request: Request, seed: int, first: int, i: int) -> Settings:
@@ -143,9 +194,8 @@ def _any_on_cuda(entrants: Sequence[Entrant]) -> bool:
     return any((entrant.device or "").startswith("cuda") for entrant in entrants)
 
 
-def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken], floors: Floors) -> Comparison:
+def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken]) -> StepsTable:
     """The rows of one number of steps."""
-    steps = request.steps
     ours = taken[entrants[0].name]
     rows = [
         Row(
@@ -153,11 +203,11 @@ def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, 
             warmup=taken[entrant.name].warmup,
             samples=taken[entrant.name].samples,
             sameness=_sameness(entrants[0], ours, entrant, taken[entrant.name]),
-            summary=summarize(taken[entrant.name].samples, ours.samples, floors.of(entrant, steps)),
+            summary=summarize(taken[entrant.name].samples, ours.samples),
         )
         for entrant in entrants
     ]
-    return Comparison(steps=steps, floors=floors.at(steps), rows=rows)
+    return StepsTable(steps=request.steps, rows=rows)
 
 
 def _sameness(us: Entrant, ours: Taken, them: Entrant, theirs: Taken) -> Sameness | None:
@@ -166,9 +216,9 @@ def _sameness(us: Entrant, ours: Taken, them: Entrant, theirs: Taken) -> Samenes
     return compare_images(ours.pixels, theirs.pixels, {us.precision or "", them.precision or ""})
 
 
-def _drawing(requests: Sequence[Request], options: BenchOptions, warmup: int) -> Drawing:
+def _image_facts(requests: Sequence[Request], options: BenchOptions, warmup: int) -> ImageFacts:
     first = requests[0]
-    return Drawing(
+    return ImageFacts(
         prompt=options.prompt,
         seed=options.seed,
         steps=[request.steps for request in requests],
@@ -183,5 +233,5 @@ def _drawing(requests: Sequence[Request], options: BenchOptions, warmup: int) ->
 
 def _bundle_notes(bundle: Bundle) -> list[str]:
     if bundle.manifest.random_weights:
-        return ["the bundle's weights are random numbers: its images show nothing, its timings are a real model's"]
+        return ["the bundle's weights are random: its images show noise, its timings are those of real weights"]
     return []

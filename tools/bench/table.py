@@ -10,29 +10,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .drawing import DECODE, DRAW, TEXT_ENCODERS, is_step
-from .figures import TOTAL
-from .report import Comparison, Entry, Report, Row, Summary
+from .protocol import DECODE, GENERATE, TEXT_ENCODERS, is_step
+from .report import Entry, Report, Row, StepsTable, Summary
 
 NONE = "-"
 MILLISECONDS_BELOW = 2.0  # the longest median, in seconds, up to which a table is in milliseconds
 
 
 def print_report(report: Report, console: Console) -> None:
-    """All tables, and what has to be said beside them."""
+    """Print all tables and the notes below them."""
     for comparison in report.comparisons:
         console.print(_title(report, comparison), markup=False, soft_wrap=True, style="bold")
         console.print(_latency_table(report, comparison, console.width))
-        if any(comparison.floors.values()):
-            console.print("floor: the least that this machine's own rates allow, and how many times that hypersd takes")
-            console.print(_floor_table(report, comparison))
     for line in _lines(report):
         console.print(line, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeUnit:
-    """What seconds are shown in."""
+    """The unit that seconds are shown in."""
 
     name: str
     scale: float
@@ -43,21 +39,21 @@ class TimeUnit:
 
 
 def time_unit(seconds: Sequence[float]) -> TimeUnit:
-    """Milliseconds for what is quick."""
+    """Milliseconds for short times, else seconds."""
     longest = max(seconds, default=0.0)
     if longest >= MILLISECONDS_BELOW:
         return TimeUnit("s", 1.0, 2)
     return TimeUnit("ms", 1000.0, 1 if longest < 0.1 else 0)
 
 
-def comparison_unit(comparison: Comparison) -> TimeUnit:
-    """That of all medians of one number of steps."""
+def comparison_unit(comparison: StepsTable) -> TimeUnit:
+    """The unit of all medians at one number of steps."""
     return time_unit([row.summary.median for row in comparison.rows if row.summary is not None])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """``show`` makes the cell of a contender that drew; ``from_width`` is the narrowest terminal that has room."""
+    """``show`` makes the cell of a contender with samples; ``from_width`` is the narrowest terminal that has room."""
 
     heading: str
     show: Callable[[Entry, Row, Summary, TimeUnit], str]
@@ -65,14 +61,14 @@ class _Column:
 
 
 def steps_seconds(stages: Mapping[str, float]) -> float | None:
-    """All steps together; None where they were not timed by themselves."""
+    """All steps together; None if they were not timed by themselves."""
     steps = [seconds for stage, seconds in stages.items() if is_step(stage)]
     return sum(steps) if steps else None
 
 
 def other_seconds(stages: Mapping[str, float]) -> float:
-    """What is neither text encoders nor steps nor decoder."""
-    named = (TEXT_ENCODERS, DECODE, DRAW)
+    """Everything but text encoders, steps and decoder."""
+    named = (TEXT_ENCODERS, DECODE, GENERATE)
     return sum(seconds for stage, seconds in stages.items() if stage not in named and not is_step(stage))
 
 
@@ -96,7 +92,6 @@ COLUMNS = (
     _Column("p95", lambda entry, row, summary, unit: unit.show(summary.p95), 112),
     _Column("min", lambda entry, row, summary, unit: unit.show(summary.minimum), 112),
     _Column("ratio", lambda entry, row, summary, unit: NONE if summary.ratio is None else f"{summary.ratio:.2f}"),
-    _Column("floor", lambda entry, row, summary, unit: _times(summary.floors.get(TOTAL))),
     _Column("text", lambda entry, row, summary, unit: unit.show(summary.stages.get(TEXT_ENCODERS)), 112),
     _Column("unet", lambda entry, row, summary, unit: unit.show(steps_seconds(summary.stages))),
     _Column("decode", lambda entry, row, summary, unit: unit.show(summary.stages.get(DECODE))),
@@ -107,25 +102,21 @@ COLUMNS = (
 )
 
 
-def _times(factor: float | None) -> str:
-    return NONE if factor is None else f"{factor:.1f} x"
-
-
-def _title(report: Report, comparison: Comparison) -> str:
-    drawing, steps = report.drawing, f"{comparison.steps} step{'s' if comparison.steps > 1 else ''}"
-    size, unit = f"{drawing.width}x{drawing.height}", comparison_unit(comparison)
-    return f"{report.checkpoint}, {steps}, {size}, {drawing.rounds} rounds; times in {unit.name}"
+def _title(report: Report, comparison: StepsTable) -> str:
+    images, steps = report.images, f"{comparison.steps} step{'s' if comparison.steps > 1 else ''}"
+    size, unit = f"{images.width}x{images.height}", comparison_unit(comparison)
+    return f"{report.checkpoint}, {steps}, {size}, {images.rounds} rounds; times in {unit.name}"
 
 
 def _empty_table(first: str) -> Table:
-    """Narrow margins: the widest table has 13 columns."""
+    """A table with narrow margins: the widest has 12 columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     return table
 
 
-def _latency_table(report: Report, comparison: Comparison, width: int) -> Table:
-    """A row a contender, the quickest first; those that failed last."""
+def _latency_table(report: Report, comparison: StepsTable, width: int) -> Table:
+    """A row for each contender, the fastest first, failed ones last."""
     unit, table = comparison_unit(comparison), _empty_table("contender")
     columns = [column for column in COLUMNS if width >= column.from_width]
     for column in columns:
@@ -143,24 +134,8 @@ def _latency_table(report: Report, comparison: Comparison, width: int) -> Table:
     return table
 
 
-def _floor_table(report: Report, comparison: Comparison) -> Table:
-    """The least that each stage could take, by precision, and how far hypersd is from it."""
-    ours = next(row.summary for row in comparison.rows if row.contender == report.baseline.name)
-    unit = time_unit([sum(floor.values()) for floor in comparison.floors.values()])
-    table = _empty_table("stage")
-    for precision in comparison.floors:
-        table.add_column(f"{precision}, {unit.name}", justify="right")
-    table.add_column(f"{report.baseline.name}, {report.baseline.precision}", justify="right")
-    stages = list(next(iter(comparison.floors.values())))
-    for stage in [*stages, TOTAL]:
-        least = [sum(floor.values()) if stage == TOTAL else floor[stage] for floor in comparison.floors.values()]
-        times = ours.floors.get(stage) if ours is not None else None
-        table.add_row(stage, *map(unit.show, least), _times(times))
-    return table
-
-
 def _lines(report: Report) -> list[str]:
-    """What each contender was, what failed, and what the columns mean."""
+    """A line for each contender, and explanations of the columns."""
     lines, ours = [], report.baseline.name
     for entry in report.contenders:
         if entry.failure is not None:
@@ -169,10 +144,9 @@ def _lines(report: Report) -> list[str]:
             memory = "" if entry.device_memory is None else f"; {_memory(entry.device_memory)} of device memory"
             lines.append(f"{entry.name}: {entry.how}, {entry.precision} on {entry.device}{memory}")
     lines += [
-        f"ratio: the median, over rounds, of its seconds divided by {ours}'s; image: beside {ours}'s first one",
+        f"ratio: the median, over rounds, of its seconds divided by {ours}'s; image: compared with {ours}'s first one",
         "start: from the start of a process to its first image, imports and loading included",
-        "floor: how many times the least that this machine's own rates allow for its precision",
-        "memory: the most that was resident, mapped weight files included",
-        "every image has a prompt of its own: no text encoder's cache helps",
+        "memory: the largest resident size, mapped weight files included",
+        "every image has a prompt of its own: no cache of text embeddings helps",
     ]
     return [*lines, *report.notes]

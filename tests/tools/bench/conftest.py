@@ -1,4 +1,4 @@
-"""Contenders that draw nothing real, for tests of the processes around them."""
+"""Stand-ins for contenders, for tests of the processes around them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypersd.tools.bench.contenders import OURS, Contender
 
 STAND_IN = """
 import os, sys, time
-from hypersd.tools.bench.drawing import Drawn, Facts
+from hypersd.tools.bench.protocol import Facts, TimedImage
 
-class Drawer:
+class Runner:
     def __init__(self, diary, name, kills_itself_at=None, raises_at=None, grey=0, hangs=False):
-        self.diary, self.name, self.grey, self.hangs, self.drawn = diary, name, grey, hangs, 0
+        self.diary, self.name, self.grey, self.hangs, self.made = diary, name, grey, hangs, 0
         self.kills_itself_at, self.raises_at = kills_itself_at, raises_at
 
     def load(self):
@@ -26,20 +26,20 @@ class Drawer:
         os.write(2, b"and on stderr\\n")
         return Facts(precision="fp32", device="cpu", how="stand-in", packages=("numpy", "no-such-package"))
 
-    def draw(self, settings):
+    def generate(self, settings):
         with open(self.diary, "a") as diary:
             print(self.name, settings.seed, settings.prompt, settings.num_inference_steps, sep="|", file=diary)
-        self.drawn += 1
-        if self.drawn == self.kills_itself_at:
+        self.made += 1
+        if self.made == self.kills_itself_at:
             print("about to go")
             sys.stdout.flush()
             os.kill(os.getpid(), 9)
-        if self.drawn == self.raises_at:
+        if self.made == self.raises_at:
             raise ValueError("first line\\nsecond line")
         while self.hangs:
             time.sleep(0.05)
-        print("drawing")
-        return Drawn(self.pixels(), 0.25, {"tokens": 0.05, "step 1": 0.1})
+        print("generating")
+        return TimedImage(self.pixels(), 0.25, {"tokens": 0.05, "step 1": 0.1})
 
     def pixels(self):
         if self.grey is None:  # where numpy is not
@@ -51,13 +51,13 @@ class Drawer:
 
 @pytest.fixture
 def diary(tmp_path: Path) -> Path:
-    """Where stand-ins write who drew which image: NAME|SEED|PROMPT|STEPS."""
+    """The file in which stand-ins note each image: NAME|SEED|PROMPT|STEPS."""
     return tmp_path / "diary"
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, diary: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Contender]:
-    """``stand_in(name, **behaviour)``: a contender that draws nothing real, and notes in the diary what it is asked."""
+    """``stand_in(name, **behaviour)``: a contender that only notes each image in the diary."""
     folder = tmp_path / "modules"
     folder.mkdir()
     (folder / "stand_in.py").write_text(STAND_IN)
@@ -72,10 +72,9 @@ def stand_in(tmp_path: Path, diary: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 @pytest.fixture
 def contenders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``contenders(*these)``: the only ones that the bench knows."""
+    """``contenders(*these)``: the only ones in the registry."""
 
     def know(*these: Contender) -> None:
         monkeypatch.setattr("hypersd.tools.bench.contenders.CONTENDERS", these)
-        monkeypatch.setattr("hypersd.tools.bench.choice.CONTENDERS", these)
 
     return know

@@ -1,4 +1,4 @@
-"""The contenders themselves, in this process: they draw hypersd's image, and every second has a stage."""
+"""The contenders in this process: they generate hypersd's image, and every second has a stage."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ import torch
 
 from hypersd.engines import Bundle
 from hypersd.errors import RequestError
+from hypersd.tools.bench import diffusers_contender, hypersd_contender, one_graph_contender
 from hypersd.tools.bench.contenders import CONTENDERS, Context, find_contender
-from hypersd.tools.bench.contenders import diffusers as diffusers_contender
-from hypersd.tools.bench.contenders import hypersd as hypersd_contender
-from hypersd.tools.bench.contenders import one_graph as one_graph_contender
-from hypersd.tools.bench.contenders.timed import TimedPipeline
-from hypersd.tools.bench.drawing import Drawn, Settings
-from hypersd.tools.bench.images import image, make_requests
-from hypersd.tools.bench.options import BenchOptions
-from hypersd.tools.bench.sameness import compare_images
+from hypersd.tools.bench.figures import compare_images
+from hypersd.tools.bench.protocol import Settings, TimedImage
+from hypersd.tools.bench.session import BenchOptions, image, make_requests
+from hypersd.tools.bench.timed_pipeline import TimedPipeline
 from hypersd.tools.one_graph import add_one_graph
 from hypersd.tools.verification import find_reference_sources, load_pipeline
 
@@ -32,10 +29,10 @@ def settings_of(bundle: Path, **options: Any) -> Settings:
     return image(make_requests(Bundle.load(bundle).manifest, BenchOptions(**options))[0], 5, 0)
 
 
-def ours(bundle: Path, settings: Settings) -> Drawn:
-    drawer = hypersd_contender.Drawer(str(bundle))
-    drawer.load()
-    return drawer.draw(settings)
+def ours(bundle: Path, settings: Settings) -> TimedImage:
+    runner = hypersd_contender.Runner(str(bundle))
+    runner.load()
+    return runner.generate(settings)
 
 
 @pytest.fixture
@@ -57,17 +54,17 @@ def diffusers_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("diffusers_noise")
 @pytest.mark.parametrize("name", ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora", "Hyper-SDXL-1step-Unet"])
-def test_diffusers_draws_the_same_image(name: str, export_tiny: Callable[[str], Path]) -> None:
+def test_diffusers_generates_the_same_image(name: str, export_tiny: Callable[[str], Path]) -> None:
     """In float32 level for level but for rounding, in bfloat16 close by."""
     bundle = export_tiny(name)
     settings = settings_of(bundle)
     expected = ours(bundle, settings)
     for precision, verdicts in (("bundle", {"same"}), ("bf16", {"same", "close"})):
-        drawer = diffusers_contender.Drawer(str(bundle), "cpu", precision, "eager")
-        facts = drawer.load()
+        runner = diffusers_contender.Runner(str(bundle), "cpu", precision, "eager")
+        facts = runner.load()
         assert facts.precision == {"bundle": "fp32", "bf16": "bf16"}[precision]
-        drawn = drawer.draw(settings)
-        assert compare_images(expected.pixels, drawn.pixels, {"fp32", facts.precision}).verdict in verdicts
+        made = runner.generate(settings)
+        assert compare_images(expected.pixels, made.pixels, {"fp32", facts.precision}).verdict in verdicts
 
 
 @pytest.mark.usefixtures("diffusers_noise")
@@ -77,7 +74,10 @@ def test_noise_is_that_of_the_bundles_precision(sd15_bundle: Path) -> None:
     pipe = load_pipeline(manifest, find_reference_sources(manifest))
     TimedPipeline(pipe, torch.device("cpu"), torch.float16)
     shape, expected = (1, 4, 8, 8), torch.randn(1, 4, 8, 8, generator=torch.manual_seed(5), dtype=torch.float16)
-    for function in (type(pipe).prepare_latents, type(pipe.scheduler).step):  # what draws the first noise, and the rest
+    for function in (
+        type(pipe).prepare_latents,
+        type(pipe.scheduler).step,
+    ):  # first noise, steps
         draw = inspect.unwrap(function).__globals__["randn_tensor"]
         noise = draw(shape, generator=torch.manual_seed(5), device=torch.device("cpu"), dtype=torch.float32)
         assert noise.dtype == torch.float32
@@ -89,16 +89,16 @@ def test_all_contenders_have_the_same_stages(export_tiny: Callable[[str], Path])
     """Names are shared, each step has its own, all add up to no more than the whole, and each image has its own."""
     bundle = export_tiny("Hyper-SD15-1step-lora")
     settings = settings_of(bundle, steps=[3])
-    drawer = diffusers_contender.Drawer(str(bundle), "cpu", "bundle", "eager")
-    drawer.load()
-    drawer.draw(settings)
-    for drawn in (ours(bundle, settings), drawer.draw(settings)):
+    runner = diffusers_contender.Runner(str(bundle), "cpu", "bundle", "eager")
+    runner.load()
+    runner.generate(settings)
+    for made in (ours(bundle, settings), runner.generate(settings)):
         steps = {"step 1", "step 2", "step 3"}
-        assert set(drawn.stages) == {"tokens", "text encoders", *steps, "decode", "conversion"}
-        assert all(seconds > 0 for seconds in drawn.stages.values())
-        assert sum(drawn.stages.values()) <= drawn.seconds
-        assert drawn.pixels.dtype == np.uint8
-        assert drawn.pixels.shape == (64, 64, 3)
+        assert set(made.stages) == {"tokens", "text encoders", *steps, "decode", "conversion"}
+        assert all(seconds > 0 for seconds in made.stages.values())
+        assert sum(made.stages.values()) <= made.seconds
+        assert made.pixels.dtype == np.uint8
+        assert made.pixels.shape == (64, 64, 3)
 
 
 @pytest.mark.usefixtures("diffusers_noise")
@@ -111,10 +111,10 @@ def test_compiled_means_the_unet_and_the_decoder(sd15_bundle: Path, monkeypatch:
         return function
 
     monkeypatch.setattr(torch, "compile", remember)
-    drawer = diffusers_contender.Drawer(str(sd15_bundle), "cpu", "bf16", "compiled")
-    assert drawer.load().how == "compiled, channels_last"
+    runner = diffusers_contender.Runner(str(sd15_bundle), "cpu", "bf16", "compiled")
+    assert runner.load().how == "compiled, channels_last"
     assert compiled == ["UNet2DConditionModel", "decode"]
-    assert drawer.draw(settings_of(sd15_bundle)).stages["step 1"] > 0
+    assert runner.generate(settings_of(sd15_bundle)).stages["step 1"] > 0
 
 
 def test_a_compiled_contender_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +138,8 @@ def test_contenders_are_told_apart() -> None:
     """No name twice; every module that can be imported here has the class that the worker asks for."""
     names = [contender.name for contender in CONTENDERS]
     assert len(set(names)) == len(names)
-    for module in {contender.module for contender in CONTENDERS} - {"hypersd.tools.bench.contenders.optimum"}:
-        assert hasattr(importlib.import_module(module), "Drawer")
+    for module in {contender.module for contender in CONTENDERS} - {"hypersd.tools.bench.optimum_contender"}:
+        assert hasattr(importlib.import_module(module), "Runner")
 
 
 def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callabl
     for steps in (1, 2):
         bundle = add_one_graph(root, steps)
     assert contender.why_not_here(Context(bundle, "cpu", tmp_path), has_own_python=False) is None
-    drawer = one_graph_contender.Drawer(str(root), "cpu")
-    drawer.load()
+    runner = one_graph_contender.Runner(str(root), "cpu")
+    runner.load()
     for steps in (1, 2, 1):
         settings = settings_of(root, steps=(steps,))
-        drawn = drawer.draw(settings)
-        assert compare_images(ours(root, settings).pixels, drawn.pixels, {"fp32"}).verdict == "same"
-        assert sum(drawn.stages.values()) <= drawn.seconds
+        made = runner.generate(settings)
+        assert compare_images(ours(root, settings).pixels, made.pixels, {"fp32"}).verdict == "same"
+        assert sum(made.stages.values()) <= made.seconds
     with pytest.raises(RequestError, match="no one-graph of this bundle draws that"):
-        drawer.draw(settings_of(root, steps=(4,)))
+        runner.generate(settings_of(root, steps=(4,)))

@@ -9,15 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypersd.tools.bench.entrant import round_order
 from hypersd.tools.bench.figures import (
-    TOTAL,
+    compare_images,
     make_sample,
     median_ratio,
     percentile,
-    round_order,
     stage_medians,
     summarize,
-    times_floor,
 )
 
 SECONDS = st.floats(min_value=1e-6, max_value=1e4)
@@ -57,25 +56,53 @@ def test_stages_and_the_rest_are_never_negative(seconds: float, stages: dict[str
 
 
 def test_a_summary_of_samples() -> None:
-    """Median, p95, minimum, ratio, stages and floors are those of the samples, each in its place."""
+    """Median, p95, minimum, ratio and stages are those of the samples, each in its place."""
     ours = [make_sample(seconds, {"step 1": seconds / 2}) for seconds in (1.0, 2.0, 3.0)]
     theirs = [make_sample(seconds, {"step 1": seconds / 2}) for seconds in (2.0, 6.0, 3.0)]
-    found = summarize(theirs, ours, {"step 1": 0.5, "decode": 0.25})
+    found = summarize(theirs, ours)
     assert found is not None
     assert (found.median, found.minimum, found.ratio) == (3.0, 2.0, 2.0)
     assert found.p95 == pytest.approx(5.7)
     assert found.stages == {"step 1": 1.5, "other": 1.5}
-    assert found.floors == {"step 1": 3.0, TOTAL: 4.0}
-    assert summarize([], ours, {}) is None
-
-
-def test_floors_of_nothing_are_not_divided_by() -> None:
-    """A stage whose floor is zero or unknown has no multiple; without any there is none of the whole."""
-    assert times_floor({"decode": 1.0}, 1.0, {"decode": 0.0}) == {}
-    assert times_floor({"decode": 1.0}, 1.0, {}) == {}
+    assert summarize([], ours) is None
 
 
 def test_stage_medians_are_taken_stage_by_stage() -> None:
     """A stage that one sample lacks took no time there."""
     samples = [make_sample(1.0, {"decode": 0.2}), make_sample(1.0, {"decode": 0.4}), make_sample(1.0, {})]
     assert stage_medians(samples)["decode"] == statistics.median([0.2, 0.4, 0.0])
+
+
+GREY = np.full((32, 32, 3), 100, np.uint8)
+
+
+def off_by(levels: int, every: int = 1) -> np.ndarray:
+    """Grey, with each ``every``-th pixel off by so many levels."""
+    image = GREY.copy().reshape(-1, 3)
+    image[::every] += levels
+    return image.reshape(GREY.shape)
+
+
+@pytest.mark.parametrize(
+    ("image", "precisions", "verdict"),
+    [
+        (GREY, {"fp32"}, "same"),
+        (off_by(1, every=100), {"fp32"}, "same"),  # rounded to the other side here and there
+        (off_by(1), {"fp32"}, "other"),
+        (off_by(2, every=500), {"fp32"}, "other"),  # few pixels, but by more than rounding
+        (off_by(5), {"fp32", "fp16"}, "same"),
+        (off_by(20), {"fp16"}, "other"),
+        (GREY, {"bf16"}, "same"),
+        (off_by(7), {"fp32", "bf16"}, "close"),
+        (off_by(20), {"fp32", "bf16"}, "other"),
+        (GREY[:16], {"bf16"}, "other"),
+    ],
+)
+def test_verdicts_are_those_of_verify(image: np.ndarray, precisions: set[str], verdict: str) -> None:
+    """float32 explains a level here and there, float16 and bfloat16 30 dB; another size is another image."""
+    assert compare_images(GREY, image, precisions).verdict == verdict
+
+
+def test_equal_images_have_no_psnr() -> None:
+    """Infinity is not a number in JSON."""
+    assert compare_images(GREY, GREY, {"fp32"}).psnr is None

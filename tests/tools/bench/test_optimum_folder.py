@@ -13,8 +13,7 @@ from hypersd.engines import Bundle
 from hypersd.engines.progress import Silent
 from hypersd.runtime.text import ClipTokenizer
 from hypersd.tools.bench.optimum_folder import why_not_optimum, write_optimum_folder
-from hypersd.tools.bench.options import BenchOptions
-from hypersd.tools.bench.session import run_bench
+from hypersd.tools.bench.session import BenchOptions, run_bench
 
 CHECKPOINTS = ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora", "Hyper-SD15-2steps-lora", "Hyper-SDXL-1step-Unet"]
 PROMPTS = ["a photo of a cat", "", "a very " + "long " * 100 + "prompt"]
@@ -46,7 +45,7 @@ def test_weights_are_linked_and_not_copied(bundle: Bundle, folder: Path) -> None
     assert own < 20_000
 
 
-def test_the_index_names_every_part_with_its_class(bundle: Bundle, folder: Path) -> None:
+def test_the_index_names_every_component_with_its_class(bundle: Bundle, folder: Path) -> None:
     """The classes can be imported, the scheduler is the sampler's, and every folder that is named is there."""
     import diffusers
     import transformers
@@ -96,7 +95,7 @@ def test_a_bundle_with_controlnets_is_not_for_optimum(export_controlled: Callabl
 
 
 @pytest.mark.skipif("HYPERSD_OPTIMUM_PYTHON" not in os.environ, reason="HYPERSD_OPTIMUM_PYTHON names no interpreter")
-def test_optimum_draws_the_same_image(bundle: Bundle) -> None:
+def test_optimum_generates_the_same_image(bundle: Bundle) -> None:
     """The whole way, with the optimum-onnx of another environment: pixel for pixel."""
     pythons = {"optimum": os.environ["HYPERSD_OPTIMUM_PYTHON"]}
     options = BenchOptions(contenders=["optimum"], rounds=1, pythons=pythons)

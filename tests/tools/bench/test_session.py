@@ -1,4 +1,4 @@
-"""A whole run of the bench, with contenders that draw nothing real: who draws what when, and what is made of it."""
+"""A whole run of the bench with stand-ins: the order of images, and the report."""
 
 from __future__ import annotations
 
@@ -9,25 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from hypersd.engines import Bundle
 from hypersd.engines.progress import Silent
 from hypersd.errors import HyperSDError, RequestError
 from hypersd.tools.bench.contenders import CONTENDERS, OURS, Contender, Context
-from hypersd.tools.bench.options import BenchOptions
-from hypersd.tools.bench.plot import plot_report
-from hypersd.tools.bench.rates import Rates
 from hypersd.tools.bench.report import Report, decode, encode
-from hypersd.tools.bench.session import run_bench, why_no_room
+from hypersd.tools.bench.session import BenchOptions, run_bench, why_no_room
 from hypersd.tools.bench.table import print_report
 
 
 @pytest.fixture
-def bench(sd15_bundle: Path, contenders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
-    """``bench(*contenders, **options)``: the report of a run, on a machine whose rates need no measuring."""
-    monkeypatch.setattr("hypersd.tools.bench.floors._rates", lambda device, dtype: Rates(1e11, 1e10))
+def bench(sd15_bundle: Path, contenders) -> Callable[..., Report]:
+    """``bench(*contenders, **options)``: the report of a run."""
 
     def run(*these: Contender, **options) -> Report:
         contenders(*these)
@@ -43,7 +38,7 @@ def shown(report: Report, width: int) -> str:
     return output.getvalue()
 
 
-def test_rounds_are_interleaved_and_all_draw_the_same_images(bench, stand_in, diary: Path) -> None:
+def test_rounds_are_interleaved_and_all_generate_the_same_images(bench, stand_in, diary: Path) -> None:
     """One image at the start, warm-ups, then rounds forth and back; no prompt or seed comes twice to anyone."""
     bench(stand_in(), stand_in("b"), stand_in("c"), steps=[1, 2], rounds=2, warmup=1, seed=10, prompt="a cat")
     lines = [line.split("|") for line in diary.read_text().splitlines()]
@@ -60,7 +55,7 @@ def test_rounds_are_interleaved_and_all_draw_the_same_images(bench, stand_in, di
         assert len(set(values)) == len(values)
 
 
-def test_one_that_dies_is_told_of_and_the_others_go_on(bench, stand_in) -> None:
+def test_the_death_of_one_is_reported_and_the_others_go_on(bench, stand_in) -> None:
     """It dies in its second round: its first sample stays, the others have all of theirs, the tables name the cause."""
     report = bench(stand_in(), stand_in("mortal", kills_itself_at=4), stand_in("c"), rounds=3, warmup=1)
     (comparison,) = report.comparisons
@@ -71,7 +66,7 @@ def test_one_that_dies_is_told_of_and_the_others_go_on(bench, stand_in) -> None:
     assert "mortal failed: its process was ended by SIGKILL" in shown(report, 200)
 
 
-def test_one_that_cannot_even_start(bench, stand_in, tmp_path: Path) -> None:
+def test_one_that_cannot_even_start(bench, stand_in) -> None:
     """A contender whose libraries fail when they are loaded has no figures, and a line that says why."""
     broken = dataclasses.replace(stand_in("broken"), module="no_such_module")
     report = bench(stand_in(), broken, rounds=1)
@@ -79,7 +74,6 @@ def test_one_that_cannot_even_start(bench, stand_in, tmp_path: Path) -> None:
     assert report.entry("broken").start is None
     text = shown(report, 120)
     assert "broken failed: ModuleNotFoundError: No module named 'no_such_module'" in text
-    plot_report(report, tmp_path / "plot.png")
 
 
 def test_it_is_an_error_where_all_fail(bench, stand_in) -> None:
@@ -99,8 +93,8 @@ def test_hypersd_itself_may_fail(bench, stand_in) -> None:
     assert shown(report, 80)
 
 
-def test_another_image_is_marked_and_not_hidden(bench, stand_in, tmp_path: Path) -> None:
-    """Who draws something else is in the table with its time, and the word that says so; so it is in the plot."""
+def test_another_image_is_marked_and_not_hidden(bench, stand_in) -> None:
+    """A contender with another image is in the table with its time, marked as other."""
     report = bench(stand_in(grey=0), stand_in("equal", grey=0), stand_in("level", grey=1), stand_in("b", grey=90))
     verdicts = {row.contender: row.sameness and row.sameness.verdict for row in report.comparisons[0].rows}
     assert verdicts == {OURS: None, "equal": "same", "level": "other", "b": "other"}  # a level everywhere is 48 dB
@@ -113,8 +107,8 @@ def test_the_report_survives_json(bench, stand_in) -> None:
     """What is written is what was measured, failures, equal images and all: nothing is lost or turned to null."""
     report = bench(stand_in(), stand_in("b"), stand_in("c", raises_at=2), rounds=2, steps=[1, 2])
     assert decode(encode(report)) == report
-    assert report.drawing.steps == [1, 2]
-    assert report.machine.cores >= 1
+    assert report.images.steps == [1, 2]
+    assert report.host.cores >= 1
     assert report.entry(OURS).start.seconds > 0.25
 
 
@@ -132,71 +126,34 @@ def test_tables_fit_the_terminal(bench, stand_in, width: int) -> None:
     assert ("p95" in table) == (width >= 112)
 
 
-def test_the_plot_is_a_image(bench, stand_in, tmp_path: Path) -> None:
-    """It opens, and is higher with more numbers of steps."""
-    heights = []
-    for steps in ([1], [1, 2]):
-        plot_report(bench(stand_in(), stand_in("b"), rounds=1, steps=steps), tmp_path / "plot.png")
-        with Image.open(tmp_path / "plot.png") as image:
-            image.load()
-            heights.append(image.height)
-    assert 200 < heights[0] < heights[1]
-
-
 def test_processes_are_gone_afterwards(bench, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a round, and every worker has ended when it arrives."""
-    from hypersd.tools.bench import process
+    from hypersd.tools.bench import contender_process
 
     started, turns = [], itertools.count()
-    ask = process.WorkerProcess.ask
+    ask = contender_process.ContenderProcess.ask
 
-    def interrupted(self: process.WorkerProcess, command: str, **arguments):
+    def interrupted(self: contender_process.ContenderProcess, command: str, **arguments):
         started.append(self._process)
         if next(turns) == 7:  # both have said hello, loaded and drawn one
             raise KeyboardInterrupt
         return ask(self, command, **arguments)
 
-    monkeypatch.setattr(process.WorkerProcess, "ask", interrupted)
+    monkeypatch.setattr(contender_process.ContenderProcess, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench(stand_in(), stand_in("b"))
     assert len(set(started)) == 2
     assert all(worker.poll() is not None for worker in started)
 
 
-def test_floors_are_of_the_machines_rates(bench, stand_in) -> None:
-    """Every stage of every number of steps has a floor; it and the multiples of it are in the report and the tables."""
-    report = bench(stand_in(), rounds=1, steps=[1, 2])
-    assert report.rates["fp32"].flops_per_second == 1e11
-    stages = [list(comparison.floors["fp32"]) for comparison in report.comparisons]
-    assert stages == [["text encoders", "step 1", "decode"], ["text encoders", "step 1", "step 2", "decode"]]
-    for comparison in report.comparisons:
-        summary, floor = comparison.rows[0].summary, comparison.floors["fp32"]
-        assert summary is not None
-        assert summary.floors["step 1"] == pytest.approx(0.1 / floor["step 1"])
-        assert summary.floors["total"] == pytest.approx(0.25 / sum(floor.values()))
-    assert "floor" in shown(report, 80)
-
-
-def test_a_floor_that_cannot_be_told_costs_nothing_else(bench, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was measured is not given up for it; a note says what is the matter."""
-
-    def fails(device: str, dtype: str) -> Rates:
-        raise RuntimeError("no\nclock")
-
-    monkeypatch.setattr("hypersd.tools.bench.floors._rates", fails)
-    report = bench(stand_in(), rounds=1)
-    assert "no floor: no clock" in report.notes
-    assert report.comparisons[0].rows[0].summary is not None
-
-
 def test_hypersd_always_takes_part(bench, stand_in) -> None:
-    """It is what the others are compared with, named or not."""
+    """It is the baseline, named or not."""
     report = bench(stand_in(), stand_in("b"), stand_in("c"), contenders=["c"], rounds=1)
     assert [entry.name for entry in report.contenders] == [OURS, "c"]
 
 
-def test_what_is_not_there_is_left_out_unless_it_is_named(bench, stand_in) -> None:
-    """Left alone, the bench says what it lacks; asked for it, it refuses."""
+def test_a_missing_contender_is_left_out_unless_it_is_named(bench, stand_in) -> None:
+    """By default a note says what is missing; a named contender is an error."""
     absent = dataclasses.replace(stand_in("b"), libraries=("no_such_library",))
     report = bench(stand_in(), absent, rounds=1)
     assert "b is left out: no_such_library not installed" in report.notes
@@ -213,11 +170,11 @@ def test_a_backend_may_take_the_place_of_the_one_that_does_not_fit(bench, stand_
     assert [row.sameness is None for row in report.comparisons[0].rows] == [True, False]
 
 
-def test_what_would_be_measured_twice_is_left_out(sd15_bundle: Path) -> None:
+def test_the_same_backend_is_not_measured_twice(sd15_bundle: Path) -> None:
     """Without engines for this machine `hypersd` runs on ONNX Runtime: the same again only if it is named."""
     named = {contender.name: contender for contender in CONTENDERS}
     context = Context(Bundle.load(sd15_bundle), "cpu", Path())
-    assert named["hypersd-onnxruntime"].why_not_usual(context) == "it is what hypersd takes by itself"
+    assert named["hypersd-onnxruntime"].why_not_usual(context) == "hypersd chooses the same backend"
     assert named[OURS].why_not_usual(context) is None
 
 

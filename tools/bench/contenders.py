@@ -1,4 +1,4 @@
-"""What can draw a bundle's images. Imported in any environment: the modules are named here, not imported."""
+"""The contenders of the bench: a registry by name. Their modules are named here, not imported."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ....errors import RequestError
+from ...engines import Bundle
+from ...errors import RequestError
+from .contender_process import check_python
 
-if TYPE_CHECKING:
-    from ....engines import Bundle
-
-OURS = "hypersd"  # what all others are compared with
+OURS = "hypersd"  # the baseline of all comparisons
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What contenders are made for.
+    """Bundle, device and folder that contenders are made for.
 
     Attributes:
-        bundle: the bundle whose images they draw.
+        bundle: the bundle whose images they generate.
         device: ``"auto"``, ``"cpu"`` or a CUDA device.
         folder: an empty folder, for a contender's own files.
     """
@@ -35,17 +34,17 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to draw a bundle's images.
+    """One way to generate a bundle's images.
 
     Attributes:
-        name: a word of the command line.
-        summary: what it is, in one line.
-        module: its name; it holds a class ``Drawer`` (:class:`hypersd.tools.bench.drawing.Drawer`).
-        options: what ``Drawer`` takes, as JSON has it; called once, right before its process starts.
-        libraries: modules without which it cannot run.
+        name: the name on the command line.
+        summary: one line.
+        module: name of the module with its class ``Runner`` (:class:`hypersd.tools.bench.protocol.Runner`).
+        options: makes the arguments of ``Runner``, in JSON's types; called once, right before its process starts.
+        libraries: modules that it requires.
         holds_halves: it keeps its weights in two bytes each, whatever the bundle does.
-        why_not: why it cannot run here although its libraries are there; None if it can.
-        why_not_usual: why it is left out unless it is named; None if it is not.
+        why_not: gives the reason why it cannot run here although its libraries are there; None if it can.
+        why_not_usual: gives the reason why it is left out unless it is named; None if it is not.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Contender:
     why_not_usual: Callable[[Context], str | None] = lambda _: None
 
     def why_not_here(self, context: Context, has_own_python: bool) -> str | None:
-        """Why it cannot run here; None if nothing speaks against it. Another interpreter may have other libraries."""
+        """The reason why it cannot run here; None if it can. Another interpreter may have other libraries."""
         missing = [name for name in self.libraries if not has_own_python and importlib.util.find_spec(name) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
@@ -69,7 +68,7 @@ def _ours(name: str, summary: str, libraries: tuple[str, ...] = (), **arguments:
     def options(context: Context) -> dict[str, Any]:
         return {"bundle": str(context.bundle.root), "device": context.device, **arguments}
 
-    module = f"{__name__}.hypersd"
+    module = f"{__package__}.hypersd_contender"
     usual = _is_the_automatic_choice if arguments == {"backend": "onnxruntime"} else lambda _: None
     return Contender(
         name=name, summary=summary, module=module, options=options, libraries=libraries, why_not_usual=usual
@@ -77,10 +76,10 @@ def _ours(name: str, summary: str, libraries: tuple[str, ...] = (), **arguments:
 
 
 def _is_the_automatic_choice(context: Context) -> str | None:
-    from ....engines.load import choose
+    from ...engines.load import choose
 
     chosen = choose(context.bundle, "auto", context.device).backend
-    return f"it is what {OURS} takes by itself" if chosen == "onnxruntime" else None
+    return f"{OURS} chooses the same backend" if chosen == "onnxruntime" else None
 
 
 def _one_graph_options(context: Context) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def _diffusers(name: str, summary: str, precision: str, mode: str) -> Contender:
     return Contender(
         name=name,
         summary=summary,
-        module=f"{__name__}.diffusers",
+        module=f"{__package__}.diffusers_contender",
         options=options,
         libraries=("diffusers", "transformers", "peft"),
         holds_halves=precision == "bf16",
@@ -109,14 +108,14 @@ def _diffusers(name: str, summary: str, precision: str, mode: str) -> Contender:
 
 
 def _why_no_compiler(_: Context) -> str | None:
-    """torch.compile writes C++ for processors, and asks for these compilers."""
+    """torch.compile writes C++ for processors and looks for these compilers."""
     if any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++")):
         return None
     return "torch.compile needs a C++ compiler: install g++"
 
 
 def _optimum_options(context: Context) -> dict[str, Any]:
-    from ..optimum_folder import write_optimum_folder
+    from .optimum_folder import write_optimum_folder
 
     write_optimum_folder(context.bundle, context.folder)
     manifest = context.bundle.manifest
@@ -129,13 +128,13 @@ def _optimum_options(context: Context) -> dict[str, Any]:
 
 
 def _why_not_optimum(context: Context) -> str | None:
-    from ..optimum_folder import why_not_optimum
+    from .optimum_folder import why_not_optimum
 
     return why_not_optimum(context.bundle.manifest)
 
 
 CONTENDERS = (
-    _ours(OURS, "hypersd, the backend that it takes by itself"),
+    _ours(OURS, "hypersd on the backend that it chooses"),
     _ours("hypersd-onnxruntime", "hypersd on ONNX Runtime", ("onnxruntime",), backend="onnxruntime"),
     _ours(
         "hypersd-openvino",
@@ -149,7 +148,7 @@ CONTENDERS = (
     Contender(
         name="hypersd-one-graph",
         summary="hypersd's graph of the whole image on ONNX Runtime",
-        module=f"{__name__}.one_graph",
+        module=f"{__package__}.one_graph_contender",
         options=_one_graph_options,
         libraries=("onnxruntime",),
         why_not=_why_no_one_graph,
@@ -161,7 +160,7 @@ CONTENDERS = (
     Contender(
         name="optimum",
         summary="optimum-onnx on the bundle's own ONNX files",
-        module=f"{__name__}.optimum",
+        module=f"{__package__}.optimum_contender",
         options=_optimum_options,
         libraries=("optimum", "onnxruntime"),
         why_not=_why_not_optimum,
@@ -179,3 +178,39 @@ def find_contender(name: str) -> Contender:
         if contender.name == name:
             return contender
     raise RequestError(f"contender {name!r} is not known: expected one of {', '.join(c.name for c in CONTENDERS)}")
+
+
+def choose_contenders(
+    bundle: Bundle, device: str, named: Sequence[str], pythons: Mapping[str, str]
+) -> tuple[list[Contender], list[str]]:
+    """Choose the contenders, the baseline first, and say in one line each why some are left out.
+
+    The baseline is hypersd; if only some of hypersd's backends are named, it is the first of them.
+
+    Raises:
+        RequestError: one that was named is not known or cannot run here, or an interpreter does not run.
+    """
+    for name, python in pythons.items():
+        find_contender(name)
+        check_python(name, python)
+    context = Context(bundle, device, Path())
+    if named:
+        return _named(context, named, pythons), []
+    chosen, left_out = [], []
+    for contender in CONTENDERS:
+        reason = contender.why_not_here(context, contender.name in pythons) or contender.why_not_usual(context)
+        if reason is None:
+            chosen.append(contender)
+        else:
+            left_out.append(f"{contender.name} is left out: {reason}")
+    return chosen, left_out
+
+
+def _named(context: Context, names: Sequence[str], pythons: Mapping[str, str]) -> list[Contender]:
+    ours = [name for name in names if name.startswith(OURS)]
+    first = OURS if OURS in ours or not ours else ours[0]
+    contenders = [find_contender(name) for name in dict.fromkeys([first, *names])]
+    for contender in contenders:
+        if reason := contender.why_not_here(context, contender.name in pythons):
+            raise RequestError(f"contender {contender.name} cannot run here: {reason}")
+    return contenders

@@ -1,4 +1,4 @@
-"""Pipelines with diffusers' parts and arguments, timed stage by stage from outside: diffusers' own and optimum's."""
+"""Pipelines with diffusers' parts and arguments (diffusers' own and optimum's), timed stage by stage from outside."""
 
 from __future__ import annotations
 
@@ -12,52 +12,66 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..drawing import CONVERSION, DECODE, TEXT_ENCODERS, TOKENS, Drawn, Settings, step_name
+from .protocol import CONVERSION, DECODE, TEXT_ENCODERS, TOKENS, Settings, TimedImage, step_name
 
 
 class StageClock:
-    """Adds up seconds by stage; on a CUDA device every stage is waited for."""
+    """Seconds by stage of one image. On a CUDA device marks are events: no stage is waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.stages: dict[str, float] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
         self._steps = 0
-        self._step_began: float | None = None
+        self._step_began: Any = None
 
     def reset(self) -> None:
-        """A new image begins."""
-        self.stages, self._steps, self._step_began = {}, 0, None
+        """Begin a new image."""
+        self._spans, self._steps, self._step_began = [], 0, None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what is inside."""
-        began = time.perf_counter()
+        """Time the body."""
+        began = self._mark()
         yield
-        self.stages[name] = self.stages.get(name, 0.0) + self._now() - began
+        self._spans.append((name, began, self._mark()))
 
     @contextmanager
     def step_begins(self) -> Iterator[None]:
-        """Inside runs the UNet. The step ends with :meth:`step_ends`."""
+        """Surround the UNet, where a step begins."""
         self._steps += 1
-        self._step_began = time.perf_counter()
+        self._step_began = self._mark()
         yield
 
     @contextmanager
     def step_ends(self) -> Iterator[None]:
-        """Inside is the scheduler's arithmetic, the last of a step."""
+        """Surround the scheduler's arithmetic, where a step ends."""
         yield
         if self._step_began is not None:
-            self.stages[step_name(self._steps)] = self._now() - self._step_began
+            self._spans.append((step_name(self._steps), self._step_began, self._mark()))
             self._step_began = None
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage, once the image is finished."""
+        is_cuda = self._device.type == "cuda"
+        if is_cuda:
+            torch.cuda.synchronize(self._device)  # the last mark; the image itself is on the host already
+        stages: dict[str, float] = {}
+        for name, began, ended in self._spans:
+            seconds = began.elapsed_time(ended) / 1000 if is_cuda else ended - began
+            stages[name] = stages.get(name, 0.0) + seconds
+        return stages
+
+    def _mark(self) -> Any:
+        """A point in time: of the device's work so far, or of the host's clock."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class _Timed:
-    """A part that a pipeline calls: ``around`` surrounds every call, all else is the part's own."""
+    """A part of a pipeline with ``around`` around every call; everything else is the part's own."""
 
     def __init__(self, part: Any, around: Callable[[], AbstractContextManager[None]]) -> None:
         self._part = part
@@ -72,7 +86,7 @@ class _Timed:
 
 
 def _timed(function: Callable[..., Any], around: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
-    """The same for a method, whose signature pipelines look at."""
+    """The same for a method, whose signature pipelines inspect."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +97,7 @@ def _timed(function: Callable[..., Any], around: Callable[[], AbstractContextMan
 
 
 class TimedPipeline:
-    """Draws with a pipeline of diffusers' kind; the noise is drawn in ``noise_dtype``, whatever it computes in."""
+    """Generates with a pipeline of diffusers' kind; noise is drawn in ``noise_dtype``, whatever it computes in."""
 
     def __init__(self, pipe: Any, device: torch.device, noise_dtype: torch.dtype) -> None:
         self._pipe = pipe
@@ -103,8 +117,8 @@ class TimedPipeline:
         processor = pipe.image_processor
         processor.postprocess = _timed(processor.postprocess, functools.partial(clock.stage, CONVERSION))
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image."""
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image."""
         self._clock.reset()
         began = time.perf_counter()
         result = self._pipe(
@@ -118,18 +132,18 @@ class TimedPipeline:
             output_type="pil",
         )
         seconds = time.perf_counter() - began
-        return Drawn(np.asarray(result.images[0]), seconds, self._clock.stages)
+        return TimedImage(np.asarray(result.images[0]), seconds, self._clock.stages())
 
 
 def _draw_noise_in(pipe: Any, noise_dtype: torch.dtype) -> None:
-    """Let all noise be that of one dtype: one seed is another noise, and so another image, in every dtype."""
+    """Draw all noise in one dtype: the same seed gives other noise, and so another image, in another dtype."""
     for function in (type(pipe).prepare_latents, type(pipe.scheduler).step):
         names = inspect.unwrap(function).__globals__
         names["randn_tensor"] = _noise_in(names["randn_tensor"], noise_dtype)
 
 
 def _noise_in(draw: Callable[..., torch.Tensor], noise_dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """diffusers' ``randn_tensor``, which draws in ``noise_dtype`` and then rounds to what it is asked for."""
+    """diffusers' ``randn_tensor``, but drawn in ``noise_dtype`` and then rounded to the dtype asked for."""
 
     def randn_tensor(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
         return draw(*args, dtype=noise_dtype, **kwargs).to(dtype)

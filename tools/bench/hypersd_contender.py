@@ -7,15 +7,32 @@ from typing import Any
 
 import numpy as np
 
-from ....runtime import Pipeline
-from ..drawing import CONVERSION, DECODE, DRAW, TEXT_ENCODERS, TOKENS, Drawn, Facts, Settings, step_name
-from .device import device_name
+from ...runtime import Pipeline
+from .protocol import (
+    CONVERSION,
+    DECODE,
+    GENERATE,
+    TEXT_ENCODERS,
+    TOKENS,
+    Facts,
+    Settings,
+    TimedImage,
+    device_name,
+    step_name,
+)
 
-STAGES = {"tokenize": TOKENS, "encode": TEXT_ENCODERS, "draw": DRAW, "decode": DECODE, "convert": CONVERSION}
+STAGES = {
+    "tokenize": TOKENS,
+    "encode": TEXT_ENCODERS,
+    "draw": GENERATE,
+    "generate": GENERATE,
+    "decode": DECODE,
+    "convert": CONVERSION,
+}
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 
 
-class Drawer:
+class Runner:
     """A bundle; ``arguments`` are those of :meth:`hypersd.Pipeline.load`."""
 
     def __init__(self, bundle: str, **arguments: Any) -> None:
@@ -34,8 +51,8 @@ class Drawer:
             packages=PACKAGES,
         )
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image."""
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image."""
         began = time.perf_counter()
         result = self._pipe(
             settings.prompt,
@@ -47,7 +64,7 @@ class Drawer:
             seed=settings.seed,
         )
         seconds = time.perf_counter() - began
-        return Drawn(np.asarray(result.images[0]), seconds, _stages(result.timings))
+        return TimedImage(np.asarray(result.images[0]), seconds, _stages(result.timings))
 
 
 def _stages(timings: dict[str, float]) -> dict[str, float]:

@@ -6,17 +6,15 @@ import time
 
 import numpy as np
 
-from ....engines import Bundle
-from ....runtime.one_graph import OneGraphPipeline, find_one_graph
-from ....runtime.params import Params
-from ..drawing import CONVERSION, DRAW, TOKENS, Drawn, Facts, Settings
-from .device import device_name
+from ...engines import Bundle
+from ...runtime.one_graph import OneGraphPipeline, find_one_graph
+from .protocol import CONVERSION, GENERATE, TOKENS, Facts, Settings, TimedImage, device_name
 
-STAGES = {"tokenize": TOKENS, "draw": DRAW, "convert": CONVERSION}
+STAGES = {"tokenize": TOKENS, "draw": GENERATE, "convert": CONVERSION}
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu")
 
 
-class Drawer:
+class Runner:
     """The one-graphs of a bundle, of which the one that draws is loaded."""
 
     def __init__(self, bundle: str, device: str) -> None:
@@ -31,10 +29,9 @@ class Drawer:
         device = device_name(self._pipe.device)
         return Facts(precision=self._manifest.precision, device=device, how=how, packages=PACKAGES)
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image; the first of other steps loads their graph."""
-        params = Params(
-            prompt=settings.prompt,
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image; the first of other steps loads their graph."""
+        asked: dict[str, Any] = {
             **settings.schedule,
             eta=settings.eta,
             height=settings.height,
@@ -48,4 +45,4 @@ class Drawer:
         result = self._pipe.generate(params)
         seconds = time.perf_counter() - began
         stages = {STAGES[key]: took for key, took in result.timings.items() if key in STAGES}
-        return Drawn(np.asarray(result.images[0]), seconds, stages)
+        return TimedImage(np.asarray(result.images[0]), seconds, stages)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import onnx
 
-from ...errors import BundleError, one_line
+from hypersd.errors import BundleError, one_line
+
 from .graph_shapes import Shapes, graph_shapes
 
 Shape = tuple[int, ...]

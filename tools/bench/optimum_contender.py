@@ -14,17 +14,16 @@ from optimum.onnxruntime import (  # pyright: ignore[reportMissingImports]  # it
     ORTStableDiffusionXLPipeline,
 )
 
-from ..drawing import Drawn, Facts, Settings
-from .device import device_name, resolve_device
-from .timed import TimedPipeline
+from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
+from .timed_pipeline import TimedPipeline
 
 PACKAGES = ("torch", "optimum-onnx", "optimum", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu")
 PIPELINES = {"sd15": ORTStableDiffusionPipeline, "sdxl": ORTStableDiffusionXLPipeline}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class Drawer:
-    """A bundle's networks in the layout of optimum's exports.
+class Runner:
+    """A bundle's components in the layout of optimum's exports.
 
     Args:
         folder: that layout.
@@ -53,20 +52,20 @@ class Drawer:
         how = f"ONNX Runtime, {provider}"
         return Facts(precision=self._precision, device=device_name(self._device), how=how, packages=PACKAGES)
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image."""
-        return self._timed.draw(settings)
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image."""
+        return self._timed.generate(settings)
 
 
 class _Encoded(NamedTuple):
-    """What SDXL's pipeline asks of a text encoder: the pooled projection first, and the last layer but one."""
+    """A text encoder's outputs as SDXL's pipeline reads them: the pooled projection first, then the hidden states."""
 
     first: torch.Tensor
     hidden_states: tuple[torch.Tensor | None, ...]
 
 
 class _TextEncoder:
-    """A text encoder of a bundle, which computes no layer but the one that is used, as optimum's pipeline wants it."""
+    """A bundle's text encoder, which computes only the layer in use, behind the interface of optimum's pipeline."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder

@@ -1,7 +1,7 @@
-"""A contender's process: reads a command from a line of JSON and answers with one, until its input is closed.
+"""The program of a contender's process: answers commands, one line of JSON each, until its input is closed.
 
-It runs under any interpreter that has the contender's libraries: of this package it imports what needs nothing else.
-The answers go through a pipe of their own, so that nothing that a library prints can come between them.
+It runs under any interpreter that has the contender's libraries, and imports only modules without dependencies.
+Answers have a pipe of their own, so that output of a library cannot come between them.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...errors import HyperSDError, one_line
-from .drawing import Drawer, Settings
-from .memory import DeviceMemory, peak_host_memory
+from .host import DeviceMemory, peak_host_memory
+from .protocol import Runner, Settings
 
 
 class Worker:
-    """The commands. ``module`` holds the class ``Drawer`` of the contender, which takes ``options``."""
+    """The commands. ``module`` holds the contender's class ``Runner``, whose arguments are ``options``."""
 
     def __init__(self, module: str, options: dict[str, Any]) -> None:
         self._module = module
         self._options = options
-        self._drawer: Drawer | None = None
+        self._runner: Runner | None = None
         self._device_memory = DeviceMemory()
 
     def hello(self) -> dict[str, Any]:
-        """That the process is there."""
+        """Show that the process is alive."""
         return {"python": sys.version.split()[0]}
 
     def load(self) -> dict[str, Any]:
-        """Import the contender's libraries, find its files, load it: seconds of each, and what it says of itself."""
+        """Import the contender's libraries, find its files and load it; the answer has seconds and facts."""
         began = time.perf_counter()
         module = importlib.import_module(self._module)
         imported = time.perf_counter()
         self._device_memory.begin()
-        self._drawer = drawer = module.Drawer(**self._options)
+        self._runner = runner = module.Runner(**self._options)
         found = time.perf_counter()
-        facts = drawer.load()
+        facts = runner.load()
         loaded = time.perf_counter()
         answer = {"imports": imported - began, "load": loaded - found, **dataclasses.asdict(facts)}
         return answer | {"versions": _versions(facts.packages), **self._memory()}
 
-    def draw(self, settings: dict[str, Any], save: str | None = None) -> dict[str, Any]:
-        """Draw an image; ``save`` is where its pixels go, as a file of numpy's."""
-        assert self._drawer is not None, "draw before load"
-        drawn = self._drawer.draw(Settings(**settings))
+    def generate(self, settings: dict[str, Any], save: str | None = None) -> dict[str, Any]:
+        """Generate an image and write its pixels to the file ``save``, in numpy's format."""
+        assert self._runner is not None, "generate before load"
+        made = self._runner.generate(Settings(**settings))
         if save is not None:
             import numpy as np
 
-            np.save(save, drawn.pixels)
-        return {"seconds": drawn.seconds, "stages": dict(drawn.stages), **self._memory()}
+            np.save(save, made.pixels)
+        return {"seconds": made.seconds, "stages": dict(made.stages), **self._memory()}
 
     def _memory(self) -> dict[str, Any]:
         return {"host_memory": peak_host_memory(), "device_memory": self._device_memory.peak()}
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the installed packages."""
     versions = {"python": sys.version.split()[0]}
     for package in packages:
         try:
@@ -75,7 +75,7 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def _commands(fd: int) -> Iterator[dict[str, Any]]:
-    """The commands as they come. When nobody can send any more the process ends at once, whatever it is busy with."""
+    """The commands as they come. When the input is closed the process ends at once, even in the middle of one."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -90,7 +90,7 @@ def _commands(fd: int) -> Iterator[dict[str, Any]]:
 
 
 def _own_input() -> int:
-    """The commands' file descriptor, away from standard input, which processes of libraries would inherit."""
+    """Move the commands away from standard input, which children of libraries would inherit: the new descriptor."""
     fd, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -98,13 +98,13 @@ def _own_input() -> int:
 
 
 def main(answers_fd: int, module: str, options: str) -> None:
-    """Serve. ``answers_fd`` is where answers go, ``options`` are the contender's as JSON."""
+    """Serve commands; answers go to ``answers_fd``, ``options`` are the contender's as JSON."""
     os.set_inheritable(answers_fd, False)
     worker = Worker(module, json.loads(options))
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "hello": worker.hello,
         "load": worker.load,
-        "draw": worker.draw,
+        "generate": worker.generate,
     }
     with os.fdopen(answers_fd, "w", encoding="utf-8") as answers:
         for command in _commands(_own_input()):

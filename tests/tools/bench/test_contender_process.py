@@ -1,4 +1,4 @@
-"""A contender's process: nothing that happens in it may corrupt, hang or outlive the bench."""
+"""A contender's process may not corrupt, hang or outlive the bench."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hypersd.errors import RequestError
-from hypersd.tools.bench.process import WorkerError, WorkerProcess, check_python, write_start
+from hypersd.tools.bench.contender_process import ContenderError, ContenderProcess, check_python, write_start
 
 SETTINGS = {
     "prompt": "a cat",
@@ -30,13 +30,13 @@ SETTINGS = {
 
 
 @pytest.fixture
-def start(tmp_path: Path, stand_in, diary: Path) -> Iterator[Callable[..., WorkerProcess]]:
+def start(tmp_path: Path, stand_in, diary: Path) -> Iterator[Callable[..., ContenderProcess]]:
     """``start(**behaviour)``: a stand-in's process."""
     program, started = write_start(tmp_path / "program"), []
 
-    def begin(python: str = sys.executable, **behaviour: Any) -> WorkerProcess:
+    def begin(python: str = sys.executable, **behaviour: Any) -> ContenderProcess:
         options = {"diary": str(diary), "name": "it", **behaviour}
-        started.append(WorkerProcess(program, python, "stand_in", options, tmp_path / "log"))
+        started.append(ContenderProcess(program, python, "stand_in", options, tmp_path / "log"))
         return started[-1]
 
     yield begin
@@ -44,7 +44,7 @@ def start(tmp_path: Path, stand_in, diary: Path) -> Iterator[Callable[..., Worke
         process.close()
 
 
-def ends(process: WorkerProcess, seconds: float = 10.0) -> bool:
+def ends(process: ContenderProcess, seconds: float = 10.0) -> bool:
     """Whether a process ends by itself."""
     try:
         process._process.wait(seconds)
@@ -53,10 +53,10 @@ def ends(process: WorkerProcess, seconds: float = 10.0) -> bool:
     return True
 
 
-def ask_in_vain(worker: WorkerProcess) -> None:
+def ask_in_vain(worker: ContenderProcess) -> None:
     """Ask for an image that is never finished."""
-    with pytest.raises(WorkerError):
-        worker.ask("draw", settings=SETTINGS)
+    with pytest.raises(ContenderError):
+        worker.ask("generate", settings=SETTINGS)
 
 
 def test_nothing_that_a_library_prints_gets_into_the_answers(start, tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_nothing_that_a_library_prints_gets_into_the_answers(start, tmp_path: Pa
     loaded = worker.ask("load")
     assert loaded["how"] == "stand-in"
     assert set(loaded["versions"]) == {"python", "numpy"}
-    drawn = worker.ask("draw", settings=SETTINGS, save=str(tmp_path / "pixels.npy"))
-    assert (drawn["seconds"], drawn["stages"]) == (0.25, {"tokens": 0.05, "step 1": 0.1})
+    made = worker.ask("generate", settings=SETTINGS, save=str(tmp_path / "pixels.npy"))
+    assert (made["seconds"], made["stages"]) == (0.25, {"tokens": 0.05, "step 1": 0.1})
     assert (tmp_path / "pixels.npy").exists()
     assert "not by a library" in (tmp_path / "log").read_text()
 
@@ -83,24 +83,24 @@ def test_an_exception_is_one_line_and_not_the_end(start) -> None:
     """The contender's error comes back in one line with its kind; the process still answers."""
     worker = start(raises_at=1)
     worker.ask("load")
-    with pytest.raises(WorkerError, match=r"^ValueError: first line second line$"):
-        worker.ask("draw", settings=SETTINGS)
-    assert worker.ask("draw", settings=SETTINGS)["seconds"] == 0.25
+    with pytest.raises(ContenderError, match=r"^ValueError: first line second line$"):
+        worker.ask("generate", settings=SETTINGS)
+    assert worker.ask("generate", settings=SETTINGS)["seconds"] == 0.25
 
 
-def test_a_death_is_told_with_its_cause(start) -> None:
-    """A process that the system killed, as for want of memory, is an error with the signal and its last words."""
+def test_the_cause_of_a_death_is_reported(start) -> None:
+    """A process that the system killed, for instance out of memory, is an error with the signal and its last words."""
     worker = start(kills_itself_at=1)
     worker.ask("load")
-    with pytest.raises(WorkerError, match=r"was ended by SIGKILL, perhaps for want of memory: about to go$"):
-        worker.ask("draw", settings=SETTINGS)
+    with pytest.raises(ContenderError, match=r"was ended by SIGKILL, perhaps out of memory: about to go$"):
+        worker.ask("generate", settings=SETTINGS)
 
 
-def test_a_module_that_is_not_there(start, tmp_path: Path) -> None:
-    """What a contender lacks is told when it is loaded."""
-    worker = WorkerProcess(tmp_path / "program/start.py", sys.executable, "no_such_module", {}, tmp_path / "other")
+def test_a_missing_module(start, tmp_path: Path) -> None:
+    """A missing module is reported at load."""
+    worker = ContenderProcess(tmp_path / "program/start.py", sys.executable, "no_such_module", {}, tmp_path / "other")
     try:
-        with pytest.raises(WorkerError, match="No module named 'no_such_module'"):
+        with pytest.raises(ContenderError, match="No module named 'no_such_module'"):
             worker.ask("load")
     finally:
         worker.close()
@@ -124,10 +124,10 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path, stand_in, di
     program = f"""if True:
         import sys, time
         from pathlib import Path
-        from hypersd.tools.bench.process import WorkerProcess, write_start
+        from hypersd.tools.bench.contender_process import ContenderProcess, write_start
         folder = Path({str(tmp_path)!r})
         options = {{"diary": {str(diary)!r}, "name": "it"}}
-        worker = WorkerProcess(write_start(folder / "p"), sys.executable, "stand_in", options, folder / "log")
+        worker = ContenderProcess(write_start(folder / "p"), sys.executable, "stand_in", options, folder / "log")
         print(worker._process.pid, flush=True)
         time.sleep(60)
     """
@@ -153,17 +153,17 @@ def test_another_python_needs_no_hypersd(stand_in, diary: Path, tmp_path: Path) 
         pytest.skip("no interpreter without this package's dependencies here")
     program = write_start(tmp_path / "bare")
     options = {"diary": str(diary), "name": "it", "grey": None}
-    worker = WorkerProcess(program, bare, "stand_in", options, tmp_path / "log-bare")
+    worker = ContenderProcess(program, bare, "stand_in", options, tmp_path / "log-bare")
     try:
         worker.ask("load")
-        assert worker.ask("draw", settings=SETTINGS)["seconds"] == 0.25
+        assert worker.ask("generate", settings=SETTINGS)["seconds"] == 0.25
     finally:
         worker.close()
 
 
 @pytest.mark.parametrize("python", ["/no/such/python", "/", "false"])
-def test_a_python_that_is_none(python: str) -> None:
-    """What does not run, or is no Python, is refused before anything starts."""
+def test_an_interpreter_that_does_not_run(python: str) -> None:
+    """A file that does not run, or is no Python, is rejected before anything starts."""
     with pytest.raises(RequestError, match="expected a Python") as error:
         check_python("optimum", python)
     assert "\n" not in str(error.value)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ...errors import RequestError
+from hypersd.errors import RequestError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REPEATS = 5  # of which the fastest counts
@@ -21,7 +21,7 @@ COPIED = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes, of which a cache holds li
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a machine reaches.
+    """Rates that a machine reaches.
 
     Attributes:
         flops_per_second: of a matrix product, multiplications and additions counted apart.
@@ -42,7 +42,7 @@ def machine_rates(device: str, dtype: str, threads: int | None = None) -> Rates:
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        threads: of the CPU; None for as many as torch has.
+        threads: of the CPU; None for torch's own number.
 
     Raises:
         RequestError: the dtype is not known.

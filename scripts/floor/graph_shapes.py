@@ -9,7 +9,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ...errors import RequestError
+from hypersd.errors import RequestError
 
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 Shapes = dict[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""What a contender is asked for and what it gives: shared with worker processes of any environment, so no imports."""
+"""Values that pass between the bench and a contender's process. Without imports: it loads in any environment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 TOKENS = "tokens"
 TEXT_ENCODERS = "text encoders"
-DRAW = "draw"  # what a CUDA graph does in one go: text encoders, steps and decoder
+GENERATE = "generate"  # a CUDA graph of the whole image: text encoders, steps and decoder
 DECODE = "decode"
 CONVERSION = "conversion"  # to 8 bits, to the host, to PIL
-OTHER = "other"  # what is left of the whole
+OTHER = "other"  # the rest of the whole
 
 
 def step_name(i: int) -> str:
@@ -44,20 +44,20 @@ class Settings:
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """Whichever of diffusers' two arguments says how many steps there are."""
+        """The one of diffusers' two arguments that gives the number of steps."""
         if self.timesteps is not None:
             return {"timesteps": list(self.timesteps)}
         return {"num_inference_steps": self.num_inference_steps}
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """An image and what it took.
+class TimedImage:
+    """An image and its timings.
 
     Attributes:
         pixels: uint8 [H, W, 3], a numpy array.
         seconds: from the call to the finished image.
-        stages: seconds by stage, without what is left over.
+        stages: seconds by stage, without the rest.
     """
 
     pixels: Any
@@ -67,12 +67,12 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a contender says of itself once it is loaded.
+    """Facts about a contender that are known once it is loaded.
 
     Attributes:
-        precision: what its networks compute in: ``fp32``, ``fp16`` or ``bf16``.
+        precision: of the components' computations: ``fp32``, ``fp16`` or ``bf16``.
         device: ``cpu``, or a CUDA device with its name.
-        how: what runs, in a few words.
+        how: the backend, in a few words.
         packages: the distributions whose versions matter.
     """
 
@@ -82,13 +82,29 @@ class Facts:
     packages: tuple[str, ...]
 
 
-class Drawer(Protocol):
-    """A contender in its own process. What it takes to find its files belongs into ``__init__`` and is not timed."""
+class Runner(Protocol):
+    """A contender in its own process. Work to find its files belongs in ``__init__``, which is not timed."""
 
     def load(self) -> Facts:
-        """Make everything ready to draw."""
+        """Prepare everything that generation needs."""
         ...
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image."""
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image."""
         ...
+
+
+def resolve_device(device: str) -> Any:
+    """The ``torch.device`` of that name; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
+    import torch
+
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(device: Any) -> str:
+    """``cpu``, or a CUDA device with its name."""
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,23 +1,43 @@
-"""The least time that an image's stages could take on a machine: their work, over the rates that it reaches.
+#!/usr/bin/env python
+"""Print the least time that the stages of an image could take on a machine: their work, over the measured rates.
 
-Only products are counted, and of memory only the weights: no engine does without them. Two things can beat a floor all
-the same: convolutions by algorithms that multiply less (Winograd's), and weights that stay in a cache between runs.
+    python scripts/measure_floor.py bundles/NAME --steps 1 4 --dtype bfloat16
+
+The count includes products, and of memory only the weights: no engine does without them. Two effects can beat a floor
+all the same: convolutions by algorithms that multiply less (Winograd's), and weights that stay in a cache between runs.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from ...engines import Bundle
-from ...engines.engine import TORCH_DTYPES
-from ...engines.manifest import Component, Range, dim_range
-from ...runtime.params import Params, decide
-from ...runtime.text import ENCODERS
-from .drawing import DECODE, TEXT_ENCODERS, step_name
-from .graph_work import Work, graph_work
-from .rates import Rates, machine_rates
+from floor.graph_work import Work, graph_work
+from floor.rates import DTYPES, Rates, machine_rates
 
-__all__ = ["Rates", "Work", "floor_seconds", "graph_work", "image_floor", "machine_rates"]
+from hypersd.engines import Bundle
+from hypersd.engines.engine import TORCH_DTYPES
+from hypersd.engines.manifest import Component, Range, dim_range
+from hypersd.runtime.params import Params, decide
+from hypersd.runtime.text import ENCODERS
+from hypersd.tools.bench.protocol import DECODE, TEXT_ENCODERS, step_name
+
+
+def main() -> None:
+    """Measure the rates, count the work, print both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", help="default: the bundle's")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    bundle, rates = Bundle.load(args.bundle), machine_rates(args.device, args.dtype)
+    shapes = bundle.manifest.shapes
+    print(f"{rates.flops_per_second / 1e12:.3f} TFLOP/s, {rates.bytes_per_second / 1e9:.1f} GB/s in {args.dtype}")
+    for steps in args.steps or [bundle.manifest.sampler.num_inference_steps]:
+        floor = image_floor(bundle, steps, shapes.height.opt, shapes.width.opt, 1, rates)
+        stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in floor.items())
+        print(f"{steps} step(s): {sum(floor.values()):.3f} s ({stages})")
 
 
 def floor_seconds(work: Work, rates: Rates) -> float:
@@ -28,8 +48,8 @@ def floor_seconds(work: Work, rates: Rates) -> float:
 def image_floor(bundle: Bundle, steps: int, height: int, width: int, batch: int, rates: Rates) -> dict[str, float]:
     """Seconds by stage: ``text encoders``, ``step 1`` and so on, and ``decode``.
 
-    A checkpoint that draws with guidance takes two rows of the UNet for an image. The text of what to keep away from
-    is the same for all images and need not be encoded again.
+    A checkpoint with guidance takes two rows of the UNet for an image. The negative prompt is the same for all images
+    and need not be encoded again.
 
     Args:
         bundle: whose graphs are counted.
@@ -40,8 +60,8 @@ def image_floor(bundle: Bundle, steps: int, height: int, width: int, batch: int,
         rates: of the machine; weights count in the narrower of their own type and that of the rates.
 
     Raises:
-        BundleError: a graph's work cannot be told.
-        RequestError: the bundle does not draw that size.
+        BundleError: a graph's work cannot be counted.
+        RequestError: the size is outside the bundle's range.
     """
     manifest = bundle.manifest
     request = decide(manifest, Params(prompt="", height=height, width=width))
@@ -82,3 +102,7 @@ def _as_computed(work: Work, component: Component, rates: Rates) -> Work:
     """The same work with weights in the type that is computed in, if that is narrower than their own."""
     own = TORCH_DTYPES[next(iter(component.outputs.values())).dtype].itemsize
     return Work(work.flops, work.weight_bytes * min(own, rates.itemsize or own) // own)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,21 +8,20 @@ import diffusers
 import peft
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401  # loaded when it is named
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401  # diffusers imports classes on first use
 
-from ....engines import Bundle
-from ....export.models import TORCH_DTYPES
-from ...verification import find_reference_sources, load_pipeline
-from ..drawing import Drawn, Facts, Settings
-from .device import device_name, resolve_device
-from .timed import TimedPipeline
+from ...engines import Bundle
+from ...export.models import TORCH_DTYPES
+from ..verification import find_reference_sources, load_pipeline
+from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
+from .timed_pipeline import TimedPipeline
 
 PACKAGES = tuple(library.__name__ for library in (torch, diffusers, transformers, peft))
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Drawer:
-    """What a bundle was made of.
+class Runner:
+    """The sources of a bundle in diffusers.
 
     Args:
         bundle: the bundle's folder.
@@ -48,7 +47,7 @@ class Drawer:
         pipe = load_pipeline(self._manifest, self._sources)
         pipe.to(self._device, DTYPES[self._precision])
         is_half = self._precision != "fp32"
-        if is_half:  # what convolutions in half precision are quickest in, on processors and on GPUs
+        if is_half:  # the fastest layout of half-precision convolutions, on CPUs and GPUs
             pipe.unet.to(memory_format=torch.channels_last)
             pipe.vae.to(memory_format=torch.channels_last)
         self._compile(pipe)
@@ -61,17 +60,17 @@ class Drawer:
             packages=PACKAGES,
         )
 
-    def draw(self, settings: Settings) -> Drawn:
-        """Draw one image."""
-        return self._timed.draw(settings)
+    def generate(self, settings: Settings) -> TimedImage:
+        """Generate one image."""
+        return self._timed.generate(settings)
 
 
 def _as_it_is(pipe: Any) -> None:
-    """Nothing is compiled."""
+    """Compile nothing."""
 
 
 def _compile(pipe: Any) -> None:
-    """torch.compile around what takes the time; on a GPU with CUDA graphs."""
+    """Put torch.compile around the UNet and the decoder; on a GPU with CUDA graphs."""
     mode = "reduce-overhead" if pipe.device.type == "cuda" else None
     pipe.unet = torch.compile(pipe.unet, mode=mode)
     pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode)

@@ -10,15 +10,17 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from floor.graph_shapes import graph_shapes
+from floor.graph_work import Work, graph_work
+from floor.rates import Rates, machine_rates
 from make_tiny_repos import SD15_REPO, SDXL_REPO
+from measure_floor import floor_seconds, image_floor
 from onnx import TensorProto, helper
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hypersd.engines import Bundle
 from hypersd.errors import BundleError, RequestError
-from hypersd.tools.bench.floor import Rates, Work, floor_seconds, graph_work, image_floor, machine_rates
-from hypersd.tools.bench.graph_shapes import graph_shapes
 
 NO_LIMIT = float("inf")
 
@@ -233,8 +235,8 @@ def test_weights_count_in_the_narrower_type(sd15_bundle: Path) -> None:
 
 def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are of the order of a processor's, and the threads are afterwards what they were."""
-    monkeypatch.setattr("hypersd.tools.bench.rates.COPIED", {"cpu": 16 << 20})
-    monkeypatch.setattr("hypersd.tools.bench.rates.LARGEST", 512)
+    monkeypatch.setattr("floor.rates.COPIED", {"cpu": 16 << 20})
+    monkeypatch.setattr("floor.rates.LARGEST", 512)
     before = torch.get_num_threads()
     rates = machine_rates("cpu", "bfloat16", threads=1)
     assert rates.flops_per_second > 1e8

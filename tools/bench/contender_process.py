@@ -1,4 +1,4 @@
-"""The parent's side of a contender's process."""
+"""A contender's process, seen from the bench."""
 
 from __future__ import annotations
 
@@ -14,28 +14,24 @@ from typing import Any
 
 from ...errors import HyperSDError, RequestError, one_line
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parents[2]
 PATIENCE = 5.0  # seconds that a process has to end by itself
 LOG_TAIL = 4000  # bytes
 START = """import sys
 
-from hypersd.tools.bench.worker import main
+from hypersd.tools.bench.contender_worker import main
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), *sys.argv[2:])
 """
 
 
-class WorkerError(HyperSDError):
-    """A contender cannot go on; the message is one line that says why."""
+class ContenderError(HyperSDError):
+    """A contender failed; the message says why in one line."""
 
 
 def write_start(folder: Path) -> Path:
-    """Make a folder with a program that any interpreter can run, beside a link to this package, which it need not have.
-
-    Returns:
-        the program.
-    """
+    """Make a folder with a program for any interpreter, beside a link to this package; return the program."""
     folder.mkdir()
     (folder / "hypersd").symlink_to(PACKAGE, target_is_directory=True)
     program = folder / "start.py"
@@ -44,10 +40,10 @@ def write_start(folder: Path) -> Path:
 
 
 def check_python(name: str, python: str) -> None:
-    """See that an interpreter runs, and is new enough for this package.
+    """Check that an interpreter runs and is new enough for this package.
 
     Raises:
-        RequestError: it does not, or is not.
+        RequestError: it does not run or is too old.
     """
     program = "import sys; print(sys.version_info >= (3, 10))"
     try:
@@ -58,8 +54,8 @@ def check_python(name: str, python: str) -> None:
         raise RequestError(f"--python {name}={python}: expected a Python of version 3.10 or newer")
 
 
-class WorkerProcess:
-    """A contender's process, which ends when this object is closed or this process dies.
+class ContenderProcess:
+    """A contender's process. It ends when this object is closed or this process dies.
 
     Attributes:
         seconds: from its start to its first answer.
@@ -77,11 +73,11 @@ class WorkerProcess:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=(writing,),
-                    start_new_session=True,  # Ctrl-C is for the parent, who ends them; so do their own children
+                    start_new_session=True,  # Ctrl-C reaches only the parent, which then ends the group
                 )
         except OSError as error:
             os.close(reading)
-            raise WorkerError(f"{python} cannot be run: {one_line(error)}") from error
+            raise ContenderError(f"{python} cannot be run: {one_line(error)}") from error
         finally:
             os.close(writing)
         self._answers = os.fdopen(reading, encoding="utf-8")
@@ -93,10 +89,10 @@ class WorkerProcess:
         self.seconds = time.perf_counter() - began
 
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Have a command done.
+        """Send a command and wait for its answer.
 
         Raises:
-            WorkerError: it failed, or the process died.
+            ContenderError: the command failed, or the process died.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: the missing answer says so
@@ -104,14 +100,14 @@ class WorkerProcess:
             self._process.stdin.flush()
         line = self._answers.readline()
         if not line.endswith("\n"):
-            raise WorkerError(self._last_words())
+            raise ContenderError(self._last_words())
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            raise ContenderError(answer["error"])
         return answer
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and its children."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -123,12 +119,12 @@ class WorkerProcess:
         self._answers.close()
 
     def _last_words(self) -> str:
-        """How the process ended, and the last line that it printed."""
+        """The exit status of the process and the last line that it printed, in words."""
         code = self._process.wait()
         ended = f"ended with exit code {code}"
         if code < 0:
             ended = f"was ended by {signal.Signals(-code).name}"
-            ended += ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+            ended += ", perhaps out of memory" if -code == signal.SIGKILL else ""
         printed = self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(printed) if line.strip()), "")
         return f"its process {ended}{f': {last}' if last else ''}"
