@@ -8,6 +8,7 @@ import numpy as np
 
 from ...engines import Bundle
 from ...runtime.one_graph import OneGraphPipeline, find_one_graph
+from ...runtime.params import Params
 from .protocol import CONVERSION, GENERATE, TOKENS, Facts, Settings, TimedImage, device_name
 
 STAGES = {"tokenize": TOKENS, "draw": GENERATE, "convert": CONVERSION}
@@ -31,7 +32,8 @@ class Runner:
 
     def generate(self, settings: Settings) -> TimedImage:
         """Generate one image; the first of other steps loads their graph."""
-        asked: dict[str, Any] = {
+        params = Params(
+            prompt=settings.prompt,
             **settings.schedule,
             eta=settings.eta,
             height=settings.height,
