@@ -12,8 +12,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from ..errors import EngineError, HyperSDError
-from ..serve.cards import ModelCard
 from ..serve.metrics import Metrics
+from ..serve.schemas import ModelCard
 from ..serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnavailableError
 from ..serve.service_request import GeneratedImage, ServiceRequest
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import EngineError, HyperSDError
 from ..serve.calls import keep_prompts_out_of_the_log
-from ..serve.cards import ModelCard
+from ..serve.schemas import ModelCard
 from ..serve.service import LocalService
 from ..serve.service_request import GeneratedImage, ServiceRequest
 from .bundles import SharedBundle, find_or_fetch

@@ -1,4 +1,4 @@
-"""The HTTP side of the service."""
+"""The HTTP application: its routes, its error answers and its OpenAPI description."""
 
 from __future__ import annotations
 
@@ -21,25 +21,12 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import HyperSDError
-from .cards import ModelCard
 from .guard import Guard
 from .image_codec import encode
 from .intake import read_request
 from .live import LiveConnections
 from .problems import invalid, problem_response, response_of
-from .schemas import (
-    ControlNet,
-    Default,
-    Failure,
-    Generation,
-    GenerationRequest,
-    Health,
-    Image,
-    Model,
-    Models,
-    Side,
-    Steps,
-)
+from .schemas import Failure, Generation, GenerationRequest, Health, Image, Model, Models
 from .service import Service
 from .service_request import GeneratedImage, ServiceRequest
 from .settings import ServeSettings
@@ -57,12 +44,12 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": Failure, "description": words}
     for status, words in {
         400: "the request is wrong",
-        401: "no or the wrong token",
+        401: "the token is missing or wrong",
         404: "no such model",
         408: "the body came too slowly",
         413: "the body is too large",
         500: "an engine failed",
-        503: "the queue is full, or the service starts or stops; Retry-After says when to ask again",
+        503: "the queue is full, or the service starts or stops; retry after the seconds in Retry-After",
         504: "not finished in time",
     }.items()
 }
@@ -70,12 +57,12 @@ T = TypeVar("T")
 
 
 def make_app(service: Service, settings: ServeSettings) -> FastAPI:
-    """The application that draws with a service."""
+    """The ASGI application that answers with a service's images."""
     app = FastAPI(
         title="hypersd",
         version=__version__,
-        description="Draws with Hyper-SD in few steps. Requests and answers have the shape of the OpenAI images API.",
-        docs_url=None,  # its page loads scripts from elsewhere
+        description="Generates images with Hyper-SD in few steps. Requests and answers follow the OpenAI images API.",
+        docs_url=None,  # that page loads scripts from another site
         redoc_url=None,
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -95,7 +82,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServeSettings) -> 
         "/v1/images/generations",
         response_model=Generation,
         responses={200: {"content": IMAGES, "description": "the images"}, **FAILURES},
-        summary="Draw images",
+        summary="Generate images",
     )
     async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
         """Answers with JSON, or with the image itself if `Accept` names image/png, image/jpeg or image/webp."""
@@ -114,7 +101,7 @@ def _add_generation(app: FastAPI, service: Service, settings: ServeSettings) -> 
 
 
 def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
-    """The format of an answer that is an image, None for JSON. One that is to hold several images is JSON."""
+    """The format of an answer that is an image; None for JSON, as always for several images."""
     for part in request.headers.get("accept", "").split(","):
         media_type = part.partition(";")[0].strip().lower()
         if media_type in IMAGES and body.n == 1:
@@ -147,13 +134,13 @@ def _generation(
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The work's result; it is cancelled when the client goes away."""
+    """Await the work, and cancel it when the client disconnects."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise HTTPException(499, "the client has gone")
+            raise HTTPException(499, "the client has disconnected")
         return task.result()
     finally:
         for pending in (task, watcher):
@@ -167,16 +154,16 @@ async def _disconnected(request: Request) -> None:
 
 
 def _add_status(app: FastAPI, service: Service, settings: ServeSettings) -> None:
-    @app.get("/v1/models", response_model=Models, responses=_failures(401, 503), summary="The bundles that are served")
+    @app.get("/v1/models", response_model=Models, responses=_failures(401, 503), summary="List the served bundles")
     async def models() -> Models:
-        cards = await asyncio.to_thread(service.models)  # looks at the disk
-        return Models(data=[_model(card, settings.max_count) for card in cards])
+        cards = await asyncio.to_thread(service.models)  # reads from the disk
+        return Models(data=[Model(**dict(card), max_count=settings.max_count) for card in cards])
 
-    @app.get("/healthz", response_model=Health, summary="Whether the process answers")
+    @app.get("/healthz", response_model=Health, summary="Check that the process answers")
     async def healthz() -> Health:
         return Health(status="ok")
 
-    @app.get("/readyz", response_model=Health, responses=_failures(503), summary="Whether it draws")
+    @app.get("/readyz", response_model=Health, responses=_failures(503), summary="Check that the service can generate")
     async def readyz() -> Any:
         if service.is_ready():
             return Health(status="ready")
@@ -184,27 +171,8 @@ def _add_status(app: FastAPI, service: Service, settings: ServeSettings) -> None
 
     @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_failures(401)}, response_class=Response)
     async def metrics() -> Response:
-        """In Prometheus' text format."""
+        """The service's metrics in Prometheus' text format."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _model(card: ModelCard, max_count: int) -> Model:
-    return Model(
-        id=card.id,
-        created=card.created,
-        checkpoint=card.checkpoint,
-        family=card.family,
-        device=card.device,
-        backend=card.backend,
-        steps=Steps(default=card.default_steps, allowed=list(card.allowed_steps)),
-        eta=Default(default=card.eta),
-        guidance_scale=Default(default=card.guidance_scale),
-        width=Side(**vars(card.width)),
-        height=Side(**vars(card.height)),
-        controlnets=[ControlNet(**vars(net)) for net in card.controlnets],
-        max_count=max_count,
-        changed_on_disk=card.changed_on_disk,
-    )
 
 
 def _add_page(app: FastAPI, service: Service, settings: ServeSettings) -> None:
@@ -222,7 +190,7 @@ def _add_page(app: FastAPI, service: Service, settings: ServeSettings) -> None:
 
 
 class _PageFiles(StaticFiles):
-    """The page's own files, which change with the package."""
+    """The page's files; browsers revalidate them, because they change with the package."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -247,7 +215,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     async def on_unknown(_: Request, error: Exception) -> Response:
         message = f"a bug: {type(error).__name__}; the service's log has more"
-        return problem_response(500, message, code="internal", close=True)  # as uvicorn does it then
+        return problem_response(500, message, code="internal", close=True)  # as uvicorn does
 
     handlers[RequestValidationError] = on_invalid
     handlers[HTTPException] = on_http
@@ -262,7 +230,7 @@ def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's own, with this service's answer to a body that does not fit its schema: 400, not 422."""
+    """FastAPI's description without status 422: this service answers 400 to a body that does not fit its schema."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in schema["paths"].values():

@@ -1,4 +1,4 @@
-"""From drawings to calls of a pipeline."""
+"""Turns requests into jobs, and jobs into calls of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,65 +17,68 @@ from .job_queue import Job
 from .service_request import ServiceRequest
 
 
-def request_params(service_request: ServiceRequest) -> Params:
-    """The params of one image of a service_request, its seed and the fitting of its control images apart."""
-    return Params(
-        prompt=service_request.prompt,
-        negative_prompt=service_request.negative_prompt,
-        control_image=service_request.control or None,
-        **service_request.settings.arguments(),
+def make_jobs(pipe: Pipeline, service_request: ServiceRequest) -> list[Job]:
+    """Check a request and make one job for each of its images; takes milliseconds, more with control images.
+
+    Raises:
+        RequestError: the params are out of range for this pipeline.
+    """
+    params = dataclasses.replace(service_request.params, seed=None, num_images_per_prompt=1)
+    request = pipe.decide(params)
+    control = _control_images(pipe, service_request, request)
+    key = call_key(service_request.model, request)
+    return [
+        Job(model=service_request.model, seed=seed, params=params, request=request, control=control, key=key)
+        for seed in service_request.seeds
+    ]
+
+
+def call_key(model: str, request: Request) -> Hashable:
+    """A value that is equal for images that one call can generate."""
+    settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
+    return (model, *settings, request.height, request.width, request.controls, request.negative_prompts is None)
+
+
+def call_params(jobs: Sequence[Job]) -> Params:
+    """The params of one call that generates the images of jobs with equal keys."""
+    first, requests = jobs[0], [job.request for job in jobs]
+    return dataclasses.replace(
+        first.params,
+        prompt=[request.prompts[0] for request in requests],
+        negative_prompt=[request.negative_prompts[0] for request in requests if request.negative_prompts] or None,
+        seed=[job.seed for job in jobs],
+        control_image={name: [job.control[name] for job in jobs] for name in first.control} or None,
     )
 
 
-def control_images(pipe: Pipeline, service_request: ServiceRequest, request: Request) -> dict[str, Image.Image]:
-    """What the ControlNets are to see, of the size that is drawn."""
-    settings = service_request.control_settings
-    return {
-        name: preprocess(
-            fit(image, request.width, request.height, settings.resize_mode),
-            settings.preprocess or pipe.manifest.controlnets[name].preprocess,
-        )
-        for name, image in service_request.control.items()
-    }
-
-
-def call_key(service_request: ServiceRequest, request: Request) -> Hashable:
-    """Equal for images that one call can draw. What is left out counts as what it means."""
-    settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
-    shape = (request.height, request.width, request.controls, service_request.negative_prompt is None)
-    return (service_request.model, *settings, *shape)
-
-
 def images_at_once(pipe: Pipeline) -> int:
-    """How many images a call may draw so that none depends on the others.
+    """The most images of a call at which none depends on its neighbours.
 
-    On a CPU a network's kernels go by the number of rows, and round differently with another: there a call draws as
-    many images as one run of the networks takes in any case.
+    On a CPU the kernels depend on the number of rows and round differently with another number. There a call
+    generates as many images as one run of the components needs in any case.
     """
     batch = pipe.manifest.shapes.batch
     return batch.min if pipe.device.type == "cpu" else batch.max
 
 
-def call_params(jobs: Sequence[Job]) -> Params:
-    """The params of one call that generates the images of jobs with equal keys."""
-    service_requests, names = [job.service_request for job in jobs], jobs[0].control
-    return dataclasses.replace(
-        request_params(service_requests[0]),
-        prompt=[service_request.prompt for service_request in service_requests],
-        negative_prompt=None
-        if service_requests[0].negative_prompt is None
-        else [service_request.negative_prompt or "" for service_request in service_requests],
-        seed=[job.seed for job in jobs],
-        control_image={name: [job.control[name] for job in jobs] for name in names} or None,
-    )
-
-
 def warm_up(pipe: Pipeline) -> None:
-    """Draw until a call costs what later ones cost: on a GPU the third call of a kind is recorded."""
+    """Generate until a call costs as much as later ones: on a GPU the third call with equal settings is recorded."""
     for i in range(3 if pipe.device.type == "cuda" else 1):
         pipe.generate(Params(prompt="warm-up", seed=i))
 
 
 def keep_prompts_out_of_the_log() -> None:
-    """For a process that draws for others: Python would print of each long prompt a part, and keep it for ever."""
+    """Silence the warning that quotes long prompts, which Python prints and keeps: clients' prompts are private."""
     warnings.simplefilter("ignore", TruncationWarning)
+
+
+def _control_images(pipe: Pipeline, service_request: ServiceRequest, request: Request) -> dict[str, Image.Image]:
+    """The images that the ControlNets see, in the output size, by the ControlNets' names."""
+    params = service_request.params
+    return {
+        name: preprocess(
+            fit(image, request.width, request.height, params.resize_mode),
+            service_request.preprocess or pipe.manifest.controlnets[name].preprocess,
+        )
+        for name, image in (params.control_image or {}).items()
+    }

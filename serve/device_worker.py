@@ -1,4 +1,4 @@
-"""The thread that owns a device and the pipelines on it."""
+"""The thread that owns a device and generates with the pipelines on it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FAILURES_UNTIL_UNWELL = 3  # calls in a row: a device that has crashed does not 
 
 
 class Worker(threading.Thread):
-    """Loads the bundles on a device, warms them up, and draws what is in the queue until that is closed.
+    """Loads the bundles on a device, warms them up, and generates the queue's images until the queue is closed.
 
     Attributes:
-        pipelines: by the bundle's name, once they are ready.
-        failure: why they could not be loaded.
+        pipelines: by the bundle's name; empty before they are ready and after a failure.
+        failure: the error that ended the worker.
     """
 
     def __init__(
@@ -33,18 +33,23 @@ class Worker(threading.Thread):
         super().__init__(name=f"hypersd {name}", daemon=True)
         self.pipelines: Mapping[str, Pipeline] = {}
         self.failure: BaseException | None = None
-        self.seconds_per_image = 0.0  # of late
+        self.seconds_per_image = 0.0  # moving average
         self._load, self._jobs, self._metrics, self._max_batch = load, jobs, metrics, max_batch
         self._is_loaded = threading.Event()
         self._failures = 0
 
     @property
     def is_well(self) -> bool:
-        """Whether it is ready to draw, and has not failed at each of its last calls."""
-        return self._is_loaded.is_set() and self.failure is None and self._failures < FAILURES_UNTIL_UNWELL
+        """Whether the worker is running and ready, and has not failed at each of its last calls."""
+        return (
+            self.is_alive()
+            and self._is_loaded.is_set()
+            and self.failure is None
+            and self._failures < FAILURES_UNTIL_UNWELL
+        )
 
     def wait_loaded(self, timeout: float | None = None) -> bool:
-        """Wait until it is ready, or has failed to be."""
+        """Wait until the bundles are loaded or could not be; False after ``timeout`` seconds."""
         return self._is_loaded.wait(timeout)
 
     def run(self) -> None:
@@ -53,21 +58,25 @@ class Worker(threading.Thread):
             for pipe in pipelines.values():
                 warm_up(pipe)
             self.pipelines = pipelines
-        except BaseException as error:  # told by whoever waits
+        except BaseException as error:  # wait_ready raises it
             self.failure = error
             return
         finally:
             self._is_loaded.set()
         while jobs := self._jobs.take(self._most):
-            self._generate(jobs)
+            try:
+                self._generate(jobs)
+            except BaseException as error:  # nothing but the end of this thread is left
+                self._end(jobs, error)
+                return
 
     def _most(self, job: Job) -> int:
-        return min(self._max_batch, images_at_once(self.pipelines[job.service_request.model]))
+        return min(self._max_batch, images_at_once(self.pipelines[job.model]))
 
     def _generate(self, jobs: Sequence[Job]) -> None:
-        """Draw jobs of one key together; if that fails each alone, because one must not spoil the others'."""
+        """Generate jobs with equal keys in one call; if it fails each alone, so that one does not spoil the others."""
         try:
-            self._generate_together(self.pipelines[jobs[0].service_request.model], jobs)
+            self._generate_together(self.pipelines[jobs[0].model], jobs)
         except Exception as error:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
@@ -81,7 +90,7 @@ class Worker(threading.Thread):
         seconds = (time.monotonic() - began) / len(jobs)
         self.seconds_per_image += (seconds - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1.0)
         self._failures = 0
-        self._metrics.saw_call(jobs[0].service_request.model, len(jobs), output.timings)
+        self._metrics.saw_call(jobs[0].model, len(jobs), output.timings)
         for job, image in zip(jobs, output.images, strict=True):
             waited = began - job.queued_at
             self._metrics.saw_wait(waited)
@@ -97,18 +106,26 @@ class Worker(threading.Thread):
                 )
             )
 
+    def _end(self, jobs: Sequence[Job], error: BaseException) -> None:
+        """Fail the jobs in hand, and give up the device."""
+        LOG.critical("%s has ended", self.name, exc_info=error)
+        self.failure, self.pipelines = error, {}
+        for job in jobs:
+            if not job.result.done():
+                job.result.set_exception(EngineError(f"the device's worker has ended ({type(error).__name__})"))
+
     def _fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, RequestError):  # which says nothing of the device, and clients can cause at will
+        if not isinstance(error, RequestError):  # these do not concern the device: any client can cause them
             self._failures += 1
-            LOG.error("an image could not be drawn", exc_info=error)  # the client is told one line
+            LOG.error("an image could not be generated", exc_info=error)  # the client sees only one line
         self._metrics.saw_failure(type(error).__name__)
-        job.result.set_exception(_in_words(error))
+        job.result.set_exception(_client_error(error))
 
 
-def _in_words(error: Exception) -> HyperSDError:
-    """What the client is told."""
+def _client_error(error: Exception) -> HyperSDError:
+    """The error that the client sees."""
     if isinstance(error, HyperSDError):
         return error
     if isinstance(error, MemoryError):
-        return EngineError("out of memory: draw smaller images, or fewer at a time")
-    return EngineError(f"drawing failed ({type(error).__name__}: {one_line(error)})")
+        return EngineError("out of memory: generate smaller images, or fewer at a time")
+    return EngineError(f"generating failed ({type(error).__name__}: {one_line(error)})")

@@ -1,4 +1,4 @@
-"""From a request's body to a drawing."""
+"""Reads the body of an HTTP or live request: limits of the service, defaults of the API, control images."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..errors import RequestError
-from ..runtime.params import LARGEST_SEED
-from .cards import ModelCard
+from ..runtime.params import LARGEST_SEED, Params
 from .image_codec import decode_control_image
-from .schemas import GenerationRequest
+from .schemas import GenerationRequest, ModelCard
 from .service_errors import UnknownModelError
-from .service_request import ControlSettings, DrawSettings, ServiceRequest
+from .service_request import ServiceRequest
 from .settings import ServeSettings
 
 
 def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: ServeSettings) -> ServiceRequest:
-    """What a body asks for. Images in it are decoded, which takes milliseconds.
+    """Turn a body into a request. Decodes its control images, which takes milliseconds.
 
     Raises:
-        RequestError: it is beyond the service's limits, or a control image is none.
+        RequestError: the body exceeds the service's limits, or a control image cannot be read.
     """
     for name in ("prompt", "negative_prompt"):
         if len(getattr(body, name) or "") > settings.max_prompt:
@@ -31,28 +30,28 @@ def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: 
     width, height = _size(body.size)
     card = _card(body.model, cards)
     _check_lonely(body)
-    return ServiceRequest(
-        model=card.id,
+    seeds = _seeds(body.seed, body.n)
+    params = Params(
         prompt=body.prompt,
-        seeds=_seeds(body.seed, body.n),
         negative_prompt=body.negative_prompt,
-        settings=DrawSettings(
-            num_inference_steps=body.steps,
-            eta=body.eta,
-            guidance_scale=body.guidance_scale,
-            height=height,
-            width=width,
-            controlnet_conditioning_scale=body.control_scale,
-            control_guidance_start=body.control_start,
-            control_guidance_end=body.control_end,
-        ),
-        control=_control_images(body, card, settings),
-        control_settings=ControlSettings(preprocess=body.preprocess, resize_mode=body.resize_mode or "crop"),
+        num_inference_steps=body.steps,
+        eta=body.eta,
+        guidance_scale=body.guidance_scale,
+        height=height,
+        width=width,
+        num_images_per_prompt=len(seeds),
+        seed=seeds,
+        control_image=_control_images(body, card, settings) or None,
+        controlnet_conditioning_scale=body.control_scale,
+        control_guidance_start=body.control_start,
+        control_guidance_end=body.control_end,
+        resize_mode=body.resize_mode or "crop",
     )
+    return ServiceRequest(model=card.id, params=params, preprocess=body.preprocess)
 
 
 def _card(model: str | None, cards: Sequence[ModelCard]) -> ModelCard:
-    """The bundle that is meant: the first if none is named."""
+    """The bundle that the body names, or the first."""
     for card in cards:
         if model in (None, card.id):
             return card
@@ -74,11 +73,11 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 
 def _check_lonely(body: GenerationRequest) -> None:
-    """Refuse what has no effect without a control image."""
+    """Reject fields that have no effect without a control image."""
     if body.control_image is None:
         for name in ("control_scale", "control_start", "control_end", "preprocess", "resize_mode"):
             if getattr(body, name) is not None:
-                raise RequestError(f"{name} is about a control image: expected control_image with it")
+                raise RequestError(f"{name} has no effect without a control image: send control_image, or leave it out")
 
 
 def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSettings) -> dict[str, Image.Image]:
@@ -86,11 +85,11 @@ def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSet
         return {}
     names = [net.name for net in card.controlnets]
     if not names:
-        raise RequestError(f"control_image: {card.id} was exported without a ControlNet")
+        raise RequestError(f"control_image: {card.id} has no ControlNet: leave control_image out")
     given = body.control_image
     if isinstance(given, str):
         if len(names) > 1:
-            raise RequestError(f"control_image: expected some by name, of {', '.join(names)}")
+            raise RequestError(f"control_image: expected an object with images for some of {', '.join(names)}")
         given = {names[0]: given}
     if unknown := sorted(given.keys() - {*names}):
         raise RequestError(f"control_image {unknown[0]!r}: {card.id} has no such ControlNet, it has {', '.join(names)}")

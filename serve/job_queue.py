@@ -1,4 +1,4 @@
-"""A bounded queue of images that groups those which can be drawn together."""
+"""A bounded queue of images; it hands out together the images that one call can generate."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from concurrent.futures import Future
 
 from PIL import Image
 
+from ..runtime.params import Params
 from ..runtime.request import Request
 from .service_errors import QueueFullError, StoppingError
-from .service_request import GeneratedImage, ServiceRequest
+from .service_request import GeneratedImage
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One image to draw.
+    """One image to generate.
 
     Attributes:
-        request: the drawing's, checked.
-        control: images as the ControlNets are to see them, of the size that is drawn.
-        key: equal for jobs that one call of a pipeline can draw.
-        result: cancelled while the job waits, it is not drawn.
+        model: the name of the bundle.
+        params: of this image, without its seed.
+        request: the decided params.
+        control: the images that the ControlNets see, in the output size, by the ControlNets' names.
+        key: equal for jobs that one call of a pipeline can generate.
+        result: the image; if it is cancelled while the job waits, the image is not generated.
     """
 
-    service_request: ServiceRequest
+    model: str
     seed: int
+    params: Params
     request: Request
     control: dict[str, Image.Image]
     key: Hashable
@@ -37,20 +41,20 @@ class Job:
 
 
 class JobQueue:
-    """First come, first served; whoever takes a job takes those behind it that can be drawn with it.
+    """First come, first served; the jobs that one call can generate with the oldest are taken with it.
 
     Any number of threads may put and take.
     """
 
     def __init__(self, size: int) -> None:
-        """``size``: the most images that wait."""
+        """Make an empty queue for at most ``size`` images."""
         self.size = size
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
 
     def __len__(self) -> int:
-        """Images that wait, and that somebody still waits for."""
+        """The number of waiting images that were not cancelled."""
         with self._changed:
             self._drop_cancelled()
             return len(self._jobs)
@@ -60,7 +64,7 @@ class JobQueue:
 
         Raises:
             QueueFullError: the queue has no room for them.
-            StoppingError: it is closed.
+            StoppingError: the queue is closed.
         """
         with self._changed:
             if self._is_closed:
@@ -72,10 +76,10 @@ class JobQueue:
             self._changed.notify(len(jobs))
 
     def take(self, most: Callable[[Job], int]) -> list[Job]:
-        """Up to ``most(oldest)`` jobs of one key, the oldest first; waits for the first, not for more.
+        """Take up to ``most(oldest)`` jobs with equal keys, the oldest first; waits for the first, not for more.
 
-        Nothing is in the list once the queue is closed. Jobs that were cancelled are dropped; those that are taken
-        cannot be cancelled any more.
+        The list is empty once the queue is closed. Cancelled jobs are dropped; a job that was taken cannot be
+        cancelled any more.
         """
         with self._changed:
             while True:
@@ -86,7 +90,7 @@ class JobQueue:
                     return taken
 
     def close(self) -> list[Job]:
-        """Refuse what waits, which is returned, and what comes; those who take are sent home."""
+        """Close the queue: fail and return the waiting jobs, reject new ones, and wake blocked takers."""
         with self._changed:
             self._is_closed = True
             waiting = [job for job in self._jobs if job.result.set_running_or_notify_cancel()]
@@ -97,7 +101,7 @@ class JobQueue:
         return waiting
 
     def _take_alike(self, most: Callable[[Job], int]) -> list[Job]:
-        """The oldest and those like it; cancelled jobs on the way to them go, too."""
+        """Remove and return the oldest job and jobs with its key; cancelled jobs before them are dropped."""
         taken: list[Job] = []
         others: deque[Job] = deque()
         while self._jobs and (not taken or len(taken) < most(taken[0])):

@@ -1,4 +1,4 @@
-"""The WebSocket that draws as you type: of the inputs of a connection the newest wins."""
+"""The live WebSocket: generates as the user types; of a connection's inputs the newest wins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from ..errors import HyperSDError
 from .image_codec import encode
 from .intake import read_request
-from .problems import problem, status_of
+from .problems import invalid, problem, status_of
 from .schemas import LiveInput, json_of
 from .service import Service
 from .service_errors import UnavailableError
@@ -33,9 +33,9 @@ class LiveConnections:
         self._open = 0
 
     async def serve(self, socket: WebSocket) -> None:
-        """Answer one until it is closed."""
+        """Serve one WebSocket until it is closed."""
         if not is_same_origin(socket.headers):
-            await socket.close(POLICY_VIOLATION)  # before it was accepted: HTTP 403
+            await socket.close(POLICY_VIOLATION)  # before the accept: HTTP 403
             return
         await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
         if self._open >= self.settings.max_live:
@@ -51,10 +51,10 @@ class LiveConnections:
 
 
 class _Connection:
-    """One WebSocket: a reader that keeps the newest input, and a drawer that draws whatever is the newest.
+    """One WebSocket: one task keeps the newest input, another generates from it.
 
-    So an input is drawn at once if nothing is; else it waits for the image under way, and takes the place of any
-    other that waits. Images are sent before the next input is drawn: to a slow reader fewer are drawn.
+    An input is answered at once if the connection is idle; else it waits for the image under way and replaces any
+    other waiting input. Images are sent before the next input is answered: a slow reader causes fewer images.
     """
 
     def __init__(self, socket: WebSocket, service: Service, settings: ServeSettings) -> None:
@@ -77,7 +77,7 @@ class _Connection:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self) -> None:
-        """Keep what arrives last."""
+        """Keep the input that arrived last."""
         while True:
             text = await self._receive()
             if text is None:
@@ -106,11 +106,11 @@ class _Connection:
                 await self._answer(text)
 
     async def _answer(self, text: str) -> None:
-        """Draw an input and send its images; or say why not."""
+        """Generate from an input and send its images, or its error."""
         try:
             body = LiveInput.model_validate_json(text)
         except ValidationError as error:
-            await self._send_problem(_id_of(text), 400, *_in_words(error))
+            await self._send_problem(_id_of(text), 400, *invalid(error))
             return
         try:
             service_request = await asyncio.to_thread(lambda: read_request(body, self.service.models(), self.settings))
@@ -118,7 +118,7 @@ class _Connection:
         except HyperSDError as error:
             status, code = status_of(error)
             await self._send_problem(body.id, status, str(error), None, code)
-            if isinstance(error, UnavailableError):  # the same input is not tried again by itself, but the next will be
+            if isinstance(error, UnavailableError):  # slows down the next input
                 await asyncio.sleep(min(error.retry_after, 1))
             return
         for i, one in enumerate(images):
@@ -135,24 +135,18 @@ class _Connection:
 
 
 def is_same_origin(headers: Headers) -> bool:
-    """Whether no page of another site opened the connection: browsers let any page do that, and say which it was."""
+    """Whether the connection comes from the service's own page, or from no browser: browsers name a page's origin."""
     origin = headers.get("origin")
     return origin is None or origin.partition("://")[2] == headers.get("host")
 
 
 def _id_of(text: str) -> int | None:
-    """The number of an input that is not valid, if it has one."""
+    """The ``id`` of an invalid input, if it has one."""
     try:
         number = json.loads(text).get("id")
     except (ValueError, AttributeError, RecursionError):
         return None
     return number if isinstance(number, int) and not isinstance(number, bool) else None
-
-
-def _in_words(error: ValidationError) -> tuple[str, str | None]:
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))[:120]
-    return f"{where}: {first['msg']}" if where else str(first["msg"]), where or None
 
 
 def _header(body: LiveInput, model: str, image: GeneratedImage, index: int, count: int) -> dict[str, Any]:
@@ -174,6 +168,6 @@ def _header(body: LiveInput, model: str, image: GeneratedImage, index: int, coun
 
 
 def _frame(header: dict[str, Any], image: bytes) -> bytes:
-    """Length of the header (4 bytes, big-endian), header (JSON), image."""
+    """A binary message: the header's length (4 bytes, big-endian), the header (JSON), the image's file."""
     text = json.dumps(header).encode()
     return struct.pack(">I", len(text)) + text + image

@@ -1,9 +1,10 @@
-"""Errors as the OpenAI API tells them."""
+"""Error answers in the format of the OpenAI API."""
 
 from __future__ import annotations
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 
 from ..errors import RequestError
 from .schemas import Failure, Problem, ProblemType, json_of
@@ -24,7 +25,7 @@ CODES = {
 
 
 def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> Problem:
-    """What the answer says; the type follows from the status."""
+    """The error object of an answer; its type follows from the status."""
     kind: ProblemType = "server_error" if status >= 500 else "invalid_request_error"
     if status == 401:
         kind = "authentication_error"
@@ -40,7 +41,7 @@ def problem_response(
     retry_after: int | None = None,
     close: bool = False,
 ) -> JSONResponse:
-    """An answer that is not a success. ``close`` ends the connection, whose body was not read."""
+    """Make an error answer. ``close`` ends the connection: the rest of the body was not read."""
     headers = {}
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
@@ -53,14 +54,14 @@ def problem_response(
 
 
 def response_of(error: Exception) -> JSONResponse:
-    """The answer to a request that raised an error."""
+    """Make the answer to a request that raised an error."""
     status, code = status_of(error)
     retry_after = error.retry_after if isinstance(error, UnavailableError) else None
     return problem_response(status, str(error), code=code, retry_after=retry_after)
 
 
 def status_of(error: Exception) -> tuple[int, str | None]:
-    """The HTTP status of an error, and its code if that is not the status's usual one."""
+    """The HTTP status of an error, and its code if that differs from the status's default."""
     if isinstance(error, UnknownModelError):
         return 404, "model_not_found"
     if isinstance(error, RequestError):
@@ -72,8 +73,8 @@ def status_of(error: Exception) -> tuple[int, str | None]:
     return 500, None
 
 
-def invalid(error: RequestValidationError) -> tuple[str, str | None]:
-    """A body that is not what the schema says: in one line, without a word of what was sent; and the field."""
+def invalid(error: RequestValidationError | ValidationError) -> tuple[str, str | None]:
+    """One line on a body that does not fit its schema, without the input itself; and the name of the field."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers: the OpenAI images API's fields, and ours beside them."""
+"""Bodies of requests and answers: the OpenAI images API's fields, and fields of this service's own."""
 
 from __future__ import annotations
 
@@ -13,35 +13,40 @@ ProblemType = Literal["invalid_request_error", "authentication_error", "server_e
 
 
 class GenerationRequest(BaseModel):
-    """What to draw. What is left out is the bundle's own setting."""
+    """Asks for images. The bundle's own settings replace fields that are left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: str = Field(description="what to draw")
+    prompt: str = Field(description="the text to generate from")
     model: str | None = Field(None, description="one of GET /v1/models; the first of them if left out")
     n: int = Field(1, ge=1, le=1024, description="number of images; image i has seed + i")
     size: str | None = Field(None, pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WIDTHxHEIGHT in pixels")
-    response_format: Literal["b64_json"] | None = Field(None, description="images are kept nowhere: there is no url")
+    response_format: Literal["b64_json"] | None = Field(None, description="images are not stored, so there is no url")
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP (default: 90)")
 
-    steps: int | None = Field(None, ge=1, le=1000, description="one of those that the checkpoint was distilled for")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="one of the numbers that the checkpoint was distilled for"
+    )
     eta: float | None = Field(None, ge=0, le=1, description="stochasticity")
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="of the first image; a random one if left out")
     guidance_scale: float | None = Field(None, ge=0, le=LARGEST_GUIDANCE, description="1 or less for none")
-    negative_prompt: str | None = Field(None, description="what to keep away from, with guidance")
+    negative_prompt: str | None = Field(None, description="text to keep away from; acts with guidance only")
     control_image: str | dict[str, str] | None = Field(
-        None, description="PNG, JPEG or WebP in base64, or as a data: URL; of several ControlNets some by name"
+        None,
+        description="PNG, JPEG or WebP in base64, or as a data: URL; with several ControlNets an object of images by name",
     )
     control_scale: float | None = Field(None, ge=0, le=10, description="strength of the ControlNets")
-    control_start: float | None = Field(None, ge=0, le=1, description="the part of the steps before which they rest")
-    control_end: float | None = Field(None, ge=0, le=1, description="the part after which they rest")
+    control_start: float | None = Field(
+        None, ge=0, le=1, description="fraction of the steps before which they do not act"
+    )
+    control_end: float | None = Field(None, ge=0, le=1, description="fraction of the steps after which they do not act")
     preprocess: Literal["canny", "scribble", "none"] | None = Field(
-        None, description="what is made of control images; the ControlNet's own if left out"
+        None, description="preprocessing of control images; the ControlNet's own if left out"
     )
     resize_mode: Literal["crop", "stretch"] | None = Field(None, description="how they are fitted (default: crop)")
 
-    # What OpenAI's clients may send and what has no meaning here.
+    # Fields that OpenAI's clients may send and that have no effect here.
     user: str | None = None
     quality: str | None = None
     style: str | None = None
@@ -76,12 +81,12 @@ class Generation(BaseModel):
     background: Literal["opaque"] = "opaque"
     steps: int
     eta: float
-    waited: float = Field(description="seconds in the queue, the longest of the images'")
-    timings: dict[str, float] = Field(description="seconds by stage, of the call that drew the last image")
+    waited: float = Field(description="the longest time of an image in the queue, in seconds")
+    timings: dict[str, float] = Field(description="seconds by stage, of the call that generated the last image")
 
 
 class Problem(BaseModel):
-    """What was wrong, what was expected, what to do."""
+    """An error: what was wrong, what was expected, what to do."""
 
     message: str
     type: ProblemType
@@ -90,21 +95,27 @@ class Problem(BaseModel):
 
 
 class Failure(BaseModel):
-    """Every answer that is not a success."""
+    """The body of every answer that is not a success."""
 
     error: Problem
 
 
 class Steps(BaseModel):
+    """Numbers of steps."""
+
     default: int
     allowed: list[int]
 
 
 class Default(BaseModel):
+    """A number that requests may change."""
+
     default: float
 
 
 class Side(BaseModel):
+    """The supported widths or heights, in pixels."""
+
     min: int
     default: int
     max: int
@@ -112,17 +123,19 @@ class Side(BaseModel):
 
 
 class ControlNet(BaseModel):
+    """A ControlNet of a bundle, with its recommended settings."""
+
     name: str
     preprocess: str
     control_scale: float
 
 
-class Model(BaseModel):
-    """A bundle that is served."""
+class ModelCard(BaseModel):
+    """A served bundle, as the service describes it."""
 
-    id: str
+    id: str = Field(description="the name that requests use")
     object: Literal["model"] = "model"
-    created: int
+    created: int = Field(description="time of loading, in seconds since 1970")
     owned_by: str = "hypersd"
     checkpoint: str
     family: str
@@ -134,19 +147,28 @@ class Model(BaseModel):
     width: Side
     height: Side
     controlnets: list[ControlNet]
+    changed_on_disk: bool = Field(description="another bundle lies in the folder by now; the loaded one is served")
+
+
+class Model(ModelCard):
+    """A served bundle with the limits of the HTTP side."""
+
     max_count: int
-    changed_on_disk: bool
 
 
 class Models(BaseModel):
+    """The served bundles."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Health(BaseModel):
+    """The state of the process."""
+
     status: Literal["ok", "ready"]
 
 
 def json_of(model: BaseModel) -> Any:
-    """For an answer that FastAPI does not make."""
+    """A model as JSON values, for answers that FastAPI does not make."""
     return model.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Draws for any number of callers at once: a bounded queue, and a worker thread for each device."""
+"""The service without HTTP: any number of callers, a bounded queue, and a worker thread for each device."""
 
 from __future__ import annotations
 
@@ -11,57 +11,58 @@ from typing import Any, Protocol
 
 from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
+from ..engines.manifest import Range
 from ..errors import RequestError
 from ..runtime import Pipeline
-from .calls import call_key, control_images, request_params
-from .cards import ModelCard, make_card
+from .calls import make_jobs
 from .device_worker import Worker
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
+from .schemas import ControlNet, Default, ModelCard, Side, Steps
 from .service_errors import NotReadyError, StoppingError, TimedOutError, UnavailableError, UnknownModelError
 from .service_request import GeneratedImage, ServiceRequest
 
 
 class Service(Protocol):
-    """What the HTTP side draws with."""
+    """The interface between the HTTP side and whatever generates the images."""
 
     metrics: Metrics
 
     def models(self) -> list[ModelCard]:
-        """The bundles that are served; the first is the one that is meant where none is named.
+        """The served bundles; requests that name no model use the first.
 
         Raises:
-            NotReadyError: they are still being loaded.
+            NotReadyError: the bundles are still being loaded, or no device is left.
         """
         ...
 
     def is_ready(self) -> bool:
-        """Whether a request would be drawn now."""
+        """Whether a request would be answered with images now."""
         ...
 
     async def generate(
         self, service_request: ServiceRequest, timeout: float, superseded: asyncio.Event | None = None
     ) -> list[GeneratedImage]:
-        """The images of a drawing, one for each seed.
+        """Generate the images of a request, one for each seed.
 
-        What still waits is not drawn once the call is cancelled, or ``superseded`` is set: the list then holds those
-        images that had been begun.
+        Images that still wait are dropped once the call is cancelled or ``superseded`` is set: the list then holds
+        only the images that had been begun.
 
         Raises:
             RequestError: an argument is out of range.
             UnavailableError: the queue is full, or the service starts or stops.
-            TimedOutError: they were not finished after ``timeout`` seconds.
+            TimedOutError: the images were not finished after ``timeout`` seconds.
             EngineError: an engine failed.
         """
         ...
 
     def stop(self) -> None:
-        """Refuse what waits and what comes; what is being drawn is finished."""
+        """Reject waiting and new requests; images that were begun are finished."""
         ...
 
 
 class LocalService:
-    """Bundles on this machine's devices. Every device holds all bundles and takes from the same queue."""
+    """Generates on this machine's devices. Every device holds all bundles and takes from the same queue."""
 
     def __init__(
         self,
@@ -73,22 +74,22 @@ class LocalService:
         metrics: Metrics | None = None,
         **load: Any,
     ) -> None:
-        """Nothing is loaded before :meth:`start`.
+        """Check the bundles' names; :meth:`start` loads them.
 
         Args:
-            bundles: folders that ``hypersd export`` wrote; their names are what requests call them.
+            bundles: folders that ``hypersd export`` wrote; requests call them by the folders' names.
             devices: ``"cpu"``, ``"cuda:0"`` and so on, a worker for each.
             queue: the most images that wait; more are refused.
-            max_batch: the most images that one call draws.
-            metrics: where figures go.
+            max_batch: the most images of one call.
+            metrics: the figures to update; new ones by default.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
         Raises:
             BundleError: a folder holds no bundle.
-            RequestError: two have the same name.
+            RequestError: two folders have the same name.
         """
         self.folders = name_folders(bundles)
-        self._loaded_from = {name: _manifest_bytes(folder) for name, folder in self.folders.items()}
+        self._manifests = {name: _LoadedManifest(folder / MANIFEST_NAME) for name, folder in self.folders.items()}
         self.metrics = metrics or Metrics()
         self._load = load
         self._jobs = JobQueue(queue)
@@ -109,7 +110,7 @@ class LocalService:
         """Wait until every worker is ready.
 
         Raises:
-            HyperSDError: one could not load its bundles.
+            HyperSDError: a worker could not load its bundles.
         """
         for worker in self.workers:
             worker.wait_loaded()
@@ -118,7 +119,7 @@ class LocalService:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why the bundles could not be loaded."""
+        """The error of a worker that could not load its bundles, or has ended."""
         return next((worker.failure for worker in self.workers if worker.failure is not None), None)
 
     def is_ready(self) -> bool:
@@ -126,7 +127,7 @@ class LocalService:
 
     def models(self) -> list[ModelCard]:
         return [
-            make_card(name, pipe, self._created, _manifest_bytes(self.folders[name]) != self._loaded_from[name])
+            _model_card(name, pipe, self._created, self._manifests[name].has_changed())
             for name, pipe in self._pipelines().items()
         ]
 
@@ -156,7 +157,7 @@ class LocalService:
             self.metrics.saw_refusal(StoppingError.code)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for what is being drawn."""
+        """Wait for the images that were begun."""
         for worker in self.workers:
             if worker.is_alive():
                 worker.join(timeout)
@@ -170,27 +171,20 @@ class LocalService:
         return pipelines
 
     def _pipelines(self) -> Mapping[str, Pipeline]:
-        """Those of some worker: all have the same."""
+        """The pipelines of any working device: all hold the same bundles."""
         for worker in self.workers:
             if worker.pipelines:
                 return worker.pipelines
+        if self.failure is not None:
+            raise NotReadyError("no device is left: ask another service, or restart this one", retry_after=30)
         raise NotReadyError("the bundles are still being loaded: ask again later", retry_after=2)
 
     def _jobs_of(self, service_request: ServiceRequest) -> list[Job]:
-        """The drawing's images, checked. Takes milliseconds, more with control images."""
         pipelines = self._pipelines()
-        if service_request.model not in pipelines:
-            raise UnknownModelError(
-                f"model {service_request.model!r} is not served here: expected {' or '.join(pipelines)}"
-            )
-        pipe = pipelines[service_request.model]
-        request = pipe.decide(request_params(service_request))
-        control = control_images(pipe, service_request, request)
-        key = call_key(service_request, request)
-        return [
-            Job(service_request=service_request, seed=s, request=request, control=control, key=key)
-            for s in service_request.seeds
-        ]
+        name = service_request.model
+        if name not in pipelines:
+            raise UnknownModelError(f"model {name!r} is not served here: expected {' or '.join(pipelines)}")
+        return make_jobs(pipelines[name], service_request)
 
     async def _drop_superseded(self, superseded: asyncio.Event | None, jobs: Sequence[Job]) -> None:
         if superseded is not None:
@@ -198,19 +192,19 @@ class LocalService:
             self._drop(jobs, "superseded")
 
     def _drop(self, jobs: Sequence[Job], reason: str) -> None:
-        """Cancel what no worker has begun."""
+        """Cancel jobs that no worker has begun."""
         if dropped := sum(job.result.cancel() for job in jobs if not job.result.done()):
             self.metrics.saw_dropped(reason, dropped)
 
     def _retry_after(self) -> int:
-        """Whole seconds until about half of what waits is drawn."""
+        """Whole seconds until about half of the waiting images are finished."""
         seconds = sum(worker.seconds_per_image for worker in self.workers) / len(self.workers)
         return max(1, math.ceil(len(self._jobs) * seconds / len(self.workers) / 2))
 
 
 async def _finished(jobs: Sequence[Job]) -> list[GeneratedImage]:
-    """The images that were drawn; raises what made one fail."""
-    # Shielded: if the wait is cancelled, the jobs are cancelled by who counts them.
+    """The generated images; raises the error of the first that failed."""
+    # Shielded: if the wait is cancelled, LocalService cancels and counts the jobs.
     futures = [asyncio.shield(asyncio.wrap_future(job.result)) for job in jobs]
     results = await asyncio.gather(*futures, return_exceptions=True)
     for result in results:
@@ -220,26 +214,77 @@ async def _finished(jobs: Sequence[Job]) -> list[GeneratedImage]:
 
 
 def name_folders(bundles: Sequence[str | Path]) -> dict[str, Path]:
-    """Bundles by the names of their folders.
+    """The bundles' folders by their names.
 
     Raises:
-        BundleError: one is none.
-        RequestError: two have the same name.
+        BundleError: a folder holds no bundle.
+        RequestError: two folders have the same name.
     """
     folders: dict[str, Path] = {}
     for bundle in bundles:
         folder = Bundle.load(bundle).root.resolve()
         if folder.name in folders:
-            raise RequestError(f"two bundles are called {folder.name}: expected different names; rename a folder")
+            raise RequestError(f"two bundles are named {folder.name}: rename one of the folders")
         folders[folder.name] = folder
     return folders
 
 
-def _manifest_bytes(folder: Path) -> bytes | None:
-    try:
-        return (folder / MANIFEST_NAME).read_bytes()
-    except OSError:
-        return None
+class _LoadedManifest:
+    """The manifest of a loaded bundle; notices when another takes its place, and reads it only if its file is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp, self._content = self._stamp_now(), self._content_now()
+        self._is_other = False
+
+    def has_changed(self) -> bool:
+        """Whether the file differs from the one that was loaded."""
+        stamp = self._stamp_now()
+        if stamp != self._stamp:
+            self._stamp, self._is_other = stamp, self._content_now() != self._content
+        return self._is_other
+
+    def _stamp_now(self) -> tuple[int, ...] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _content_now(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            return None
+
+
+def _model_card(name: str, pipe: Pipeline, created: int, has_changed: bool) -> ModelCard:
+    manifest, choice = pipe.manifest, pipe.choice
+    return ModelCard(
+        id=name,
+        created=created,
+        checkpoint=manifest.checkpoint,
+        family=manifest.family,
+        device=str(pipe.device),
+        backend=choice.backend if choice else "",
+        steps=Steps(
+            default=manifest.sampler.num_inference_steps,
+            allowed=sorted(manifest.sampler.allowed_steps),
+        ),
+        eta=Default(default=manifest.sampler.eta),
+        guidance_scale=Default(default=manifest.sampler.guidance_scale),
+        width=_side(manifest.shapes.width, manifest.vae.spatial),
+        height=_side(manifest.shapes.height, manifest.vae.spatial),
+        controlnets=[
+            ControlNet(name=net, preprocess=settings.preprocess, control_scale=settings.conditioning_scale)
+            for net, settings in manifest.controlnets.items()
+        ],
+        changed_on_disk=has_changed,
+    )
+
+
+def _side(side: Range, multiple: int) -> Side:
+    return Side(min=side.min, default=side.opt, max=side.max, multiple=multiple)
 
 
 def _cuda_memory(device: Any) -> dict[str, float]:

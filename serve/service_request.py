@@ -1,4 +1,4 @@
-"""What a request asks to be drawn, and what was drawn: plain values that may go to another process."""
+"""Requests to the service and their results: plain values that may go to another process."""
 
 from __future__ import annotations
 
@@ -8,54 +8,30 @@ from typing import Any
 
 from PIL import Image
 
+from ..runtime.params import Params
 from ..runtime.request import Request
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawSettings:
-    """How to draw, apart from prompt, seed and control images. None leaves it to the bundle.
-
-    Names and meaning are those of :meth:`hypersd.runtime.Pipeline.__call__`, units too.
-    """
-
-    num_inference_steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    controlnet_conditioning_scale: float | None = None
-    control_guidance_start: float | None = None
-    control_guidance_end: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """The pipeline's arguments."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlSettings:
-    """What is made of the control images before they are followed; None leaves it to the ControlNet."""
-
-    preprocess: str | None = None
-    resize_mode: str = "crop"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServiceRequest:
-    """Images of one prompt, one for each seed.
+    """A request for images of one prompt.
 
     Attributes:
-        model: the name of a bundle that is served.
-        control: control images in RGB, of any size, by the ControlNet's name.
+        model: the name of a served bundle.
+        params: of all images: ``seed`` is a sequence of one seed for each image, ``num_images_per_prompt`` its length,
+            ``control_image`` maps the ControlNets' names to RGB images of any size, or is None.
+        preprocess: how control images are preprocessed; None for each ControlNet's own way.
     """
 
     model: str
-    prompt: str
-    seeds: tuple[int, ...]
-    negative_prompt: str | None = None
-    settings: DrawSettings = DrawSettings()
-    control: Mapping[str, Image.Image] = dataclasses.field(default_factory=dict)
-    control_settings: ControlSettings = ControlSettings()
+    params: Params
+    preprocess: str | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed for each image."""
+        seed = self.params.seed
+        return (seed,) if isinstance(seed, int) else tuple(seed or ())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +39,9 @@ class GeneratedImage:
     """A finished image.
 
     Attributes:
-        request: what was drawn, everything decided.
+        request: the decided params of this image.
         metadata: the same as it is written into image files.
-        timings: seconds by stage of the call that drew it, as the pipeline gives them.
+        timings: seconds by stage of the call that generated it, as the pipeline gives them.
         waited: seconds in the queue.
         batch: images of that call, this one included.
     """

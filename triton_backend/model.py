@@ -11,17 +11,8 @@ import numpy as np
 
 from ..errors import EngineError, HyperSDError, RequestError
 from ..runtime import Pipeline
-from ..serve.calls import (
-    call_key,
-    call_params,
-    control_images,
-    images_at_once,
-    keep_prompts_out_of_the_log,
-    request_params,
-    warm_up,
-)
+from ..serve.calls import call_params, images_at_once, keep_prompts_out_of_the_log, make_jobs, warm_up
 from ..serve.job_queue import Job
-from ..serve.service_request import ServiceRequest
 from .rows import read_requests
 from .tensors import IMAGE, SEED
 
@@ -74,19 +65,10 @@ class Model:
             if request.is_cancelled():
                 raise CancelledRequestError("cancelled before it was drawn")
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            return [
-                self._job(service_request) for service_request in read_requests(self.name, self.pipe.manifest, tensors)
-            ]
+            requests = read_requests(self.name, self.pipe.manifest, tensors)
+            return [job for one in requests for job in make_jobs(self.pipe, one)]
         except Exception as error:  # must not spoil the other requests
             return error
-
-    def _job(self, service_request: ServiceRequest) -> Job:
-        request = self.pipe.decide(request_params(service_request))
-        control = control_images(self.pipe, service_request, request)
-        key = call_key(service_request, request)
-        return Job(
-            service_request=service_request, seed=service_request.seeds[0], request=request, control=control, key=key
-        )
 
     def _generate(self, jobs: Sequence[Job]) -> None:
         """Draw all, those together that one call can draw."""

@@ -1,4 +1,4 @@
-"""From a request's tensors to images to draw: every row of its batch is one."""
+"""Reads a Triton request's tensors: every row of its batch asks for one image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from PIL import Image
 
 from ..engines import Manifest
 from ..errors import RequestError
+from ..runtime.params import Params
 from ..serve.image_codec import read_control_image
-from ..serve.service_request import DrawSettings, ServiceRequest
+from ..serve.service_request import ServiceRequest
 from ..serve.settings import ServeSettings
 from .tensors import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
 
@@ -20,10 +21,10 @@ MOST_PIXELS = ServeSettings().max_control_pixels
 
 
 def read_requests(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[ServiceRequest]:
-    """What a request asks for, a drawing of one image for every row.
+    """Read a Triton request: one request for one image from every row.
 
     Args:
-        model: the name that drawings carry.
+        model: the bundle's name.
         manifest: the bundle's.
         tensors: the request's inputs by name, with their batch dimension.
 
@@ -45,16 +46,18 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
         raise RequestError(f"{idle[0]} is about a control image: expected {CONTROL_IMAGE} with it")
     return ServiceRequest(
         model=model,
-        prompt=_text(PROMPT, values[PROMPT][0]),
-        seeds=(values[SEED][0] if SEED in values else secrets.randbits(32),),
-        negative_prompt=_text(NEGATIVE_PROMPT, values[NEGATIVE_PROMPT][0]) if NEGATIVE_PROMPT in values else None,
-        settings=DrawSettings(**settings),
-        control=control,
+        params=Params(
+            prompt=_text(PROMPT, values[PROMPT][0]),
+            negative_prompt=_text(NEGATIVE_PROMPT, values[NEGATIVE_PROMPT][0]) if NEGATIVE_PROMPT in values else None,
+            seed=(values[SEED][0] if SEED in values else secrets.randbits(32),),
+            control_image=control or None,
+            **settings,
+        ),
     )
 
 
 def _number(name: str, value: Any) -> float | int:
-    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would draw another image than 0.3."""
+    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would give another image than 0.3."""
     return int(value) if name in WHOLE else float(str(value))
 
 

@@ -12,10 +12,11 @@ from ray.serve.exceptions import BackPressureError
 
 from hypersd.cluster.cluster_service import ATTEMPTS, ClusterService
 from hypersd.errors import EngineError, RequestError
+from hypersd.runtime.params import Params
 from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError
 from hypersd.serve.service_request import ServiceRequest
 
-REQUEST = ServiceRequest(model="demo15", prompt="a red circle", seeds=(7,))
+REQUEST = ServiceRequest(model="demo15", params=Params(prompt="a red circle", seed=(7,)))
 LOSSES = (ActorDiedError(), ActorUnavailableError("unavailable", None), TaskCancelledError())
 
 

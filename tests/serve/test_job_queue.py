@@ -13,9 +13,8 @@ from stand_in_service import LONG, wait_until
 
 from hypersd.serve.job_queue import Job, JobQueue
 from hypersd.serve.service_errors import QueueFullError, StoppingError
-from hypersd.serve.service_request import ServiceRequest
 
-NOTHING: Any = None  # in place of what the queue does not look at
+NOTHING: Any = None  # stands for values that the queue does not read
 
 puts = st.tuples(st.just("put"), st.lists(st.sampled_from("abc"), min_size=1, max_size=4))
 cancels = st.tuples(st.just("cancel"), st.integers(0, 30))
@@ -23,8 +22,7 @@ takes = st.tuples(st.just("take"), st.integers(1, 5))
 
 
 def make_jobs(keys: Sequence[str]) -> list[Job]:
-    service_request = ServiceRequest(model="m", prompt="", seeds=(0,))
-    return [Job(service_request=service_request, seed=0, request=NOTHING, control={}, key=key) for key in keys]
+    return [Job(model="m", seed=0, params=NOTHING, request=NOTHING, control={}, key=key) for key in keys]
 
 
 def in_threads(queue: JobQueue, count: int) -> tuple[list[threading.Thread], list[list[Job]]]:

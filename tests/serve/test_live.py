@@ -194,6 +194,14 @@ def test_bad_input_is_told_and_the_next_is_generated(
     assert image(live)[0]["id"] == 5
 
 
+def test_bad_input_is_told_in_the_http_apis_words(live: ClientConnection, demo_server: RunningServer) -> None:
+    body = {"prompt": "", "nothing": 1}
+    ask(live, 5, **body)
+    expected = httpx.post(demo_server.url + "/v1/images/generations", json=body).json()["error"]
+    assert problem(live)["error"] == expected
+    assert expected["message"] == "'nothing' is not a field of this request: leave it out"
+
+
 def test_a_binary_frame_is_told(live: ClientConnection) -> None:
     live.send(b"\xff\x00")
     assert "text" in problem(live)["error"]["message"]

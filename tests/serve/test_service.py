@@ -6,6 +6,7 @@ Images are the demonstration checkpoint's. Where the order of things matters, a 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -22,18 +23,21 @@ from hypersd.engines.manifest import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.shapes import ShapeOptions
-from hypersd.serve.calls import call_key, images_at_once, request_params
+from hypersd.runtime.params import Params
+from hypersd.serve.calls import images_at_once, make_jobs
 from hypersd.serve.server import run_server
 from hypersd.serve.service import LocalService
 from hypersd.serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnknownModelError
-from hypersd.serve.service_request import ControlSettings, DrawSettings, GeneratedImage, ServiceRequest
+from hypersd.serve.service_request import GeneratedImage, ServiceRequest
 from hypersd.serve.settings import ServeSettings
 
 MODEL = "demo15-canny"
 
 
 def service_request(prompt: str = "a red circle", *seeds: int, **settings: Any) -> ServiceRequest:
-    return ServiceRequest(model=MODEL, prompt=prompt, seeds=seeds or (0,), settings=DrawSettings(**settings))
+    seeds = seeds or (0,)
+    params = Params(prompt=prompt, seed=seeds, num_images_per_prompt=len(seeds), **settings)
+    return ServiceRequest(model=MODEL, params=params)
 
 
 async def begin(
@@ -120,44 +124,36 @@ def test_unlike_requests_are_generated_apart_the_oldest_first(gated: GatedPipeli
     ("change", "is_alike"),
     [
         ({"prompt": "another"}, True),
-        ({"seeds": (7, 8)}, True),
-        ({"settings": DrawSettings(num_inference_steps=1, eta=1.0, guidance_scale=0.0, height=96, width=96)}, True),
-        ({"settings": DrawSettings(num_inference_steps=2)}, False),
-        ({"settings": DrawSettings(eta=0.5)}, False),
-        ({"settings": DrawSettings(guidance_scale=2.0)}, False),
+        ({"seed": (7, 8), "num_images_per_prompt": 2}, True),
+        ({"num_inference_steps": 1, "eta": 1.0, "guidance_scale": 0.0, "height": 96, "width": 96}, True),
+        ({"num_inference_steps": 2}, False),
+        ({"eta": 0.5}, False),
+        ({"guidance_scale": 2.0}, False),
         ({"negative_prompt": "blue"}, False),
-        ({"model": "another"}, False),
     ],
 )
 def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe: Pipeline) -> None:
-    """What is left out counts as what it means."""
-    settings: dict[str, Any] = {"model": MODEL, "prompt": "a", "seeds": (0,)}
+    """A param that is left out counts as its default."""
+    settings: dict[str, Any] = {"prompt": "a", "seed": (0,)}
     keys = [
-        call_key(one, demo_pipe.decide(request_params(one)))
-        for one in (ServiceRequest(**settings), ServiceRequest(**settings | change))
+        make_jobs(demo_pipe, ServiceRequest(model=model, params=Params(**one)))[0].key
+        for model, one in ((MODEL, settings), (MODEL, settings | change), ("another", settings))
     ]
     assert (keys[0] == keys[1]) is is_alike
+    assert keys[0] != keys[2]
 
 
 def test_the_strength_of_a_controlnet_counts_and_its_image_does_not(demo_pipe: Pipeline) -> None:
     (net,) = demo_pipe.manifest.controlnets
 
     def key(colour: str, mode: str = "crop", **settings: Any) -> Any:
-        one = ServiceRequest(
-            model=MODEL,
-            prompt="",
-            seeds=(0,),
-            control={net: Image.new("RGB", (96, 96), colour)},
-            control_settings=ControlSettings(resize_mode=mode),
-            settings=DrawSettings(**settings),
-        )
-        return call_key(one, demo_pipe.decide(request_params(one)))
+        image = {net: Image.new("RGB", (96, 96), colour)}
+        return make_jobs(demo_pipe, service_request("", control_image=image, resize_mode=mode, **settings))[0].key
 
     assert key("red") == key("blue") == key("blue", "stretch") == key("red", controlnet_conditioning_scale=1.0)
     assert key("red") != key("red", controlnet_conditioning_scale=0.5)
     assert key("red") != key("red", control_guidance_end=0.5)
-    alone = service_request("")
-    assert key("red") != call_key(alone, demo_pipe.decide(request_params(alone)))
+    assert key("red") != make_jobs(demo_pipe, service_request(""))[0].key
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 2), ("cuda", 6)])
@@ -364,8 +360,8 @@ def test_one_that_fails_does_not_spoil_those_it_is_generated_with(gated: GatedPi
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (RuntimeError("a kernel\nbroke"), r"^drawing failed \(RuntimeError: a kernel broke\)$"),
-        (MemoryError(), "^out of memory: draw smaller images, or fewer at a time$"),
+        (RuntimeError("a kernel\nbroke"), r"^generating failed \(RuntimeError: a kernel broke\)$"),
+        (MemoryError(), "^out of memory: generate smaller images, or fewer at a time$"),
         (EngineError("out of memory for 1 image"), "^out of memory for 1 image$"),
     ],
 )
@@ -398,6 +394,27 @@ def test_readiness_ends_with_three_failures_in_a_row_and_returns_with_a_success(
 
     assert run(scenario()) == [True, True, True, True, True, False, False, True]
     assert counted(service, "hypersd_failed_images_total", error="RuntimeError") == 6
+
+
+class Catastrophe(BaseException):
+    """An error that no handler expects."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_readiness_ends_when_the_worker_ends(gated: GatedPipeline, start_service) -> None:
+    """Its image fails at once, and so do later requests: nobody is left to answer them."""
+    service = start_service(gated)
+    gated.on_call = raises(Catastrophe())
+
+    async def scenario() -> None:
+        with pytest.raises(EngineError, match=r"^the device's worker has ended \(Catastrophe\)$"):
+            await service.generate(service_request("bad"), 5.0)
+        await until(lambda: not service.workers[0].is_alive())
+        assert not service.is_ready()
+        with pytest.raises(NotReadyError, match="no device is left"):
+            await service.generate(service_request("next"), LONG)
+
+    run(scenario())
 
 
 def test_what_requests_ask_wrongly_says_nothing_of_the_device(gated: GatedPipeline, start_service) -> None:
@@ -434,7 +451,7 @@ def test_what_the_bundle_does_not_generate_never_waits(
     with pytest.raises(error):
         run(service.generate(wrong, LONG))
     with pytest.raises(UnknownModelError):
-        run(service.generate(ServiceRequest(model="another", prompt="", seeds=(0,)), LONG))
+        run(service.generate(ServiceRequest(model="another", params=Params(prompt="", seed=(0,))), LONG))
     assert gated.calls == []
 
 
@@ -455,7 +472,7 @@ def test_a_bundle_that_cannot_be_loaded_ends_the_server(own_copy: Path) -> None:
 
 
 def test_folders_are_told_apart_by_name(demo_canny_bundle: Path, own_copy: Path) -> None:
-    with pytest.raises(RequestError, match=f"two bundles are called {MODEL}"):
+    with pytest.raises(RequestError, match=f"two bundles are named {MODEL}"):
         LocalService([demo_canny_bundle, own_copy])
 
 
@@ -490,4 +507,24 @@ def test_a_bundle_that_changes_while_it_is_served(
     change(own_copy, demo_bundle)
     assert image() == before
     assert service.models()[0].changed_on_disk
+    service.stop()
+
+
+def test_requests_do_not_read_manifests(own_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest is read again only after its file has changed, and a touched file has not changed."""
+    service = LocalService([own_copy], devices=["cpu"])
+    service.start()
+    service.wait_ready()
+    manifest, reads, read_bytes = own_copy / "bundle.json", list[Path](), Path.read_bytes
+
+    def counting(path: Path) -> bytes:
+        reads.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counting)
+    assert not any(service.models()[0].changed_on_disk for _ in range(3))
+    assert reads == []
+    os.utime(manifest, (0, 0))
+    assert not any(service.models()[0].changed_on_disk for _ in range(3))
+    assert reads == [manifest]
     service.stop()

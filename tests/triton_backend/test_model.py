@@ -103,8 +103,8 @@ def test_answers_are_the_pipelines_images(model: TritonPythonModel) -> None:
 def test_numbers_are_those_that_were_meant(model: TritonPythonModel) -> None:
     """0.3 in float32 is another number than 0.3, with which the HTTP service would draw."""
     inputs = {tensor.name(): tensor.as_numpy() for tensor in InferenceRequest(prompt="x", eta=0.3, steps=2).inputs()}
-    (drawing,) = read_requests("demo", model.pipe.manifest, inputs)
-    assert (drawing.settings.eta, drawing.settings.num_inference_steps) == (0.3, 2)
+    (request,) = read_requests("demo", model.pipe.manifest, inputs)
+    assert (request.params.eta, request.params.num_inference_steps) == (0.3, 2)
 
 
 def test_a_seed_that_was_left_out_is_told(model: TritonPythonModel) -> None:
