@@ -34,7 +34,7 @@ class GenerationRequest(BaseModel):
     negative_prompt: str | None = Field(None, description="text to keep away from; acts with guidance only")
     control_image: str | dict[str, str] | None = Field(
         None,
-        description="PNG, JPEG or WebP in base64, or as a data: URL; with several ControlNets an object of images by name",
+        description="PNG, JPEG or WebP in base64, or as a data: URL; for several ControlNets an object by name",
     )
     control_scale: float | None = Field(None, ge=0, le=10, description="strength of the ControlNets")
     control_start: float | None = Field(

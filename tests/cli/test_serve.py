@@ -111,7 +111,7 @@ def test_wrong_tokens(text: str, demo_canny_bundle: Path, tmp_path: Path, fails:
 
 def test_wrong_bundles(demo_canny_bundle: Path, tmp_path: Path, copy_bundle, fails: Callable[..., str]) -> None:
     assert "bundle" in fails("serve", tmp_path / "nothing")
-    assert f"two bundles are called {MODEL}" in fails("serve", demo_canny_bundle, demo_canny_bundle)
+    assert f"two bundles are named {MODEL}" in fails("serve", demo_canny_bundle, demo_canny_bundle)
     noise = copy_bundle(demo_canny_bundle, "noise", random_weights=True).root
     assert "--allow-random-weights" in fails("serve", noise)
 

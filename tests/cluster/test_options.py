@@ -46,5 +46,5 @@ def test_a_wrong_argument_is_one_line(changes: dict[str, Any], message: str, sd1
 def test_two_bundles_of_one_name_are_refused(sd15_bundle: Path, copy_bundle) -> None:
     """Requests could not say which they mean."""
     twin = copy_bundle(sd15_bundle, sd15_bundle.name).root
-    with pytest.raises(click.ClickException, match="two bundles are called"):
+    with pytest.raises(click.ClickException, match="two bundles are named"):
         app({"bundles": f"{sd15_bundle},{twin}"})

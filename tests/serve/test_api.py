@@ -146,7 +146,7 @@ def test_the_model_is_the_first_bundle_or_the_one_that_is_named(client: httpx.Cl
     for model in ("demo15-canny", "demo15"):
         assert client.post(GENERATIONS, json={"prompt": "", "model": model}).json()["model"] == model
     error = refused(client, {"prompt": "", "model": "demo15", "control_image": photo_base64})
-    assert error["message"] == "control_image: demo15 was exported without a ControlNet"
+    assert error["message"] == "control_image: demo15 has no ControlNet: leave control_image out"
     error = refused(client, {"prompt": "", "model": "dall-e-3"}, 404)
     assert error["code"] == "model_not_found"
     assert "expected demo15-canny or demo15" in error["message"]
@@ -270,8 +270,8 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, client:
         ({"size": "0x0"}, ""),
         ({"steps": 9}, "9"),
         ({"seed": 2**63 - 1, "n": 2}, "the last seed is above"),
-        ({"control_scale": 1}, "control_scale is about a control image"),
-        ({"resize_mode": "crop"}, "resize_mode is about a control image"),
+        ({"control_scale": 1}, "control_scale has no effect without a control image"),
+        ({"resize_mode": "crop"}, "resize_mode has no effect without a control image"),
         ({"control_image": {"depth": ""}}, "has no such ControlNet"),
     ],
 )

@@ -350,6 +350,6 @@ def test_out_of_memory(gated: GatedPipeline, start_server) -> None:
     gated.on_call = fail
     status, _, body = exchange(server.address, whole(json.dumps({"prompt": "huge"}).encode()))
     assert status == 500
-    assert error_of(body)["message"].startswith("out of memory: draw smaller images")
+    assert error_of(body)["message"].startswith("out of memory: generate smaller images")
     assert error_of(body) == error_of(body) | {"type": "server_error", "code": "engine_failed"}
     assert exchange(server.address, whole(BODY))[0] == 200
