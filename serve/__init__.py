@@ -1,1 +1,1 @@
-"""A service around the runtime: HTTP in the shape of the OpenAI images API, and a page that draws as you type."""
+"""A service around the runtime: HTTP in the shape of the OpenAI images API, and a page that generates as you type."""

@@ -1,4 +1,4 @@
-"""What is checked before a request's body is read: the token, its size, how long it takes to arrive."""
+"""Checks before a request reaches the application: its token, and its body's size and time of arrival."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .problems import problem_response
 from .settings import ServeSettings
 
 PROTECTED = ("/v1/", "/metrics")
-CLIENT_GONE = 499  # as nginx counts requests that nobody waited for
+CLIENT_GONE = 499  # nginx's status for requests whose client disconnected
 BEARER = "bearer."  # the WebSocket subprotocol that carries the token: a browser can send no header with it
 
 
-class BodyRefusedError(Exception):
+class BodyRejectedError(Exception):
     """The body is too large or too slow."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -31,11 +31,11 @@ class BodyRefusedError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client left before its body was whole."""
+    """The client disconnected before its body was complete."""
 
 
 class Guard:
-    """ASGI middleware around the application, the outermost one; it counts requests, too."""
+    """The outermost ASGI middleware: checks requests, reads their bodies, and counts the answers."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: Iterable[str]) -> None:
         self.app, self.settings, self.metrics, self.paths = app, settings, metrics, frozenset(paths)
@@ -46,7 +46,7 @@ class Guard:
                 await self.app(scope, receive, send)
             else:
                 await receive()
-                await send({"type": "websocket.close", "code": 1008})  # before it was accepted: HTTP 403
+                await send({"type": "websocket.close", "code": 1008})  # before the accept: HTTP 403
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
@@ -62,7 +62,7 @@ class Guard:
 
         try:
             await self._answer(scope, receive, noting_send)
-        except BodyRefusedError as error:
+        except BodyRejectedError as error:
             await problem_response(error.status, error.message, close=True)(scope, receive, noting_send)
         except ClientGoneError:
             pass
@@ -75,7 +75,7 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_authorized(scope):
-            message = "no or the wrong token: expected the header `Authorization: Bearer TOKEN`"
+            message = "the token is missing or wrong: expected the header `Authorization: Bearer TOKEN`"
             await problem_response(401, message, close=True)(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
@@ -85,7 +85,7 @@ class Guard:
             body = await asyncio.wait_for(self._read_body(receive), self.settings.body_timeout)
         except asyncio.TimeoutError:
             seconds = self.settings.body_timeout
-            raise BodyRefusedError(408, f"the body did not arrive within {seconds:g} s: send it faster") from None
+            raise BodyRejectedError(408, f"the body did not arrive within {seconds:g} s: send it faster") from None
         messages = iter([dict[str, Any](type="http.request", body=body, more_body=False)])
 
         async def replayed() -> Message:
@@ -94,7 +94,7 @@ class Guard:
         await self.app(scope, replayed, send)
 
     async def _read_body(self, receive: Receive) -> bytes:
-        """The whole body: what is served here reads all of it in any case."""
+        """Read the complete body: every route needs all of it in any case."""
         parts, size, is_whole = [], 0, False
         while not is_whole:
             message = await receive()
@@ -107,8 +107,8 @@ class Guard:
                 raise self._too_large()
         return b"".join(parts)
 
-    def _too_large(self) -> BodyRefusedError:
-        return BodyRefusedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller images")
+    def _too_large(self) -> BodyRejectedError:
+        return BodyRejectedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller images")
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.settings.token
@@ -119,7 +119,7 @@ class Guard:
 
 
 def _token(scope: Scope) -> bytes | None:
-    """What the client presents, from a header or a WebSocket's subprotocols."""
+    """The client's token, from a header or a WebSocket's subprotocols."""
     scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return token.strip().encode("latin-1")

@@ -1,4 +1,4 @@
-"""Images from and to clients."""
+"""Decodes control images from clients, and encodes images for them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ..errors import RequestError
 from ..runtime.control_images import reading, to_rgb
 from ..runtime.metadata import png_info
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # no others are even looked at: Pillow reads many that nobody draws on
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other formats are not tried: their readers are a risk without a use
 DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp);base64,", re.IGNORECASE)
-SHOWN = "control_image"  # what errors begin with
+SHOWN = "control_image"  # the name in error messages
 QUALITY = 90
-PNG_LEVEL = 1  # of 9: five times as fast as the usual 6, for files a tenth larger
+PNG_LEVEL = 1  # of 9: five times as fast as the default 6, for files a tenth larger
 
 
 def decode_control_image(text: str, most_pixels: int) -> Image.Image:
     """A control image in base64, or in a data: URL, as 8-bit RGB, whole and upright.
 
     Raises:
-        RequestError: it is none, damaged, of another format or too large.
+        RequestError: the image is damaged, too large or of another format.
     """
     prefix = DATA_URL.match(text)
     if prefix is None and ":" in text[:64]:
-        raise RequestError(f"{SHOWN}: no address is opened: expected base64, or data:image/png;base64,...")
+        raise RequestError(f"{SHOWN}: addresses are not opened: expected base64, or data:image/png;base64,...")
     try:
         data = base64.b64decode(text[prefix.end() :] if prefix else text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{SHOWN} is no base64: expected a PNG, JPEG or WebP file in it") from error
+        raise RequestError(f"{SHOWN} is not valid base64: expected a PNG, JPEG or WebP file in base64") from error
     return read_control_image(data, most_pixels)
 
 
@@ -42,7 +42,7 @@ def read_control_image(data: bytes, most_pixels: int) -> Image.Image:
     """A control image's file as 8-bit RGB, whole and upright.
 
     Raises:
-        RequestError: it is none, damaged, of another format or too large.
+        RequestError: the image is damaged, too large or of another format.
     """
     with reading(SHOWN), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > most_pixels:
@@ -51,7 +51,7 @@ def read_control_image(data: bytes, most_pixels: int) -> Image.Image:
 
 
 def encode(image: Image.Image, output_format: str, quality: int | None, metadata: Mapping[str, Any]) -> bytes:
-    """A finished image as a file; PNGs carry their settings, as those of ``hypersd generate``."""
+    """A finished image as a file; PNGs carry their settings, as files of ``hypersd generate`` do."""
     file = io.BytesIO()
     if output_format == "png":
         image.save(file, "PNG", pnginfo=png_info(metadata), compress_level=PNG_LEVEL)

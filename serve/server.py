@@ -1,4 +1,4 @@
-"""Runs the service in this process until it is told to end."""
+"""Runs the service in this process until SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .app import make_app
 from .service import LocalService
 from .settings import ServeSettings
 
-HEADER_SECONDS = 10.0  # in which a client that has connected must have said what it wants
-GRACE_SECONDS = 30.0  # for what is being drawn when the service ends
+HEADER_SECONDS = 10.0  # until a request's headers must be complete
+GRACE_SECONDS = 30.0  # for images that were begun when the service ends
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP, but a connection is closed on which a request's headers are not whole after a while.
+    """uvicorn's HTTP protocol with a time limit for a request's headers.
 
-    uvicorn itself waits for them for ever; a client that opens connections and sends nothing, or a byte now and then,
-    would keep them all.
+    uvicorn alone waits for headers without limit: clients that connect and send nothing, or a byte now and then,
+    would occupy all connections.
     """
 
     def connection_made(self, transport: Any) -> None:
@@ -37,9 +37,9 @@ class ImpatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:  # the headers are whole
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
             self._opening.cancel()
-        elif self._opening.cancelled():  # the beginning of a further request
+        elif self._opening.cancelled():  # the beginning of another request
             self._opening = self.loop.call_later(HEADER_SECONDS, self._close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -52,7 +52,7 @@ class ImpatientProtocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Tells the service at the first signal: who waits in its queue must not wait for the drawings under way."""
+    """Stops the service at the first signal, so that waiting requests fail at once and not after those under way."""
 
     def __init__(self, config: uvicorn.Config, service: LocalService, on_listening: Callable[[str], None]) -> None:
         super().__init__(config)
@@ -89,10 +89,11 @@ def run_server(
 ) -> None:
     """Load the service's bundles and answer requests until SIGTERM or SIGINT.
 
-    ``on_listening`` is told the address, at which ``/readyz`` is 200 once the bundles are loaded. Port 0 takes any.
+    ``on_listening`` is called with the address; ``/readyz`` answers 200 there once the bundles are loaded. Port 0
+    picks a free port.
 
     Raises:
-        RequestError: the address cannot be listened on.
+        RequestError: the server cannot listen on the address.
         HyperSDError: a bundle could not be loaded.
     """
     with _listening(host, port) as listener:
@@ -122,7 +123,7 @@ def _config(service: LocalService, settings: ServeSettings) -> uvicorn.Config:
 
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens: before anything is loaded, so that a port in use is said at once."""
+    """Open the listening socket before the bundles are loaded, so that a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)

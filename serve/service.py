@@ -79,7 +79,7 @@ class LocalService:
         Args:
             bundles: folders that ``hypersd export`` wrote; requests call them by the folders' names.
             devices: ``"cpu"``, ``"cuda:0"`` and so on, a worker for each.
-            queue: the most images that wait; more are refused.
+            queue: the most images that wait; more are rejected.
             max_batch: the most images of one call.
             metrics: the figures to update; new ones by default.
             load: further arguments of :meth:`hypersd.Pipeline.load`.

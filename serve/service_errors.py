@@ -1,4 +1,4 @@
-"""Why a service did not draw, where the request is not to blame."""
+"""The errors of a service: it is unavailable, too slow, or does not serve the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import HyperSDError, RequestError
 
 
 class UnavailableError(HyperSDError):
-    """Not drawn, and not the request's fault: the same may be asked again after ``retry_after`` seconds."""
+    """The service could not accept a valid request: retry after ``retry_after`` seconds."""
 
     code = "unavailable"
 
@@ -41,4 +41,4 @@ class TimedOutError(HyperSDError):
 
 
 class UnknownModelError(RequestError):
-    """No bundle of that name is served."""
+    """The request names a bundle that is not served."""

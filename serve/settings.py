@@ -1,4 +1,4 @@
-"""What an operator decides."""
+"""The operator's settings of the HTTP side."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class ServeSettings:
     """Limits of the HTTP side.
 
     Attributes:
-        timeout: seconds after which an image that is not finished is given up.
+        timeout: seconds after which an unfinished request is given up.
         max_count: the most images of one request.
-        max_body: bytes of a request's body, control images included, and of a WebSocket's message.
-        max_prompt: characters of a prompt, and of a negative one.
-        max_control_pixels: of a control image, before it is fitted.
-        body_timeout: seconds in which a body has to arrive.
+        max_body: the most bytes of a request's body, control images included, and of a WebSocket's message.
+        max_prompt: the most characters of a prompt, and of a negative prompt.
+        max_control_pixels: the most pixels of a control image, before it is fitted.
+        body_timeout: seconds within which a body must arrive.
         max_live: the most WebSockets at a time.
-        token: what ``Authorization: Bearer`` must hold; None for no check.
-        loopback_only: refuse requests that were not addressed to this machine's loopback name or address: a page
-            elsewhere could otherwise reach the service through a name that it points here.
+        token: the required value of ``Authorization: Bearer``; None for no check.
+        loopback_only: reject requests whose Host is not a loopback name or address; otherwise a web page could reach
+            the service through a name that resolves to this machine.
     """
 
     timeout: float = 60.0
@@ -37,10 +37,10 @@ class ServeSettings:
 
 
 def read_token(path: Path) -> str:
-    """The token that a file holds.
+    """Read the token from a file.
 
     Raises:
-        RequestError: it cannot be read, or holds something else.
+        RequestError: the file cannot be read, or does not hold one token.
     """
     try:
         token = path.read_text("utf-8").strip()

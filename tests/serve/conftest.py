@@ -1,4 +1,4 @@
-"""What the tests of the service share."""
+"""Fixtures of the service's tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gated(demo_pipe: Pipeline) -> Iterator[GatedPipeline]:
 
 @pytest.fixture
 def start_service(demo_canny_bundle: Path) -> Iterator[Callable[..., StandInService]]:
-    """``start_service(*pipes, **options)``: a service that draws with these pipelines, one for each worker."""
+    """``start_service(*pipes, **options)``: a service that generates with these pipelines, one for each worker."""
     services: list[StandInService] = []
 
     def start(*pipes: Any, **options: Any) -> StandInService:
@@ -53,7 +53,7 @@ def start_service(demo_canny_bundle: Path) -> Iterator[Callable[..., StandInServ
 
 @pytest.fixture
 def start_server(demo_canny_bundle: Path) -> Iterator[Callable[..., RunningServer]]:
-    """``start_server(*pipes, queue=..., **settings)``: a server in a thread that draws with these pipelines."""
+    """``start_server(*pipes, queue=..., **settings)``: a server in a thread that generates with these pipelines."""
     with contextlib.ExitStack() as stack:
 
         def start(*pipes: Any, queue: int = 64, **settings: Any) -> RunningServer:

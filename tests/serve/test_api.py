@@ -421,8 +421,8 @@ def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start
     assert gated.prompts == ["first", "second"]
 
 
-def test_the_event_loop_goes_on_while_a_image_is_generated(gated: GatedPipeline, start_server) -> None:
-    """Everything else is answered before the drawing ends."""
+def test_the_event_loop_goes_on_while_an_image_is_generated(gated: GatedPipeline, start_server) -> None:
+    """Everything else is answered before the image is finished."""
     server = start_server(gated)
     gated.gate.clear()
     with httpx.Client(base_url=server.url, timeout=LONG) as client, ThreadPoolExecutor() as pool:

@@ -35,7 +35,7 @@ def alive(demo_server: RunningServer) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def still_generates(demo_server: RunningServer) -> Iterator[None]:
-    """After all of them it draws."""
+    """After all of them the service generates."""
     yield
     assert exchange(demo_server.address, whole(BODY))[0] == 200
 
@@ -319,7 +319,7 @@ def test_who_goes_with_a_reset(demo_server: RunningServer) -> None:
 
 
 def test_the_end(demo_canny_bundle: Path, gated: GatedPipeline) -> None:
-    """Who is drawn for gets the image, who waits is told to go elsewhere, and then nobody listens."""
+    """The begun image is delivered, waiting requests are rejected, and then nothing listens."""
     service = StandInService(demo_canny_bundle, gated)
     with RunningServer(service, ServeSettings()) as server:
         service.wait_ready()

@@ -182,7 +182,7 @@ def test_a_second_request_that_does_not_begin(impatient: RunningServer) -> None:
 
 
 def test_patience_with_what_has_begun(gated: GatedPipeline, start_server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a drawing, nor a live connection, nor the pause between two requests ends with it."""
+    """It ends neither a request, nor a live connection, nor the pause between two requests."""
     monkeypatch.setattr(server, "HEADER_SECONDS", 1.5)
     running = start_server(gated)
     gated.gate.clear()
@@ -204,7 +204,7 @@ def test_patience_with_what_has_begun(gated: GatedPipeline, start_server, monkey
 
 
 def test_two_hundred_at_once_are_all_answered(gated: GatedPipeline, start_server) -> None:
-    """Drawn or told that the queue is full, each of them once, while one image is under way."""
+    """Each is answered once while one image is under way: with an image, or that the queue is full."""
     running = start_server(gated, queue=64)
     gated.gate.clear()
     connections = [dial(running.address) for _ in range(200)]

@@ -57,7 +57,7 @@ def superseded(server: RunningServer) -> float:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_image_is_the_http_apis(kind: str, live: ClientConnection, demo_server: RunningServer) -> None:
+def test_an_image_is_the_http_apis(kind: str, live: ClientConnection, demo_server: RunningServer) -> None:
     """To the byte."""
     body = {"prompt": PROMPT, "seed": 3, "steps": 2, "output_format": kind}
     ask(live, 7, **body)
@@ -109,7 +109,7 @@ def test_control_images(live: ClientConnection, photo_base64: str) -> None:
 
 
 def test_the_newest_input_wins(gated: GatedPipeline, start_server) -> None:
-    """Of fifty that come while one is drawn, the last is drawn."""
+    """Of fifty that come while an image is under way, only the last is generated."""
     server = start_server(gated)
     gated.gate.clear()
     with open_live(server) as live:
@@ -124,7 +124,7 @@ def test_the_newest_input_wins(gated: GatedPipeline, start_server) -> None:
 
 
 def test_an_input_that_waits_for_the_device_is_superseded(gated: GatedPipeline, start_server) -> None:
-    """Others keep the device busy: nothing of what was typed meanwhile is drawn but the last."""
+    """Others keep the device busy: of the inputs typed meanwhile only the last is generated."""
     server = start_server(gated)
     gated.gate.clear()
     with open_live(server) as other, open_live(server) as live:
@@ -152,7 +152,7 @@ def test_connections_do_not_supersede_each_other(gated: GatedPipeline, start_ser
     assert gated.prompts == ["one", "two"]
 
 
-# What goes wrong
+# Failures
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_there_are_only_so_many(gated: GatedPipeline, start_server) -> None:
 
 
 def test_the_end_is_told(demo_canny_bundle, gated: GatedPipeline) -> None:
-    """By a code that says that the service restarts, whatever is being drawn."""
+    """By the close code for a restart, even while an image is under way."""
     service = StandInService(demo_canny_bundle, gated)
     with RunningServer(service, ServeSettings()) as server:
         service.wait_ready()

@@ -175,7 +175,7 @@ def draw_disc(page: Any, x: float, y: float) -> None:
 
 
 def test_the_image_follows_the_prompt(open_page, demo_canny_bundle: Path) -> None:
-    """Typing changes the image; it is that which the runtime draws for these settings."""
+    """Typing changes the image; it equals the runtime's image for these settings."""
     page = open_page("#steps=4&seed=5")
     before = shown(page)
     page.fill("#prompt", PROMPT)
@@ -189,7 +189,7 @@ def test_the_image_follows_the_prompt(open_page, demo_canny_bundle: Path) -> Non
 
 
 def test_the_image_follows_the_drawing(open_page) -> None:
-    """A disc drawn at the bottom right is where the circle is drawn; undone, the image is the one before."""
+    """The circle appears where the user draws a disc; after undo the earlier image returns."""
     page = open_page(f"#steps=4&seed=0&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
     before = shown(page)
@@ -207,7 +207,7 @@ def test_the_image_follows_the_drawing(open_page) -> None:
 
 
 def test_fifty_fast_keystrokes_end_in_the_last_ones_image(open_page, server: Server, demo_canny_bundle: Path) -> None:
-    """What is superseded is dropped, nothing is drawn twice, and the last is drawn."""
+    """Superseded inputs are dropped, none is generated twice, and the last is generated."""
     page = open_page("#seed=1&prompt=")
     settled(page)
     images, dropped = server.count("hypersd_images_total"), server.count("hypersd_dropped_images_total")
@@ -227,7 +227,7 @@ def test_fifty_fast_keystrokes_end_in_the_last_ones_image(open_page, server: Ser
 
 
 def test_controls_do_what_they_say(open_page) -> None:
-    """Seed, steps, eta and count change what is drawn; image i of several has seed + i."""
+    """Seed, steps, eta and count change the image; image i of several has seed + i."""
     page = open_page(f"#seed=7&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
     images = [shown(page)]
@@ -251,7 +251,7 @@ def test_controls_do_what_they_say(open_page) -> None:
 
 
 def test_a_saved_image_has_its_settings(open_page) -> None:
-    """The same pixels as on the page, as a PNG that says how to draw it again."""
+    """The same pixels as on the page, as a PNG with the settings to generate it again."""
     page = open_page(f"#steps=2&seed=11&prompt={PROMPT.replace(' ', '+')}")
     settled(page)
     with page.expect_download() as download:
@@ -310,7 +310,7 @@ def test_a_bad_input_is_explained_and_the_image_stays(open_page) -> None:
 
 
 def test_a_killed_server_is_told_of_and_comes_back(open_page, demo_canny_bundle: Path, demo_bundle: Path) -> None:
-    """The page says so, goes on trying, and draws what is in the form by then; with what is served by then."""
+    """The page reports it, reconnects, and generates from the current form with the bundle served by then."""
     server = Server(str(demo_canny_bundle))
     server.start()
     try:

@@ -27,7 +27,7 @@ OPERATIONS = (
     ("GET", "/metrics"),
 )
 
-#: A request that fits the description may still ask for what the bundle does not draw: it is refused, as described.
+#: A request that fits the description may still exceed the bundle: it is rejected, as described.
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

@@ -1,4 +1,4 @@
-"""The service without its HTTP side: what is drawn together, what is dropped, and what goes wrong alone.
+"""The service without its HTTP side: shared calls, dropped images, and failures.
 
 Images are the demonstration checkpoint's. Where the order of things matters, a gate holds its pipeline back.
 """
@@ -69,11 +69,11 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 2 * LONG))
 
 
-# What is drawn together
+# Shared calls
 
 
 def test_alike_requests_share_a_call_while_the_device_is_busy(gated: GatedPipeline, start_service) -> None:
-    """The first does not wait for others; those that come meanwhile are drawn at once, up to what a run takes."""
+    """The first does not wait for others; requests that come meanwhile share a call, up to the size of a run."""
     service = start_service(gated)
 
     async def scenario() -> None:
@@ -172,14 +172,14 @@ def batch_of_three(shared_folder: Path, source_options) -> Pipeline:
     return Pipeline.load(export_bundle(name, shared_folder / "serve" / "batch-of-three", options).root, device="cpu")
 
 
-def test_a_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:
     """Alone, first, in the middle and last of a call, beside other prompts and seeds: the same bytes."""
     gated = GatedPipeline(batch_of_three, batch=3)
     service = start_service(gated)
     wanted, other = service_request("a cat", 5), service_request("a dog under a tree", 9)
 
     async def beside(*service_requests: ServiceRequest) -> bytes:
-        """The wanted image, from a call that draws these."""
+        """The wanted image, from a call that generates all of these."""
         first = await hold(service, gated)
         tasks = await begin(service, *service_requests)
         gated.gate.set()
@@ -198,7 +198,7 @@ def test_a_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, sta
 
 
 def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None:
-    """Each draws while the other is busy."""
+    """Each generates while the other is busy."""
     pipes = [GatedPipeline(demo_pipe), GatedPipeline(demo_pipe)]
     service = start_service(*pipes)
 
@@ -216,7 +216,7 @@ def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None
     assert sorted(pipe.prompts[0] for pipe in pipes) == ["0", "1"]
 
 
-# What is dropped
+# Dropped images
 
 
 def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPipeline, start_service) -> None:
@@ -309,7 +309,7 @@ def test_what_is_superseded_is_not_generated_but_what_was_begun_comes(gated: Gat
 
 
 def test_the_end(gated: GatedPipeline, start_service) -> None:
-    """What is being drawn is finished, what waits is refused, and so is what comes."""
+    """Begun images are finished; waiting and new requests are rejected."""
     service = start_service(gated)
 
     async def scenario() -> None:
@@ -330,7 +330,7 @@ def test_the_end(gated: GatedPipeline, start_service) -> None:
     assert gated.prompts == ["first"]
 
 
-# What goes wrong
+# Failures
 
 
 def raises(error: BaseException) -> Callable[[list[str]], object]:
@@ -494,7 +494,7 @@ def rewrite(folder: Path, other: Path) -> None:
 def test_a_bundle_that_changes_while_it_is_served(
     change: Callable[[Path, Path], object], own_copy: Path, demo_bundle: Path
 ) -> None:
-    """It is drawn as it was loaded, and said to have changed."""
+    """The loaded bundle is used, and reported as changed."""
     service = LocalService([own_copy], devices=["cpu"])
     service.start()
     service.wait_ready()
