@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     import dataclasses
 
     from ..engines import Bundle, build_engines
-    from ..engines.tensorrt.targets import choose_shapes
+    from ..engines.image_shapes import choose_shapes
     from .console import StageLines, err, out
     from .engine_options import find_builder, make_build_options, say_next, say_target
 

@@ -44,9 +44,6 @@ def add_engine_options(parser: argparse.ArgumentParser, hint: str = "") -> None:
         help="leave the weights out: small engines, which take them from the ONNX files at every load; needs a GPU",
     )
     group.add_argument(
-        "--refittable", action="store_true", help="let the weights of a loaded engine be exchanged; needs a GPU"
-    )
-    group.add_argument(
         "--timing-cache",
         type=Path,
         metavar="FILE",
@@ -96,7 +93,6 @@ def make_build_options(args: argparse.Namespace) -> BuildOptions:
         compute_capabilities=tuple(args.compute_capability or ()),
         optimization_level=args.optimization_level,
         stripped=args.strip_weights,
-        refittable=args.refittable,
         timing_cache=args.timing_cache,
     )
 
@@ -104,7 +100,7 @@ def make_build_options(args: argparse.Namespace) -> BuildOptions:
 def option_words(args: argparse.Namespace) -> list[str]:
     """The engine options that were given, as words of a command."""
     words = []
-    for name in ("compute_capability", "optimization_level", "strip_weights", "refittable", "timing_cache"):
+    for name in ("compute_capability", "optimization_level", "strip_weights", "timing_cache"):
         value, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if value is not None and value is not False:  # 0 is a level
             values = value if isinstance(value, list) else [] if value is True else [value]
@@ -114,7 +110,7 @@ def option_words(args: argparse.Namespace) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """What a command builds with, looked up once: the flavour of TensorRT and this machine."""
+    """What a command builds with, looked up once: TensorRT or TensorRT-RTX, and this machine."""
 
     api: TensorRTApi
     machine: Machine
@@ -123,16 +119,16 @@ class Builder:
         """Refuse what cannot be built here before any time is spent.
 
         Raises:
-            RequestError: an option is not one of this flavour's, or out of range.
+            RequestError: an option is not supported by the backend, or out of range.
             DeviceError: a GPU is needed.
         """
-        from ..engines.tensorrt.target_builder import check_options
+        from ..engines.tensorrt.build_options import check_options
 
         check_options(self.api, options, self.machine)
 
     def target(self, bundle: Bundle, options: BuildOptions) -> str:
         """The name of the target that these options build."""
-        from ..engines.tensorrt.target_builder import make_target
+        from ..engines.tensorrt.build_options import make_target
         from ..engines.tensorrt.targets import target_name
 
         return target_name(make_target(bundle.manifest, self.api, options, self.machine), bundle.manifest)
@@ -145,14 +141,14 @@ class Builder:
 
 
 def find_builder(backend: str) -> Builder:
-    """The flavour to build with, ready.
+    """The backend to build with, loaded.
 
     Raises:
         DeviceError: it is not installed, or cannot be loaded.
     """
     from ..engines.tensorrt.api import load_api
+    from ..engines.tensorrt.build_options import choose_backend
     from ..engines.tensorrt.machine import this_machine
-    from ..engines.tensorrt.target_builder import choose_backend
 
     machine = this_machine()
     return Builder(load_api(choose_backend(backend, machine)), machine)

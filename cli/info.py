@@ -174,7 +174,6 @@ def _target_options(target: EngineTarget) -> str:
     words = [
         *([] if level is None else [f"optimization level {level}"]),
         *(["weights from the ONNX files"] if target.stripped else []),
-        *(["refittable"] if target.refittable else []),
     ]
     return ", ".join(words) or "none"
 
@@ -229,7 +228,7 @@ def _one_graph_facts(bundle: Bundle) -> dict[str, str]:
 
 
 def _backends(bundle: Bundle) -> list[str]:
-    """The flavours and versions of TensorRT that the bundle has engines for."""
+    """The backends and versions of TensorRT that the bundle has engines for."""
     from ..engines.tensorrt.api import TITLES
 
     return sorted({f"{TITLES[target.backend]} {target.version}" for target in bundle.manifest.engines.values()})

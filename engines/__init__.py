@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .load import load_engines
     from .manifest import Manifest
-    from .tensorrt.target_builder import BuildOptions, build_engines
+    from .tensorrt.build_options import BuildOptions
+    from .tensorrt.target_builder import build_engines
 
 _HOMES = {
-    "BuildOptions": "tensorrt.target_builder",
+    "BuildOptions": "tensorrt.build_options",
     "Bundle": "bundle",
     "Engine": "engine",
     "Manifest": "manifest",

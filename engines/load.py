@@ -10,13 +10,14 @@ import torch
 from ..errors import BundleError, DeviceError, RequestError
 from .bundle import Bundle
 from .engine import Engine
+from .image_shapes import narrowed
 from .manifest import EngineTarget, Manifest
 from .null import NullEngine
 from .progress import BuildProgress, Silent
 from .tensorrt.api import BACKENDS as TENSORRT_BACKENDS
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
-from .tensorrt.targets import narrowed, target_name
+from .tensorrt.targets import target_name
 
 BACKENDS = ("auto", "onnxruntime", "openvino", *TENSORRT_BACKENDS, "null")
 ONNX_BACKENDS = ("onnxruntime", "openvino", "null")  # which need no engines to be built

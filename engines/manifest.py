@@ -292,7 +292,7 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
     """Plans that run on the same machines, and all that decides which those are.
 
     Attributes:
-        backend: the flavour of TensorRT.
+        backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
         version: its version; a plan runs on no other.
         compute_capabilities: GPUs such as ``"8.9"``; none for a portable target, which RTX compiles when it is loaded.
         platform: operating system and processor, such as ``"linux-x86_64"``; the processor alone for RTX.
@@ -300,7 +300,6 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
         shapes: images that the plans are built for, the bundle's or a part of them.
         optimization_level: TensorRT's, 0 to 5; None for its default.
         stripped: the plans hold no weights; they are taken from the ONNX files when a plan is loaded.
-        refittable: the plans' weights can be exchanged.
         plans: by component.
     """
 
@@ -312,7 +311,6 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
     shapes: ImageShapes
     optimization_level: OptimizationLevel | None = None
     stripped: bool = False
-    refittable: bool = False
     plans: dict[str, Plan]
 
 

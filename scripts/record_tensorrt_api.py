@@ -163,9 +163,9 @@ def output(*command: str | Path) -> str:
 # the program
 
 
-def write(flavour: str, recorded: dict[str, Any]) -> None:
+def write(package: str, recorded: dict[str, Any]) -> None:
     """Write a recording, one line for each class and enum."""
-    recorded = {"flavour": flavour, **recorded}
+    recorded = {"package": package, **recorded}
     parts = []
     for key, value in recorded.items():
         if isinstance(value, dict):
@@ -174,7 +174,7 @@ def write(flavour: str, recorded: dict[str, Any]) -> None:
         else:
             parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"{flavour}-{recorded['version']}.json"
+    path = OUT / f"{package}-{recorded['version']}.json"
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     print(f"{path}: {path.stat().st_size / 1e3:.0f} KB")
 

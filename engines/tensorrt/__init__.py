@@ -1,1 +1,1 @@
-"""TensorRT, in its two flavours: building plans, keeping them in a bundle, and running them."""
+"""TensorRT and TensorRT-RTX: building plans, keeping them in a bundle, and running them."""

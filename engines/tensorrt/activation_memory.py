@@ -19,11 +19,11 @@ def allocate_bytes(size: int, device: torch.device) -> Tensor:
 
 
 class ActivationMemory:
-    """Activations of engines that run one after another: one block a stream, as large as the neediest engine asks.
+    """Activations of engines that run one after another: one block per stream, as large as the largest need.
 
     Work on a stream is done in order, so engines that run on one stream may share a block, whatever thread calls them.
     All engines announce their need before the first block is handed out, and a block then never moves: a CUDA graph
-    that was recorded with it stays valid for as long as somebody holds the block.
+    that was recorded with it stays valid for as long as the block is referenced.
     """
 
     def __init__(self, device: torch.device, allocate: Allocate = allocate_bytes) -> None:
@@ -65,7 +65,7 @@ class ActivationMemory:
             return self._blocks[stream]
 
     def drop_blocks(self) -> None:
-        """Forget the blocks: each is freed when nothing that runs in it is left."""
+        """Release the blocks: each is freed when nothing that runs in it is left."""
         with self._lock:
             self._blocks.clear()
 
@@ -74,7 +74,7 @@ def out_of_memory(needed: str, device: torch.device) -> EngineError:
     """The error of a full device: what was needed, and what is free."""
     return EngineError(
         f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: "
-        "draw smaller images or fewer at a time, or free the device"
+        "generate smaller images or fewer at a time, or free the device"
     )
 
 

@@ -1,7 +1,7 @@
-"""TensorRT in its two flavours: the only module that imports them, and the only one that knows where they differ.
+"""The only module that imports TensorRT and TensorRT-RTX, and the only one that knows their differences.
 
-``tensorrt`` (10.8 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. What differs
-is here: what a version lacks is asked of its classes, not of its version number.
+``tensorrt`` (10.8 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. A missing
+feature is detected by its class or method, not by the version number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from ...errors import DeviceError, EngineError, RequestError, one_line
 from ..manifest import TensorRTBackend
-from .lowering import without_attention
+from .attention import without_attention
 
 BACKENDS: tuple[TensorRTBackend, ...] = ("tensorrt", "tensorrt-rtx")
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -35,7 +35,7 @@ Log = Callable[[str, str], None]  # severity ("ERROR", "WARNING", ...), text
 
 
 def installed_version(backend: str) -> str | None:
-    """The version of the installed flavour, without importing it; None if it is not there."""
+    """The version of an installed backend, without importing it; None if it is not installed."""
     if importlib.util.find_spec(_MODULES[backend]) is None:
         return None
     for distribution in _DISTRIBUTIONS[backend]:
@@ -50,16 +50,16 @@ def installed_version(backend: str) -> str | None:
 
 
 def pip_line(backend: str) -> str:
-    """How to install a flavour, in hypersd's clone: it is on no package index."""
+    """The command that installs a backend, in hypersd's clone: it is on no package index."""
     return f"pip install -e '.[{backend}]'"
 
 
 @functools.cache
 def load_api(backend: str) -> TensorRTApi:
-    """Import a flavour.
+    """Import a backend.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the name is unknown.
         DeviceError: it is not installed, lacks its libraries, or is too old.
     """
     if backend not in BACKENDS:
@@ -76,7 +76,9 @@ def load_api(backend: str) -> TensorRTApi:
     version = getattr(module, "__version__", "")
     if _release(version) < OLDEST[backend]:
         oldest = ".".join(map(str, OLDEST[backend]))
-        raise DeviceError(f"{title} {version or 'of no version'} is too old, expected {oldest}: {pip_line(backend)} -U")
+        raise DeviceError(
+            f"{title} {version or 'without a version'} is too old, expected {oldest}: {pip_line(backend)} -U"
+        )
     return TensorRTApi(cast(TensorRTBackend, backend), module)
 
 
@@ -86,7 +88,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class TensorRTApi:
-    """A flavour of TensorRT.
+    """TensorRT or TensorRT-RTX.
 
     Attributes:
         backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
@@ -118,7 +120,7 @@ class TensorRTApi:
         return tuple(f"{d[:-1]}.{d[-1]}" for d in sorted(digits, key=int))
 
     def make_logger(self, log: Log) -> Any:
-        """A logger that hands on what TensorRT says. What it is given to keeps it, and what ``log`` refers to."""
+        """A logger that calls ``log`` for each message. TensorRT objects made with it keep it and ``log`` alive."""
         trt = self.trt
 
         class Logger(trt.ILogger):
@@ -157,11 +159,12 @@ class TensorRTApi:
     def create_network(self, builder: Any) -> Any:
         """An empty network, strongly typed: types are those of the ONNX and not TensorRT's to choose."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-        return builder.create_network(0 if flag is None else 1 << int(flag))  # one day there may be no other kind
+        return builder.create_network(0 if flag is None else 1 << int(flag))  # 11 has no other kind
 
-    def parser_has(self, parser: Any, operator: str) -> bool:
-        """Whether the ONNX parser imports an operator."""
-        return bool(parser.supports_operator(operator))
+    @property
+    def knows_attention(self) -> bool:
+        """Whether the ONNX ``Attention`` operator is imported, as an ``IAttention``; not before 10.14."""
+        return hasattr(self.trt, "IAttention")
 
     def attentions(self, network: Any) -> Iterator[Any]:
         """The fused attentions (``IAttention``) of a network; versions before 10.14 have none."""
@@ -217,7 +220,7 @@ class TensorRTApi:
     # running
 
     def invalidity(self, runtime: Any, plan: mmap.mmap) -> str | None:
-        """Why a plan cannot run here, in TensorRT's words: ``UNSUPPORTED_CC``; None if it can or nothing tells."""
+        """TensorRT's reason why a plan cannot run here, such as ``UNSUPPORTED_CC``; None if it can or is not known."""
         if not hasattr(runtime, "get_engine_validity"):
             return None
         validity, bits = runtime.get_engine_validity(plan[: runtime.engine_header_size])
@@ -253,24 +256,22 @@ class TensorRTApi:
         return not hasattr(context, "is_stream_capturable") or context.is_stream_capturable(stream)
 
     def require_capturable(self, config: Any) -> None:
-        """Let no run of the engine allocate memory of its own, where that is not a matter of course.
-
-        TensorRT-RTX may do so at large shapes, and such a run can't be recorded in a CUDA graph.
-        """
+        """Forbid runs that allocate memory (TensorRT-RTX, at large shapes): no CUDA graph can record them."""
         flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
         if flag is not None:
             config.set_flag(flag)
 
     def create_runtime_cache(self, engine: Any, content: bytes) -> Any:
-        """RTX's cache of compiled kernels, from what :func:`serialize_runtime_cache` gave; what is no use is ignored.
+        """TensorRT-RTX's cache of compiled kernels; empty if ``content`` is empty or of another version or GPU.
 
-        Other flavours compile nothing when they load, and have none: None.
+        TensorRT compiles nothing when it loads: None.
         """
         if not self.is_rtx:
             return None
-        cache = engine.create_runtime_config().create_runtime_cache()
-        if content:
-            cache.deserialize(content)
+        config = engine.create_runtime_config()
+        cache = config.create_runtime_cache()
+        if content and not cache.deserialize(content):
+            return config.create_runtime_cache()  # a rejected one may be half filled
         return cache
 
     def serialize_runtime_cache(self, cache: Any) -> bytes:
@@ -285,7 +286,7 @@ class TensorRTApi:
         """
         refitter = self.trt.Refitter(engine, logger)
         parser = self.trt.OnnxParserRefitter(refitter, logger)
-        if hasattr(self.trt, "IAttention"):
+        if self.knows_attention:
             is_refitted = parser.refit_from_file(str(onnx))
         else:  # the plan was built from the graph that this version can parse
             is_refitted = parser.refit_from_bytes(without_attention(onnx), str(onnx))

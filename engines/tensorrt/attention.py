@@ -1,4 +1,4 @@
-"""Attention where TensorRT has no fused kernel for it.
+"""Attention without a fused kernel, or without support in the parser.
 
 An ``IAttention`` is one kernel or a failed build, unless it is marked decomposable. Which head sizes, types and masks
 have a kernel depends on version and GPU and is not told: a network of that one attention tells within milliseconds.
@@ -7,9 +7,11 @@ have a kernel depends on version and GPU and is not told: a network of that one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .api import TensorRTApi
+if TYPE_CHECKING:
+    from .api import TensorRTApi
 
 PROBED_EXTENT = 64  # of a dimension that varies: kernels differ by head size, type and mask, not by length
 PROBED_HEADS = 2  # of a single head: on its own TensorRT folds it away and finds no kernel, in a network it does
@@ -19,7 +21,7 @@ def attentions_without_kernel(api: TensorRTApi, builder: Any, network: Any, make
     """The names of a network's attentions that TensorRT cannot build as one kernel.
 
     Args:
-        api: the flavour.
+        api: TensorRT or TensorRT-RTX.
         builder: what will build the network.
         network: the parsed network.
         make_config: a new configuration for the GPUs in question.
@@ -44,7 +46,7 @@ def mark_decomposable(api: TensorRTApi, network: Any, names: set[str]) -> list[s
 
 
 def _signature(attention: Any) -> tuple[Any, ...]:
-    """All that a kernel is chosen by: shapes and types of query, key, value and mask, and what is done with them."""
+    """Everything that a kernel is chosen by: shapes and types of all inputs, normalization, causality."""
     tensors = [attention.get_input(i) for i in range(3)]
     mask = attention.mask
     return (
@@ -71,3 +73,17 @@ def _builds(api: TensorRTApi, builder: Any, signature: tuple[Any, ...], config: 
         attention.mask = network.add_input("mask", mask[1], mask[0])
     network.mark_output(attention.get_output(0))
     return builder.build_serialized_network(network, config) is not None
+
+
+def without_attention(path: Path) -> bytes:
+    """The graph with every ``Attention`` node expanded into plain operators, as ONNX itself defines it.
+
+    TensorRT before 10.14 cannot import ``Attention``. The weights stay where they are: parse the result under the
+    path of the file that it was made from.
+    """
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(str(path), load_external_data=False)
+    model = onnx.inliner.inline_selected_functions(model, [("", "Attention")], inline_schema_functions=True)
+    return model.SerializeToString()

@@ -1,4 +1,4 @@
-"""What this machine can run, and why it cannot run the rest."""
+"""This machine's GPU, driver and TensorRT, and the reasons against targets that it cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .api import BACKENDS, TITLES, installed_version, pip_line
 from .targets import onnx_hash, this_platform
 
 PORTABLE_FROM = 8.0  # compute capability; older GPUs have to be named (TensorRT-RTX: "CPU-Only AOT")
-_CUDA_WHEELS = {  # the distribution that says for which CUDA a flavour's libraries were built
+_CUDA_WHEELS = {  # distributions that tell for which CUDA a backend's libraries were built
     "tensorrt": {"tensorrt-cu13": 13, "tensorrt-cu12": 12},
     "tensorrt-rtx": {"tensorrt-rtx-cu13": 13, "tensorrt-rtx-cu12": 12},
 }
@@ -32,14 +32,14 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides which plans run.
+    """Facts that decide which plans run.
 
     Attributes:
-        platforms: what plans of each flavour have to be built for, such as ``linux-x86_64``.
+        platforms: the platform tag of each backend's plans, such as ``linux-x86_64``.
         gpu: the CUDA device; None if there is none to use.
         no_gpu: why there is none.
         driver_cuda: the newest CUDA that the driver supports, as (13, 0); None without a driver.
-        versions: of the flavours of TensorRT that are installed.
+        versions: of the installed backends.
         cuda_needed: the CUDA that their libraries were built for, where that is known.
     """
 
@@ -52,7 +52,7 @@ class Machine:
 
 
 def this_machine(device: str = "auto") -> Machine:
-    """Look around; ``device`` is the CUDA device meant, by default the first."""
+    """Inspect this machine; ``device`` is a CUDA device, by default the first."""
     import torch
 
     gpu, driver = None, driver_cuda_version()
@@ -114,7 +114,7 @@ def _cuda_of_wheel(backend: str) -> int | None:
 
 
 def why_not_backend(backend: str, machine: Machine) -> str | None:
-    """Why a flavour of TensorRT cannot run anything here; None if it can."""
+    """The reason why a backend runs nothing here; None if it does."""
     title = TITLES[backend]
     if backend not in machine.versions:
         return f"{title} is not installed: {pip_line(backend)}"
@@ -129,7 +129,7 @@ def why_not_backend(backend: str, machine: Machine) -> str | None:
 
 
 def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -> str | None:
-    """Why a target's plans cannot run here; None if nothing speaks against it."""
+    """The reason why a target's plans cannot run here; None if there is none."""
     if reason := why_not_backend(target.backend, machine):
         return reason
     version = machine.versions[target.backend]
@@ -150,12 +150,12 @@ def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -
     needed = memory_needed(target)
     if needed is not None and needed > machine.gpu.total_memory:
         have = f"{machine.gpu.name} has {machine.gpu.total_memory / 1e9:.1f} GB"
-        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: draw smaller images or fewer at a time"
+        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: generate smaller images or fewer at a time"
     return None
 
 
 def why_not_gpu(target: EngineTarget, machine: Machine) -> str | None:
-    """Why the machine's GPU is none that a target was built for; None if it is one."""
+    """The reason why a target was not built for this machine's GPU; None if it was."""
     if reason := why_not_backend(target.backend, machine):
         return reason
     assert machine.gpu is not None  # a backend that can run has one
@@ -168,9 +168,9 @@ def why_not_gpu(target: EngineTarget, machine: Machine) -> str | None:
 
 
 def memory_needed(target: EngineTarget) -> int | None:
-    """Device memory in bytes: all weights, and the activations of the neediest network, whose block all share.
+    """Device memory in bytes: all weights, and the activations of the component with the most, whose block all share.
 
-    None where TensorRT did not say.
+    None if TensorRT did not report them.
     """
     plans = target.plans.values()
     if not plans or any(plan.weights_memory is None or plan.activation_memory is None for plan in plans):

@@ -1,12 +1,11 @@
-"""One TensorRT plan, built in this process. It wants a process of its own: see :mod:`.process`.
+"""Build one TensorRT plan in this process, which should be a process of its own (:mod:`.build_process`).
 
-Polygraphy makes the profiles and the configuration. Which flavour it drives is decided once a process, by an
-environment variable that :mod:`.process` sets before Polygraphy is imported.
+Polygraphy makes the profiles and the configuration. It drives one TensorRT package per process, selected by an
+environment variable that :mod:`.build_process` sets before Polygraphy is imported.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,25 +14,26 @@ from typing import Any
 
 from ...errors import BundleError, EngineError, one_line
 from ..bundle import write_whole
+from ..cores import available_cores
+from ..image_shapes import extents_of
 from ..manifest import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api
-from .attention import attentions_without_kernel, mark_decomposable
-from .build_job import BuildJob, Built
+from .attention import attentions_without_kernel, mark_decomposable, without_attention
+from .build_process import BuildJob, Built
 from .phases import PhaseTree
-from .targets import extents_of
 
 SHOWN_ERRORS = 3
 LONGEST_REASON = 400  # characters of TensorRT's own words in a message
 MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
-NO_DRIVER = "cudaError 35"  # RTX looks for a GPU after every failure; it needs none to build
-NO_DEVICE = re.compile("CUDA_SUCCESS|accelerator list")  # RTX, where the build wants a GPU
+NO_DRIVER = "cudaError 35"  # RTX looks for a GPU after every failure; a build requires none
+NO_DEVICE = re.compile("CUDA_SUCCESS|accelerator list")  # RTX, where a build requires a GPU
 NO_KERNEL = "Attention operation was not supported by a dedicated kernel"
 
 Report = Callable[[float, str], bool]  # fraction and phase; False stops the build
 
 
 class BuildCancelledError(Exception):
-    """The build was asked to stop."""
+    """The build was stopped on request."""
 
 
 def build_plan(job: BuildJob, report: Report) -> Built:
@@ -41,12 +41,12 @@ def build_plan(job: BuildJob, report: Report) -> Built:
 
     Args:
         job: what to build.
-        report: told how far the build is; what it returns says whether to go on.
+        report: called with the progress; returns whether to continue.
 
     Raises:
         BuildCancelledError: ``report`` returned False.
         BundleError: the ONNX file is not the network that the job describes.
-        EngineError: TensorRT cannot parse or build the network; the message says what it had against it.
+        EngineError: TensorRT cannot parse or build the network; the message has the reasons.
     """
     try:
         return _Build(load_api(job.backend), job, report).run()
@@ -67,7 +67,7 @@ class _Build:
         self.was_cancelled = False
         self.logger = api.make_logger(self._log)
         self.builder = api.trt.Builder(self.logger)
-        self.builder.max_threads = os.cpu_count() or 1
+        self.builder.max_threads = available_cores()
 
     def run(self) -> Built:
         network = self._parse()
@@ -103,11 +103,9 @@ class _Build:
     def _parse(self) -> Any:
         network = self.api.create_network(self.builder)
         parser = self.api.trt.OnnxParser(network, self.logger)
-        if self.api.parser_has(parser, "Attention"):
+        if self.api.knows_attention:
             parsed = parser.parse_from_file(self.job.onnx)
         else:
-            from .lowering import without_attention
-
             parsed = parser.parse(without_attention(Path(self.job.onnx)), self.job.onnx)
         if not parsed:
             raise self._parser_failure(parser)
@@ -137,7 +135,7 @@ class _Build:
         from polygraphy.backend.trt import CreateConfig, Profile
         from polygraphy.logger import G_LOGGER
 
-        G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what matters TensorRT says to our own logger
+        G_LOGGER.module_severity = G_LOGGER.CRITICAL  # TensorRT reports to our own logger
         profile = Profile()
         for name, spec in self.job.inputs.items():
             if any(not isinstance(dim, int) for dim in spec.shape):
@@ -146,9 +144,8 @@ class _Build:
             "profiles": [profile] if profile else [],
             "builder_optimization_level": self.job.optimization_level,
             "strip_plan": self.job.stripped,
-            # RTX strips refittable plans only. TensorRT's own choice for stripped ones is to be given the same weights
-            # again, and it need not keep what other weights would want.
-            "refittable": self.job.refittable or (self.job.stripped and self.api.is_rtx),
+            # RTX strips refittable plans only. TensorRT's stripped plans take the same weights only: faster kernels.
+            "refittable": self.job.stripped and self.api.is_rtx,
             "profiling_verbosity": self.api.trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
             "progress_monitor": self.monitor,
         }
@@ -159,12 +156,13 @@ class _Build:
             config.clear_flag(self.api.trt.BuilderFlag.TF32)  # as CreateConfig does: float32 means float32
             self._target(config)
         else:
-            config = CreateConfig(**options, load_timing_cache=self.job.timing_cache)(self.builder, network)
+            config = CreateConfig(**options)(self.builder, network)
+            self._load_timing_cache(config)
         self.api.require_capturable(config)
         return config
 
     def _configure_probe(self) -> Any:
-        """The configuration for a network that only asks for a kernel."""
+        """The configuration of a network that only tests for a kernel."""
         config = self.builder.create_builder_config()
         self._target(config)
         return config
@@ -187,11 +185,13 @@ class _Build:
             self._save_timing_cache(config, Path(self.job.timing_cache))
         return built
 
-    def _save_timing_cache(self, config: Any, path: Path) -> None:
-        """Kernel timings for the next build; a process that saves at the same time loses its own.
+    def _load_timing_cache(self, config: Any) -> None:
+        """Read kernel timings of earlier builds. Polygraphy would write a lock beside the file to do so."""
+        if self.job.timing_cache and (path := Path(self.job.timing_cache)).is_file():
+            config.set_timing_cache(config.create_timing_cache(path.read_bytes()), ignore_mismatch=False)
 
-        Minutes of building are not thrown away because they cannot be kept.
-        """
+    def _save_timing_cache(self, config: Any, path: Path) -> None:
+        """Keep kernel timings for the next build; a failure is a note, since the plan itself is good."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, config.get_timing_cache().serialize())
@@ -211,10 +211,10 @@ class _Build:
             self.memory[match[1]] = int(match[2])
 
     def _failure(self) -> EngineError:
-        """What TensorRT had against the network, and the way out where there is one."""
+        """TensorRT's reasons, and the way out where there is one."""
         reasons, hint = self._reasons(), ""
-        if self.api.is_rtx and (self.job.stripped or self.job.refittable) and NO_DEVICE.search(reasons):
-            hint = "; it makes plans whose weights can be exchanged, stripped ones among them, on a machine with a GPU"
+        if self.api.is_rtx and self.job.stripped and NO_DEVICE.search(reasons):
+            hint = "; it builds plans without weights on a machine with a GPU only"
         elif self.job.compute_capabilities:
             hint = (
                 f"; it may build for no GPU in particular: leave out --compute-capability "
@@ -228,7 +228,7 @@ class _Build:
 
 
 def _check_tensors(job: BuildJob, kind: str, tensors: Sequence[Any], specs: dict[str, TensorSpec]) -> None:
-    """The network must be the one that the manifest describes, else the ONNX file is another."""
+    """Raise unless the network has the tensors that the manifest describes."""
     names = sorted(tensor.name for tensor in tensors)
     if names != sorted(specs):
         raise BundleError(f"{job.onnx} has the {kind}s {names}, the manifest says {sorted(specs)}; export it again")

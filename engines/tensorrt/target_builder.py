@@ -1,9 +1,8 @@
-"""TensorRT engines for every network of a bundle."""
+"""Build a target: a TensorRT plan for every component of a bundle."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import shutil
 from collections.abc import Iterator
@@ -11,54 +10,28 @@ from pathlib import Path
 
 import msgspec
 
-from ...errors import BundleError, DeviceError, DiskFullError, EngineError, RequestError, UserError
+from ...errors import BundleError, DiskFullError, EngineError, RequestError, UserError
 from ..bundle import Bundle, link_or_copy, sha256_file, write_manifest
 from ..cache_folder import cache_folder
+from ..image_shapes import narrowed
 from ..lock import locked
 from ..manifest import (
     ENGINES_FOLDER,
-    HIGHEST_LEVEL,
-    LOWEST_LEVEL,
     MANIFEST_NAME,
     Component,
     EngineTarget,
     FileRecord,
-    ImageShapes,
-    Manifest,
     Plan,
-    TensorRTBackend,
 )
 from ..progress import BuildProgress, Silent, Stage
-from .api import BACKENDS, TensorRTApi, load_api, pip_line
-from .build_job import BuildJob, Built
-from .build_process import run_build
-from .machine import Machine, this_machine, why_not_backend
-from .targets import describe, narrowed, onnx_hash, plan_key, target_name, this_platform
+from .api import TensorRTApi, load_api
+from .build_options import BuildOptions, check_options, choose_backend, make_target, why_chosen
+from .build_process import BuildJob, Built, run_build
+from .machine import Machine, this_machine
+from .targets import describe, onnx_hash, plan_key, target_name
 from .validate import validate_plan
 
 PLAN_OVERHEAD = 16 << 20  # bytes of a plan besides its weights: kernels and their tables
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """How to build.
-
-    Attributes:
-        compute_capabilities: GPUs such as ``"8.9"``, for RTX; none builds for all of them.
-        shapes: the part of the bundle's shapes to build for; None for all of it.
-        optimization_level: TensorRT's, 0 (quickest build) to 5 (fastest engine); None for its default.
-        stripped: leave the weights out of the plans and take them from the ONNX files at every load.
-        refittable: let the weights of a loaded plan be exchanged.
-        timing_cache: file of kernel timings that builds on one GPU share (TensorRT only); None for one in the user's
-            cache folder.
-    """
-
-    compute_capabilities: tuple[str, ...] = ()
-    shapes: ImageShapes | None = None
-    optimization_level: int | None = None
-    stripped: bool = False
-    refittable: bool = False
-    timing_cache: Path | None = None
 
 
 def build_engines(
@@ -67,25 +40,25 @@ def build_engines(
     options: BuildOptions | None = None,
     progress: BuildProgress | None = None,
 ) -> Bundle:
-    """Build what is missing of one target: a plan for every network of the bundle.
+    """Build the missing plans of one target: one plan for every component of the bundle.
 
-    A build that was interrupted goes on with the network that it was at. Plans made from the same inputs, in this
-    bundle or in one beside it, are linked and not built again.
+    An interrupted build resumes with the component where it stopped. Plans built from the same inputs, in this bundle
+    or in one beside it, are linked and not built again.
 
     Args:
         bundle: the bundle or its folder.
         backend: ``"tensorrt-rtx"`` (needs no GPU), ``"tensorrt"`` (builds for this machine's GPU), or ``"auto"`` for
-            what is installed.
+            the one that is installed.
         options: everything else.
-        progress: told what happens.
+        progress: receives stages and notes.
 
     Returns:
         The bundle with its new target.
 
     Raises:
-        RequestError: an option is out of range, or not one that the flavour has.
+        RequestError: an option is out of range, or not supported by the backend.
         DeviceError: TensorRT is not installed, or the build needs a GPU and there is none.
-        EngineError: TensorRT could not build a network. The bundle holds what was built before.
+        EngineError: TensorRT could not build a component. The bundle keeps the plans that were built before.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     options, progress = options or BuildOptions(), progress or Silent()
@@ -93,85 +66,13 @@ def build_engines(
     chosen = choose_backend(backend, machine)
     api = load_api(chosen)
     if backend == "auto":
-        progress.note(f"engines: {api}, {_why_chosen(machine)}")
+        progress.note(f"engines: {api}, {why_chosen(machine)}")
     check_options(api, options, machine)
     return _Build(bundle, api, options, machine, progress).run()
 
 
-def choose_backend(backend: str, machine: Machine) -> TensorRTBackend:
-    """The flavour to build with.
-
-    Raises:
-        RequestError: it is not known.
-        DeviceError: ``"auto"``, and none is installed.
-    """
-    if backend in BACKENDS:
-        return backend  # type: ignore[return-value]  # pyright narrows a tuple's members from 3.11 on only
-    if backend != "auto":
-        raise RequestError(f"backend {backend!r} is not known: expected auto, {' or '.join(BACKENDS)}")
-    if machine.gpu is not None and why_not_backend("tensorrt", machine) is None:
-        return "tensorrt"
-    if "tensorrt-rtx" in machine.versions:
-        return "tensorrt-rtx"
-    if "tensorrt" in machine.versions:
-        raise DeviceError(f"TensorRT needs a GPU to build ({machine.no_gpu}): {pip_line('tensorrt-rtx')} needs none")
-    raise DeviceError(f"no TensorRT is installed: {pip_line('tensorrt-rtx')} (needs no GPU to build)")
-
-
-def _why_chosen(machine: Machine) -> str:
-    if machine.gpu is None:
-        return f"which needs no GPU to build ({machine.no_gpu})"
-    return f"as installed; this machine has a {machine.gpu.name}"
-
-
-def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine) -> None:
-    """Refuse what the flavour has not got or this machine cannot do, before any time is spent.
-
-    Raises:
-        RequestError: an option is out of range.
-        DeviceError: a GPU is needed.
-    """
-    level = options.optimization_level
-    if level is not None and not LOWEST_LEVEL <= level <= HIGHEST_LEVEL:
-        raise RequestError(f"optimization level {level} is out of range: expected {LOWEST_LEVEL} to {HIGHEST_LEVEL}")
-    known = api.compute_capabilities
-    for capability in options.compute_capabilities:
-        if not known:
-            raise RequestError(f"{api} builds for this machine's GPU only: leave the compute capability out")
-        if capability not in known:
-            raise RequestError(f"compute capability {capability!r} is not known to {api}: expected {', '.join(known)}")
-    if api.is_rtx and options.timing_cache is not None:
-        raise RequestError(f"{api} times no kernels when it builds: leave the timing cache out")
-    if machine.gpu is not None:
-        return
-    if not api.is_rtx:
-        raise DeviceError(f"{api} needs a GPU to build ({machine.no_gpu}): {pip_line('tensorrt-rtx')} needs none")
-    if options.stripped or options.refittable:
-        kind = "without weights" if options.stripped else "with exchangeable weights"
-        raise DeviceError(f"plans {kind} need a GPU to build ({machine.no_gpu}): build on one, or build plain plans")
-
-
-def make_target(manifest: Manifest, api: TensorRTApi, options: BuildOptions, machine: Machine) -> EngineTarget:
-    """What a build with these options makes of a bundle, no plans in it yet (:func:`.targets.target_name` names it)."""
-    capabilities = options.compute_capabilities
-    if not api.is_rtx and machine.gpu is not None:
-        capabilities = (machine.gpu.compute_capability,)
-    return EngineTarget(
-        backend=api.backend,
-        version=api.version,
-        compute_capabilities=tuple(sorted(set(capabilities), key=float)),
-        platform=this_platform(api.backend),
-        precision=manifest.precision,
-        shapes=options.shapes or manifest.shapes,
-        optimization_level=options.optimization_level,
-        stripped=options.stripped,
-        refittable=options.refittable,
-        plans={},
-    )
-
-
 def remove_target(bundle: Bundle, name: str) -> Bundle:
-    """Delete a target, plans and all: one of a TensorRT that is gone takes gigabytes.
+    """Delete a target with its plans, which may be gigabytes for a TensorRT that is gone.
 
     Raises:
         RequestError: the bundle has no target of this name.
@@ -200,7 +101,6 @@ class _Build:
         self.options = options
         self.progress = progress
         self.machine = machine
-        narrowed(bundle.manifest, options.shapes or bundle.manifest.shapes)  # refuses what reaches outside
 
     def run(self) -> Bundle:
         waiting = f"waiting for another build in {self.root} to end"
@@ -219,7 +119,7 @@ class _Build:
             target = msgspec.structs.replace(target, plans=done)
             if not missing:
                 self.progress.note(f"engines for {describe(target)} are there already")
-                if bundle.manifest.engines[name] != target:  # somebody changed what it says of itself
+                if bundle.manifest.engines[name] != target:  # edited by hand
                     return _recorded(bundle, name, target, {})
             for component in missing:
                 plan, record = self._make(bundle, name, component, components[component], target, keys[component])
@@ -228,7 +128,7 @@ class _Build:
         return bundle
 
     def _done(self, bundle: Bundle, name: str, keys: dict[str, str]) -> dict[str, Plan]:
-        """The target's plans that are unaltered and were built as this build would build them."""
+        """The target's plans that are unaltered and have the keys of this build."""
         if name not in bundle.manifest.engines:
             return {}
         with Stage(self.progress, "check the engines that are there"):
@@ -257,7 +157,7 @@ class _Build:
         path = self.root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if (found := find_plan(self.root, component, key)) is not None:
-            with contextlib.suppress(EngineError, BundleError):  # not what it says it is: build our own
+            with contextlib.suppress(EngineError, BundleError):  # altered: build a new one
                 return self._take(bundle, component, specs, target, *found, path)
         with _unfinished(path) as unfinished, Stage(self.progress, f"{component}: build engine") as stage:
             for onnx in specs.files:  # what was built from another file would be recorded as built from this one
@@ -319,7 +219,6 @@ class _Build:
             compute_capabilities=target.compute_capabilities if self.api.is_rtx else (),
             optimization_level=options.optimization_level,
             stripped=options.stripped,
-            refittable=options.refittable,
             timing_cache=None if self.api.is_rtx else str(options.timing_cache or self._default_timing_cache()),
         )
 
@@ -362,7 +261,7 @@ def _summary(built: Built, record: FileRecord, error: float | None) -> str:
 
 @contextlib.contextmanager
 def _disk_errors(root: Path) -> Iterator[None]:
-    """What the system says of a bundle that cannot be written, as one line with what to do."""
+    """Turn OSErrors of a bundle that cannot be written into one line with the remedy."""
     try:
         yield
     except OSError as error:
@@ -377,7 +276,7 @@ def _disk_errors(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A hidden file that gets its name when all went well, and is deleted otherwise."""
+    """A hidden file that is renamed into place on success and deleted otherwise."""
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.unlink(missing_ok=True)
     try:

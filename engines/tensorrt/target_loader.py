@@ -1,4 +1,4 @@
-"""From a bundle's target to engines that are warm."""
+"""Load a bundle's target as engines that have run once."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import Bundle
+from ..bundle import Bundle, write_whole
 from ..engine import TORCH_DTYPES, Engine
+from ..image_shapes import extents_of
 from ..manifest import Component
 from ..progress import BuildProgress, Stage
 from .activation_memory import ActivationMemory, out_of_memory
 from .api import load_api
-from .runtime_cache import cache_path, read_cache, write_cache
-from .targets import extents_of
 from .tensorrt_engine import TensorRTEngine
 
 
 def load_target(
     bundle: Bundle, name: str, components: Mapping[str, Component], device: torch.device, progress: BuildProgress
 ) -> dict[str, Engine]:
-    """Load a target's plans and run each once, so that no call pays for what happens only once.
+    """Load a target's plans and run each once, so that no call pays for one-time costs.
 
     TensorRT-RTX compiles its kernels here and keeps them beside the plan for the next load, if that can be written.
 
     Args:
         bundle: the bundle.
         name: the target's.
-        components: the networks, as narrow as the target's plans.
+        components: the bundle's, narrowed to the target's shapes.
         device: a CUDA device.
-        progress: told of every plan, and whether its kernels had to be compiled.
+        progress: receives a stage for every plan, and whether its kernels were compiled.
 
     Raises:
         BundleError: a plan is missing or shortened.
@@ -60,18 +59,13 @@ def load_target(
         with Stage(progress, f"{component}: first run") as stage:
             warm_up(engine, stream)
             engine.drop_lanes()  # a pipeline runs on a stream of its own, and has lanes there
-            content = engine.runtime_cache()
-            if len(content) > len(read_cache(cache)):
-                is_kept = write_cache(cache, content)
-                stage.note = "compiled for this GPU" + ("" if is_kept else f"; {cache.parent} cannot be written")
-            elif content:
-                stage.note = "compiled at an earlier load"
+            stage.note = keep_cache(cache, engine.runtime_cache())
     memory.drop_blocks()
     return dict(engines)
 
 
 def check_plan(bundle: Bundle, file: str) -> Path:
-    """The path of a plan that is there, of the size that was recorded.
+    """The path of a plan, after a check of its size.
 
     Raises:
         BundleError: it is missing or shortened.
@@ -93,3 +87,34 @@ def warm_up(engine: TensorRTEngine, stream: torch.cuda.Stream) -> None:
     with torch.cuda.stream(stream):
         engine.run(feeds)
     stream.synchronize()
+
+
+def cache_path(plan: Path, compute_capability: str) -> Path:
+    """The file with a plan's compiled kernels for GPUs of a compute capability."""
+    return plan.with_suffix(f".sm{compute_capability.replace('.', '')}.cache")
+
+
+def keep_cache(path: Path, content: bytes) -> str:
+    """Write what was compiled unless the file has it already; returns a note for the user."""
+    if not content:
+        return ""
+    if content == read_cache(path):
+        return "compiled at an earlier load"
+    return "compiled for this GPU" + ("" if write_cache(path, content) else f"; {path.parent} cannot be written")
+
+
+def read_cache(path: Path) -> bytes:
+    """The file's content; nothing if there is none that can be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def write_cache(path: Path, content: bytes) -> bool:
+    """Write the file atomically; returns False if its folder is not writable, as a bundle's may be."""
+    try:
+        write_whole(path, content)
+    except OSError:
+        return False
+    return True

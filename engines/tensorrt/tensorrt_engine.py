@@ -1,4 +1,4 @@
-"""A network as a TensorRT plan that is ready to run."""
+"""A TensorRT plan that is loaded and ready to run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from ...errors import BundleError, DeviceError, EngineError
 from ..cuda.graphs import retain
 from ..engine import TORCH_DTYPES, check_feeds
+from ..image_shapes import extents_of
 from ..manifest import Component, TensorSpec
 from .activation_memory import ActivationMemory, free_memory, out_of_memory
 from .api import DTYPE_NAMES, TensorRTApi
-from .targets import extents_of
 
 KEPT_LANES = 8  # contexts by stream and shapes; the least recently used goes first
 KEPT_ERRORS = 10
@@ -28,7 +28,7 @@ REBUILD = "build it again with `hypersd build`"
 
 
 class _Lane:
-    """What runs the engine on one stream at one set of shapes: a context, and the outputs' buffers.
+    """An execution context and output buffers, for one stream and one set of shapes.
 
     A context of its own for every set of shapes, because the first run after a change of shapes cannot be recorded in a
     CUDA graph. It remembers addresses, which are told only where they changed. Its activation memory is the stream's
@@ -49,13 +49,13 @@ class _Lane:
                 raise EngineError(f"input {name!r}: TensorRT does not take the shape {list(tensor.shape)}")
 
     def allocate(self, specs: Mapping[str, TensorSpec], device: torch.device) -> None:
-        """Make the outputs' buffers, of the shapes that the inputs lead to."""
+        """Allocate the outputs' buffers, of the shapes that follow from the inputs."""
         for name, spec in specs.items():
             shape = tuple(self.context.get_tensor_shape(name))
             self.outputs[name] = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
 
     def set_addresses(self, tensors: Mapping[str, Tensor]) -> None:
-        """Tell the context of the tensors that lie elsewhere than last time."""
+        """Pass the addresses that changed since the last run to the context."""
         for name, tensor in tensors.items():
             address = tensor.data_ptr()
             if self._addresses.get(name) != address:
@@ -65,23 +65,23 @@ class _Lane:
 
 
 class TensorRTEngine:
-    """A component's plan, of either flavour of TensorRT (:class:`..engine.Engine`).
+    """A component's plan, of TensorRT or TensorRT-RTX (:class:`..engine.Engine`).
 
     ``run`` enqueues on torch's current stream and returns at once; after the first call at some shapes it allocates
     nothing. Contexts and output buffers belong to the stream: threads may share the engine, each on its own stream.
 
     Args:
-        api: the flavour.
+        api: TensorRT or TensorRT-RTX.
         name: the component's, for messages.
         plan: the plan's file.
-        component: inputs and outputs, as narrow as the plan was built for.
+        component: inputs and outputs, narrowed to the shapes of the plan.
         device: a CUDA device.
         memory: shared by the engines that run one after another.
         onnx: the ONNX file that a plan without weights takes them from; None for a plan that has them.
-        cache: what the flavour compiled at an earlier load (:mod:`.runtime_cache`).
+        cache: the kernels that RTX compiled at an earlier load (:mod:`.target_loader`).
 
     Raises:
-        EngineError: the plan cannot be loaded here; the message says what TensorRT had against it.
+        EngineError: the plan cannot be loaded here; the message has TensorRT's reason.
         BundleError: it is not the plan that the manifest describes.
     """
 
@@ -150,11 +150,11 @@ class TensorRTEngine:
         return lane.outputs
 
     def drop_lanes(self) -> None:
-        """Let go of all contexts and buffers; the next run makes them anew."""
+        """Release all contexts and buffers; the next run makes new ones."""
         self._lanes.clear()
 
     def runtime_cache(self) -> bytes:
-        """What was compiled for this GPU so far, for the next load; nothing where the plan needs no compiling."""
+        """The kernels compiled for this GPU so far, for the next load; empty for TensorRT, which compiles none."""
         return b"" if self._cache is None else self.api.serialize_runtime_cache(self._cache)
 
     def _lane(self, stream: int, feeds: Mapping[str, Tensor]) -> _Lane:

@@ -1,4 +1,4 @@
-"""Is a plan the network that it was built from? As far as this machine can tell."""
+"""Check that a plan computes its component, as far as this machine can tell."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from ...errors import EngineError
 from ..bundle import Bundle
 from ..compare import TOLERANCES, differences
+from ..image_shapes import extents_of
 from ..manifest import Component, EngineTarget, TensorSpec
 from .api import TensorRTApi
 from .machine import Machine, why_not_gpu
-from .targets import extents_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 SEED = 0
-LARGEST_TOKEN = 255  # every vocabulary has as many
+LARGEST_TOKEN = 255  # in every vocabulary
 
 
 def validate_plan(
@@ -35,24 +35,24 @@ def validate_plan(
 ) -> float | None:
     """Check a plan before it is recorded.
 
-    Everywhere: it is a plan of this flavour, and names the manifest's tensors. The network that it was built from was
-    compared with the manifest when it was parsed. On a GPU that it was built for: it loads, has the manifest's tensors
-    in name, type and shape, and gives what ONNX Runtime gives for the same ONNX, at both ends of every range.
+    Everywhere: it is a plan of this backend and names the manifest's tensors. The ONNX graph was compared with the
+    manifest when it was parsed. On a GPU that it was built for: it loads, has the manifest's tensors in name, type and
+    shape, and its outputs are ONNX Runtime's for the same ONNX, at both ends of every range.
 
     Args:
-        api: the flavour that built it.
-        machine: what is here.
+        api: the TensorRT that built it.
+        machine: this machine.
         bundle: the bundle, for the ONNX files.
-        component: the network's name.
-        specs: the network, as narrow as the plan was built for.
-        target: what the plan was built for.
+        component: its name.
+        specs: its inputs and outputs, narrowed to the shapes of the plan.
+        target: the target of the plan.
         plan: the plan's file.
 
     Returns:
-        The largest error against ONNX Runtime as a part of its largest value; None without such a GPU.
+        The maximum error relative to ONNX Runtime's largest value; None without such a GPU.
 
     Raises:
-        EngineError: it is not that network.
+        EngineError: an output differs, or the file is not such a plan.
     """
     foreign_gpu = _check_file(api, plan, specs)
     if foreign_gpu or machine.gpu is None or why_not_gpu(target, machine) is not None:
@@ -72,7 +72,7 @@ def validate_plan(
 
 
 def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> bool:
-    """What can be seen without running it: the header, and the tensors' names. Whether it is for other GPUs."""
+    """Check the header and the tensors' names; returns whether the plan is for other GPUs."""
     if plan.stat().st_size == 0:  # which cannot be mapped
         raise EngineError(f"{plan} is empty: build it once more")
     reason = api.why_invalid(plan) or ""
@@ -88,7 +88,7 @@ def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
     """Run both on the same random inputs, at the smallest and the largest shapes.
 
     Returns:
-        The largest error over all outputs, as a part of the reference's largest value.
+        The maximum error over all outputs, relative to the reference's largest value.
 
     Raises:
         EngineError: an output differs by more than :data:`..compare.TOLERANCES` allow.

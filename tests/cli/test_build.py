@@ -21,8 +21,8 @@ import pytest
 from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
 from hypersd.engines.bundle import sha256_file
+from hypersd.engines.image_shapes import choose_shapes
 from hypersd.engines.manifest import ImageShapes, Range
-from hypersd.engines.tensorrt.targets import choose_shapes
 from hypersd.errors import RequestError
 
 if os.environ.get("CI") == "true":  # there it is installed, and must not hide the whole file if it is not
@@ -44,7 +44,7 @@ def copy(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No flavour of TensorRT can be imported."""
+    """No TensorRT can be imported."""
     from hypersd.engines.tensorrt.api import load_api
 
     for module in ("tensorrt", "tensorrt_rtx"):
@@ -233,7 +233,7 @@ def test_bad_arguments_of_build(
         ["--dynamic", "height=64:64:64"],
         ["--optimization-level", "0"],
         ["--compute-capability", "8.9"],
-        ["--refittable"],
+        ["--strip-weights"],
     ],
 )
 def test_remove_takes_no_option_of_a_build(option: list[str], rtx_bundle: Path, fails: Callable[..., str]) -> None:
@@ -251,10 +251,9 @@ def test_a_bundle_after_an_option_of_several_values(option: list[str], fails: Ca
     assert "BUNDLE before the option" in fails("build", *option, "bundle")
 
 
-@pytest.mark.parametrize("option", ["--strip-weights", "--refittable"])
-def test_what_needs_a_gpu(option: str, sd15_bundle: Path, fails: Callable[..., str], without_gpu: None) -> None:
+def test_plans_without_weights_need_a_gpu(sd15_bundle: Path, fails: Callable[..., str], without_gpu: None) -> None:
     """It is refused at once without one."""
-    assert "need a GPU to build" in fails("build", sd15_bundle, "--backend", "tensorrt-rtx", option)
+    assert "need a GPU to build" in fails("build", sd15_bundle, "--backend", "tensorrt-rtx", "--strip-weights")
 
 
 def test_a_bad_word_is_answered_at_once() -> None:
@@ -426,7 +425,7 @@ def test_export_refuses_engines_that_cannot_be(
     ("arguments", "expected"),
     [
         (["--backend", "openvino"], "tensorrt-rtx"),
-        (["--backend", "none", "--refittable"], "--refittable"),
+        (["--backend", "none", "--strip-weights"], "--strip-weights"),
         (["--backend", "none", "--optimization-level", "0"], "--optimization-level"),
         (["--backend", "tensorrt-rtx", "--compute-capability", "9.9"], "8.9"),
         (["--backend", "tensorrt-rtx", "--timing-cache", "new"], "timing cache"),
@@ -465,7 +464,7 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
 
 
 def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[str], without_gpu: None) -> None:
-    """Name in full, flavour and version, GPUs, images, sizes, seconds, and why it does not run here."""
+    """Name in full, backend and version, GPUs, images, sizes, seconds, and why it does not run here."""
     out, _ = run(capsys, "info", rtx_bundle, "--hashes")
     name = target_of(rtx_bundle)
     target = Bundle.load(rtx_bundle).manifest.engines[name]
@@ -625,7 +624,6 @@ def test_help_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
             "--compute-capability",
             "--optimization-level",
             "--strip-weights",
-            "--refittable",
             "--timing-cache",
         ],
     )

@@ -90,7 +90,6 @@ TARGET: dict[str, Any] = {
     "shapes": MANIFEST["shapes"],
     "optimization_level": None,
     "stripped": False,
-    "refittable": False,
     "plans": {
         "unet": {
             "file": PLAN,

@@ -13,7 +13,7 @@ from gpu_report import UNSUPPORTED_GPU
 if TYPE_CHECKING:
     import torch
 
-# Both flavours of TensorRT define the same C++ names: scripts/gpu_report.py tests each in a process of its own.
+# Both TensorRT packages define the same C++ names: scripts/gpu_report.py tests each in a process of its own.
 BACKENDS = os.environ.get("HYPERSD_BACKENDS", "").replace(",", " ").split() or ["tensorrt", "tensorrt-rtx"]
 
 
@@ -29,7 +29,7 @@ def cuda():
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request: pytest.FixtureRequest, cuda, fp16_bundle, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Each flavour of TensorRT that is installed, has a driver for it and knows the GPU."""
+    """Each TensorRT package that is installed, has a driver for it and knows the GPU."""
     from hypersd.engines.tensorrt.machine import this_machine, why_not_backend
     from hypersd.errors import EngineError
 
@@ -45,14 +45,13 @@ def backend(request: pytest.FixtureRequest, cuda, fp16_bundle, tmp_path_factory:
 
 
 def _run_one_plan(backend: str, bundle: Path, folder: Path, device: torch.device) -> None:
-    """Build, load and run one tiny network, which tells whether the flavour knows the GPU."""
+    """Build, load and run one tiny network, which tells whether the backend knows the GPU."""
     import torch
 
     from hypersd.engines import Bundle
     from hypersd.engines.tensorrt.activation_memory import ActivationMemory
     from hypersd.engines.tensorrt.api import load_api
-    from hypersd.engines.tensorrt.build_job import BuildJob
-    from hypersd.engines.tensorrt.build_process import run_build
+    from hypersd.engines.tensorrt.build_process import BuildJob, run_build
     from hypersd.engines.tensorrt.target_loader import warm_up
     from hypersd.engines.tensorrt.tensorrt_engine import TensorRTEngine
 
@@ -91,7 +90,7 @@ def fp16_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_repos: Path, sour
 
 @pytest.fixture(scope="session")
 def built(fp16_bundle, backend: str) -> Callable[[str], Path]:
-    """``built(name)``: the same with engines of the flavour, checked against ONNX Runtime as they were built."""
+    """``built(name)``: the same with engines of the backend, checked against ONNX Runtime as they were built."""
     from hypersd.engines import build_engines
 
     def build(name: str) -> Path:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, Manifest
+from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.load import Choice
 from hypersd.engines.manifest import ImageShapes, Range, TensorSpec
 from hypersd.engines.null import NullEngine
-from hypersd.engines.tensorrt.targets import narrowed
 from hypersd.errors import EngineError, RequestError
 from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows

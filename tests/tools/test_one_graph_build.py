@@ -178,8 +178,7 @@ def test_what_a_one_graph_cannot_do_is_refused(sd15_bundle: Path, copy_bundle) -
 def test_tensorrt_rtx_builds_it(sd15_bundle: Path, copy_bundle, tmp_path: Path) -> None:
     """The file is one that TensorRT-RTX takes whole, uint8 output included; 1.7 crashes where attentions share keys."""
     pytest.importorskip("tensorrt_rtx")
-    from hypersd.engines.tensorrt.build_job import BuildJob
-    from hypersd.engines.tensorrt.build_process import run_build
+    from hypersd.engines.tensorrt.build_process import BuildJob, run_build
 
     bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
     network, plan = bundle.manifest.one_graphs["one-graph-2steps"].network, tmp_path / "one-graph.engine"

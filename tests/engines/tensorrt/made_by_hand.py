@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.manifest import (
     Component,
     EngineTarget,
@@ -22,7 +23,7 @@ from hypersd.engines.manifest import (
     VaeSettings,
 )
 from hypersd.engines.tensorrt.machine import Gpu, Machine
-from hypersd.engines.tensorrt.targets import narrowed, onnx_hash, plan_key
+from hypersd.engines.tensorrt.targets import onnx_hash, plan_key
 from hypersd.errors import HyperSDError
 
 GIB = 1 << 30
@@ -126,7 +127,7 @@ def with_plans(bare: EngineTarget, bundle: Manifest, folder: str = "engines/made
 
 
 def machine(**changes: Any) -> Machine:
-    """A machine with both flavours and a GPU that runs them, as asked changed."""
+    """A machine with both backends and a GPU that runs them, as asked changed."""
     settings: dict[str, Any] = {
         "platforms": {"tensorrt": "linux-x86_64", "tensorrt-rtx": "x86_64"},
         "gpu": gpu(),

@@ -34,13 +34,13 @@ class StandIn:
 
     def __init__(self, recording: Path) -> None:
         self.recorded = json.loads(recording.read_text(encoding="utf-8"))
-        self.flavour: str = self.recorded["flavour"]
+        self.package: str = self.recorded["package"]
         self.calls: list[tuple[str, tuple]] = []
         self.inputs: Tensors = {}
         self.outputs: Tensors = {}
         self.attentions: list[Any] = []
         self.behaviour: dict[str, Callable[..., Any]] = behaviour(self)
-        self.module = types.ModuleType(self.flavour)
+        self.module = types.ModuleType(self.package)
         self.module.__dict__["__version__"] = self.recorded["version"]
         for name, members in self.recorded["enums"].items():
             setattr(self.module, name, enum(name, members))
@@ -247,7 +247,6 @@ def behaviour(stand_in: StandIn) -> dict[str, Callable[..., Any]]:
         "IAttentionInputLayer.attention": lambda layer: layer._state["_attention"],
         "IAttention.get_input": lambda attention, i: attention._state["_inputs"][i],
         "IAttention.get_output": lambda attention, i: attention._state["_inputs"][i],
-        "OnnxParser.supports_operator": lambda _, name: name != "Attention" or stand_in.has("IAttention"),
         "OnnxParser.parse_from_file": parse,
         "OnnxParser.parse": parse,
         "Refitter.get_missing_weights": lambda _: [],

@@ -1,4 +1,4 @@
-"""engines/tensorrt against every recorded version of TensorRT's bindings, and how a flavour is found and imported.
+"""engines/tensorrt against every recorded version of TensorRT's bindings, and how a backend is found and imported.
 
 The recordings say what a version offers (scripts/record_tensorrt_api.py); ``surface.py`` makes a stand-in of each. What
 a version lacks is an AttributeError there and other arguments are a TypeError, as they are in the bindings themselves.
@@ -32,13 +32,13 @@ from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
 from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, load_api
 from hypersd.engines.tensorrt.attention import attentions_without_kernel, mark_decomposable
-from hypersd.engines.tensorrt.build_job import BuildJob
+from hypersd.engines.tensorrt.build_process import BuildJob
 from hypersd.engines.tensorrt.plan_builder import build_plan
 from hypersd.engines.tensorrt.tensorrt_engine import TensorRTEngine, check_engine
 from hypersd.engines.tensorrt.validate import _check_file
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
 
-from .polygraphy_flavour import polygraphy_for
+from .polygraphy_switch import polygraphy_for
 from .surface import PLAN, RECORDINGS, StandIn
 
 ROOT = Path(api_module.__file__).parent
@@ -64,7 +64,7 @@ def stand_in(version: str) -> StandIn:
 
 @pytest.fixture
 def api(stand_in: StandIn) -> TensorRTApi:
-    return TensorRTApi("tensorrt-rtx" if stand_in.flavour == "tensorrt_rtx" else "tensorrt", stand_in.module)
+    return TensorRTApi("tensorrt-rtx" if stand_in.package == "tensorrt_rtx" else "tensorrt", stand_in.module)
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_recordings_reach_from_the_oldest_version_to_11() -> None:
 
 
 def test_the_installed_version_is_what_was_recorded() -> None:
-    """The recorder, run on the flavour that is installed whole, says what its file says."""
+    """The recorder, run on the backend that is installed whole, says what its file says."""
     import tensorrt_rtx
 
     recording = VERSIONS.get(f"tensorrt_rtx-{tensorrt_rtx.__version__}")
     if recording is None:
         pytest.skip(f"no recording of tensorrt_rtx {tensorrt_rtx.__version__}")
-    expected = {"flavour": "tensorrt_rtx", **record_tensorrt_api.record(tensorrt_rtx)}
+    expected = {"package": "tensorrt_rtx", **record_tensorrt_api.record(tensorrt_rtx)}
     assert json.loads(recording.read_text()) == expected
 
 
@@ -288,7 +288,7 @@ def job(stand_in: StandIn, tmp_path: Path) -> BuildJob:
     stand_in.inputs = {"fixed": ("HALF", (-1, 4)), "ranged": ("FLOAT", (1, -1))}
     stand_in.outputs = {"result": ("INT64", (1, -1))}
     return BuildJob(
-        backend="tensorrt-rtx" if stand_in.flavour == "tensorrt_rtx" else "tensorrt",
+        backend="tensorrt-rtx" if stand_in.package == "tensorrt_rtx" else "tensorrt",
         component="unet",
         onnx=str(write_attention(tmp_path)),
         plan=str(tmp_path / "plan"),
@@ -299,7 +299,7 @@ def job(stand_in: StandIn, tmp_path: Path) -> BuildJob:
         outputs={"result": TensorSpec(dtype="int64", shape=(1, width))},
         optimization_level=3,
         stripped=True,
-        timing_cache=str(tmp_path / "cache" / "timings") if stand_in.flavour == "tensorrt" else None,
+        timing_cache=str(tmp_path / "cache" / "timings") if stand_in.package == "tensorrt" else None,
     )
 
 
@@ -316,9 +316,9 @@ def write_attention(folder: Path) -> Path:
 @pytest.fixture
 def imported(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """The stand-in as the module that ``load_api`` and Polygraphy import."""
-    monkeypatch.setitem(sys.modules, stand_in.flavour, stand_in.module)
+    monkeypatch.setitem(sys.modules, stand_in.package, stand_in.module)
     load_api.cache_clear()
-    with polygraphy_for(stand_in.flavour.replace("_", "-")):
+    with polygraphy_for(stand_in.package.replace("_", "-")):
         yield stand_in
     load_api.cache_clear()
 
@@ -358,8 +358,31 @@ def test_kernel_timings_are_kept_for_the_next_build(imported: StandIn, job: Buil
     build_plan(job, lambda fraction, detail: True)
     assert Path(job.timing_cache).read_bytes() == b"timings"
     build_plan(job, lambda fraction, detail: True)
-    assert imported.called("IBuilderConfig.create_timing_cache") == [(b"",), (b"timings",)]
+    assert imported.called("IBuilderConfig.create_timing_cache") == [(b"",), (b"",), (b"timings",)]
     assert [path.name for path in Path(job.timing_cache).parent.iterdir() if "tmp" in path.name] == []
+
+
+@pytest.mark.parametrize("version", PLAIN)
+def test_kernel_timings_are_read_where_no_lock_can_be_written(imported: StandIn, job: BuildJob) -> None:
+    """As in a read-only folder; nothing but the saving of new timings may fail there."""
+    assert job.timing_cache is not None
+    Path(job.timing_cache).parent.mkdir()
+    Path(job.timing_cache).write_bytes(b"old timings")
+    Path(f"{job.timing_cache}.lock").mkdir()
+    build_plan(job, lambda fraction, detail: True)
+    assert imported.called("IBuilderConfig.create_timing_cache")[-1] == (b"old timings",)
+
+
+@pytest.mark.parametrize("version", PLAIN[:1])
+def test_a_build_takes_the_cores_that_are_available(
+    imported: StandIn, job: BuildJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container with 2 of 64 cores, 2 threads."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    build_plan(job, lambda fraction, detail: True)
+    ((threads,),) = imported.called("Builder.max_threads")
+    assert threads <= 3
 
 
 @pytest.mark.parametrize("version", [name for name in VERSIONS if with_attention(name)])
@@ -553,12 +576,20 @@ def test_contexts_bring_no_memory_of_their_own(stand_in: StandIn, api: TensorRTA
 
 
 def test_runtime_caches_are_rtx_only(stand_in: StandIn, api: TensorRTApi) -> None:
-    """Other flavours compile nothing when they load. An empty cache is not deserialized: RTX would complain."""
+    """Other backends compile nothing when they load. An empty cache is not deserialized: RTX would complain."""
     cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), b"")
     assert (cache is not None) == api.is_rtx
     assert stand_in.called("IRuntimeCache.deserialize") == []
     if api.is_rtx:
         assert api.serialize_runtime_cache(cache) == b"kernels"
+
+
+def test_a_runtime_cache_that_is_rejected_counts_as_absent(stand_in: StandIn, api: TensorRTApi) -> None:
+    """One of another version or GPU: kernels are compiled into a new cache, not into the rejected one."""
+    stand_in.behaviour["IRuntimeCache.deserialize"] = lambda *_: False
+    cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), b"of another GPU")
+    assert (cache is not None) == api.is_rtx
+    assert len(stand_in.called("IRuntimeConfig.create_runtime_cache")) == (2 if api.is_rtx else 0)
 
 
 def test_an_engine_must_be_the_manifests(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
@@ -700,12 +731,12 @@ def test_a_file_that_does_not_refit_its_plan(
         api.refit(stand_in.make("ICudaEngine"), write_attention(tmp_path), logger)
 
 
-# finding and importing a flavour
+# finding and importing a backend
 
 
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder to install a flavour in; no flavour has been imported, and none is when the test is over."""
+    """A folder to install a backend in; no backend has been imported, and none is when the test is over."""
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)  # so that monkeypatch puts back what was there
         monkeypatch.delitem(sys.modules, name)
@@ -721,7 +752,7 @@ def install(folder: Path, module: str, code: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_a_flavour_that_is_not_installed(backend: str, nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_not_installed(backend: str, nothing_loaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line with the way to install it."""
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     title = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[backend]
@@ -734,7 +765,7 @@ def test_a_flavour_that_is_not_installed(backend: str, nothing_loaded: Path, mon
     ("backend", "version", "oldest"),
     [("tensorrt", "10.7.0.post1", "10.8"), ("tensorrt", "8.6.1", "10.8"), ("tensorrt-rtx", "1.6.0.42", "1.7")],
 )
-def test_a_flavour_that_is_too_old(backend: str, version: str, oldest: str, nothing_loaded: Path) -> None:
+def test_a_backend_that_is_too_old(backend: str, version: str, oldest: str, nothing_loaded: Path) -> None:
     """Numbers are compared as numbers: 8 is older than 10."""
     install(nothing_loaded, backend.replace("-", "_"), f"__version__ = {version!r}")
     message = rf"^TensorRT(-RTX)? {version} is too old, expected {oldest}: pip install -e '\.\[{backend}\]' -U$"
@@ -745,7 +776,7 @@ def test_a_flavour_that_is_too_old(backend: str, version: str, oldest: str, noth
 @pytest.mark.parametrize(
     ("backend", "version"), [("tensorrt", "10.8.0.43"), ("tensorrt", "11.0"), ("tensorrt-rtx", "2.0")]
 )
-def test_a_flavour_that_is_new_enough(backend: str, version: str, nothing_loaded: Path) -> None:
+def test_a_backend_that_is_new_enough(backend: str, version: str, nothing_loaded: Path) -> None:
     """The oldest itself, and a next major version. Installed without pip, its version is its own word."""
     install(nothing_loaded, backend.replace("-", "_"), f"__version__ = {version!r}")
     api = load_api(backend)
@@ -754,7 +785,7 @@ def test_a_flavour_that_is_new_enough(backend: str, version: str, nothing_loaded
         assert installed_version(backend) == version
 
 
-def test_a_folder_of_that_name_is_no_flavour(nothing_loaded: Path) -> None:
+def test_a_folder_of_that_name_is_no_backend(nothing_loaded: Path) -> None:
     """An empty folder ``tensorrt`` where Python looks is importable, and yet nothing is installed."""
     (nothing_loaded / "tensorrt").mkdir()
     assert installed_version("tensorrt") is None
@@ -782,7 +813,7 @@ def test_a_backend_that_is_none(backend: str) -> None:
         load_api(backend)
 
 
-def test_the_real_flavour_loads() -> None:
+def test_the_real_backend_loads() -> None:
     """tensorrt_rtx as it is installed."""
     api = load_api("tensorrt-rtx")
     assert api.is_rtx

@@ -20,13 +20,12 @@ from onnx import TensorProto, helper, numpy_helper
 from hypersd.engines.bundle import Bundle
 from hypersd.engines.manifest import TensorSpec
 from hypersd.engines.tensorrt import build_process as process_module
-from hypersd.engines.tensorrt import build_worker as worker_module
-from hypersd.engines.tensorrt.build_job import BuildJob
-from hypersd.engines.tensorrt.build_process import POLYGRAPHY_FLAVOUR, run_build
+from hypersd.engines.tensorrt import build_process as worker_module
+from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH, BuildJob, run_build
 from hypersd.errors import EngineError, UserError
 
 pytest.importorskip("tensorrt_rtx")
-WORKER = [sys.executable, "-m", "hypersd.engines.tensorrt.build_worker"]
+WORKER = [sys.executable, "-m", "hypersd.engines.tensorrt.build_process"]
 SECONDS_TO_END = worker_module.SECONDS_TO_STOP + 5
 
 
@@ -138,12 +137,12 @@ def test_the_build_is_in_another_process(tmp_path: Path, workers: list[subproces
 def test_the_caller_stays_clean(tmp_path: Path) -> None:
     """A service that builds has neither TensorRT's memory nor Polygraphy's variable in its own process.
 
-    Nor has it anything of a setting that says otherwise in its environment: the job decides which flavour is built.
+    Nor has it anything of a setting that says otherwise in its environment: the job decides which backend is built.
     """
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(small_job(tmp_path)))
     program = f"""if True:
         import os, sys, msgspec
-        from hypersd.engines.tensorrt.build_job import BuildJob
+        from hypersd.engines.tensorrt.build_process import BuildJob
         from hypersd.engines.tensorrt.build_process import run_build
         before = dict(os.environ)
         job = msgspec.json.decode(open({str(tmp_path / "job.json")!r}, "rb").read(), type=BuildJob)
@@ -151,7 +150,7 @@ def test_the_caller_stays_clean(tmp_path: Path) -> None:
         print(dict(os.environ) == before, {{name.partition(".")[0] for name in sys.modules}}
             & {{"polygraphy", "tensorrt_rtx", "onnx", "torch"}})
     """
-    environment = {**os.environ, POLYGRAPHY_FLAVOUR: "0"}
+    environment = {**os.environ, POLYGRAPHY_SWITCH: "0"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True, env=environment
     )
@@ -228,7 +227,7 @@ def start_worker(job: BuildJob, program: Sequence[str] = WORKER) -> subprocess.P
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, POLYGRAPHY_FLAVOUR: "1"},
+        env={**os.environ, POLYGRAPHY_SWITCH: "1"},
     )
     assert worker.stdin is not None
     assert worker.stdout is not None
@@ -265,7 +264,7 @@ def test_a_worker_does_not_outlive_its_parent(long_job: BuildJob, tmp_path: Path
     program = f"""if True:
         import msgspec, subprocess
         from hypersd.engines.tensorrt import process
-        from hypersd.engines.tensorrt.build_job import BuildJob
+        from hypersd.engines.tensorrt.build_process import BuildJob
         started = []
         popen = subprocess.Popen
         subprocess.Popen = lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]

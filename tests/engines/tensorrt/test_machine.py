@@ -59,8 +59,8 @@ BACKEND_REASONS: dict[str, tuple[Machine, list[str]]] = {
 
 
 @pytest.mark.parametrize(("here", "parts"), BACKEND_REASONS.values(), ids=BACKEND_REASONS)
-def test_a_flavour_that_runs_nothing_here(here: Machine, parts: list[str]) -> None:
-    """Said of the flavour, and the same of every target of it, before anything else."""
+def test_a_backend_that_runs_nothing_here(here: Machine, parts: list[str]) -> None:
+    """Said of the backend, and the same of every target of it, before anything else."""
     reason = why_not_backend("tensorrt-rtx", here)
     assert reason is not None
     assert "\n" not in reason

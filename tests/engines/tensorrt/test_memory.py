@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
-from hypersd.engines.tensorrt.runtime_cache import cache_path, read_cache, write_cache
+from hypersd.engines.tensorrt.target_loader import cache_path, keep_cache, read_cache, write_cache
 from hypersd.errors import EngineError
 
 CPU = torch.device("cpu")
@@ -113,6 +113,19 @@ def test_a_cache_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert write_cache(path, content)
         assert read_cache(path) == content
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("old", [b"", b"corrupt and longer than the kernels", b"kernel"])
+def test_a_cache_of_other_kernels_is_replaced(tmp_path: Path, old: bytes) -> None:
+    """A corrupt file that is longer than the right one is compiled again and replaced, once."""
+    path = cache_path(tmp_path / "unet.engine", "8.9")
+    path.write_bytes(old)
+    assert keep_cache(path, b"kernels") == "compiled for this GPU"
+    assert read_cache(path) == b"kernels"
+    assert keep_cache(path, b"kernels") == "compiled at an earlier load"
+    assert keep_cache(path, b"") == ""
+    assert read_cache(path) == b"kernels"
+    assert "cannot be written" in keep_cache(tmp_path / "gone" / "file", b"kernels")
 
 
 def test_what_cannot_be_read_or_written_is_no_cache(tmp_path: Path) -> None:

@@ -20,13 +20,15 @@ import pytest
 from hypersd import Pipeline
 from hypersd.engines import BuildOptions, Bundle, build_engines
 from hypersd.engines.bundle import sha256_file, write_manifest
+from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.manifest import EngineTarget, FileRecord, Plan
 from hypersd.engines.progress import Silent
 from hypersd.engines.tensorrt import target_builder as module
 from hypersd.engines.tensorrt.api import TensorRTApi, load_api
+from hypersd.engines.tensorrt.build_options import check_options, choose_backend
 from hypersd.engines.tensorrt.machine import this_machine
-from hypersd.engines.tensorrt.target_builder import check_options, choose_backend, remove_target
-from hypersd.engines.tensorrt.targets import narrowed, onnx_hash, plan_key, target_name, this_platform
+from hypersd.engines.tensorrt.target_builder import remove_target
+from hypersd.engines.tensorrt.targets import onnx_hash, plan_key, target_name, this_platform
 from hypersd.errors import BundleError, DeviceError, DiskFullError, HyperSDError, RequestError, UserError
 from hypersd.export import ExportOptions, export_bundle
 
@@ -425,7 +427,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[HyperSDError], list[str]]] = {
 }
 REFUSED_WITHOUT_GPU: dict[str, tuple[dict[str, Any], type[HyperSDError], list[str]]] = {
     "stripped": ({"stripped": True}, DeviceError, ["without weights", "GPU"]),
-    "refittable": ({"refittable": True}, DeviceError, ["exchangeable weights", "GPU"]),
 }
 
 
@@ -471,9 +472,9 @@ def test_auto_takes_what_can_build_here() -> None:
 
 
 def test_tensorrt_builds_for_its_own_gpu_alone() -> None:
-    """The flavour that takes no compute capability, as far as a stand-in shows it."""
+    """The backend that takes no compute capability, as far as a stand-in shows it."""
     api = TensorRTApi("tensorrt", types.SimpleNamespace(__version__="10.16.1.11"))
-    check_options(api, BuildOptions(stripped=True, refittable=True), machine(gpu=gpu()))
+    check_options(api, BuildOptions(stripped=True), machine(gpu=gpu()))
     asked = BuildOptions(compute_capabilities=("8.9",))
     assert "this machine's GPU only" in refusal(RequestError, lambda: check_options(api, asked, machine()))
     no_gpu = machine(gpu=None, no_gpu="no CUDA device: a fake")

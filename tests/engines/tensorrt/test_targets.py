@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypersd.engines.image_shapes import extents_of, narrowed
 from hypersd.engines.manifest import Component, ImageShapes, Manifest, Range, TensorSpec, check_relative, dim_range
 from hypersd.engines.tensorrt.targets import (
     describe,
-    extents_of,
-    narrowed,
     onnx_hash,
     plan_key,
     target_name,
@@ -27,7 +26,7 @@ LONGEST_NAME = 255 - len(".text_encoder_2.engine.partial")  # file systems take 
 
 # What decides whether a plan can run. The bundle's precision and hashes are part of it.
 DECISIVE: dict[str, dict[str, Any]] = {
-    "flavour": {"backend": "tensorrt"},
+    "backend": {"backend": "tensorrt"},
     "version": {"version": "1.7.1.117"},
     "one GPU": {"compute_capabilities": ("8.9",)},
     "two GPUs": {"compute_capabilities": ("8.9", "12.0")},
@@ -38,7 +37,6 @@ DECISIVE: dict[str, dict[str, Any]] = {
     "usual width": {"shapes": shapes((1, 2, 4), (256, 512, 1024), (256, 640, 768))},
     "stripped": {"stripped": True},
     "level": {"optimization_level": 0},
-    "refittable": {"refittable": True},
 }
 
 
@@ -112,7 +110,7 @@ def test_names_are_names_of_folders(
 
 
 def test_a_target_in_words() -> None:
-    """What a user reads names the flavour, its version, the GPUs and the images."""
+    """What a user reads names the backend, its version, the GPUs and the images."""
     portable = target(version="1.7.1.116", shapes=shapes(1, 1024, 768))
     assert describe(portable) == "TensorRT-RTX 1.7.1.116, portable, 1 of 768 x 1024"
     bound = target(backend="tensorrt", version="10.8.0.43", stripped=True)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypersd.engines.component_names import cond_embedding, controlnet, residual_input
+from hypersd.engines.image_shapes import extents_of, narrowed
 from hypersd.engines.manifest import (
     Component,
     ControlNetSettings,
@@ -22,7 +23,7 @@ from hypersd.engines.manifest import (
     dim_range,
     encode,
 )
-from hypersd.engines.tensorrt.targets import extents_of, narrowed, onnx_hash, plan_key, target_name
+from hypersd.engines.tensorrt.targets import onnx_hash, plan_key, target_name
 
 from .made_by_hand import WIDE, manifest, shapes, target, with_plans
 from .test_targets import extents_of_dim, inside, is_inside, spans_inside, tensors

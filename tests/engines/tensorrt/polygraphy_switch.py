@@ -1,4 +1,4 @@
-"""Polygraphy chooses the flavour that it drives when it is imported, once a process: tests want both in one."""
+"""Polygraphy chooses the backend that it drives when it is imported, once a process: tests want both in one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from hypersd.engines.tensorrt.build_process import POLYGRAPHY_FLAVOUR
+from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH
 
 
 def _loaded() -> list[str]:
@@ -19,7 +19,7 @@ def _loaded() -> list[str]:
 def polygraphy_for(backend: str) -> Iterator[None]:
     """Inside, Polygraphy is imported anew for a backend; afterwards everything is as it was."""
     before = {name: sys.modules.pop(name) for name in _loaded()}
-    with mock.patch.dict(os.environ, {POLYGRAPHY_FLAVOUR: "1" if backend == "tensorrt-rtx" else "0"}):
+    with mock.patch.dict(os.environ, {POLYGRAPHY_SWITCH: "1" if backend == "tensorrt-rtx" else "0"}):
         yield
     for name in _loaded():
         del sys.modules[name]
