@@ -92,7 +92,7 @@ def test_too_little_memory_says_how_much_was_needed_and_was_free(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_230_000_000, 8_000_000_000))
     memory = ActivationMemory(torch.device("cuda", 0), allocate)
     memory.require(2_500_000_000)
-    with pytest.raises(EngineError, match=r"need 2\.50 GB, 1\.23 GB are free on cuda:0: draw smaller") as caught:
+    with pytest.raises(EngineError, match=r"need 2\.50 GB, 1\.23 GB are free on cuda:0: generate smaller") as caught:
         memory.block(0)
     assert "\n" not in str(caught.value)
     memory.block(0)
