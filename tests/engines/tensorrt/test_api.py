@@ -789,7 +789,7 @@ def test_a_folder_of_that_name_is_no_backend(nothing_loaded: Path) -> None:
     """An empty folder ``tensorrt`` where Python looks is importable, and yet nothing is installed."""
     (nothing_loaded / "tensorrt").mkdir()
     assert installed_version("tensorrt") is None
-    with pytest.raises(DeviceError, match=r"^TensorRT of no version is too old"):
+    with pytest.raises(DeviceError, match=r"^TensorRT without a version is too old"):
         load_api("tensorrt")
 
 
