@@ -63,8 +63,8 @@ def _controlnet_table() -> Table:
     from rich import box
     from rich.table import Table
 
-    from ..export.checkpoints import FAMILY_NAMES
     from ..export.controlnet_sources import KNOWN_CONTROLNETS
+    from ..families import find_family
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("ControlNet", "for", "scale", "preprocess"):
@@ -72,7 +72,7 @@ def _controlnet_table() -> Table:
     for known in KNOWN_CONTROLNETS:
         settings = known.settings
         table.add_row(
-            known.location, FAMILY_NAMES[known.family], f"{settings.conditioning_scale:g}", settings.preprocess
+            known.location, find_family(known.family).title, f"{settings.conditioning_scale:g}", settings.preprocess
         )
     return table
 

@@ -323,7 +323,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint: str
     random_weights: bool = False
-    family: Literal["sd15", "sdxl"]
+    family: str
     precision: Literal["fp16", "fp32"]
     opset: Positive
     shapes: ImageShapes

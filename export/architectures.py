@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import families
+
 Config = Mapping[str, Any]
 
 
@@ -92,7 +94,7 @@ BETAS = {
     "skip_prk_steps": True,
 }
 SD15 = Architecture(
-    pipeline="StableDiffusionPipeline",
+    pipeline=families.SD15.pipeline_class,
     text_encoders={"text_encoder": CLIP_L},
     pad_tokens={"text_encoder": "<|endoftext|>"},
     unet=SD15_UNET,
@@ -106,7 +108,7 @@ SD15 = Architecture(
     },
 )
 SDXL = Architecture(
-    pipeline="StableDiffusionXLPipeline",
+    pipeline=families.SDXL.pipeline_class,
     text_encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G},
     pad_tokens={"text_encoder": "<|endoftext|>", "text_encoder_2": "!"},
     unet=SDXL_UNET,
@@ -116,7 +118,7 @@ SDXL = Architecture(
     scheduler={"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading"},
     pipeline_settings={"force_zeros_for_empty_prompt": True},
 )
-PUBLISHED: Mapping[str, Architecture] = MappingProxyType({"sd15": SD15, "sdxl": SDXL})
+PUBLISHED: Mapping[str, Architecture] = MappingProxyType({families.SD15.name: SD15, families.SDXL.name: SDXL})
 
 
 def empty_networks(architecture: Architecture) -> dict[str, nn.Module]:
@@ -125,12 +127,13 @@ def empty_networks(architecture: Architecture) -> dict[str, nn.Module]:
     Returns:
         The text encoders by folder, ``unet``, ``vae`` and ``tiny_vae``.
     """
+    import transformers
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    family = next(f for f in families.FAMILIES.values() if f.pipeline_class == architecture.pipeline)
     with torch.device("meta"):
         encoders: dict[str, nn.Module] = {
-            name: (CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel)(CLIPTextConfig(**config))
+            name: getattr(transformers, family.text_encoder(name).class_name)(transformers.CLIPTextConfig(**config))
             for name, config in architecture.text_encoders.items()
         }
         return {

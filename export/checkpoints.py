@@ -14,9 +14,6 @@ from ..errors import CheckpointError
 
 HYPER_SD_REPO = "ByteDance/Hyper-SD"
 
-Family = Literal["sd15", "sdxl"]
-FAMILY_NAMES = {"sd15": "SD1.5", "sdxl": "SDXL"}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
@@ -26,7 +23,7 @@ class Series:
 
     Attributes:
         name: what the checkpoints' names begin with.
-        family: architecture of the base.
+        family: name of the base's.
         files: the place of the checkpoints themselves.
         base: the place of the base.
         tiny_vae: the place of its TAESD.
@@ -34,7 +31,7 @@ class Series:
     """
 
     name: str
-    family: Family
+    family: str
     files: str
     base: str
     tiny_vae: str
@@ -94,7 +91,7 @@ class Checkpoint:
         return f"{self.name}.safetensors"
 
     @property
-    def family(self) -> Family:
+    def family(self) -> str:
         return self.series.family
 
     @property

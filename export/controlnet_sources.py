@@ -15,7 +15,8 @@ from typing import Any
 from ..engines.component_names import check_controlnet_name, split_named
 from ..engines.manifest import ControlNetSettings
 from ..errors import RequestError, WeightsError, one_line
-from .checkpoints import DEMO_CONTROLNET, FAMILY_NAMES, Family
+from ..families import FAMILIES, SD15, SDXL, find_family
+from .checkpoints import DEMO_CONTROLNET
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # diffusers' default
 
@@ -25,24 +26,24 @@ class KnownControlNet:
     """A ControlNet whose settings are known, by its Hub repository or demonstration folder."""
 
     location: str
-    family: Family
+    family: str
     settings: ControlNetSettings
 
 
-def _known(location: str, family: Family, preprocess: Any, conditioning_scale: float = 1.0) -> KnownControlNet:
+def _known(location: str, family: str, preprocess: Any, conditioning_scale: float = 1.0) -> KnownControlNet:
     settings = ControlNetSettings(conditioning_scale=conditioning_scale, preprocess=preprocess)
     return KnownControlNet(location=location, family=family, settings=settings)
 
 
 KNOWN_CONTROLNETS: tuple[KnownControlNet, ...] = (
-    _known("lllyasviel/control_v11p_sd15_canny", "sd15", "canny"),
-    _known("lllyasviel/sd-controlnet-canny", "sd15", "canny"),
-    _known("lllyasviel/sd-controlnet-scribble", "sd15", "scribble"),
-    _known("lllyasviel/control_v11p_sd15_scribble", "sd15", "scribble"),
-    _known("diffusers/controlnet-canny-sdxl-1.0", "sdxl", "canny", 0.5),
-    _known("diffusers/controlnet-canny-sdxl-1.0-mid", "sdxl", "canny", 0.5),
-    _known("diffusers/controlnet-canny-sdxl-1.0-small", "sdxl", "canny", 0.5),
-    _known(DEMO_CONTROLNET, "sd15", "canny"),
+    _known("lllyasviel/control_v11p_sd15_canny", SD15.name, "canny"),
+    _known("lllyasviel/sd-controlnet-canny", SD15.name, "canny"),
+    _known("lllyasviel/sd-controlnet-scribble", SD15.name, "scribble"),
+    _known("lllyasviel/control_v11p_sd15_scribble", SD15.name, "scribble"),
+    _known("diffusers/controlnet-canny-sdxl-1.0", SDXL.name, "canny", 0.5),
+    _known("diffusers/controlnet-canny-sdxl-1.0-mid", SDXL.name, "canny", 0.5),
+    _known("diffusers/controlnet-canny-sdxl-1.0-small", SDXL.name, "canny", 0.5),
+    _known(DEMO_CONTROLNET, SD15.name, "canny"),
 )
 
 
@@ -102,7 +103,7 @@ def _checked(name: str, text: str) -> str:
 
 
 def check_fits(
-    location: str, config: dict[str, Any], unet: dict[str, Any], family: Family, base: str, latent_scale: int
+    location: str, config: dict[str, Any], unet: dict[str, Any], family: str, base: str, latent_scale: int
 ) -> None:
     """See from the configurations that a ControlNet's residuals are what a UNet can take.
 
@@ -120,11 +121,12 @@ def check_fits(
     kind = config.get("_class_name", "no class")
     if kind != "ControlNetModel":
         raise WeightsError(f"--controlnet {location} holds {kind}, expected a ControlNetModel")
-    found = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
-    if found != family:
+    wanted = find_family(family)
+    if (embedding := config.get("addition_embed_type")) != wanted.addition_embed_type:
+        found = next((f.title for f in FAMILIES.values() if f.addition_embed_type == embedding), embedding)
         offer = next(known.location for known in KNOWN_CONTROLNETS if known.family == family)
         raise WeightsError(
-            f"--controlnet {location} is for {FAMILY_NAMES[found]}, the checkpoint is {FAMILY_NAMES[family]}: "
+            f"--controlnet {location} is for {found}, the checkpoint is {wanted.title}: "
             f"take one of its family, such as {offer}"
         )
     for key in ("cross_attention_dim", "projection_class_embeddings_input_dim"):

@@ -23,6 +23,7 @@ from ..engines.manifest import (
 )
 from ..engines.progress import Stage
 from ..errors import RequestError, UserError
+from ..families import find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
@@ -227,6 +228,7 @@ class _Export:
 
     def _manifest(self, components: dict[str, Component], files: dict[str, FileRecord]) -> Manifest:
         entry, sources, options = self.entry, self.sources, self.options
+        family = find_family(entry.family)
         vae = sources.parts["vae"]
         return Manifest(
             checkpoint=entry.name,
@@ -245,7 +247,7 @@ class _Export:
             ),
             scheduler=self.scheduler,
             vae=VaeSettings(
-                scaling_factor=_scaling_factor(vae.config, is_tiny(vae)),
+                scaling_factor=_scaling_factor(vae.config, 1.0 if is_tiny(vae) else family.scaling_factor),
                 spatial=latent_scale(sources),
                 tiny=is_tiny(vae),
             ),
@@ -285,5 +287,5 @@ def _default_size(sources: Sources) -> int:
     return (size if isinstance(size, int) else size[0]) * latent_scale(sources)
 
 
-def _scaling_factor(config: dict[str, Any], tiny: bool) -> float:
-    return float(config.get("scaling_factor", 1.0 if tiny else 0.18215))  # diffusers' defaults
+def _scaling_factor(config: dict[str, Any], default: float) -> float:
+    return float(config.get("scaling_factor", default))

@@ -133,15 +133,11 @@ def _check_keys(part: Part, seen: set[str], unet: nn.Module) -> None:
         )
 
 
-def load_text_encoder(part: Part, dtype: torch.dtype) -> nn.Module:
-    """A CLIP text encoder; SDXL's second comes with its projection.
+def load_text_encoder(part: Part, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """A text encoder of that class of transformers, in evaluation mode."""
+    import transformers
 
-    Returns:
-        ``transformers.CLIPTextModel`` or ``CLIPTextModelWithProjection``, in evaluation mode.
-    """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    cls = CLIPTextModelWithProjection if part.name == "text_encoder_2" else CLIPTextModel
+    cls = getattr(transformers, class_name)
     if part.single_file:
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engines.manifest import ImageShapes, Range, TensorSpec
 from ..engines.random_inputs import random_input
+from ..families import TextEncoder
 
 TOKENS = 77  # CLIP's context
 LATENT_CHANNELS = 4
@@ -53,29 +54,20 @@ class Network:
         return random_input(name, spec, spec.shape_at(extents), self.vocabulary, generator)
 
 
-class TextEncoder(nn.Module):
-    """SD1.5: tokens to the last hidden state, after the final norm."""
+class TextEncoderModule(nn.Module):
+    """Tokens to a hidden state and, if ``kind`` asks for it, the pooled projection."""
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, kind: TextEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids)[0]
-
-
-class PenultimateTextEncoder(nn.Module):
-    """SDXL: tokens to the hidden state before the last layer and, of the second encoder, the pooled projection."""
-
-    def __init__(self, encoder: Any, pooled: bool) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.pooled = pooled
+        self.kind = kind
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        if self.kind.hidden_layer is None:
+            return (self.encoder(input_ids)[0],)
         output = self.encoder(input_ids, output_hidden_states=True)
-        hidden = output.hidden_states[-2]
-        return (hidden, output.text_embeds) if self.pooled else (hidden,)
+        hidden = output.hidden_states[self.kind.hidden_layer]
+        return (hidden, output.text_embeds) if self.kind.is_pooled else (hidden,)
 
 
 class Unet(nn.Module):
@@ -125,15 +117,19 @@ class VaeDecoder(nn.Module):
         return self.vae.decode(latent_sample, return_dict=False)[0]
 
 
-def text_encoder_network(name: str, family: str, encoder: Any, shapes: ImageShapes) -> Network:
-    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, SDXL's second also ``text_embeds [B,P]``."""
+def text_encoder_network(kind: TextEncoder, encoder: Any, shapes: ImageShapes) -> Network:
+    """A text encoder: ``input_ids [B,77]`` to ``hidden_states [B,77,C]``, and ``text_embeds [B,P]`` if pooled."""
     dtype = DTYPE_NAMES[encoder.dtype]
     batch = extent(shapes.batch)
     outputs = {"hidden_states": spec(dtype, batch, TOKENS, encoder.config.hidden_size)}
-    if pooled := name == "text_encoder_2":
+    if kind.is_pooled:
         outputs["text_embeds"] = spec(dtype, batch, encoder.config.projection_dim)
-    module = TextEncoder(encoder) if family == "sd15" else PenultimateTextEncoder(encoder, pooled)
-    return Network(module, {"input_ids": spec("int64", batch, TOKENS)}, outputs, encoder.config.vocab_size)
+    return Network(
+        TextEncoderModule(encoder, kind),
+        {"input_ids": spec("int64", batch, TOKENS)},
+        outputs,
+        encoder.config.vocab_size,
+    )
 
 
 def unet_network(unet: Any, shapes: ImageShapes, guided: bool, latent_scale: int) -> Network:

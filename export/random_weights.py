@@ -21,9 +21,10 @@ from ..engines.cache_folder import cache_folder
 from ..engines.lock import locked
 from ..engines.progress import Stage
 from ..errors import DiskFullError, RequestError, UserError
+from ..families import find_family
 from .architectures import PUBLISHED, Architecture, empty_networks
 from .byte_tokenizer import write_byte_tokenizer
-from .checkpoints import DEMO_CHECKPOINTS, FAMILY_NAMES, Checkpoint, Family
+from .checkpoints import DEMO_CHECKPOINTS, Checkpoint
 from .progress import ExportProgress
 from .random_tensors import RandomFile, lora_file, network_file
 from .sources import SourceOptions
@@ -49,7 +50,7 @@ class RandomWeights:
     folder: Path | None = None
     architectures: Mapping[str, Architecture] = dataclasses.field(default_factory=lambda: PUBLISHED)
 
-    def place(self, family: Family) -> Path:
+    def place(self, family: str) -> Path:
         """The folder of a family's weights; other architectures and seeds have others."""
         described = [LAYOUT_VERSION, self.seed, dataclasses.asdict(self.architectures[family])]
         key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
@@ -93,7 +94,7 @@ def random_sources(
     return dataclasses.replace(options, base=str(root / BASE), lora=str(root / hyper_file), vae=str(root / vae))
 
 
-def random_base(family: Family, random: RandomWeights, progress: ExportProgress) -> Path:
+def random_base(family: str, random: RandomWeights, progress: ExportProgress) -> Path:
     """The folder of a family's random weights: ``base``, ``taesd`` and ``lora.safetensors``; raises as
     :func:`random_sources`.
 
@@ -108,13 +109,13 @@ def random_base(family: Family, random: RandomWeights, progress: ExportProgress)
     return root
 
 
-def _write_all(root: Path, family: Family, random: RandomWeights, progress: ExportProgress) -> None:
+def _write_all(root: Path, family: str, random: RandomWeights, progress: ExportProgress) -> None:
     architecture, partial = random.architectures[family], root.with_name(f".{root.name}.partial")
     networks = empty_networks(architecture)
     missing = [file for file in _files(networks, architecture) if not (partial / file.path).exists()]
     size = sum(file.size for file in missing)
     check_space(root.parent, size, "the random weights need", CACHE_REMEDY)
-    progress.note(f"random weights for {FAMILY_NAMES[family]} are written to {root}: {size / 1e6:,.0f} MB, once")
+    progress.note(f"random weights for {find_family(family).title} are written to {root}: {size / 1e6:,.0f} MB, once")
     try:
         _write_small_files(partial, networks, architecture)
         for file in missing:

@@ -11,12 +11,13 @@ from typing import Any
 
 from ..engines.component_names import cond_embedding, controlnet
 from ..engines.manifest import ImageShapes, SourceFile
+from ..families import TextEncoder, find_family
 from .checkpoints import Checkpoint
 from .controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network
 from .layout import Part
 from .models import TORCH_DTYPES, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
 from .networks import Network, text_encoder_network, unet_network, vae_decoder_network
-from .sources import ENCODERS, Sources, pixels_per_latent
+from .sources import Sources, pixels_per_latent
 from .trace import OPSET
 
 RECIPE_VERSION = 2  # raise it when the exporter makes another graph from the same inputs
@@ -75,10 +76,12 @@ def make_recipes(
         weights = [record.sha256 for record in records[part]]
         return Recipe(name, part, _key(name, parts[part], weights, precision, more), precision, load)
 
-    def text_encoder(name: str) -> Recipe:
+    def text_encoder(kind: TextEncoder) -> Recipe:
+        name = kind.component
+
         def load() -> Network:
-            encoder = load_text_encoder(parts[name], TORCH_DTYPES[precision])
-            return text_encoder_network(name, family, encoder, shapes)
+            encoder = load_text_encoder(parts[name], kind.class_name, TORCH_DTYPES[precision])
+            return text_encoder_network(kind, encoder, shapes)
 
         return recipe(name, name, precision, load, batch=str(shapes.batch), family=family)
 
@@ -126,7 +129,7 @@ def make_recipes(
 
     names = sources.controlnets
     return [
-        *map(text_encoder, ENCODERS[family]),
+        *map(text_encoder, find_family(family).text_encoders),
         vae_decoder(),
         *map(cond_embedding_recipe, names),
         *map(controlnet_recipe, names),
@@ -140,8 +143,8 @@ def latent_scale(sources: Sources) -> int:
 
 
 def needs_float32(vae: Part, family: str) -> bool:
-    """Whether diffusers, too, decodes in float32: SDXL's pipeline does if the VAE's configuration asks for it."""
-    return family == "sdxl" and not is_tiny(vae) and bool(vae.config.get("force_upcast", True))
+    """Whether diffusers, too, decodes in float32."""
+    return find_family(family).is_vae_upcast and not is_tiny(vae) and bool(vae.config.get("force_upcast", True))
 
 
 def _described(shapes: ImageShapes) -> list[str]:

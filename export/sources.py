@@ -9,8 +9,9 @@ from typing import Any
 from ..engines.component_names import controlnet
 from ..engines.manifest import ControlNetOrigin
 from ..errors import WeightsError
+from ..families import FAMILIES, find_family
 from ..weights.safetensors_file import SafetensorsFile
-from .checkpoints import FAMILY_NAMES, Checkpoint
+from .checkpoints import Checkpoint
 from .controlnet_sources import ControlNetSource, check_fits, named
 from .hub import DownloadProgress
 from .layout import (
@@ -26,8 +27,6 @@ from .layout import (
     read_json,
     tokenizer_folder,
 )
-
-ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +111,8 @@ def find_sources(
     model_index = read_json(get_file(base.files, "model_index.json"))
     _check_family(model_index, checkpoint, base.location)
     scheduler_config = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
-    names = [encoder.replace("text_encoder", "tokenizer") for encoder in ENCODERS[checkpoint.family]]
-    tokenizers = {name: tokenizer_folder(base.files, name) for name in names}
+    encoders = find_family(checkpoint.family).text_encoders
+    tokenizers = {encoder.tokenizer: tokenizer_folder(base.files, encoder.tokenizer) for encoder in encoders}
     controlnets = {
         name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
         for name, source in wanted.items()
@@ -149,7 +148,7 @@ def _find_parts(
     checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None, hyper_file: Found, variant: str | None
 ) -> dict[str, Part]:
     """Every network's configuration and weight files."""
-    parts = {name: base.part(name, variant) for name in ENCODERS[checkpoint.family]}
+    parts = {name: base.part(name, variant) for name in find_family(checkpoint.family).encoder_names}
     if checkpoint.kind == "unet":
         config = get_file(base.files, "unet/config.json")
         parts["unet"] = Part(name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,))
@@ -174,14 +173,13 @@ def _open_base(checkpoint: Checkpoint, options: SourceOptions, progress: Downloa
 def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
     """Tell the families apart by where a single file has its text encoders."""
     names = SafetensorsFile(path).names
-    marks = {"sdxl": "conditioner.embedders.1.", "sd15": "cond_stage_model.transformer."}
-    found = next((family for family, mark in marks.items() if any(name.startswith(mark) for name in names)), None)
-    wanted = FAMILY_NAMES[checkpoint.family]
+    found = next((f for f in FAMILIES.values() if any(name.startswith(f.single_file_prefix) for name in names)), None)
+    wanted = find_family(checkpoint.family).title
     if found is None:
         raise WeightsError(f"--base {path} holds no {wanted} model in the original Stable Diffusion's key names")
-    if found != checkpoint.family:
+    if found.name != checkpoint.family:
         raise WeightsError(
-            f"{path} holds a {FAMILY_NAMES[found]} model, {checkpoint.name} needs {wanted}: "
+            f"{path} holds a {found.title} model, {checkpoint.name} needs {wanted}: "
             f"take a --base of {wanted}, such as {checkpoint.base}"
         )
 
@@ -251,12 +249,10 @@ def _folder(place: DiffusersBase, name: str) -> str:
 
 
 def _check_family(model_index: dict[str, Any], checkpoint: Checkpoint, base: str) -> None:
-    pipelines = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}
-    class_name = model_index.get("_class_name")
-    found = pipelines.get(str(class_name))
-    if found != checkpoint.family:
-        wanted = FAMILY_NAMES[checkpoint.family]
+    class_name, wanted = model_index.get("_class_name"), find_family(checkpoint.family)
+    if class_name != wanted.pipeline_class:
+        found = next((family.title for family in FAMILIES.values() if family.pipeline_class == class_name), class_name)
         raise WeightsError(
-            f"{base} holds a {FAMILY_NAMES.get(found or '', class_name)} model, {checkpoint.name} needs {wanted}: "
-            f"take a --base of {wanted}, such as {checkpoint.base}"
+            f"{base} holds a {found} model, {checkpoint.name} needs {wanted.title}: "
+            f"take a --base of {wanted.title}, such as {checkpoint.base}"
         )

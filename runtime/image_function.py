@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..engines import Engine, Manifest
 from ..engines.engine import TORCH_DTYPES
+from ..families import find_family
 from ..samplers.noise import Generators
 from ..samplers.sampler import Sampler
 from .batching import run_rows
@@ -78,6 +79,7 @@ class Painter:
         self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, vae_tile: int | None = None
     ) -> None:
         self.manifest = manifest
+        self.family = find_family(manifest.family)
         self.sampler = sampler
         self.unet = engines["unet"]
         self.controlled_unet = ControlledUnet(manifest, engines)
@@ -115,7 +117,8 @@ class Painter:
             scales = {control.name: control.conditioning_scale for control in request.controls}
             constants["conditioning_scales"] = self._rows_of([scales[name] for name in settings.controlnets])
         if (spec := self.unet.inputs.get("time_ids")) is not None:
-            row = [request.height, request.width, 0, 0, request.height, request.width]
+            assert self.family.size_conditioning is not None
+            row = self.family.size_conditioning(request.height, request.width)
             ids = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype])
             constants["time_ids"] = ids.repeat(request.batch * (2 if settings.is_guided else 1), 1).to(self.unet.device)
         return constants
@@ -210,9 +213,12 @@ class Painter:
         return tiled_decode(scaled, decode, self.vae_tile, scale=self.manifest.vae.spatial, least=least_latents(spec))
 
     def _zeroed_negatives(self, request: Request) -> bool:
-        """SDXL's base was trained with zeros, not with an empty text, where no negative prompt is given."""
-        is_sdxl = self.manifest.family == "sdxl"
-        return is_sdxl and self.manifest.force_zeros_for_empty_prompt and request.negative_prompts is None
+        """Whether zeros stand for no negative prompt, as the base was trained."""
+        return (
+            self.family.has_zeroed_negatives
+            and self.manifest.force_zeros_for_empty_prompt
+            and request.negative_prompts is None
+        )
 
 
 class Denoiser:

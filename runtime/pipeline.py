@@ -29,7 +29,7 @@ from .image_function import CONDITION, Denoiser, ImageSettings, Painter
 from .params import Params, decide
 from .pixels import to_images, to_pixels
 from .request import Request
-from .text import ENCODERS, ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
+from .text import ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
@@ -90,7 +90,7 @@ class Pipeline:
         self.dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
         self._graphed = None
         engines = with_plain_unet(engines)
-        drawing = [engine for name, engine in engines.items() if name not in ENCODERS.values()]
+        drawing = [engine for name, engine in engines.items() if name not in tokenizers]
         is_graphed = capture is not None and all(engine.capturable for engine in drawing)
         if is_graphed:  # all that draws as one graph; called stage by stage, every network is one
             self._graphed = GraphedFunction(Painter(manifest, engines, self.sampler, vae_tile).paint, capture)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..engines import Bundle, Engine
 from ..errors import BundleError, one_line, warn_user
+from ..families import find_family
 from .batching import run_rows
 
 LONGEST_SHOWN = 200  # characters of a text in a warning
 KEPT_TEXTS = 64  # whose embeddings are kept, SDXL's in float32 635 KB each; the least recently used goes first
-ENCODERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 
 
 class TruncationWarning(UserWarning):
@@ -47,18 +47,17 @@ class ClipTokenizer:
 
 
 def load_tokenizers(bundle: Bundle) -> dict[str, ClipTokenizer]:
-    """The tokenizers of a bundle's text encoders, by their own names.
+    """The tokenizers of a bundle's text encoders, by the encoders' components.
 
     Raises:
         BundleError: one is missing or damaged.
     """
     tokenizers = {}
-    for name, encoder in ENCODERS.items():
-        if encoder in bundle.manifest.components:
-            file = f"{name}/tokenizer.json"
-            if file not in bundle.manifest.files:
-                raise BundleError(f"{bundle.root} has no {file}: export the bundle again")
-            tokenizers[name] = ClipTokenizer(bundle.path(file))
+    for encoder in find_family(bundle.manifest.family).text_encoders:
+        file = f"{encoder.tokenizer}/tokenizer.json"
+        if file not in bundle.manifest.files:
+            raise BundleError(f"{bundle.root} has no {file}: export the bundle again")
+        tokenizers[encoder.component] = ClipTokenizer(bundle.path(file))
     return tokenizers
 
 
@@ -153,7 +152,7 @@ class TextConditioner:
         for name, tokenizer in self._tokenizers.items():
             rows, rests = tokenizer(texts)
             for text, row in zip(texts, rows.split(1), strict=True):
-                ids[text][ENCODERS[name]] = row
+                ids[text][name] = row
             cut = cut or dict(zip(texts, rests, strict=True))
         return ids, cut
 

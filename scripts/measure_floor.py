@@ -18,8 +18,8 @@ from floor.rates import DTYPES, Rates, machine_rates
 from hypersd.engines import Bundle
 from hypersd.engines.engine import TORCH_DTYPES
 from hypersd.engines.manifest import Component, Range, dim_range
+from hypersd.families import find_family
 from hypersd.runtime.params import Params, decide
-from hypersd.runtime.text import ENCODERS
 from hypersd.tools.bench.protocol import DECODE, TEXT_ENCODERS, step_name
 
 
@@ -79,7 +79,7 @@ def image_floor(bundle: Bundle, steps: int, height: int, width: int, batch: int,
         work = _component_work(bundle.path(component.onnx), component, rows, extents)
         return floor_seconds(_as_computed(work, component, rates), rates)
 
-    encoders = [name for name in ENCODERS.values() if name in manifest.components]
+    encoders = find_family(manifest.family).encoder_names
     step = seconds("unet", batch * (2 if manifest.sampler.guidance_scale > 1 else 1))
     return {
         TEXT_ENCODERS: sum(seconds(name, batch) for name in encoders),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, Engine, load_engines
-from hypersd.runtime.text import ENCODERS, ClipTokenizer
+from hypersd.runtime.text import load_tokenizers
 
 
 class Counting:
@@ -33,9 +33,5 @@ def counting_pipe(root: Path, backend: str = "onnxruntime") -> tuple[Pipeline, d
     """A pipeline whose engines count."""
     bundle = Bundle.load(root)
     engines = {name: Counting(engine) for name, engine in load_engines(bundle, backend).items()}
-    tokenizers = {
-        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
-        for name, encoder in ENCODERS.items()
-        if encoder in engines
-    }
+    tokenizers = load_tokenizers(bundle)
     return Pipeline(bundle.manifest, engines, tokenizers), engines

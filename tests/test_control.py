@@ -20,7 +20,7 @@ from hypersd.cli import main
 from hypersd.engines import Bundle, Engine, load_engines
 from hypersd.errors import RequestError, UserError
 from hypersd.export import ExportOptions, export_bundle
-from hypersd.runtime.text import ENCODERS, ClipTokenizer
+from hypersd.runtime.text import load_tokenizers
 
 TOLERANCE = 2e-3  # of full scale
 SEED = 7
@@ -211,11 +211,7 @@ def counted(export_controlled, sdxl_dynamic_bundle: Path) -> Callable[..., tuple
         runs: Counter[str] = Counter()
         rows: dict[str, int] = {}
         engines = {k: Counting(k, e, runs, rows) for k, e in load_engines(bundle, "null").items()}
-        tokenizers = {
-            tokenizer: ClipTokenizer(bundle.path(f"{tokenizer}/tokenizer.json"))
-            for tokenizer, encoder in ENCODERS.items()
-            if encoder in engines
-        }
+        tokenizers = load_tokenizers(bundle)
         Pipeline(bundle.manifest, engines, tokenizers)(PROMPT, **call)
         return runs, rows
 

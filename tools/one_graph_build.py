@@ -13,7 +13,7 @@ from ..engines.bundle import Bundle
 from ..engines.manifest import Manifest, TensorSpec
 from ..engines.one_graphs import IMAGES, LATENTS, input_ids, noise_input
 from ..export.networks import spec
-from ..export.sources import ENCODERS
+from ..families import find_family
 from .graph_recorder import Recorded, Recorder
 
 FLOAT, UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
@@ -76,6 +76,7 @@ class _Composer:
     def __init__(self, bundle: Bundle, manifest: Manifest, sampling: Sampling) -> None:
         self.bundle = bundle
         self.manifest = manifest
+        self.family = find_family(manifest.family)
         self.sampling = sampling
         self.components = manifest.components
         self.graphs = {name: ir.load(bundle.path(component.onnx)).graph for name, component in self.components.items()}
@@ -98,8 +99,7 @@ class _Composer:
     def _inputs(self) -> dict[str, TensorSpec]:
         latents = self.components["unet"].inputs["sample"]
         noises = {noise_input(i): latents for i, noisy in enumerate(self.sampling.noisy) if noisy}
-        encoders = ENCODERS[self.manifest.family]
-        tokens = {input_ids(name): self.components[name].inputs["input_ids"] for name in encoders}
+        tokens = {input_ids(name): self.components[name].inputs["input_ids"] for name in self.family.encoder_names}
         return {**tokens, LATENTS: latents, **noises}
 
     def _inline(self, component: str, call: str, feeds: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
@@ -109,20 +109,20 @@ class _Composer:
     def _conditions(self, values: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
         """The UNet's inputs that stay the same from step to step: both encoders' hidden states side by side."""
         hidden, conditions = [], {}
-        for name in ENCODERS[self.manifest.family]:
+        for name in self.family.encoder_names:
             outputs = self._inline(name, name, {"input_ids": values[input_ids(name)]})
             hidden.append(outputs.pop("hidden_states"))
             conditions |= outputs
         joined = hidden[0] if len(hidden) == 1 else self.recorder.node("Concat", *hidden, axis=-1)
         conditions["encoder_hidden_states"] = joined
-        if "time_ids" in self.components["unet"].inputs:
-            conditions["time_ids"] = self._time_ids()
+        if self.family.size_conditioning is not None:
+            shapes = self.manifest.shapes
+            conditions["time_ids"] = self._time_ids(self.family.size_conditioning(shapes.height.opt, shapes.width.opt))
         return conditions
 
-    def _time_ids(self) -> ir.Value:
-        """SDXL's size conditioning: original size, crop corner and target size, a row for every image."""
+    def _time_ids(self, row: tuple[int, ...]) -> ir.Value:
+        """The size conditioning, a row for every image."""
         time_ids, shapes = self.components["unet"].inputs["time_ids"], self.manifest.shapes
-        row = [shapes.height.opt, shapes.width.opt, 0, 0, shapes.height.opt, shapes.width.opt]
         return self.recorder.constant(np.array([row] * shapes.batch.opt, time_ids.dtype))
 
     def _denoiser(self, conditions: Mapping[str, ir.Value]) -> Denoise:

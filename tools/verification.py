@@ -26,6 +26,7 @@ from ..export.hub import DownloadProgress
 from ..export.libraries import quiet
 from ..export.models import TORCH_DTYPES, load_controlnet, load_text_encoder, load_unet, load_vae
 from ..export.sources import SourceOptions, Sources, find_sources
+from ..families import find_family
 from ..runtime import Pipeline
 from ..runtime.request import Request
 
@@ -112,7 +113,7 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
     with quiet():
         dtype = TORCH_DTYPES[manifest.precision]
         nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
-        controlled = _with_controlnets(pipe, nets)
+        controlled = _with_controlnets(manifest, pipe, nets)
     controlled.set_progress_bar_config(disable=True)
     return Reference(pipe, controlled)
 
@@ -132,23 +133,21 @@ def find_reference_sources(manifest: Manifest, progress: DownloadProgress | None
 def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
     """diffusers' own pipeline of these sources, in the bundle's precision and without ControlNets."""
     with quiet():
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+        import diffusers
         from transformers import CLIPTokenizer
 
-        dtype = TORCH_DTYPES[manifest.precision]
-        encoders = [name for name in sources.parts if name.startswith("text_encoder")]
-        modules: dict[str, Any] = {name: load_text_encoder(sources.parts[name], dtype) for name in encoders}
+        family, dtype = find_family(manifest.family), TORCH_DTYPES[manifest.precision]
+        modules: dict[str, Any] = {
+            encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, dtype)
+            for encoder in family.text_encoders
+        }
         modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
         # The base without the LoRA, for diffusers to fuse; in float32, because it is to be rounded once.
         modules["unet"] = load_unet(sources.parts["unet"], None, manifest.family, 1.0, torch.float32)
         modules["vae"] = load_vae(sources.parts["vae"], dtype)
         modules["scheduler"] = _scheduler(manifest, sources)
-        if manifest.family == "sdxl":
-            zeros = manifest.force_zeros_for_empty_prompt
-            pipe: Any = StableDiffusionXLPipeline(**modules, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        else:
-            nothing: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
-            pipe = StableDiffusionPipeline(**modules, **nothing, requires_safety_checker=False)
+        settings = _pipeline_settings(manifest)
+        pipe: Any = getattr(diffusers, family.pipeline_class)(**modules, **family.pipeline_parts, **settings)
         if sources.lora is not None:
             pipe.load_lora_weights(str(sources.lora.path.parent), weight_name=sources.lora.path.name)
             pipe.fuse_lora(lora_scale=manifest.origin.lora_scale)
@@ -158,15 +157,20 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
     return pipe
 
 
-def _with_controlnets(pipe: Any, nets: Sequence[Any]) -> Any:
+def _pipeline_settings(manifest: Manifest) -> dict[str, Any]:
+    """Settings of diffusers' pipelines that are not components."""
+    family = find_family(manifest.family)
+    zeros = {"force_zeros_for_empty_prompt": manifest.force_zeros_for_empty_prompt}
+    return {**family.pipeline_settings, **(zeros if family.has_zeroed_negatives else {})}
+
+
+def _with_controlnets(manifest: Manifest, pipe: Any, nets: Sequence[Any]) -> Any:
     """The same networks in a pipeline that ControlNets act in."""
-    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    import diffusers
 
     parts = {**pipe.components, "controlnet": list(nets) if len(nets) > 1 else nets[0]}
-    if hasattr(pipe, "text_encoder_2"):
-        zeros = pipe.config.force_zeros_for_empty_prompt
-        return StableDiffusionXLControlNetPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-    return StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    pipeline_class = getattr(diffusers, find_family(manifest.family).controlnet_pipeline_class)
+    return pipeline_class(**parts, **_pipeline_settings(manifest))
 
 
 def _source_options(manifest: Manifest) -> SourceOptions:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..export.checkpoints import FAMILY_NAMES
+from ..families import find_family, lora_title
 from .safetensors_file import SafetensorsFile
 
 PREFIX = "lora_unet_"
@@ -70,7 +70,7 @@ def open_lora(path: Path, modules: Iterable[str], family: str, scale: float = 1.
     Args:
         path: a ``.safetensors`` file with kohya keys.
         modules: paths of the UNet's linear and convolution layers.
-        family: the base's family, ``"sd15"`` or ``"sdxl"``.
+        family: name of the base's.
         scale: factor on top of the file's own alpha/rank.
 
     Raises:
@@ -92,14 +92,8 @@ def open_lora(path: Path, modules: Iterable[str], family: str, scale: float = 1.
 
 def check_family(path: Path, keys: set[str], family: str) -> None:
     """Refuse a LoRA that was made for another family of models, recognised by blocks that only one family has."""
-    marks = {
-        "FLUX": ("single_transformer_blocks", "lora_unet_single_blocks_", "lora_unet_double_blocks_"),
-        "SD3": ("transformer.", "lora_unet_joint_blocks_"),
-        "SD1.5": ("lora_unet_down_blocks_0_attentions_",),  # SDXL has no attention at full resolution
-        "SDXL": ("_transformer_blocks_1_",),  # SD1.5 has one transformer block in a place
-    }
-    expected = FAMILY_NAMES[family]
-    found = next((name for name, some in marks.items() if any(mark in key for key in keys for mark in some)), expected)
+    expected = find_family(family).title
+    found = lora_title(keys) or expected
     if found != expected:
         raise WeightsError(
             f"{path} is a LoRA for {found}, the base is {expected}: take one for {expected}, or its own --base"

@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from hypersd.export.checkpoints import DEMO_CHECKPOINTS, FAMILY_NAMES, Checkpoint
+from hypersd.export.checkpoints import DEMO_CHECKPOINTS, Checkpoint
+from hypersd.families import find_family
 
 from . import base, controlnet, distill, loop, lora, text, vae
 from .data import SCENES
@@ -125,7 +126,7 @@ def cards() -> dict[str, Card]:
 
 
 def base_card(family: str, folder: Path, figures: tuple[str, ...]) -> str:
-    name, title = BASES[family], FAMILY_NAMES[family]
+    name, title = BASES[family], find_family(family).title
     return _joined(
         _front_matter("text-to-image", "stable-diffusion"),
         f"# {name}",

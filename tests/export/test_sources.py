@@ -15,6 +15,7 @@ from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hypersd import families
 from hypersd.errors import HyperSDError, RequestError, WeightsError
 from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, Checkpoint, find_checkpoint
 from hypersd.export.hub import HubFile
@@ -81,10 +82,13 @@ def find(family: str, tiny_repos: Path, precision: str = "fp32", **changes: str 
     return find_sources(entry, SourceOptions(**{**local, **changes}), precision)
 
 
+ENCODER_CLASSES = {encoder.component: encoder.class_name for encoder in families.SDXL.text_encoders}
+
+
 def load(part: Part, family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     if part.name == "unet":
         return load_unet(part, None, family, 1.0, dtype)
-    return load_vae(part, dtype) if part.name == "vae" else load_text_encoder(part, dtype)
+    return load_vae(part, dtype) if part.name == "vae" else load_text_encoder(part, ENCODER_CLASSES[part.name], dtype)
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:

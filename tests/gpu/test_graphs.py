@@ -22,7 +22,7 @@ from hypersd.engines import Bundle, load_engines
 from hypersd.engines.cuda.graphs import KEPT_GRAPHS, WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
 from hypersd.errors import DeviceError
-from hypersd.runtime.text import ENCODERS, ClipTokenizer
+from hypersd.runtime.text import load_tokenizers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,11 +44,7 @@ def load(root: Path) -> tuple[Pipeline, Pipeline]:
     bundle = Bundle.load(root)
     engines = load_engines(bundle, "onnxruntime", "cuda")
     assert all(engine.capturable for engine in engines.values()), "ONNX Runtime would not record a network"
-    tokenizers = {
-        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
-        for name, encoder in ENCODERS.items()
-        if encoder in engines
-    }
+    tokenizers = load_tokenizers(bundle)
     graphed = Pipeline(bundle.manifest, engines, tokenizers, capture=capture_cuda_graph)
     return graphed, Pipeline(bundle.manifest, engines, tokenizers, capture=None)
 

@@ -22,7 +22,7 @@ from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphWarning
 from hypersd.errors import EngineError, RequestError
-from hypersd.runtime.text import ENCODERS, ClipTokenizer
+from hypersd.runtime.text import load_tokenizers
 
 pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning")
 PROMPT = "a photo of a cat"
@@ -33,11 +33,7 @@ def make_pipes(root: Path, backend: str = "onnxruntime", capture: Any = None) ->
     """A pipeline that records, one that does not, on the same engines; and the stand-in that counts."""
     bundle = Bundle.load(root)
     engines = load_engines(bundle, backend, "cpu")
-    tokenizers = {
-        name: ClipTokenizer(bundle.path(f"{name}/tokenizer.json"))
-        for name, encoder in ENCODERS.items()
-        if encoder in engines
-    }
+    tokenizers = load_tokenizers(bundle)
     capture = capture or StandInCapture()
     capturable = {name: Capturable(engine) for name, engine in engines.items()}
     return (

@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import onnxruntime as ort
 import torch
-from optimum.onnxruntime import (  # pyright: ignore[reportMissingImports]  # it cannot share our environment
-    ORTStableDiffusionPipeline,
-    ORTStableDiffusionXLPipeline,
-)
+from optimum import onnxruntime  # pyright: ignore[reportMissingImports]  # it cannot share our environment
 
+from ...families import find_family
 from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
 from .timed_pipeline import TimedPipeline
 
 PACKAGES = ("torch", "optimum-onnx", "optimum", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu")
-PIPELINES = {"sd15": ORTStableDiffusionPipeline, "sdxl": ORTStableDiffusionXLPipeline}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -27,14 +24,14 @@ class Runner:
 
     Args:
         folder: that layout.
-        family: ``"sd15"`` or ``"sdxl"``.
+        family: the name of the bundle's.
         precision: the bundle's, ``"fp32"`` or ``"fp16"``.
         device: ``"auto"``, ``"cpu"`` or a CUDA device.
     """
 
     def __init__(self, folder: str, family: str, precision: str, device: str) -> None:
         self._folder = folder
-        self._family = family
+        self._family = find_family(family)
         self._precision = precision
         has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
         self._device = resolve_device(device if has_cuda or device != "auto" else "cpu")
@@ -44,10 +41,11 @@ class Runner:
         is_cuda = self._device.type == "cuda"
         provider = "CUDAExecutionProvider" if is_cuda else "CPUExecutionProvider"
         options = {"device_id": self._device.index or 0} if is_cuda else {}
-        pipe: Any = PIPELINES[self._family].from_pretrained(self._folder, provider=provider, provider_options=options)
-        if self._family == "sdxl":
-            pipe.text_encoder = _TextEncoder(pipe.text_encoder)
-            pipe.text_encoder_2 = _TextEncoder(pipe.text_encoder_2)
+        pipeline_class = getattr(onnxruntime, f"ORT{self._family.pipeline_class}")
+        pipe: Any = pipeline_class.from_pretrained(self._folder, provider=provider, provider_options=options)
+        for encoder in self._family.text_encoders:
+            if encoder.hidden_layer is not None:
+                setattr(pipe, encoder.component, _TextEncoder(getattr(pipe, encoder.component)))
         self._timed = TimedPipeline(pipe, self._device, DTYPES[self._precision])
         how = f"ONNX Runtime, {provider}"
         return Facts(precision=self._precision, device=device_name(self._device), how=how, packages=PACKAGES)

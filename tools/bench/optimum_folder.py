@@ -13,15 +13,9 @@ from typing import Any
 
 from ...engines import Bundle, Manifest
 from ...engines.manifest import TensorSpec
+from ...families import find_family
 
-PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 SCHEDULERS = {"ddim": "DDIMScheduler", "tcd": "TCDScheduler", "lcm": "LCMScheduler"}
-NETWORKS = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-}
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 LONGEST_PROMPT = 77  # tokens
 DIFFUSERS_VERSION = "0.30.0"  # of the layout: optimum wants one to be named
 
@@ -58,29 +52,31 @@ def _configs(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "unet/config.json": _unet_config(manifest),
         "vae_decoder/config.json": _vae_config(manifest),
     }
-    for name, component in manifest.components.items():
-        if name.startswith("text_encoder"):
-            configs[f"{name}/config.json"] = _text_encoder_config(component.outputs)
+    for name in find_family(manifest.family).encoder_names:
+        configs[f"{name}/config.json"] = _text_encoder_config(manifest.components[name].outputs)
     return configs
 
 
 def _model_index(manifest: Manifest, scheduler: str) -> dict[str, Any]:
     """The classes that the pipeline is put together from; optimum has its own for the networks."""
+    family = find_family(manifest.family)
     index: dict[str, Any] = {
-        "_class_name": PIPELINES[manifest.family],
+        "_class_name": family.pipeline_class,
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler],
         "feature_extractor": [None, None],
     }
-    index |= {name: list(NETWORKS[name]) for name in manifest.components if name in NETWORKS}
+    index |= {family.denoiser: ["diffusers", family.denoiser_class]}
+    index |= {encoder.component: ["transformers", encoder.class_name] for encoder in family.text_encoders}
     index |= {name: ["transformers", "CLIPTokenizerFast"] for name in _tokenizers(manifest)}
-    if manifest.family == "sdxl":
-        return index | {"force_zeros_for_empty_prompt": manifest.force_zeros_for_empty_prompt}
-    return index | {"safety_checker": [None, None], "requires_safety_checker": False}
+    index |= {name: [None, None] for name in family.pipeline_parts}
+    if family.has_zeroed_negatives:
+        index["force_zeros_for_empty_prompt"] = manifest.force_zeros_for_empty_prompt
+    return {**index, **family.pipeline_settings}
 
 
 def _tokenizers(manifest: Manifest) -> list[str]:
-    return [name for name in TOKENIZERS if f"{name}/tokenizer.json" in manifest.files]
+    return [encoder.tokenizer for encoder in find_family(manifest.family).text_encoders]
 
 
 def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:

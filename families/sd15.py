@@ -1,0 +1,18 @@
+"""Stable Diffusion 1.5 (Rombach et al., "High-Resolution Image Synthesis", https://arxiv.org/abs/2112.10752)."""
+
+from __future__ import annotations
+
+from .family import Family, TextEncoder
+
+SD15 = Family(
+    name="sd15",
+    title="SD1.5",
+    text_encoders=(TextEncoder(component="text_encoder", tokenizer="tokenizer", class_name="CLIPTextModel"),),
+    default_size=512,
+    pipeline_class="StableDiffusionPipeline",
+    controlnet_pipeline_class="StableDiffusionControlNetPipeline",
+    pipeline_parts={"safety_checker": None, "feature_extractor": None},
+    pipeline_settings={"requires_safety_checker": False},
+    single_file_prefix="cond_stage_model.transformer.",
+    lora_marks=("lora_unet_down_blocks_0_attentions_",),  # SDXL has no attention at full resolution
+)

@@ -1,0 +1,36 @@
+"""Stable Diffusion XL (Podell et al., https://arxiv.org/abs/2307.01952)."""
+
+from __future__ import annotations
+
+from .family import Family, TextEncoder
+
+
+def size_conditioning(height: int, width: int) -> tuple[int, ...]:
+    """Original size, crop corner and target size, in pixels (section 2.2), without a crop."""
+    return height, width, 0, 0, height, width
+
+
+SDXL = Family(
+    name="sdxl",
+    title="SDXL",
+    text_encoders=(
+        TextEncoder(component="text_encoder", tokenizer="tokenizer", class_name="CLIPTextModel", hidden_layer=-2),
+        TextEncoder(
+            component="text_encoder_2",
+            tokenizer="tokenizer_2",
+            class_name="CLIPTextModelWithProjection",
+            hidden_layer=-2,
+            is_pooled=True,
+        ),
+    ),
+    size_conditioning=size_conditioning,
+    addition_embed_type="text_time",
+    default_size=1024,
+    has_zeroed_negatives=True,
+    is_vae_upcast=True,
+    pipeline_class="StableDiffusionXLPipeline",
+    controlnet_pipeline_class="StableDiffusionXLControlNetPipeline",
+    pipeline_settings={"add_watermarker": False},
+    single_file_prefix="conditioner.embedders.1.",
+    lora_marks=("_transformer_blocks_1_",),  # SD1.5 has one transformer block per attention
+)
