@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 
@@ -70,8 +69,8 @@ class Family:
     is_vae_upcast: bool = False
     pipeline_class: str
     controlnet_pipeline_class: str
-    pipeline_parts: Mapping[str, None] = MappingProxyType({})
-    pipeline_settings: Mapping[str, Any] = MappingProxyType({})
+    pipeline_parts: Mapping[str, None] = dataclasses.field(default_factory=dict)
+    pipeline_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     single_file_prefix: str
     lora_prefix: str = "lora_unet_"
     lora_marks: tuple[str, ...]
