@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..engines import Manifest
     from ..engines.load import Choice
     from ..runtime import Pipeline
-    from ..runtime.one_graph import OneGraphPipeline
     from ..runtime.params import Params
     from ..runtime.pipeline import PipelineOutput
     from ..runtime.request import Request
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-graph",
         action="store_true",
-        help="draw with the bundle's graph of the whole image that has these settings (ONNX Runtime, OpenVINO)",
+        help="run the bundle's graph of the whole image that has these settings (ONNX Runtime, OpenVINO)",
     )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     parser.add_argument(
@@ -69,13 +68,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     manifest = _read_manifest(args)
     controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no image is said at once
-    if args.one_graph:
-        whole = _load_one_graph(args)
-        images = _draw(whole.manifest, lambda i: whole.generate(_params(args, i)), controls, args)
-    else:
-        pipe = _load(args)
-        control = _control_params(pipe, controls, args)
-        images = _draw(pipe.manifest, lambda i: _draw_one(pipe, args, i, control), controls, args)
+    pipe = _load(args, _one_graph(args, manifest))
+    control = _control_params(pipe, controls, args)
+    images = _draw(pipe.manifest, lambda i: _draw_one(pipe, args, i, control), controls, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -105,7 +100,14 @@ def _read_manifest(args: argparse.Namespace) -> Manifest:
     return bundle.manifest
 
 
-def _load(args: argparse.Namespace) -> Pipeline:
+def _one_graph(args: argparse.Namespace, manifest: Manifest) -> str | None:
+    """The name of the one-graph that fits the arguments; None without --one-graph."""
+    from ..runtime.one_graph_function import find_one_graph
+
+    return find_one_graph(manifest, _params(args)) if args.one_graph else None
+
+
+def _load(args: argparse.Namespace, one_graph: str | None) -> Pipeline:
     """The pipeline, with a line that says what runs where."""
     import time
 
@@ -128,32 +130,12 @@ def _load(args: argparse.Namespace) -> Pipeline:
             progress,
             precision=args.precision,
             vae_tile=args.vae_tile,
+            one_graph=one_graph,
         )
     finally:
         progress.hide()
     args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
     _say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
-    return pipe
-
-
-def _load_one_graph(args: argparse.Namespace) -> OneGraphPipeline:
-    """The pipeline of the one-graph that has the steps that are asked for, or of the bundle's first."""
-    import time
-
-    began = time.perf_counter()
-    from ..engines import Bundle
-    from ..runtime.one_graph import OneGraphPipeline, find_one_graph
-    from .console import err
-
-    name = None
-    if args.steps is not None or args.timesteps is not None:
-        name = find_one_graph(Bundle.load(args.bundle).manifest, _params(args))
-    pipe = OneGraphPipeline.load(args.bundle, name, args.backend, args.device)
-    args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
-    seconds = time.perf_counter() - began
-    runs_it = "OpenVINO" if args.backend == "openvino" else "ONNX Runtime"
-    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {runs_it}, {pipe.name}, loaded in {seconds:.2f} s"
-    err().print(line, markup=False, soft_wrap=True)
     return pipe
 
 
@@ -242,6 +224,8 @@ def _control_params(pipe: Pipeline, controls: Controls | None, args: argparse.Na
 def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
+    if pipe.one_graph:  # which has no steps to report
+        return pipe.generate(_params(args, index))
     with step_bar(f"image {index + 1} of {args.count}", _steps(pipe, args)) as advance:
         return pipe.generate(_params(args, index, **control), callback_on_step_end=lambda *_: advance())
 
@@ -266,7 +250,7 @@ def _check_target(args: argparse.Namespace) -> None:
 
 
 def _check_one_graph(args: argparse.Namespace) -> None:
-    """A one-graph draws one kind of images, with one network."""
+    """Reject options that a one-graph does not have."""
     from ..errors import RequestError
 
     given = {
@@ -291,12 +275,19 @@ def _say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) ->
     if choice.passed_over and choice.target is None:
         reasons = _each_once(choice.passed_over)
         console.print(f"TensorRT engines passed over: {reasons}", markup=False, soft_wrap=True)
-    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}, loaded in {seconds:.2f} s"
+    one_graph = f", {pipe.one_graph}" if pipe.one_graph else ""
+    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}{one_graph}, loaded in {seconds:.2f} s"
     if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
         unkept = "; " in compiled[0]
         line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
-    if auto and choice.backend == "onnxruntime" and pipe.device.type == "cpu" and _openvino_is_faster():
-        line += "; --backend openvino draws faster here, in bfloat16"
+    if (
+        auto
+        and not pipe.one_graph
+        and choice.backend == "onnxruntime"
+        and pipe.device.type == "cpu"
+        and _openvino_is_faster()
+    ):
+        line += "; --backend openvino is faster here, in bfloat16"
     console.print(line, markup=False, soft_wrap=True)
 
 
@@ -318,7 +309,7 @@ def _each_once(reasons: Mapping[str, str]) -> str:
     return "; ".join(of_all + of_some)
 
 
-def _where(pipe: Pipeline | OneGraphPipeline) -> str:
+def _where(pipe: Pipeline) -> str:
     if pipe.device.type != "cuda":
         return str(pipe.device)
     import torch

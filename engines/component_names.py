@@ -1,4 +1,4 @@
-"""What ControlNets are called in a bundle: their components, and the tensors that they hand to the UNet."""
+"""Names in a bundle: of ControlNets' components, and of the tensors of ControlNets and one-graphs."""
 
 from __future__ import annotations
 
@@ -32,3 +32,27 @@ def check_controlnet_name(name: str) -> None:
     """A ControlNet's name is that of a folder, and a word of options such as ``NAME=VALUE``."""
     if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) or not name.strip("."):
         raise ValueError(f"ControlNet name {name!r}: expected letters, digits, _, . and -")
+
+
+LATENTS, IMAGES = "latents", "images"  # of a one-graph
+
+
+def input_ids(encoder: str) -> str:
+    """A one-graph's input for a text encoder's tokens: ``input_ids``, and ``input_ids_2`` for ``text_encoder_2``."""
+    return f"input_ids{encoder.removeprefix('text_encoder')}"
+
+
+def noise_input(step: int) -> str:
+    """A one-graph's input for the noise that a step adds, counted from 0."""
+    return f"noise_{step}"
+
+
+def one_graph_file(name: str) -> str:
+    """A one-graph's ONNX file, in the bundle's own folder: the weights that it reads must lie below it."""
+    return f"{name}.onnx"
+
+
+def check_one_graph_name(name: str) -> None:
+    """Check that a one-graph's name can be its file's name."""
+    if not re.fullmatch(r"one-graph-[\w.-]{1,100}", name, re.ASCII):
+        raise ValueError(f"one-graph name {name!r}: expected one-graph- and letters, digits, _, . and -")

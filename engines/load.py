@@ -192,10 +192,16 @@ def load_engines(
 
 
 def load_choice(
-    bundle: Bundle, choice: Choice, device: str = "auto", progress: BuildProgress | None = None
+    bundle: Bundle,
+    choice: Choice,
+    device: str = "auto",
+    progress: BuildProgress | None = None,
+    one_graph: str | None = None,
 ) -> Mapping[str, Engine]:
-    """Make every network of a bundle ready to run with what was chosen (:func:`choose`)."""
+    """Load every component of a bundle, or its one-graph of that name, as chosen by :func:`choose`."""
     components = choice.manifest.components
+    if one_graph is not None:
+        components = {one_graph: choice.manifest.one_graphs[one_graph].network}
     if choice.backend == "null":
         return {name: NullEngine(name, component) for name, component in components.items()}
     if choice.target is not None:
@@ -220,29 +226,21 @@ def load_choice(
     }
 
 
-def load_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Engine:
-    """Make the graph of a whole image ready to run.
+def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:
+    """Decide what to run the graph of a whole image with: ONNX Runtime, or OpenVINO.
 
-    Args:
-        bundle: the opened bundle.
-        name: the one-graph's.
-        backend: ``"onnxruntime"``, which ``"auto"`` takes, or ``"openvino"``. OpenVINO computes in float32: in bfloat16
-            the sampler's arithmetic would be, too.
-        device: as for :func:`load_engines`.
+    OpenVINO computes in float32: in bfloat16 the sampler's arithmetic would be in it, too.
 
     Raises:
-        RequestError: the backend or the device is not known.
-        BundleError: its files are damaged.
-        EngineError: it cannot run here.
+        RequestError: the bundle has no one-graph of that name, or the backend does not run it.
+        DeviceError: the device cannot be used here.
     """
-    network = bundle.manifest.one_graphs[name].network
-    if backend == "openvino":
-        from .openvino import OpenVinoEngine, check_device
-
-        check_device(device)
-        return OpenVinoEngine(name, bundle.path(network.onnx), network, "fp32")
-    if backend not in ("auto", "onnxruntime"):
+    if name not in bundle.manifest.one_graphs:
+        has = ", ".join(bundle.manifest.one_graphs) or "none"
+        raise RequestError(
+            f"{bundle.root} has no one-graph {name!r}, it has {has}; add one with `hypersd export --one-graph`"
+        )
+    if backend not in ("auto", *ONNX_BACKENDS):
         raise RequestError(f"backend {backend!r} runs no one-graph: expected auto, onnxruntime or openvino")
-    from .onnx_runtime import OnnxRuntimeEngine, resolve_device
-
-    return OnnxRuntimeEngine(name, bundle.path(network.onnx), network, resolve_device(device))
+    backend = "onnxruntime" if backend == "auto" else backend
+    return choose(bundle, backend, device, precision="fp32" if backend == "openvino" else None)

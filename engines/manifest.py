@@ -11,8 +11,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ..errors import BundleError, one_line
-from .component_names import check_controlnet_name, cond_embedding, controlnet, residual_input
-from .one_graphs import check_one_graph_name, one_graph_file
+from .component_names import (
+    check_controlnet_name,
+    check_one_graph_name,
+    cond_embedding,
+    controlnet,
+    one_graph_file,
+    residual_input,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"

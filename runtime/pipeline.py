@@ -17,7 +17,7 @@ from ..engines.cuda.graphed_engine import GraphedEngine
 from ..engines.cuda.graphs import Capture, GraphedFunction, capture_cuda_graph
 from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
-from ..engines.load import Choice, choose, load_choice
+from ..engines.load import Choice, choose, choose_one_graph, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
 from ..samplers.noise import Generators, randn
@@ -26,12 +26,14 @@ from .clock import Clock, Steps
 from .controlled_unet import with_plain_unet
 from .controls import PerControlNet, images_by_name, make_conditions
 from .image_function import CONDITION, Denoiser, ImageSettings, Painter
+from .one_graph_function import OneGraphFunction, fixed_params
 from .params import Params, decide
 from .pixels import to_images, to_pixels
 from .request import Request
 from .text import ClipTokenizer, TextConditioner, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
 
+ImageOfTensors = Callable[[ImageSettings, Mapping[str, Tensor]], Mapping[str, Tensor]]
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
@@ -77,18 +79,27 @@ class Pipeline:
         *,
         capture: Capture | None = capture_cuda_graph,
         vae_tile: int | None = None,
+        one_graph: str | None = None,
     ) -> None:
-        """Put a pipeline together; ``capture`` records its work, None for never. ``vae_tile`` as for :meth:`load`."""
+        """Put a pipeline together; ``capture`` records its work, None for never. The rest is as for :meth:`load`."""
         self.manifest = manifest
         self.engines = engines
         self.choice: Choice | None = None  # what ``load`` decided on
         self._bundle_shapes = manifest.shapes  # of which engines may take a part
         self.sampler: Sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
+        self.one_graph = one_graph
+        self._painter: Painter | OneGraphFunction
+        self._graphed = None
+        if one_graph is not None:
+            self._painter = OneGraphFunction(manifest, one_graph, engines[one_graph], self.sampler)
+            self.device, self.dtype = engines[one_graph].device, self._painter.dtype
+            self.text = TextConditioner(tokenizers, {})  # the text encoders are in the graph
+            self._turns = Turns(self.device) if self.device.type == "cuda" else None
+            return
         self.unet = engines["unet"]
         self.vae_decoder = engines["vae_decoder"]
         self.device = self.unet.device
         self.dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
-        self._graphed = None
         engines = with_plain_unet(engines)
         drawing = [engine for name, engine in engines.items() if name not in tokenizers]
         is_graphed = capture is not None and all(engine.capturable for engine in drawing)
@@ -117,6 +128,7 @@ class Pipeline:
         cuda_graphs: bool = True,
         precision: str | None = None,
         vae_tile: int | None = None,
+        one_graph: str | None = None,
     ) -> Pipeline:
         """Load a bundle.
 
@@ -134,6 +146,7 @@ class Pipeline:
             vae_tile: decode images in tiles with sides of so many pixels, which overlap by a quarter and are blended
                 as diffusers' ``vae.enable_tiling()`` does it: less memory, more time, and seams that a smooth surface
                 may show. For bundles that take a range of sizes.
+            one_graph: run the bundle's one-graph of that name instead of its components; its settings are fixed.
 
         Raises:
             BundleError: the bundle is missing, damaged, altered or of another version.
@@ -144,14 +157,19 @@ class Pipeline:
         tokenizers = load_tokenizers(opened)
         for name in ("text_encoder", "unet", "vae_decoder"):
             opened.component(name)
-        choice = choose(opened, backend, device, target, precision)
+        if one_graph is None:
+            choice = choose(opened, backend, device, target, precision)
+        elif target is not None or precision is not None or vae_tile is not None:
+            raise RequestError("a one-graph has no target, precision or vae_tile: leave them or one_graph out")
+        else:
+            choice = choose_one_graph(opened, one_graph, backend, device)
         if vae_tile is not None:
             latent_sample = choice.manifest.components["vae_decoder"].inputs["latent_sample"]
             vae_tile = check_tile(latent_sample, vae_tile, choice.manifest.vae.spatial)
-        engines = load_choice(opened, choice, device, progress)
+        engines = load_choice(opened, choice, device, progress, one_graph)
         try:
             capture = capture_cuda_graph if cuda_graphs else None
-            pipe = cls(choice.manifest, engines, tokenizers, capture=capture, vae_tile=vae_tile)
+            pipe = cls(choice.manifest, engines, tokenizers, capture=capture, vae_tile=vae_tile, one_graph=one_graph)
         except RequestError as error:  # the manifest's scheduler is none
             raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
         pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
@@ -243,8 +261,9 @@ class Pipeline:
                 conditions = make_conditions(images, *size, params.resize_mode, len(request.prompts))
         with _out_of_memory_in_words(request), self._turn() as caller:
             call = _Call(request, settings, tokenized, conditions, generator, params.latents)
-            if self._graphed is not None and callback_on_step_end is None:
-                drawn = self._draw_graphed(self._graphed, call, clock, caller)
+            whole = self._painter.paint if isinstance(self._painter, OneGraphFunction) else self._graphed
+            if whole is not None and callback_on_step_end is None:
+                drawn = self._draw_graphed(whole, call, clock, caller)
             else:
                 callback = None
                 if callback_on_step_end is not None:
@@ -258,10 +277,13 @@ class Pipeline:
         Raises:
             RequestError: an argument is out of range.
         """
+        if self.one_graph is not None:
+            params = fixed_params(self.manifest, self.one_graph, params)
         return decide(self.manifest, params, self._bundle_shapes, self._engines_name)
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each; those of prompts seen lately are kept."""
+        self._by_stages()
         tokenized = self.text.tokenize(prompts)
         with self._turn() as caller:
             return self.text.encode(tokenized).map(lambda tensor: hand_out(tensor.clone(), caller))
@@ -269,17 +291,23 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to images [B, 3, H, W] in -1..1, a tensor of the caller's own."""
         with self._turn() as caller:
-            return hand_out(self._painter.decode(latents).clone(), caller)  # the next turn may be another thread's
+            return hand_out(self._by_stages().decode(latents).clone(), caller)  # the next turn may be another thread's
+
+    def _by_stages(self) -> Painter:
+        """The image function of all components, which runs stage by stage."""
+        if isinstance(self._painter, OneGraphFunction):
+            raise RequestError(f"{self.one_graph} has no stages of its own: load the bundle without one_graph")
+        return self._painter
 
     def _turn(self) -> AbstractContextManager[torch.cuda.Stream | None]:
         return nullcontext() if self._turns is None else self._turns.turn()
 
     def _draw_graphed(
-        self, graphed: GraphedFunction, call: _Call, clock: Clock, caller: torch.cuda.Stream | None
+        self, graphed: GraphedFunction | ImageOfTensors, call: _Call, clock: Clock, caller: torch.cuda.Stream | None
     ) -> Any:
         """All at once; the random numbers are drawn here, in the same order as step by step."""
         with clock.stage("draw"):
-            inputs = self._inputs(call) | self._embeddings(call).named()
+            inputs = {**self._inputs(call), **self._text_inputs(call)}
             inputs |= self._painter.draw_noise(call.settings, inputs["latents"], call.generator)
             output = graphed(call.settings, inputs)["output"]
             if call.settings.output_type in ("pt", "latent"):
@@ -300,7 +328,7 @@ class Pipeline:
         with clock.stage("encode", self.device):
             inputs = self._inputs(call)
             embeddings = self._embeddings(call)
-            controls = self._painter.embed_controls(settings, inputs)
+            controls = self._by_stages().embed_controls(settings, inputs)
         with clock.stage("denoise", self.device):
             steps = Steps(self.device)
 
@@ -309,14 +337,14 @@ class Pipeline:
                 steps.mark()
                 return replaced
 
-            latents = self._painter.denoise(
+            latents = self._by_stages().denoise(
                 settings, embeddings, controls, inputs, generator=call.generator, callback=after_step
             )
         clock.add_steps(steps)
         if settings.output_type == "latent":
             return hand_out(latents, caller)
         with clock.stage("decode", self.device):
-            sample = self._painter.decode(latents)
+            sample = self._by_stages().decode(latents)
         with clock.stage("convert", self.device):
             pixels = to_pixels(sample, settings.output_type)
             if settings.output_type == "pt":
@@ -342,8 +370,13 @@ class Pipeline:
     def _condition(self, call: _Call, name: str) -> Tensor:
         return call.conditions[name].to(self.device, self.dtype)
 
+    def _text_inputs(self, call: _Call) -> Mapping[str, Tensor]:
+        if isinstance(self._painter, OneGraphFunction):
+            return self._painter.text_inputs(call.settings, call.tokenized)
+        return self._embeddings(call).named()
+
     def _embeddings(self, call: _Call) -> TextEmbeddings:
-        return self._painter.arrange(call.settings, self.text.encode(call.tokenized))
+        return self._by_stages().arrange(call.settings, self.text.encode(call.tokenized))
 
     def _tokenize(self, request: Request, settings: ImageSettings) -> TokenizedTexts:
         """The negative prompts, if the text encoders have to see them, then the prompts."""

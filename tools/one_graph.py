@@ -14,10 +14,10 @@ import msgspec
 
 from ..engines import Bundle, Manifest
 from ..engines.bundle import sha256_file, write_manifest, write_whole
+from ..engines.component_names import one_graph_file
 from ..engines.image_shapes import narrowed
 from ..engines.lock import locked
 from ..engines.manifest import Component, FileRecord, ImageShapes, OneGraph, Range
-from ..engines.one_graphs import one_graph_file
 from ..engines.progress import BuildProgress, Silent, Stage
 from ..errors import BundleError, RequestError
 from ..export.check import check_types

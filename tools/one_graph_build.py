@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..engines.bundle import Bundle
+from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.manifest import Manifest, TensorSpec
-from ..engines.one_graphs import IMAGES, LATENTS, input_ids, noise_input
 from ..export.networks import spec
 from ..families import find_family
 from .graph_recorder import Recorded, Recorder

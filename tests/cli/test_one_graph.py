@@ -87,8 +87,8 @@ def test_generate_refuses_what_the_graph_does_not_do(sd15_bundle: Path, copy_bun
     """One line each: no such graph, or an option that it has not got."""
     bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
     words = ["generate", bundle.root, "a cat", "--one-graph"]
-    assert "one-graph-2steps has steps 2, not 4" in fails(*words, "--steps", "4")
-    assert "one-graph-2steps has eta 1.0, not 0.5" in fails(*words, "--eta", "0.5")
+    assert "one-graph-2steps is fixed to steps=2 (asked: 4)" in fails(*words, "--steps", "4")
+    assert "one-graph-2steps is fixed to eta=1.0 (asked: 0.5)" in fails(*words, "--eta", "0.5")
     assert "a one-graph has no --guidance" in fails(*words, "--guidance", "3")
     assert "a one-graph has no --backend" in fails(*words, "--backend", "tensorrt")
-    assert "has no one-graph, it has none" in fails("generate", sd15_bundle, "a cat", "--one-graph")
+    assert "no one-graph of this bundle fits: it has none" in fails("generate", sd15_bundle, "a cat", "--one-graph")

@@ -1,4 +1,4 @@
-"""Images of a one-graph: those of the separate networks, and refusals of what it was not made for."""
+"""A pipeline on a one-graph: the images of the separate components, and rejection of other settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypersd.engines import Bundle
 from hypersd.engines.null import NullEngine
 from hypersd.errors import RequestError
 from hypersd.export import ExportOptions, ShapeOptions, export_bundle
-from hypersd.runtime.one_graph import OneGraphPipeline, find_one_graph
+from hypersd.runtime.one_graph_function import find_one_graph
 from hypersd.runtime.params import Params
-from hypersd.runtime.text import TruncationWarning
+from hypersd.runtime.text import TruncationWarning, load_tokenizers
 from hypersd.tools.one_graph import add_one_graph
 
 PROMPT = "a photo of a cat"
@@ -49,8 +49,8 @@ def pixels(images: list[Any]) -> np.ndarray:
 
 def difference(bundle: Bundle, **call: Any) -> tuple[int, float]:
     """The bundle's last one-graph against its separate networks: the largest of 255, and the share of what differs."""
-    one_graph = OneGraphPipeline.load(bundle.root, list(bundle.manifest.one_graphs)[-1])
-    settings = one_graph.painter.settings
+    name, settings = list(bundle.manifest.one_graphs.items())[-1]
+    one_graph = Pipeline.load(bundle.root, one_graph=name)
     expected = pixels(
         Pipeline.load(bundle.root)(
             PROMPT,
@@ -70,17 +70,17 @@ def difference(bundle: Bundle, **call: Any) -> tuple[int, float]:
 @pytest.mark.parametrize(
     ("kind", "steps", "eta"), [("tcd", 1, 1.0), ("tcd", 4, 0.5), ("ddim", 2, 0.5), ("ddim", 4, 0.0), ("lcm", 2, 0.0)]
 )
-def test_sd15_pixels_are_those_of_the_separate_networks(
+def test_sd15_pixels_are_those_of_the_separate_components(
     kind: str, steps: int, eta: float, sd15_bundle: Path, copy_bundle
 ) -> None:
-    """One graph draws the same image from the same seed: at most a pixel that lies between two values rounds over."""
+    """One graph generates the same image from the same seed, but for pixels that round to the other side."""
     bundle = add_one_graph(copy_bundle(sd15_bundle, kind=kind), steps, eta=eta)
     largest, share = difference(bundle, seed=3)
     assert largest <= 1
     assert share < MOST_ROUNDED
 
 
-def test_sdxl_pixels_are_those_of_the_separate_networks(sdxl_bundle: Path, copy_bundle) -> None:
+def test_sdxl_pixels_are_those_of_the_separate_components(sdxl_bundle: Path, copy_bundle) -> None:
     """Both encoders, the pooled text and the size conditioning are in the graph."""
     largest, share = difference(add_one_graph(copy_bundle(sdxl_bundle), 2, eta=0.5), seed=3)
     assert largest <= 1
@@ -118,79 +118,95 @@ def two_steps(sd15_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def drawn(two_steps: Path) -> OneGraphPipeline:
-    return OneGraphPipeline.load(two_steps)
+def pipe(two_steps: Path) -> Pipeline:
+    return Pipeline.load(two_steps, one_graph="one-graph-2steps")
 
 
-def test_several_images_are_drawn_one_by_one(drawn: OneGraphPipeline) -> None:
+def test_several_images_are_generated_one_by_one(pipe: Pipeline) -> None:
     """The number of images is free, and none depends on its neighbours."""
-    output = drawn([PROMPT, "a dog"], num_images_per_prompt=2, seed=[1, 2, 3, 4])
+    output = pipe([PROMPT, "a dog"], num_images_per_prompt=2, seed=[1, 2, 3, 4])
     assert output.request.batch == len(output.images) == 4
     assert output.images[0].size == (64, 64)
     together = pixels(output.images)
-    assert (pixels(drawn("a dog", seed=3).images)[0] == together[2]).all()
-    assert (pixels(drawn(PROMPT, seed=1).images)[0] == together[0]).all()
+    assert (pixels(pipe("a dog", seed=3).images)[0] == together[2]).all()
+    assert (pixels(pipe(PROMPT, seed=1).images)[0] == together[0]).all()
     assert (together[0] != together[1]).any()
 
 
-def test_the_caller_may_bring_latents_and_generators(drawn: OneGraphPipeline) -> None:
+def test_the_caller_may_bring_latents_and_generators(pipe: Pipeline) -> None:
     """A seed is short for what a generator draws: first the latents, then the noise."""
     generator = torch.Generator().manual_seed(5)
-    latents = torch.randn(drawn.painter.latents_shape(1), generator=generator)
-    brought = drawn(PROMPT, latents=latents, generator=generator)
+    latents = torch.randn((1, 4, 8, 8), generator=generator)
+    brought = pipe(PROMPT, latents=latents, generator=generator)
     assert brought.seed is None
-    assert (pixels(brought.images) == pixels(drawn(PROMPT, seed=5).images)).all()
+    assert (pixels(brought.images) == pixels(pipe(PROMPT, seed=5).images)).all()
     with pytest.raises(
         RequestError, match=r"latents: expected a tensor of the shape \[1, 4, 8, 8\], got \[1, 4, 8, 9\]"
     ):
-        drawn(PROMPT, latents=torch.zeros(1, 4, 8, 9))
+        pipe(PROMPT, latents=torch.zeros(1, 4, 8, 9))
 
 
-def test_one_run_of_one_network_is_a_image(two_steps: Path) -> None:
+def test_one_run_of_one_engine_is_an_image(two_steps: Path) -> None:
     """That is what it is for: the host enqueues one network, whatever the number of steps."""
     manifest = Bundle.load(two_steps).manifest
     engine = NullEngine("one-graph", manifest.one_graphs["one-graph-2steps"].network)
-    pipe = OneGraphPipeline(manifest, "one-graph-2steps", engine, OneGraphPipeline.load(two_steps).tokenizers)
+    tokenizers = load_tokenizers(Bundle.load(two_steps))
+    pipe = Pipeline(manifest, {"one-graph-2steps": engine}, tokenizers, one_graph="one-graph-2steps")
     output = pipe(PROMPT, num_images_per_prompt=3)
     assert engine.runs == 3  # of a graph of one image a run
     assert list(output.timings) == ["tokenize", "draw", "convert", "total"]
     assert pixels(output.images).shape == (3, 64, 64, 3)
 
 
-def test_openvino_draws_the_same(drawn: OneGraphPipeline, two_steps: Path) -> None:
+def test_openvino_generates_the_same(pipe: Pipeline, two_steps: Path) -> None:
     """The file is no special one of ONNX Runtime's; a graph with a Loop OpenVINO does not compile."""
     pytest.importorskip("openvino")
-    whole = pixels(OneGraphPipeline.load(two_steps, backend="openvino")(PROMPT, seed=3).images)
-    assert np.abs(whole - pixels(drawn(PROMPT, seed=3).images)).max() <= 1
+    whole = pixels(Pipeline.load(two_steps, "openvino", one_graph="one-graph-2steps")(PROMPT, seed=3).images)
+    assert np.abs(whole - pixels(pipe(PROMPT, seed=3).images)).max() <= 1
     with pytest.raises(RequestError, match="backend 'tensorrt' runs no one-graph"):
-        OneGraphPipeline.load(two_steps, backend="tensorrt")
+        Pipeline.load(two_steps, "tensorrt", one_graph="one-graph-2steps")
 
 
-def test_a_long_prompt_warns(drawn: OneGraphPipeline) -> None:
+def test_a_long_prompt_warns(pipe: Pipeline) -> None:
     """As in a pipeline: what CLIP does not see is named."""
     with pytest.warns(TruncationWarning, match="cut off"):
-        drawn("very " * 100)
+        pipe("very " * 100)
 
 
-def test_other_settings_are_refused_in_one_line(drawn: OneGraphPipeline, two_steps: Path) -> None:
-    """Nothing is drawn at settings that the graph was not made for; the line names all that differ."""
+def test_other_settings_are_rejected_in_one_line(pipe: Pipeline, two_steps: Path) -> None:
+    """Nothing is generated with other settings than the graph's; the line names all that differ."""
     for settings, said in (
-        ({"num_inference_steps": 4}, "steps 2, not 4"),
-        ({"timesteps": [999, 500]}, r"timesteps None, not \(999, 500\)"),
-        ({"eta": 0.25}, "eta 1.0, not 0.25"),
-        ({"height": 128}, "height"),
+        ({"num_inference_steps": 4}, r"one-graph-2steps is fixed to steps=2 \(asked: 4\)"),
+        ({"timesteps": [999, 500]}, r"timesteps=None \(asked: \(999, 500\)\)"),
+        ({"eta": 0.25}, r"eta=1\.0 \(asked: 0\.25\)"),
+        ({"height": 128}, r"height=64 \(asked: 128\)"),
+        ({"guidance_scale": 5.0}, "guidance_scale=0"),
+        ({"output_type": "np"}, "output_type=pil"),
     ):
         with pytest.raises(RequestError, match=said):
-            drawn(PROMPT, **settings)
+            pipe(PROMPT, **settings)
     manifest = Bundle.load(two_steps).manifest
     assert find_one_graph(manifest, Params(prompt="", num_inference_steps=2)) == "one-graph-2steps"
-    with pytest.raises(RequestError, match=r"one-graph-2steps has steps 2, not 4, eta 1\.0, not 0\.5; add one with"):
+    with pytest.raises(RequestError, match=r"fixed to steps=2 \(asked: 4\), eta=1\.0 \(asked: 0\.5\); add one"):
         find_one_graph(manifest, Params(prompt="", num_inference_steps=4, eta=0.5))
 
 
 def test_a_bundle_without_a_one_graph_says_so(sd15_bundle: Path, two_steps: Path) -> None:
-    """What to do is in the message."""
-    with pytest.raises(RequestError, match="has no one-graph, it has none; add one with `hypersd export --one-graph`"):
-        OneGraphPipeline.load(sd15_bundle)
+    """The message says what to do."""
+    with pytest.raises(RequestError, match="it has none; add one with `hypersd export --one-graph`"):
+        Pipeline.load(sd15_bundle, one_graph="one-graph-2steps")
     with pytest.raises(RequestError, match="has no one-graph 'one-graph-9steps', it has one-graph-2steps"):
-        OneGraphPipeline.load(two_steps, "one-graph-9steps")
+        Pipeline.load(two_steps, one_graph="one-graph-9steps")
+
+
+def test_a_one_graph_has_no_stages(pipe: Pipeline, two_steps: Path) -> None:
+    """Callbacks, embeddings and single decoding need the components."""
+    for call in (
+        lambda: pipe(PROMPT, callback_on_step_end=lambda *_: None),
+        lambda: pipe.encode_prompt([PROMPT]),
+        lambda: pipe.decode(torch.zeros(1, 4, 8, 8)),
+    ):
+        with pytest.raises(RequestError, match="one-graph-2steps has no stages of its own"):
+            call()
+    with pytest.raises(RequestError, match="leave them or one_graph out"):
+        Pipeline.load(two_steps, one_graph="one-graph-2steps", vae_tile=64)

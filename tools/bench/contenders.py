@@ -83,7 +83,7 @@ def _is_the_automatic_choice(context: Context) -> str | None:
 
 
 def _one_graph_options(context: Context) -> dict[str, Any]:
-    return {"bundle": str(context.bundle.root), "device": context.device}
+    return {"bundle": str(context.bundle.root), "device": context.device, "is_one_graph": True}
 
 
 def _why_no_one_graph(context: Context) -> str | None:
@@ -148,7 +148,7 @@ CONTENDERS = (
     Contender(
         name="hypersd-one-graph",
         summary="hypersd's graph of the whole image on ONNX Runtime",
-        module=f"{__package__}.one_graph_contender",
+        module=f"{__package__}.hypersd_contender",
         options=_one_graph_options,
         libraries=("onnxruntime",),
         why_not=_why_no_one_graph,

@@ -14,7 +14,7 @@ import torch
 
 from hypersd.engines import Bundle
 from hypersd.errors import RequestError
-from hypersd.tools.bench import diffusers_contender, hypersd_contender, one_graph_contender
+from hypersd.tools.bench import diffusers_contender, hypersd_contender
 from hypersd.tools.bench.contenders import CONTENDERS, Context, find_contender
 from hypersd.tools.bench.figures import compare_images
 from hypersd.tools.bench.protocol import Settings, TimedImage
@@ -142,7 +142,7 @@ def test_contenders_are_told_apart() -> None:
         assert hasattr(importlib.import_module(module), "Runner")
 
 
-def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_a_one_graph_has_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
     """The same image from another graph for each number of steps; a bundle without one is told what to do."""
     contender = find_contender("hypersd-one-graph")
     why = contender.why_not_here(Context(Bundle.load(sd15_bundle), "cpu", tmp_path), has_own_python=False)
@@ -152,12 +152,12 @@ def test_a_one_graph_draws_its_own_steps(sd15_bundle: Path, copy_bundle: Callabl
     for steps in (1, 2):
         bundle = add_one_graph(root, steps)
     assert contender.why_not_here(Context(bundle, "cpu", tmp_path), has_own_python=False) is None
-    runner = one_graph_contender.Runner(str(root), "cpu")
+    runner = hypersd_contender.Runner(str(root), True, device="cpu")
     runner.load()
     for steps in (1, 2, 1):
         settings = settings_of(root, steps=(steps,))
         made = runner.generate(settings)
         assert compare_images(ours(root, settings).pixels, made.pixels, {"fp32"}).verdict == "same"
         assert sum(made.stages.values()) <= made.seconds
-    with pytest.raises(RequestError, match="no one-graph of this bundle draws that"):
+    with pytest.raises(RequestError, match="no one-graph of this bundle fits"):
         runner.generate(settings_of(root, steps=(4,)))
