@@ -46,6 +46,8 @@ if (($# == 0)); then
     .venv/bin/codespell || failed+=("codespell")
     check_shell || failed+=("shellcheck")
     check_workflows || failed+=("actionlint")
+    say "mkdocs build --strict"
+    NO_MKDOCS_2_WARNING=1 "$VENV_PYTHON" -m mkdocs build --strict --quiet || failed+=("mkdocs build")
     if ((${#failed[@]})); then
         die "failed: $(printf '%s; ' "${failed[@]}")tests were not run."
     fi

@@ -1,0 +1,258 @@
+"""MkDocs hooks: the pages that are made from the code (commands, Python, HTTP, manifest, checkpoints) or from other files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
+PACKAGES = ("hypersd.runtime", "hypersd.export", "hypersd.engines", "hypersd.samplers", "hypersd.families")
+MODULES = ("hypersd.runtime.control_images", "hypersd.errors")
+ROOM_FILES = ("__init__.py", "errors.py")
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Show mkdocstrings the package alone: the clone's folder may have another name, and holds .venv and tests besides."""
+    folder = Path(tempfile.mkdtemp(prefix="hypersd-docs-")) / "hypersd"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in ROOM_FILES or (path.is_dir() and (path / "__init__.py").is_file()):
+            (folder / path.name).symlink_to(path)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(folder.parent)]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {
+        "reference/commands.md": commands(),
+        "reference/checkpoints.md": checkpoints(),
+        "reference/python.md": python_names(),
+        "reference/http.md": http(),
+        "reference/manifest.md": manifest(),
+    }
+    for uri, source in COPIES.items():
+        pages[uri] = LINK.sub(_absolute, (ROOT / source).read_text("utf-8"))
+    for uri, content in pages.items():
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def _absolute(link: re.Match[str]) -> str:
+    """A link of a page that is written for the repository: its text alone, unless it is in the site."""
+    target = link[1]
+    return f"]({target.removeprefix('docs/')})" if target.startswith("docs/") else "]()"
+
+
+def commands() -> str:
+    """Every command, from its parser."""
+    from hypersd.cli import make_parser
+
+    os.environ["COLUMNS"] = "100"
+    parser = make_parser()
+    lines = ["# Commands", "", "`hypersd COMMAND --help` shows the same.", ""]
+    for name, command in _subparsers(parser):
+        lines += [f"## hypersd {name}", "", _escape(command.description or ""), ""]
+        lines += ["```text", command.format_usage().removeprefix("usage: ").rstrip(), "```", ""]
+        for group in command._action_groups:
+            lines += _option_table(group)
+    return "\n".join(lines)
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.items()
+
+
+def _option_table(group: argparse._ArgumentGroup) -> list[str]:
+    actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
+    if not actions:
+        return []
+    lines = [f"**{(group.title or 'options').capitalize()}**", ""]
+    lines += [_escape(group.description), ""] if group.description else []
+    lines += _table(("argument", "meaning"), ((_code(_words(action)), _help(action)) for action in actions))
+    return [*lines, ""]
+
+
+def _words(action: argparse.Action) -> str:
+    formatter = argparse.HelpFormatter("hypersd", width=1000)
+    return formatter._format_action_invocation(action)
+
+
+def _help(action: argparse.Action) -> str:
+    values = {**vars(action), "prog": "hypersd"}
+    text = (action.help or "") % {name: value for name, value in values.items() if value is not argparse.SUPPRESS}
+    return f"{text} (may be repeated)" if isinstance(action, argparse._AppendAction) and "several" not in text else text
+
+
+def checkpoints() -> str:
+    """The table that `hypersd list` prints."""
+    from hypersd.export import CHECKPOINTS, DEMO_CHECKPOINTS
+
+    lines = ["# Checkpoints", "", "`hypersd list` shows this table, and the ControlNets whose settings are known.", ""]
+    for title, known in (("Hyper-SD", CHECKPOINTS), ("Demonstration, in the clone", DEMO_CHECKPOINTS)):
+        rows = (
+            (
+                f"`{entry.name}`",
+                f"`{entry.base}`",
+                ", ".join(str(steps) for steps in entry.allowed_steps),
+                entry.sampler,
+                ", ".join(map(str, entry.timesteps or ())) or "the sampler's",
+                f"{entry.eta:g}",
+                f"{entry.guidance_scale:g}" if entry.is_guided else "none",
+            )
+            for entry in known
+        )
+        lines += [
+            f"## {title}",
+            "",
+            *_table(("name", "base", "steps", "sampler", "timesteps", "eta", "guidance"), rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def python_names() -> str:
+    """A page that mkdocstrings fills: the public names under the modules that export them, and whole modules."""
+    lines = ["# Python", "", "All public names. Errors are subclasses of `hypersd.HyperSDError`.", ""]
+    done: set[str] = set()
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        values = [getattr(module, name) for name in getattr(module, "__all__", ())]
+        places = {f"{v.__module__}.{v.__qualname__}" for v in values if inspect.isclass(v) or inspect.isfunction(v)}
+        if new := sorted(places - done):
+            lines += [f"## {package}", "", *(line for place in new for line in _member(place))]
+        done |= places
+    for name in MODULES:
+        lines += [f"## {name}", "", f"::: {name}", "    options:", "      show_root_heading: false", ""]
+    return "\n".join(lines)
+
+
+def _member(place: str) -> list[str]:
+    return [f"::: {place}", "    options:", "      heading_level: 3", ""]
+
+
+def http() -> str:
+    """The HTTP API, from the description that the service itself gives at /openapi.json."""
+    from hypersd.serve.app import make_app
+    from hypersd.serve.settings import ServeSettings
+
+    service: Any = SimpleNamespace(metrics=None)
+    schema = make_app(service, ServeSettings()).openapi()
+    lines = [
+        "# HTTP",
+        "",
+        schema["info"]["description"],
+        "",
+        "The service itself has this description at `GET /openapi.json`.",
+    ]
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            lines += [
+                "",
+                f"## {method.upper()} {path}",
+                "",
+                _escape(operation.get("description") or operation["summary"]),
+            ]
+            answers = operation["responses"].items()
+            rows = ((f"`{status}`", answer["description"]) for status, answer in answers)
+            lines += ["", *_table(("status", "meaning"), rows)]
+    lines += ["", "## Bodies", ""]
+    for name, body in schema["components"]["schemas"].items():
+        lines += [f"### {name}", "", _escape(body.get("description", "")), "", *_schema_table(body), ""]
+    return "\n".join(lines)
+
+
+def manifest() -> str:
+    """The manifest, from the types that read it."""
+    import msgspec
+
+    from hypersd.engines import Manifest
+
+    types = msgspec.json.schema(Manifest)["$defs"]
+    lines = [
+        "# Manifest",
+        "",
+        "`bundle.json` holds one `Manifest`. Unknown fields are rejected. `*` marks a required field.",
+        "",
+    ]
+    for name in ["Manifest", *(name for name in sorted(types) if name != "Manifest")]:
+        lines += [f"## {name}", "", _docstring(types[name].get("description", "")), "", *_schema_table(types[name]), ""]
+    return "\n".join(lines)
+
+
+def _docstring(text: str) -> str:
+    """A docstring's paragraphs, its attributes as a list."""
+    head, _, attributes = inspect.cleandoc(text).partition("Attributes:\n")
+    items = re.sub(r"(?m)^ {4}(\w+): ", r"- `\1`: ", attributes)
+    return f"{_escape(head)}\n{_escape(items)}".replace("``", "`").strip()
+
+
+def _schema_table(schema: Mapping[str, Any]) -> list[str]:
+    required = schema.get("required", ())
+    rows = [
+        (f"`{name}`" + (" *" if name in required else ""), _code(_type(field)), _field_text(field))
+        for name, field in schema.get("properties", {}).items()
+    ]
+    return _table(("field", "type", "meaning"), rows) if rows else []
+
+
+def _field_text(field: Mapping[str, Any]) -> str:
+    text = field.get("description", "")
+    default = field.get("default")
+    return text + (f" (default: `{default}`)" if default not in (None, "", [], {}) else "")
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    """A JSON schema's type in a few words."""
+    if "$ref" in field:
+        return field["$ref"].rpartition("/")[2]
+    if "anyOf" in field:
+        return " or ".join(_type(option) for option in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return " | ".join(str(value) for value in field.get("enum", [field.get("const")]))
+    kind = field.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(field.get('items') or {})}"
+    if kind == "object" and isinstance(field.get("additionalProperties"), dict):
+        return f"object of {_type(field['additionalProperties'])}"
+    return str(kind) + _limits(field)
+
+
+def _limits(field: Mapping[str, Any]) -> str:
+    signs = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+    found = [f"{sign} {field[key]}" for key, sign in signs.items() if key in field]
+    return f" {' '.join(found)}" if found else ""
+
+
+def _table(headings: tuple[str, ...], rows: Any) -> list[str]:
+    lines = [f"| {' | '.join(headings)} |", "|" + " --- |" * len(headings)]
+    return lines + [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    return _escape(" ".join(text.split()).replace("|", "\\|"))
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown would read as HTML, outside of code."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(parts))
