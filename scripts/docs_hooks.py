@@ -25,7 +25,7 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Show mkdocstrings the package alone: the clone's folder may have another name, and holds .venv and tests besides."""
+    """Show mkdocstrings the package alone: the folder of the clone may have another name, and holds .venv and tests."""
     folder = Path(tempfile.mkdtemp(prefix="hypersd-docs-")) / "hypersd"
     folder.mkdir()
     for path in ROOT.iterdir():
