@@ -1,4 +1,4 @@
-"""MkDocs hooks: the pages that are made from the code (commands, Python, HTTP, manifest, checkpoints) or from other files."""
+"""MkDocs hooks: pages made from the code (commands, Python, HTTP, manifest, checkpoints) or from other files."""
 
 from __future__ import annotations
 
