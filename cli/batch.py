@@ -53,17 +53,18 @@ def run(args: argparse.Namespace) -> None:
     """Draw what is missing; images that fail are told of at the end, and the exit code is 1 then."""
     from ..cluster.jobs import read_jobs
     from ..engines import Bundle
-    from ..engines.lock import locked
+    from ..engines.files import lock_file
+    from ..errors import disk_errors
     from .console import err
-    from .image_output import writing
+    from .image_output import OTHER_PLACE
 
     bundle = Bundle.load(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
     _check(args)
     jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args))
     waiting = f"waiting for another process that draws into {args.output}"
-    with locked(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
-        with writing(args.output):
+    with lock_file(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
+        with disk_errors(args.output, OTHER_PLACE):
             args.output.mkdir(parents=True, exist_ok=True)
         missing = [job for job in jobs if not job.is_generated(args.output)]
         _say_found(args, jobs, missing)
@@ -117,9 +118,10 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
 def _generate(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
     """Draw and write images; ``errors`` gets those that failed, by the image's name."""
     from ..cluster.batch_run import connect, generate_jobs
-    from ..engines.bundle import write_whole
+    from ..engines.files import write_whole
+    from ..errors import disk_errors
     from .console import step_bar
-    from .image_output import writing
+    from .image_output import OTHER_PLACE
 
     connect(args.address)
     errors.update({job.file: "not drawn" for job in jobs})
@@ -128,7 +130,7 @@ def _generate(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[
             if result.png is None:
                 errors[result.file] = result.error or "not drawn"
             else:
-                with writing(args.output / result.file):
+                with disk_errors(args.output / result.file, OTHER_PLACE):
                     write_whole(args.output / result.file, result.png)
                 del errors[result.file]
             advance()
@@ -148,15 +150,16 @@ def _actors(args: argparse.Namespace) -> ActorOptions:
 
 
 def _write_index(output: Path, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
-    from ..engines.bundle import write_whole
-    from .image_output import writing
+    from ..engines.files import write_whole
+    from ..errors import disk_errors
+    from .image_output import OTHER_PLACE
 
     lines = [
         {"file": job.file, "line": job.line, "seed": job.seed, "prompt": job.body.prompt, "error": errors.get(job.file)}
         for job in jobs
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    with writing(output / INDEX_NAME):
+    with disk_errors(output / INDEX_NAME, OTHER_PLACE):
         write_whole(output / INDEX_NAME, text.encode())
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, print, write."""
     _check_outputs(args)
     from ..engines import Bundle
-    from ..engines.bundle import write_whole
+    from ..engines.files import write_whole
     from ..tools.bench.report import encode
     from ..tools.bench.session import BenchOptions, run_bench
     from ..tools.bench.table import print_report

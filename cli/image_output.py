@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ..errors import DiskFullError, RequestError, UserError
+from ..engines.files import whole_file
+from ..errors import RequestError, disk_errors
 
 CAPTION_HEIGHT = 16
 MARGIN = 4
+OTHER_PLACE = "choose another place"
 
 
 def check_output(path: Path | None) -> None:
@@ -43,31 +42,10 @@ def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
     """
     from ..runtime.metadata import png_info  # torch comes with it
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(temporary, format="PNG", pnginfo=png_info(metadata))
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in one line why a file cannot be written.
-
-    Raises:
-        UserError: its place cannot be written.
-        DiskFullError: there is no room left.
-    """
-    try:
-        yield
-    except OSError as error:
-        kind = DiskFullError if error.errno == errno.ENOSPC else UserError
-        raise kind(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
+    with disk_errors(path, OTHER_PLACE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            image.save(partial, format="PNG", pnginfo=png_info(metadata))
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

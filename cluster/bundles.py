@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..engines import Bundle
-from ..engines.bundle import write_whole
-from ..engines.cache_folder import cache_folder
-from ..engines.lock import locked
+from ..engines.files import cache_folder, lock_file, whole_folder, write_whole
 from ..engines.manifest import MANIFEST_NAME, decode
-from ..errors import BundleError, UserError
+from ..errors import BundleError, disk_errors
 
 CHUNK = 16 << 20  # bytes that one message carries
 
@@ -91,7 +88,7 @@ def find_or_fetch(bundle: SharedBundle, read: Read, cache: Path | None = None) -
     if _digest(bundle.folder) == bundle.digest:
         return bundle.folder
     target = (cache or cache_folder() / "bundles") / bundle.digest[:16] / bundle.name
-    with locked(target, on_wait=lambda: None):
+    with lock_file(target, on_wait=lambda: None):
         if _digest(target) != bundle.digest:
             _fetch(bundle, read, target)
     return target
@@ -99,26 +96,15 @@ def find_or_fetch(bundle: SharedBundle, read: Read, cache: Path | None = None) -
 
 def _fetch(bundle: SharedBundle, read: Read, target: Path) -> None:
     """Copy a bundle's files; the folder has its name once they are whole."""
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    try:
-        for leftover in (unfinished, target):
-            shutil.rmtree(leftover, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with disk_errors(target, "move the cache with XDG_CACHE_HOME"), whole_folder(target) as partial:
         manifest = b"".join(_chunks(bundle, read, MANIFEST_NAME))
         decode(manifest, f"the manifest of {bundle.name}")  # refuses names that lead out of the folder
         for file in bundle.files:
-            _copy(_chunks(bundle, read, file), unfinished / file)
-        write_whole(unfinished / MANIFEST_NAME, manifest)
-        if _digest(unfinished) != bundle.digest:
+            _copy(_chunks(bundle, read, file), partial / file)
+        write_whole(partial / MANIFEST_NAME, manifest)
+        if _digest(partial) != bundle.digest:
             raise BundleError(f"{bundle.name} was exported anew while it was fetched: start the service again")
-        Bundle.load(unfinished, hashes=True)
-        unfinished.rename(target)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        reason = error.strerror or error
-        raise UserError(
-            f"{target} cannot be written: {reason}; make room, or move the cache with XDG_CACHE_HOME"
-        ) from error
+        Bundle.load(partial, hashes=True)
 
 
 def _chunks(bundle: SharedBundle, read: Read, file: str) -> Iterable[bytes]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ..engines import Manifest
 from ..engines.manifest import encode
-from ..errors import RequestError
+from ..errors import RequestError, validation_in_words
 from ..runtime.metadata import METADATA_KEY
 from ..runtime.params import LARGEST_SEED
 from ..serve.schemas import GenerationRequest
@@ -123,8 +123,7 @@ def _checked(where: str, fields: Mapping[str, Any]) -> GenerationRequest:
     try:
         return GenerationRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise RequestError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise RequestError(f"{where}: {validation_in_words(error)[0]}") from None
 
 
 def _singles(path: Path, line: int, body: GenerationRequest) -> Iterator[GenerationRequest]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..engines import Bundle
-from ..errors import RequestError
+from ..errors import RequestError, validation_in_words
 from ..serve.settings import ServeSettings, read_token
 
 MEGABYTE = 1 << 20
@@ -89,7 +89,7 @@ def read_options(arguments: Mapping[str, Any]) -> ClusterOptions:
     try:
         options = ClusterOptions.model_validate(dict(arguments))
     except ValidationError as error:
-        raise RequestError(_in_words(error)) from None
+        raise RequestError(validation_in_words(error)[0]) from None
     if options.max_replicas < options.min_replicas:
         raise RequestError(
             f"max_replicas={options.max_replicas} is below min_replicas={options.min_replicas}: expected at least that"
@@ -97,13 +97,3 @@ def read_options(arguments: Mapping[str, Any]) -> ClusterOptions:
     for folder in options.bundles:
         Bundle.load(folder).check_weights(options.allow_random_weights, "allow_random_weights=true")
     return options
-
-
-def _in_words(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    name = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"{name} is missing: expected {name}=VALUE"
-    if first["type"] == "extra_forbidden":
-        return f"{name}= is not known: expected some of {', '.join(ClusterOptions.model_fields)}"
-    return f"{name}={first['input']!s}: {first['msg']}"

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import os
-import shutil
-import threading
 from pathlib import Path
 
 from ..errors import BundleError, RequestError
+from .files import sha256_file, write_whole
 from .manifest import MANIFEST_NAME, Component, Manifest, Plan, decode, encode
-
-HASH_CHUNK = 1 << 22
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of which a reader sees the old content or the new one, whole; a failure leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``bundle.json``, whole."""
     write_whole(root / MANIFEST_NAME, encode(manifest))
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system has them, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @dataclasses.dataclass(frozen=True)

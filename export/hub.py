@@ -13,7 +13,6 @@ On top of it:
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -23,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..engines.bundle import sha256_file
-from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, one_line
+from ..engines.files import sha256_file
+from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, disk_full, is_disk_full, one_line
 
 if TYPE_CHECKING:
     from huggingface_hub.file_download import HfFileMetadata
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+OTHER_DISK = "set HF_HOME to a folder on another disk"
 _LOCAL_HINT = "point --base / --lora at local files"
 
 
@@ -169,7 +168,10 @@ def _download_blob(wanted: _Wanted, metadata: HfFileMetadata, blob: Path, progre
     with partial.open("ab") as file:
         missing, free = metadata.size - file.tell(), shutil.disk_usage(blob.parent).free
         if missing > free:
-            raise DiskFullError(_disk_full(wanted, f"needs {_gigabytes(missing)} and {_gigabytes(free)} are free"))
+            raise DiskFullError(
+                f"the download of {wanted} needs {_gigabytes(missing)}, {blob.parent} has {_gigabytes(free)} free: "
+                f"free some space or {OTHER_DISK}"
+            )
         _download(url, file, metadata.size, _bar_class(wanted.filename, progress))
     digest = sha256_file(partial)
     if digest != metadata.etag:
@@ -266,8 +268,8 @@ def _explain(error: Exception, wanted: _Wanted) -> HyperSDError:
         return DownloadError(
             f"{endpoint} does not answer as a Hub does when asked for {wanted}: check HF_ENDPOINT and any proxy"
         )
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return DiskFullError(_disk_full(wanted, "filled the disk"))
+    if isinstance(error, OSError) and is_disk_full(error):
+        return disk_full(constants.HF_HUB_CACHE, OTHER_DISK)
     if isinstance(error, OSError) and error.errno is not None:
         return DownloadError(
             f"cannot store {wanted} in the cache {constants.HF_HUB_CACHE} ({one_line(error)}): "
@@ -318,15 +320,6 @@ def _explain_status(error: Any, wanted: _Wanted, endpoint: str) -> HyperSDError:
             f"try again later, or set HF_ENDPOINT to a mirror, or {_LOCAL_HINT}"
         )
     return DownloadError(f"{endpoint} answered {status} when asked for {wanted}: check the names and HF_ENDPOINT")
-
-
-def _disk_full(wanted: _Wanted, what: str) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"the download of {wanted} {what} (cache {constants.HF_HUB_CACHE}): "
-        "free some space, or set HF_HOME to a folder on another disk"
-    )
 
 
 def _gigabytes(n: int) -> str:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..engines.bundle import sha256_file
+from ..engines.files import sha256_file
 from ..engines.manifest import SourceFile
 from ..errors import WeightsError
 from .checkpoints import DEMO_FOLDERS

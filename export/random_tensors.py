@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
+from ..engines.files import whole_file
 from ..weights.lora import COVERED_BLOCKS, PREFIX
 from ..weights.safetensors_file import write_safetensors
 from .models import layer_names
@@ -54,12 +55,11 @@ class RandomFile:
             seed: equal seeds make equal files.
             on_tensor: told which part of the tensors is done, 0 to 1.
         """
-        unfinished = root / f"{self.path}.unfinished"
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        with torch.random.fork_rng(devices=[]):
+        path = root / self.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, is_locked=True) as partial, torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_seed_of(self.path, seed))
-            write_safetensors(unfinished, self.shapes, self._counted(on_tensor))
-        unfinished.replace(root / self.path)
+            write_safetensors(partial, self.shapes, self._counted(on_tensor))
 
     def _counted(self, on_tensor: Callable[[float], None]) -> Iterator[Tensor]:
         for i, tensor in enumerate(self.tensors(), 1):

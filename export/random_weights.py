@@ -9,7 +9,6 @@ checkpoint has.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import shutil
@@ -17,10 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engines.cache_folder import cache_folder
-from ..engines.lock import locked
+from ..engines.files import cache_folder, lock_file, partial_path
 from ..engines.progress import Stage
-from ..errors import DiskFullError, RequestError, UserError
+from ..errors import DiskFullError, RequestError, disk_errors
 from ..families import find_family
 from .architectures import PUBLISHED, Architecture, empty_networks
 from .byte_tokenizer import write_byte_tokenizer
@@ -101,7 +99,7 @@ def random_base(family: str, random: RandomWeights, progress: ExportProgress) ->
     It is renamed to its name when it is whole; a run that was killed is gone on with, file by file.
     """
     root = random.place(family)
-    with locked(root, lambda: progress.note(f"waiting for another process to write {root}")):
+    with lock_file(root, lambda: progress.note(f"waiting for another process to write {root}")):
         if root.exists():
             progress.note(f"random weights are taken from {root}")
         else:
@@ -110,28 +108,23 @@ def random_base(family: str, random: RandomWeights, progress: ExportProgress) ->
 
 
 def _write_all(root: Path, family: str, random: RandomWeights, progress: ExportProgress) -> None:
-    architecture, partial = random.architectures[family], root.with_name(f".{root.name}.partial")
+    architecture, partial = random.architectures[family], partial_path(root)
     networks = empty_networks(architecture)
     missing = [file for file in _files(networks, architecture) if not (partial / file.path).exists()]
     size = sum(file.size for file in missing)
     check_space(root.parent, size, "the random weights need", CACHE_REMEDY)
     progress.note(f"random weights for {find_family(family).title} are written to {root}: {size / 1e6:,.0f} MB, once")
     try:
-        _write_small_files(partial, networks, architecture)
-        for file in missing:
-            with Stage(progress, f"random weights: {file.name}") as stage:
-                stage.note = f"{file.size / 1e6:,.0f} MB"
-                file.write(partial, random.seed, lambda done: progress.update(done, ""))
-        partial.rename(root)
-    except OSError as error:
-        raise _explain(error, partial) from error
-
-
-def _explain(error: OSError, partial: Path) -> UserError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{partial} cannot be written: {error.strerror or error}; set XDG_CACHE_HOME to another place")
-    shutil.rmtree(partial, ignore_errors=True)
-    return DiskFullError(f"the disk of {partial.parent} is full: free some space or {CACHE_REMEDY}; nothing was kept")
+        with disk_errors(partial, CACHE_REMEDY):
+            _write_small_files(partial, networks, architecture)
+            for file in missing:
+                with Stage(progress, f"random weights: {file.name}") as stage:
+                    stage.note = f"{file.size / 1e6:,.0f} MB"
+                    file.write(partial, random.seed, lambda done: progress.update(done, ""))
+            partial.rename(root)
+    except DiskFullError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _network_folder(name: str) -> str:

@@ -8,23 +8,19 @@ beside the output already has, made from the same inputs, is linked instead of m
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from ..engines.bundle import Bundle, link_or_copy, sha256_file, write_manifest, write_whole
-from ..engines.lock import locked
+from ..engines.bundle import Bundle, write_manifest
+from ..engines.files import link_or_copy, lock_file, partial_path, replace_folder, sha256_file, write_whole
 from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, encode
-from ..errors import BundleError, DiskFullError, HyperSDError, UserError
+from ..errors import BundleError, DiskFullError, HyperSDError, UserError, disk_full, is_disk_full
 
 PROGRESS_NAME = "progress.json"
-# NumPy's tofile, which onnx_ir writes weights with, raises an OSError that has no errno
-NUMPY_DISK_FULL = re.compile(r"problem writing element \d+ to file|\d+ requested and \d+ written")
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -39,7 +35,7 @@ class Workspace:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.root = out.parent / f".{out.name}.partial"
+        self.root = partial_path(out)
         self._finished = Finished({}, {})
         self._resumed = False
 
@@ -53,15 +49,13 @@ class Workspace:
             UserError: the output's place cannot be written.
         """
         workspace = cls(out)
-        with locked(out, on_wait):
+        with lock_file(out, on_wait):
             try:
                 yield workspace
             except BaseException as error:
-                if _is_disk_full(error):
+                if not isinstance(error, HyperSDError) and is_disk_full(error):
                     shutil.rmtree(workspace.root, ignore_errors=True)
-                    raise DiskFullError(
-                        f"the disk of {out.parent} is full: free some space or choose another --out; nothing was kept"
-                    ) from error
+                    raise disk_full(out.parent, "choose another --out; nothing was kept") from error
                 if workspace._resumed and not workspace._finished.components:
                     shutil.rmtree(workspace.root, ignore_errors=True)
                 raise
@@ -162,13 +156,11 @@ class Workspace:
             }
         )
         write_manifest(self.root, manifest)
-        old = self.out.parent / f".{self.out.name}.old"
-        if replace and self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        self.root.rename(self.out)
+        if replace:
+            replace_folder(self.root, self.out)
+        else:
+            self.root.rename(self.out)  # fails where another process has put a bundle meanwhile
         (self.out / PROGRESS_NAME).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
         return Bundle.load(self.out)
 
     def _note(self, name: str, component: Component, files: dict[str, FileRecord]) -> None:
@@ -214,15 +206,3 @@ def check_space(
         raise DiskFullError(
             f"{what} about {needed / 1e6:,.0f} MB, {folder} has {free / 1e6:,.0f} MB free: free some space or {remedy}"
         )
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether a full disk is at the bottom of an error; libraries wrap it in errors of their own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return not isinstance(error, HyperSDError)
-        if "No space left on device" in str(cause) or NUMPY_DISK_FULL.search(str(cause)):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False

@@ -20,12 +20,12 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from .. import __version__
-from ..errors import HyperSDError
+from ..errors import HyperSDError, validation_in_words
 from .guard import Guard
 from .image_codec import encode
 from .intake import read_request
 from .live import LiveConnections
-from .problems import invalid, problem_response, response_of
+from .problems import problem_response, response_of
 from .schemas import Failure, Generation, GenerationRequest, Health, Image, Model, Models
 from .service import Service
 from .service_request import GeneratedImage, ServiceRequest
@@ -202,7 +202,7 @@ def _handle_errors(app: FastAPI) -> None:
     handlers: dict[type[Exception], Callable[[Request, Any], Awaitable[Response]]] = {}
 
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
-        message, param = invalid(error)
+        message, param = validation_in_words(error)
         return problem_response(400, message, param=param)
 
     async def on_http(_: Request, error: HTTPException) -> Response:

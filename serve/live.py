@@ -11,10 +11,10 @@ from fastapi import WebSocket, WebSocketDisconnect
 from pydantic import ValidationError
 from starlette.datastructures import Headers
 
-from ..errors import HyperSDError
+from ..errors import HyperSDError, validation_in_words
 from .image_codec import encode
 from .intake import read_request
-from .problems import invalid, problem, status_of
+from .problems import problem, status_of
 from .schemas import LiveInput, json_of
 from .service import Service
 from .service_errors import UnavailableError
@@ -110,7 +110,7 @@ class _Connection:
         try:
             body = LiveInput.model_validate_json(text)
         except ValidationError as error:
-            await self._send_problem(_id_of(text), 400, *invalid(error))
+            await self._send_problem(_id_of(text), 400, *validation_in_words(error))
             return
         try:
             service_request = await asyncio.to_thread(lambda: read_request(body, self.service.models(), self.settings))

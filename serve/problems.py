@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from ..errors import RequestError
 from .schemas import Failure, Problem, ProblemType, json_of
@@ -71,17 +69,3 @@ def status_of(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, TimedOutError):
         return 504, None
     return 500, None
-
-
-def invalid(error: RequestValidationError | ValidationError) -> tuple[str, str | None]:
-    """One line on a body that does not fit its schema, without the input itself; and the name of the field."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return 'the body is not valid JSON: expected an object such as {"prompt": "a cat"}', None
-    message = first["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"the body: {message}: expected a JSON object", None
-    if first["type"] == "extra_forbidden":
-        return f"{where[0][:80]!r} is not a field of this request: leave it out", where[0][:80]
-    return f"{'.'.join(where)[:120]}: {message}", where[0]

@@ -152,7 +152,8 @@ def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
     import msgspec
 
     from hypersd.engines import Bundle
-    from hypersd.engines.bundle import link_or_copy, write_manifest
+    from hypersd.engines.bundle import write_manifest
+    from hypersd.engines.files import link_or_copy
     from hypersd.engines.manifest import MANIFEST_NAME, SamplerSettings
 
     def copy(folder: Path, name: str = "copy", **changes: Any) -> Bundle:

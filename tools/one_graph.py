@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 
 from ..engines import Bundle, Manifest
-from ..engines.bundle import sha256_file, write_manifest, write_whole
+from ..engines.bundle import write_manifest
 from ..engines.component_names import one_graph_file
+from ..engines.files import lock_file, sha256_file, write_whole
 from ..engines.image_shapes import narrowed
-from ..engines.lock import locked
 from ..engines.manifest import Component, FileRecord, ImageShapes, OneGraph, Range
 from ..engines.progress import BuildProgress, Silent, Stage
 from ..errors import BundleError, RequestError
@@ -63,7 +63,7 @@ def add_one_graph(
         RequestError: an argument is out of range, or the bundle's images need guidance or ControlNets.
     """
     root, progress = bundle.root if isinstance(bundle, Bundle) else Path(bundle), progress or Silent()
-    with locked(root, lambda: progress.note(f"waiting for another build in {root} to end")):
+    with lock_file(root, lambda: progress.note(f"waiting for another build in {root} to end")):
         bundle = Bundle.load(root)
         manifest = bundle.manifest
         check_can_compose(manifest.checkpoint, manifest.sampler.guidance_scale, list(manifest.controlnets))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..engines import Bundle
-from ..engines.bundle import write_whole
+from ..engines.files import write_whole
 from ..errors import RequestError, UserError
 from .config import config_text
 

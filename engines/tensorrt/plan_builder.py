@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import BundleError, EngineError, one_line
-from ..bundle import write_whole
 from ..cores import available_cores
+from ..files import write_whole
 from ..image_shapes import extents_of
 from ..manifest import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api

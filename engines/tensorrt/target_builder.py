@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from ...errors import BundleError, DiskFullError, EngineError, RequestError, UserError
-from ..bundle import Bundle, link_or_copy, sha256_file, write_manifest
-from ..cache_folder import cache_folder
+from ...errors import BundleError, DiskFullError, EngineError, RequestError, disk_errors
+from ..bundle import Bundle, write_manifest
+from ..files import cache_folder, link_or_copy, lock_file, sha256_file, whole_file
 from ..image_shapes import narrowed
-from ..lock import locked
 from ..manifest import (
     ENGINES_FOLDER,
     MANIFEST_NAME,
@@ -31,6 +28,7 @@ from .machine import Machine, this_machine
 from .targets import describe, onnx_hash, plan_key, target_name
 from .validate import validate_plan
 
+COPY_HINT = "copy the bundle to a disk with room that you may write to"
 PLAN_OVERHEAD = 16 << 20  # bytes of a plan besides its weights: kernels and their tables
 
 
@@ -77,7 +75,7 @@ def remove_target(bundle: Bundle, name: str) -> Bundle:
     Raises:
         RequestError: the bundle has no target of this name.
     """
-    with locked(bundle.root, lambda: None), _disk_errors(bundle.root):
+    with lock_file(bundle.root, lambda: None), disk_errors(bundle.root, COPY_HINT):
         bundle = Bundle.load(bundle.root)
         engines = dict(bundle.manifest.engines)
         if (target := engines.pop(name, None)) is None:
@@ -104,7 +102,7 @@ class _Build:
 
     def run(self) -> Bundle:
         waiting = f"waiting for another build in {self.root} to end"
-        with locked(self.root, lambda: self.progress.note(waiting)), _disk_errors(self.root):
+        with lock_file(self.root, lambda: self.progress.note(waiting)), disk_errors(self.root, COPY_HINT):
             bundle = Bundle.load(self.root)
             target = make_target(bundle.manifest, self.api, self.options, self.machine)
             name = target_name(target, bundle.manifest)
@@ -159,7 +157,8 @@ class _Build:
         if (found := find_plan(self.root, component, key)) is not None:
             with contextlib.suppress(EngineError, BundleError):  # altered: build a new one
                 return self._take(bundle, component, specs, target, *found, path)
-        with _unfinished(path) as unfinished, Stage(self.progress, f"{component}: build engine") as stage:
+        build = Stage(self.progress, f"{component}: build engine")
+        with whole_file(path, is_locked=True) as unfinished, build as stage:
             for onnx in specs.files:  # what was built from another file would be recorded as built from this one
                 bundle.check_file(onnx, hashes=True)
             built = run_build(self._job(bundle, component, specs, target, unfinished), self.progress.update)
@@ -192,7 +191,7 @@ class _Build:
         path: Path,
     ) -> tuple[Plan, FileRecord]:
         """A plan of another target or bundle, linked to its place and checked as one that was built here."""
-        with _unfinished(path) as unfinished:
+        with whole_file(path, is_locked=True) as unfinished:
             link_or_copy(other.path(plan.file), unfinished)
             error = self._validate(bundle, component, specs, target, unfinished)
         self.progress.note(f"{component}: engine taken from {other.root}, built from the same inputs")
@@ -257,30 +256,3 @@ def _summary(built: Built, record: FileRecord, error: float | None) -> str:
     if count := len(built.decomposed_attention):
         words.append(f"{count} attention{'s' if count > 1 else ''} in plain kernels")
     return "; ".join(words)
-
-
-@contextlib.contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """Turn OSErrors of a bundle that cannot be written into one line with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"the disk of {root} is full: free some space or copy the bundle to a larger disk"
-            ) from error
-        raise UserError(
-            f"{root} cannot be written ({error.strerror or error}): copy the bundle to where it can be"
-        ) from error
-
-
-@contextlib.contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
-    """A hidden file that is renamed into place on success and deleted otherwise."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.unlink(missing_ok=True)
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

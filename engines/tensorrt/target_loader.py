@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import Bundle, write_whole
+from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
+from ..files import write_whole
 from ..image_shapes import extents_of
 from ..manifest import Component
 from ..progress import BuildProgress, Stage

@@ -20,7 +20,7 @@ import pytest
 
 from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
-from hypersd.engines.bundle import sha256_file
+from hypersd.engines.files import sha256_file
 from hypersd.engines.image_shapes import choose_shapes
 from hypersd.engines.manifest import ImageShapes, Range
 from hypersd.errors import RequestError

@@ -86,5 +86,5 @@ def test_only_files_of_the_bundle_are_handed_out(file: str, copy_bundle, sd15_bu
 def test_a_full_disk_is_said_in_one_line(sd15_bundle: Path, mount_disk) -> None:
     """The cache may be on a small disk: the message says where, and how to move it."""
     shared = share(sd15_bundle)
-    with pytest.raises(UserError, match=r"cannot be written: No space left.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"the disk of .* is full: .*XDG_CACHE_HOME"):
         find_or_fetch(elsewhere(shared), BundleShelf([shared]).read, mount_disk("64k"))

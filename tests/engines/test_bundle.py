@@ -16,7 +16,7 @@ from onnx.external_data_helper import set_external_data
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
-from hypersd.engines.bundle import sha256_file
+from hypersd.engines.files import sha256_file
 from hypersd.errors import BundleError
 
 MANIFEST = "bundle.json"

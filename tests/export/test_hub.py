@@ -315,7 +315,7 @@ def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
 import huggingface_hub.file_download
 huggingface_hub.file_download.http_get = full
 """
-    client.fetch(before=before).fails("DiskFullError", WEIGHTS, "filled the disk", "HF_HOME")
+    client.fetch(before=before).fails("DiskFullError", WEIGHTS, "is full", "HF_HOME")
 
 
 def test_gated_repository(client: Client, hub: LoopbackHub) -> None:

@@ -195,7 +195,7 @@ def test_a_killed_run_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
     partial = next(path for path in tmp_path.iterdir() if path.is_dir())
     kept = {path.relative_to(partial): os.stat(path).st_ino for path in partial.rglob("*.safetensors")}
     assert kept
-    assert list(partial.rglob("*.unfinished"))
+    assert list(partial.rglob(".*.partial"))
     progress = Recorder()
     assert random_base("sd15", random, progress) == root
     assert hashes(root) == hashes(random_base("sd15", small(folder), Recorder()))

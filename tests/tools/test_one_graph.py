@@ -109,7 +109,7 @@ def two_steps(sd15_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A tiny bundle with a one-graph of two steps."""
     import shutil
 
-    from hypersd.engines.bundle import link_or_copy
+    from hypersd.engines.files import link_or_copy
 
     root = tmp_path_factory.mktemp("one-graph") / "bundle"
     shutil.copytree(sd15_bundle, root, copy_function=link_or_copy, ignore=shutil.ignore_patterns("bundle.json"))

@@ -19,7 +19,8 @@ import pytest
 
 from hypersd import Pipeline
 from hypersd.engines import BuildOptions, Bundle, build_engines
-from hypersd.engines.bundle import sha256_file, write_manifest
+from hypersd.engines.bundle import write_manifest
+from hypersd.engines.files import sha256_file
 from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.manifest import EngineTarget, FileRecord, Plan
 from hypersd.engines.progress import Silent
@@ -366,8 +367,8 @@ def test_a_build_waits_for_another_process(built: Path, no_process: None) -> Non
     program = f"""if True:
         import sys
         from pathlib import Path
-        from hypersd.engines.lock import locked
-        with locked(Path({str(built)!r}), lambda: None):
+        from hypersd.engines.files import lock_file
+        with lock_file(Path({str(built)!r}), lambda: None):
             print("locked", flush=True)
             sys.stdin.read()
     """
