@@ -142,8 +142,7 @@ def test_the_caller_stays_clean(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(small_job(tmp_path)))
     program = f"""if True:
         import os, sys, msgspec
-        from hypersd.engines.tensorrt.build_process import BuildJob
-        from hypersd.engines.tensorrt.build_process import run_build
+        from hypersd.engines.tensorrt.build_process import BuildJob, run_build
         before = dict(os.environ)
         job = msgspec.json.decode(open({str(tmp_path / "job.json")!r}, "rb").read(), type=BuildJob)
         run_build(job, lambda fraction, detail: None)
@@ -263,13 +262,12 @@ def test_a_worker_does_not_outlive_its_parent(long_job: BuildJob, tmp_path: Path
     (tmp_path / "job.json").write_bytes(msgspec.json.encode(long_job))
     program = f"""if True:
         import msgspec, subprocess
-        from hypersd.engines.tensorrt import process
-        from hypersd.engines.tensorrt.build_process import BuildJob
+        from hypersd.engines.tensorrt.build_process import BuildJob, run_build
         started = []
         popen = subprocess.Popen
         subprocess.Popen = lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
         job = msgspec.json.decode(open({str(tmp_path / "job.json")!r}, "rb").read(), type=BuildJob)
-        process.run_build(job, lambda fraction, detail: print(started[0].pid, flush=True))
+        run_build(job, lambda fraction, detail: print(started[0].pid, flush=True))
     """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -285,14 +283,14 @@ def test_a_build_too_deep_to_listen_is_ended(tmp_path: Path) -> None:
     """A step of TensorRT may take minutes. After a grace the process ends all the same, and removes what it wrote."""
     program = """if True:
         import pathlib, time
-        from hypersd.engines.tensorrt import builder, worker
-        worker.SECONDS_TO_STOP = 0.5
+        from hypersd.engines.tensorrt import build_process, plan_builder
+        build_process.SECONDS_TO_STOP = 0.5
         def build_plan(job, report):
             pathlib.Path(job.plan).write_text("half a plan")
             report(0.5, "deep")
             time.sleep(60)
-        builder.build_plan = build_plan
-        worker.main()
+        plan_builder.build_plan = build_plan
+        build_process.main()
     """
     job = small_job(tmp_path)
     deep = start_worker(job, [sys.executable, "-c", program])
