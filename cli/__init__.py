@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line. Commands import what they need when they run, so that this is quick."""
-    parser = _Parser(prog="hypersd", description="Draw with Hyper-SD in few steps.")
+    parser = _Parser(prog="hypersd", description="Generate images with Hyper-SD in one to eight steps.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"hypersd {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

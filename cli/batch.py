@@ -1,7 +1,7 @@
-"""Draw a file of prompts, on all GPUs of a Ray cluster.
+"""Generate the images of a file of prompts, on all GPUs of a Ray cluster.
 
 FILE has a prompt a line, or is named *.jsonl and has an object a line with the fields of a request to `hypersd serve`,
-such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png. Started again, it draws what is
+such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png. Started again, it generates what is
 missing or would be another image now; images.jsonl in the folder lists them all.
 """
 
@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
     add_backend(parser, "as for generate (default: auto)")
     parser.add_argument("--address", help="of the Ray cluster (default: this machine's, or one of its own)")
-    parser.add_argument("--actors", type=int, metavar="N", help="that draw (default: one for each GPU, else one)")
+    parser.add_argument("--actors", type=int, metavar="N", help="workers (default: one for each GPU, else one)")
     parser.add_argument(
-        "--num-gpus", type=float, metavar="X", help="of an actor, 0 for the CPU (default: 1 if there are any)"
+        "--num-gpus", type=float, metavar="X", help="GPUs of each actor, 0 for the CPU (default: 1 if there are any)"
     )
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="images drawn at once on a GPU (default: 8)"
+        "--max-batch", type=int, default=8, metavar="N", help="images generated at once on a GPU (default: 8)"
     )
     parser.add_argument(
-        "--allow-random-weights", action="store_true", help="draw the noise of a bundle that has no trained weights"
+        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
     )
 
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
     _check(args)
     jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args))
-    waiting = f"waiting for another process that draws into {args.output}"
+    waiting = f"waiting for another process that writes to {args.output}"
     with lock_file(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
         with disk_errors(args.output, OTHER_PLACE):
             args.output.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
     from .console import err
 
     changed = sum((args.output / job.file).exists() for job in missing)
-    line = f"{len(jobs)} images: {len(jobs) - len(missing)} are there, {len(missing)} to draw"
+    line = f"{len(jobs)} images: {len(jobs) - len(missing)} are there, {len(missing)} to generate"
     if changed:
         line += f", {changed} of them because they would be others now"
     strangers = {path.name for path in args.output.glob("*.png")} - {job.file for job in jobs}
@@ -124,11 +124,11 @@ def _generate(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[
     from .image_output import OTHER_PLACE
 
     connect(args.address)
-    errors.update({job.file: "not drawn" for job in jobs})
-    with step_bar(f"drawing into {args.output}", len(jobs)) as advance:
+    errors.update({job.file: "not generated" for job in jobs})
+    with step_bar(f"generating into {args.output}", len(jobs)) as advance:
         for result in generate_jobs(args.bundle, jobs, _actors(args)):
             if result.png is None:
-                errors[result.file] = result.error or "not drawn"
+                errors[result.file] = result.error or "not generated"
             else:
                 with disk_errors(args.output / result.file, OTHER_PLACE):
                     write_whole(args.output / result.file, result.png)

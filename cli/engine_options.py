@@ -56,7 +56,7 @@ def _capability_type(hint: str) -> Callable[[str], str]:
 
     def parse(text: str) -> str:
         if not re.fullmatch(r"\d{1,2}\.\d", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is none: expected such as 8.9{hint}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability: expected e.g. 8.9{hint}")
         return text
 
     return parse
@@ -73,7 +73,7 @@ def span_type(hint: str = "") -> Callable[[str], tuple[str, tuple[int, int, int]
             return parse_dynamic(text)
         except RequestError:
             form = "expected batch, height or width as NAME=MIN:OPT:MAX"
-            raise argparse.ArgumentTypeError(f"{text!r} is none: {form}{hint}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not a range: {form}{hint}") from None
 
     return parse
 
@@ -166,14 +166,14 @@ def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = N
     from ..export.checkpoints import example_prompt
 
     if why_not:
-        line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime draws here instead"
+        line = f"these engines cannot run on this machine ({why_not}); ONNX Runtime is used here instead"
         err.print(line, markup=False, soft_wrap=True)
     prompt = example_prompt(bundle.manifest.checkpoint)
     if bundle.manifest.random_weights:
         out.print(f"measure with: hypersd bench {quoted(bundle.root)}", markup=False, soft_wrap=True)
         return
     command = f'hypersd generate {quoted(bundle.root)} "{prompt}"'
-    out.print(f"draw with: {command}", markup=False, soft_wrap=True)
+    out.print(f"generate with: {command}", markup=False, soft_wrap=True)
     if names := list(bundle.manifest.controlnets):
         given = "photo.jpg" if len(names) == 1 else f"{names[0]}=photo.jpg"
         out.print(f"along an image: {command} --control-image {given}", markup=False, soft_wrap=True)

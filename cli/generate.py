@@ -1,4 +1,4 @@
-"""Draw images from a bundle.
+"""Generate images from a bundle.
 
 Writes PNG files that carry their settings, and with --count above 1 a contact sheet of all. Image i has seed SEED+i.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The bundle, the prompt, and what differs from the checkpoint's own settings."""
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
-    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("prompt", help="text that describes the image")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.png", help="default: CHECKPOINT-SEED.png")
     parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
     parser.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="custom timesteps, descending")
@@ -54,23 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--one-graph",
         action="store_true",
-        help="run the bundle's graph of the whole image that has these settings (ONNX Runtime, OpenVINO)",
+        help="generate with the bundle's graph of the whole image that has these settings (ONNX Runtime, OpenVINO)",
     )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     parser.add_argument(
-        "--allow-random-weights", action="store_true", help="draw the noise of a bundle that has no trained weights"
+        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
     )
     add_control_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the images one by one, write them, and print seconds by stage."""
+    """Generate the images one by one, write them, and print seconds by stage."""
     _check(args)
     manifest = _read_manifest(args)
     controls = read_controls(args, manifest)  # before the engines are loaded: a file that is no image is said at once
     pipe = _load(args, _one_graph(args, manifest))
     control = _control_params(pipe, controls, args)
-    images = _draw(pipe.manifest, lambda i: _draw_one(pipe, args, i, control), controls, args)
+    images = _generate_all(pipe.manifest, lambda i: _generate_one(pipe, args, i, control), controls, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -158,20 +158,20 @@ def _params(args: argparse.Namespace, index: int = 0, **control: Any) -> Params:
     )
 
 
-def _draw(
+def _generate_all(
     manifest: Manifest,
-    draw_one: Callable[[int], PipelineOutput],
+    generate_one: Callable[[int], PipelineOutput],
     controls: Controls | None,
     args: argparse.Namespace,
 ) -> list[Image]:
-    """Draw and write every image; ``draw_one`` draws the one of an index."""
+    """Generate and write every image; ``generate_one`` draws the one of an index."""
     from ..runtime.metadata import image_metadata
     from .console import err, out
     from .image_output import numbered, write_png
 
     console, images, is_guided, idle = out(), [], False, []
     for i in range(args.count):
-        result = draw_one(i)
+        result = generate_one(i)
         path = numbered(args.output, i, args.count)
         metadata = image_metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
         write_png(path, result.images[0], metadata)
@@ -221,13 +221,14 @@ def _control_params(pipe: Pipeline, controls: Controls | None, args: argparse.Na
     return {"control_image": images, **controls.arguments}
 
 
-def _draw_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
+def _generate_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
-    if pipe.one_graph:  # which has no steps to report
-        return pipe.generate(_params(args, index))
+    params = _params(args, index, **control)
+    if pipe.one_graph or pipe.is_graphed:  # neither reports steps: a callback would keep the image from being one graph
+        return pipe.generate(params)
     with step_bar(f"image {index + 1} of {args.count}", _steps(pipe, args)) as advance:
-        return pipe.generate(_params(args, index, **control), callback_on_step_end=lambda *_: advance())
+        return pipe.generate(params, callback_on_step_end=lambda *_: advance())
 
 
 def _write_sheet(images: list[Image], args: argparse.Namespace) -> None:

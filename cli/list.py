@@ -15,7 +15,7 @@ ROW_WIDTH = 200  # whatever the terminal's, which breaks longer lines: names sta
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None but the common ones."""
+    """This command has no options of its own."""
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
-"""Serve bundles over HTTP, with a page that draws as you type.
+"""Serve bundles over HTTP, with a page that generates as you type.
 
-Requests have the shape of the OpenAI images API (POST /v1/images/generations). A bundle is called as its folder is.
+Requests have the shape of the OpenAI images API (POST /v1/images/generations). A bundle is addressed by the name of its
+folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--queue", type=int, default=64, metavar="N", help="images that may wait (default: 64)")
     parser.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="images drawn at once on a GPU (default: 8)"
+        "--max-batch", type=int, default=8, metavar="N", help="images generated at once on a GPU (default: 8)"
     )
     parser.add_argument("--max-count", type=int, default=8, metavar="N", help="images of one request (default: 8)")
     parser.add_argument(
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body-mb", type=float, default=8.0, metavar="MB", help="of a request, images included (default: 8)"
     )
     parser.add_argument(
-        "--allow-random-weights", action="store_true", help="serve the noise of a bundle that has no trained weights"
+        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
     )
 
 

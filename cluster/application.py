@@ -22,8 +22,8 @@ from ..serve.service import name_folders
 from ..serve.settings import ServeSettings
 from .bundles import BundleShelf, SharedBundle, share
 from .cluster_service import ClusterService
-from .drawer import Drawer
 from .options import ClusterOptions, read_options
+from .replica import Replica
 
 HEAD_NODE = {"node:__internal_head__": 0.001}
 UPSCALE_DELAY = 5.0  # seconds that a queue has to last: somebody waits
@@ -41,8 +41,8 @@ class ArgumentError(click.ClickException, RequestError):
 class Ingress:
     """The HTTP side, the same as that of ``hypersd serve``."""
 
-    def __init__(self, drawer: DeploymentHandle, settings: ServeSettings) -> None:
-        self._service, self._settings = ClusterService(drawer), settings
+    def __init__(self, replica: DeploymentHandle, settings: ServeSettings) -> None:
+        self._service, self._settings = ClusterService(replica), settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray calls this in the event loop that the application is going to run in."""
@@ -73,25 +73,25 @@ def app(arguments: Mapping[str, Any]) -> Application:
         max_ongoing_requests=CONNECTIONS,
         ray_actor_options={"num_cpus": 0},
     )(Ingress)
-    return ingress.bind(_drawer(options, bundles), settings)
+    return ingress.bind(_replica(options, bundles), settings)
 
 
-def _drawer(options: ClusterOptions, bundles: Sequence[SharedBundle]) -> Application:
+def _replica(options: ClusterOptions, bundles: Sequence[SharedBundle]) -> Application:
     shelf = serve.deployment(
         name="BundleShelf",
         max_ongoing_requests=8,
         ray_actor_options={"num_cpus": 0, "resources": HEAD_NODE},
     )(BundleShelf)
-    drawer = serve.deployment(
-        name="Drawer",
+    replica = serve.deployment(
+        name="Replica",
         max_ongoing_requests=options.max_ongoing_requests,
         max_queued_requests=options.queue,
         max_constructor_retry_count=CONSTRUCTOR_RETRIES,
         graceful_shutdown_timeout_s=options.timeout,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         **_replicas(options),
-    )(Drawer)
-    return drawer.bind(
+    )(Replica)
+    return replica.bind(
         bundles,
         shelf.bind(bundles),
         device=options.device,

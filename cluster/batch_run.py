@@ -74,7 +74,7 @@ class Desk(BundleShelf):
         return self._attempts[file] - 1
 
 
-class BatchDrawer:
+class BatchReplica:
     """An actor of Ray Data's: blocks of requests in, PNG files out."""
 
     def __init__(self, bundle: SharedBundle, desk: Any, options: ActorOptions) -> None:
@@ -169,7 +169,7 @@ def _generated(rows: list[dict[str, str]], bundle: SharedBundle, options: ActorO
     desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote(bundle)
     blocks = math.ceil(len(rows) / BLOCK)
     return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        BatchDrawer,
+        BatchReplica,
         batch_size=BLOCK,
         batch_format="pyarrow",
         fn_constructor_kwargs={"bundle": bundle, "desk": desk, "options": options},

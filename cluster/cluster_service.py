@@ -25,15 +25,15 @@ LOST = (RayActorError, NodeDiedError, ObjectLostError, TaskCancelledError)
 
 
 class ClusterService:
-    """Draws by the replicas of a deployment (:class:`hypersd.cluster.drawer.Drawer`).
+    """Draws by the replicas of a deployment (:class:`hypersd.cluster.replica.Replica`).
 
     A drawing whose replica dies is drawn by another: its seeds were decided here, so the images are the same. An
     input that is superseded after it was sent to the replicas is drawn all the same.
     """
 
-    def __init__(self, drawer: DeploymentHandle) -> None:
+    def __init__(self, replica: DeploymentHandle) -> None:
         self.metrics = Metrics()
-        self._drawer = drawer
+        self._replica = replica
         self._cards: list[ModelCard] = []
         self._stopping = False
         self._seconds = 0.0  # that the last drawing took, its wait included
@@ -42,7 +42,7 @@ class ClusterService:
         """Ask for what is served, again and again; the service is ready from the first answer on."""
         while True:
             with contextlib.suppress(RayError, RayServeException):
-                self._cards = await self._drawer.models.remote()
+                self._cards = await self._replica.models.remote()
             await asyncio.sleep(REFRESH if self._cards else ASK_AGAIN)
 
     def models(self) -> list[ModelCard]:
@@ -92,7 +92,7 @@ class ClusterService:
 
     async def _ask(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage] | HyperSDError:
         """One replica's answer. A cancelled call is cancelled there, too, as far as it still waits."""
-        response = self._drawer.generate.remote(service_request, timeout)
+        response = self._replica.generate.remote(service_request, timeout)
         try:
             return await response
         except asyncio.CancelledError:

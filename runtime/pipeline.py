@@ -175,6 +175,11 @@ class Pipeline:
         pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
         return pipe
 
+    @property
+    def is_graphed(self) -> bool:
+        """Whether calls without a callback may run as one CUDA graph for the whole image."""
+        return self._graphed is not None
+
     def __call__(
         self,
         prompt: str | Sequence[str],

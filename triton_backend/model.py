@@ -13,8 +13,8 @@ from ..errors import EngineError, HyperSDError, RequestError
 from ..runtime import Pipeline
 from ..serve.calls import call_params, images_at_once, keep_prompts_out_of_the_log, make_jobs, warm_up
 from ..serve.job_queue import Job
+from .config import IMAGE, SEED
 from .rows import read_requests
-from .tensors import IMAGE, SEED
 
 
 class CancelledRequestError(HyperSDError):

@@ -15,7 +15,7 @@ from ..runtime.params import Params
 from ..serve.image_codec import read_control_image
 from ..serve.service_request import ServiceRequest
 from ..serve.settings import ServeSettings
-from .tensors import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
+from .config import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
 
 MOST_PIXELS = ServeSettings().max_control_pixels
 

@@ -98,7 +98,7 @@ def test_only_a_shortened_engine_is_built_again(rtx_bundle: Path, copy, capsys: 
     built, draw = out.splitlines()
     assert built.startswith(f"engines {target_of(bundle)}: ")
     assert " MB, in " in built
-    assert draw == f'draw with: hypersd generate {bundle} "a photo of a cat"'
+    assert draw == f'generate with: hypersd generate {bundle} "a photo of a cat"'
     Bundle.load(bundle, hashes=True)
     assert "are there already" in run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[1]
 
@@ -124,7 +124,7 @@ def test_what_is_printed_can_be_pasted(
     """Whatever the bundle's name: the shell makes the same path of it, and what looks like an emoji stays."""
     bundle = Path(shutil.copytree(rtx_bundle, tmp_path / "bü ndle [red] :cat: 'a'"))
     draw = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[0].splitlines()[-1]
-    words = shlex.split(draw.removeprefix("draw with: hypersd "))
+    words = shlex.split(draw.removeprefix("generate with: hypersd "))
     assert make_parser().parse_args(words).bundle == bundle
     bare = Path(shutil.copytree(sd15_bundle, tmp_path / "no engines"))
     (line,) = [line for line in run(capsys, "info", bare)[0].splitlines() if "hypersd build" in line]
@@ -202,7 +202,7 @@ def test_engines_for_a_part_of_the_images(sdxl_dynamic_bundle: Path, copy, capsy
     ("arguments", "expected"),
     [
         (["--backend", "openvino"], "tensorrt-rtx"),
-        (["--compute-capability", "8.9", "89"], "such as 8.9"),
+        (["--compute-capability", "8.9", "89"], "e.g. 8.9"),
         (["--compute-capability", "9.9"], "8.9"),
         (["--optimization-level", "6"], "5"),
         (["--optimization-level", "-1"], "0"),

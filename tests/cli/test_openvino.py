@@ -12,7 +12,7 @@ from hypersd.cli import main
 from hypersd.engines import openvino
 from hypersd.engines.openvino import openvino_version, resolve_precision
 
-HINT = "--backend openvino draws faster here"
+HINT = "--backend openvino is faster here"
 
 
 def draw(bundle: Path, output: Path, *options: str) -> np.ndarray:

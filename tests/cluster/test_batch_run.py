@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from hypersd.cluster import batch_run as batch
-from hypersd.cluster.batch_run import ATTEMPTS, BatchDrawer, Desk
+from hypersd.cluster.batch_run import ATTEMPTS, BatchReplica, Desk
 from hypersd.cluster.bundles import share
 
 
@@ -19,7 +19,7 @@ def test_a_block_that_kills_its_actors_is_given_up(sd15_bundle, monkeypatch: pyt
     handle: Any = SimpleNamespace(begin=SimpleNamespace(remote=desk.begin))
     monkeypatch.setattr(batch.ray, "get", lambda reference: reference)
 
-    class Fragile(BatchDrawer):
+    class Fragile(BatchReplica):
         def __init__(self) -> None:
             self._desk = handle
 

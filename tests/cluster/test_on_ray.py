@@ -34,7 +34,7 @@ from ray import serve
 from hypersd import Pipeline
 from hypersd.cluster.application import app
 from hypersd.cluster.bundles import BundleShelf, share
-from hypersd.cluster.drawer import Drawer
+from hypersd.cluster.replica import Replica
 
 ONGOING = 2  # requests that a replica takes with max_batch=1
 QUEUE = 16
@@ -51,7 +51,7 @@ class Cluster:
     def generate(self, **body: Any) -> httpx.Response:
         return self.client.post("/v1/images/generations", json={"prompt": PROMPT, **body})
 
-    def calls(self, method: str, deployment: str = "default_Drawer") -> list[tuple[str, str]]:
+    def calls(self, method: str, deployment: str = "default_Replica") -> list[tuple[str, str]]:
         """Calls that replicas finished: the replica's id, and the id of the request that they belong to."""
         calls = []
         for log in self.logs.glob(f"serve/replica_{deployment}_*.log"):
@@ -195,7 +195,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
 
     def generate(seed: int) -> httpx.Response:
         if seed == 1020:  # the replicas have all that they take, and requests wait
-            ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Drawer#{victim}", namespace="serve"))
+            ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{victim}", namespace="serve"))
             killed.append(victim)
         return cluster.generate(seed=seed, steps=4)
 
@@ -218,11 +218,11 @@ def test_a_node_without_the_bundle_fetches_it_once(cluster: Cluster, demo_bundle
     bundle = share(demo_bundle)
     away = dataclasses.replace(bundle, folder=Path("/nowhere") / bundle.name)
     environment = {"env_vars": {"XDG_CACHE_HOME": str(tmp_path)}}
-    drawer = serve.deployment(
-        name="Drawer", num_replicas=2, ray_actor_options={"num_cpus": 0, "runtime_env": environment}
-    )(Drawer)
+    replica = serve.deployment(
+        name="Replica", num_replicas=2, ray_actor_options={"num_cpus": 0, "runtime_env": environment}
+    )(Replica)
     shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([bundle])
-    handle = serve.run(drawer.bind([away], shelf, device="cpu", queue=8, max_batch=1), name="away", route_prefix=None)
+    handle = serve.run(replica.bind([away], shelf, device="cpu", queue=8, max_batch=1), name="away", route_prefix=None)
     assert [card.id for card in handle.models.remote().result()] == [demo_bundle.name]
     assert len(list((tmp_path / "hypersd/bundles").glob("*/*/bundle.json"))) == 1
     reads = len(cluster.calls("read", "away_BundleShelf"))
@@ -265,7 +265,9 @@ def test_a_batch_that_was_killed_is_taken_up(run_batch, pipeline: Pipeline, tmp_
     second = run_batch(lines, "--actors", "2")
     said, _ = second.communicate()
     assert second.returncode == 1, said
-    to_draw = f"64 images: {len(kept) - 1} are there, {65 - len(kept)} to draw, 1 of them because they would be others"
+    to_draw = (
+        f"64 images: {len(kept) - 1} are there, {65 - len(kept)} to generate, 1 of them because they would be others"
+    )
     assert to_draw in said
     assert "prompts.jsonl line 41: height 64 is outside this bundle's 96" in said
     assert "1 of 64 images failed" in said

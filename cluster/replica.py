@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ray.serve import metrics
+
 from ..errors import EngineError, HyperSDError
 from ..serve.calls import keep_prompts_out_of_the_log
+from ..serve.metrics import Metrics
 from ..serve.schemas import ModelCard
 from ..serve.service import LocalService
 from ..serve.service_request import GeneratedImage, ServiceRequest
 from .bundles import SharedBundle, find_or_fetch
-from .ray_metrics import ReplicaMetrics
 
 
-class Drawer:
+class Replica:
     """A replica: draws with all bundles on one device.
 
     Errors that are told to clients are values here. Raised, Ray would wrap them, and write a traceback of each into
@@ -41,9 +43,8 @@ class Drawer:
         keep_prompts_out_of_the_log()
         with ThreadPoolExecutor(1) as pool:  # Ray's handles refuse to wait in this thread, which has an event loop
             folders = pool.submit(_find_all, bundles, shelf).result()
-        metrics = ReplicaMetrics()
         self._service = LocalService(
-            folders, devices=[device], queue=queue, max_batch=max_batch, metrics=metrics, **load
+            folders, devices=[device], queue=queue, max_batch=max_batch, metrics=ReplicaMetrics(), **load
         )
         self._service.start()
         self._service.wait_ready()
@@ -74,3 +75,44 @@ def _find_all(bundles: Sequence[SharedBundle], shelf: Any) -> list[Path]:
         return shelf.read.remote(digest, file, offset).result()
 
     return [find_or_fetch(bundle, read) for bundle in bundles]
+
+
+class ReplicaMetrics(Metrics):
+    """A replica's metrics, exported by Ray: named as those of ``hypersd serve``, prefixed with ``ray_``.
+
+    Ray adds labels for the application, deployment and replica.
+    """
+
+    def watch_queue(self, length: Callable[[], int]) -> None:
+        """Ray counts what is at a replica itself."""
+
+    def watch_device(self, device: str, memory: Callable[[], Mapping[str, float]]) -> None:
+        """Ray watches the memory of GPUs itself."""
+
+    def _counter(self, name: str, words: str, *labels: str) -> Any:
+        keys: Any = labels  # declared as one string
+        return _Labelled(metrics.Counter(f"hypersd_{name}", words, tag_keys=keys), labels)
+
+    def _histogram(self, name: str, words: str, buckets: tuple[float, ...], *labels: str) -> Any:
+        keys: Any = labels
+        return _Labelled(metrics.Histogram(f"hypersd_{name}", words, list(buckets), tag_keys=keys), labels)
+
+
+class _Labelled:
+    """Adapts a Ray metric to the interface of prometheus-client."""
+
+    def __init__(self, figure: Any, names: tuple[str, ...], values: tuple[str, ...] = ()) -> None:
+        self._figure, self._names, self._values = figure, names, values
+
+    def labels(self, *values: str) -> _Labelled:
+        return _Labelled(self._figure, self._names, values)
+
+    def inc(self, amount: float = 1.0) -> None:
+        self._figure.inc(amount, tags=self._tags)
+
+    def observe(self, value: float) -> None:
+        self._figure.observe(value, tags=self._tags)
+
+    @property
+    def _tags(self) -> dict[str, str]:
+        return dict(zip(self._names, self._values, strict=True))
