@@ -199,7 +199,7 @@ def test_bad_input_is_told_in_the_http_apis_words(live: ClientConnection, demo_s
     ask(live, 5, **body)
     expected = httpx.post(demo_server.url + "/v1/images/generations", json=body).json()["error"]
     assert problem(live)["error"] == expected
-    assert expected["message"] == "'nothing' is not a field of this request: leave it out"
+    assert expected["message"] == "'nothing' is not known: leave it out"
 
 
 def test_a_binary_frame_is_told(live: ClientConnection) -> None:
