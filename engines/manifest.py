@@ -20,7 +20,7 @@ from .component_names import (
     residual_input,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: what it is a part of, and the divisor
@@ -326,7 +326,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     ``random_weights`` says that the weights are not the checkpoint's: such a bundle is for measurements.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     checkpoint: str
     random_weights: bool = False
     family: str

@@ -47,9 +47,9 @@ class PipelineOutput:
         timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``, and ``control``, the
             fitting of control images if there are any; and ``total``. ``step_1`` and so on are what ``denoise`` is
             made of, callbacks included. On a GPU with CUDA graphs all that the GPU does
-            is one stage, ``draw``, which ends when the image is on the host; for ``"pt"`` and ``"latent"`` nobody
+            is one stage, ``generate``, which ends when the image is on the host; for ``"pt"`` and ``"latent"`` nobody
             waits for that, and it ends when the work is enqueued.
-        request: what was drawn: the call's arguments, the manifest's where they were left out.
+        request: what was generated: the call's arguments, the manifest's where they were left out.
         seed: the seed of the noise, also if the call left it open; None if the caller brought generators.
     """
 
@@ -60,7 +60,7 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A bundle that is ready to draw.
+    """A bundle that is ready to generate images.
 
     Several threads may call one pipeline. On the CPU their calls run side by side: they share no state but the engines,
     which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
@@ -311,7 +311,7 @@ class Pipeline:
         self, graphed: GraphedFunction | ImageOfTensors, call: _Call, clock: Clock, caller: torch.cuda.Stream | None
     ) -> Any:
         """All at once; the random numbers are drawn here, in the same order as step by step."""
-        with clock.stage("draw"):
+        with clock.stage("generate"):
             inputs = {**self._inputs(call), **self._text_inputs(call)}
             inputs |= self._painter.draw_noise(call.settings, inputs["latents"], call.generator)
             output = graphed(call.settings, inputs)["output"]
@@ -440,8 +440,8 @@ def _out_of_memory_in_words(request: Request) -> Iterator[None]:
             raise
         what = f"{request.batch} of {request.width}x{request.height}"
         raise EngineError(
-            f"out of device memory, drawing {what} ({one_line(error)}): "
-            "draw smaller images or fewer at a time, or free the device"
+            f"out of device memory, generating {what} ({one_line(error)}): "
+            "generate smaller images or fewer at a time, or free the device"
         ) from error
 
 

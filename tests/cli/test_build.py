@@ -365,7 +365,7 @@ def test_export_with_engines(
     bundle = tmp_path / "new"
     words = [*export_arguments, "--precision", "fp32", "--out", bundle, "--backend", "tensorrt-rtx"]
     out, _ = run(capsys, *words)
-    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "engines", "draw"]
+    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "engines", "generate"]
     target = Bundle.load(bundle, hashes=True).manifest.engines[target_of(bundle)]
     assert target.plans.keys() == NETWORKS
     shorten(bundle, "text_encoder")
@@ -391,14 +391,14 @@ def test_export_with_nothing_installed(
     (line,) = [line for line in err.splitlines() if "ONNX only" in line]
     assert "[tensorrt-rtx]" in line
     assert line.endswith(f"hypersd build {exported[-1]}")
-    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "draw"]
+    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "generate"]
 
 
 def test_export_without_engines(exported: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     """--backend none asks for ONNX alone, so nothing is said of it."""
     out, err = run(capsys, *exported, "--backend", "none")
     assert "ONNX only" not in err
-    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "draw"]
+    assert [line.split()[0] for line in out.splitlines()] == ["bundle", "generate"]
 
 
 @pytest.mark.parametrize(

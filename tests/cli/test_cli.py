@@ -249,7 +249,7 @@ def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[...
     assert "altered" in fails("info", bundle, "--hashes")
     fresh()
     manifest = bundle / "bundle.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 3'))
     assert "upgrade hypersd" in fails("generate", bundle, "a cat")
 
 

@@ -54,7 +54,7 @@ def test_a_line_of_json_has_the_last_word(tmp_path: Path, manifest: Manifest) ->
         ("{", "line 2 is no request"),
         ("[1]", "line 2 is no request"),
         ("{}", "line 2: prompt"),
-        ('{"prompt": "a", "sed": 1}', "line 2: sed"),
+        ('{"prompt": "a", "sed": 1}', "line 2: 'sed'"),
         ('{"prompt": "a", "seed": 1.5}', "line 2: seed"),
         ('{"prompt": "a", "eta": NaN}', "line 2: eta"),
         ('{"prompt": "a", "output_format": "webp"}', "output_format webp"),

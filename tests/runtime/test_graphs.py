@@ -191,7 +191,11 @@ def test_callbacks_run_step_by_step(sd15_bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "stages"),
-    [("pil", ["tokenize", "draw", "convert"]), ("np", ["tokenize", "draw", "convert"]), ("pt", ["tokenize", "draw"])],
+    [
+        ("pil", ["tokenize", "generate", "convert"]),
+        ("np", ["tokenize", "generate", "convert"]),
+        ("pt", ["tokenize", "generate"]),
+    ],
 )
 def test_timings_of_a_graph(kind: str, stages: list[str], sd15_bundle: Path) -> None:
     """One launch is one stage, on the warm-ups too."""

@@ -18,7 +18,7 @@ from hypersd.runtime.request import Request
 
 SPEC = {"dtype": "float32", "shape": [1]}
 BASE: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "checkpoint": "Hyper-SD15-test",
     "family": "sd15",
     "precision": "fp32",

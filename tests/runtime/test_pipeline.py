@@ -376,7 +376,7 @@ def test_too_little_device_memory_is_one_line_of_what_to_do(
         raise error
 
     monkeypatch.setattr(engines[component], "run", refuse)
-    with pytest.raises(EngineError, match=r"^out of device memory, drawing 3 of 64x64") as caught:
+    with pytest.raises(EngineError, match=r"^out of device memory, generating 3 of 64x64") as caught:
         pipe(PROMPT, num_images_per_prompt=3)
     message = str(caught.value)
     assert "\n" not in message

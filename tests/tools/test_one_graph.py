@@ -154,7 +154,7 @@ def test_one_run_of_one_engine_is_an_image(two_steps: Path) -> None:
     pipe = Pipeline(manifest, {"one-graph-2steps": engine}, tokenizers, one_graph="one-graph-2steps")
     output = pipe(PROMPT, num_images_per_prompt=3)
     assert engine.runs == 3  # of a graph of one image a run
-    assert list(output.timings) == ["tokenize", "draw", "convert", "total"]
+    assert list(output.timings) == ["tokenize", "generate", "convert", "total"]
     assert pixels(output.images).shape == (3, 64, 64, 3)
 
 

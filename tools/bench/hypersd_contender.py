@@ -27,7 +27,6 @@ from .protocol import (
 STAGES = {
     "tokenize": TOKENS,
     "encode": TEXT_ENCODERS,
-    "draw": GENERATE,
     "generate": GENERATE,
     "decode": DECODE,
     "convert": CONVERSION,
