@@ -120,7 +120,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
         else:
             body = f"{_name(second, rng)} {pick(*backward)} {_name(first, rng)}"
     background = pick(*_background_words(scene.background))
-    opening = pick("", "", "", "an image of ", "a drawing of ")
+    opening = pick("", "", "", "a picture of ", "a drawing of ")
     comma = pick(",", "") if background else ""
     return f"{opening}{body}{comma} {background}".strip()
 
@@ -163,7 +163,7 @@ def _background_words(background: Background) -> tuple[str, ...]:
 @functools.cache
 def words() -> tuple[str, ...]:
     """Every word that a caption can have."""
-    phrases = [*COLOURS, *SHAPES, *RADII, *TINTS, *PLACES, "a an image drawing of to the left right above over below"]
+    phrases = [*COLOURS, *SHAPES, *RADII, *TINTS, *PLACES, "a an picture drawing of to the left right above over below"]
     phrases += ["under in on at middle centre corner plain striped stripes gradient background"]
     return tuple(dict.fromkeys(word for phrase in phrases for word in phrase.split()))
 

@@ -8,11 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...engines import Bundle
 from ...errors import RequestError
-from .contender_process import check_python
+
+if TYPE_CHECKING:
+    from ...engines import Bundle
 
 OURS = "hypersd"  # the baseline of all comparisons
 
@@ -190,6 +191,8 @@ def choose_contenders(
     Raises:
         RequestError: one that was named is not known or cannot run here, or an interpreter does not run.
     """
+    from .contender_process import check_python  # the command line reads this registry: it waits for no library
+
     for name, python in pythons.items():
         find_contender(name)
         check_python(name, python)
