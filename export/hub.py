@@ -269,7 +269,7 @@ def _explain(error: Exception, wanted: _Wanted) -> HyperSDError:
             f"{endpoint} does not answer as a Hub does when asked for {wanted}: check HF_ENDPOINT and any proxy"
         )
     if isinstance(error, OSError) and is_disk_full(error):
-        return disk_full(constants.HF_HUB_CACHE, OTHER_DISK)
+        return DiskFullError(f"cannot store {wanted}: {disk_full(constants.HF_HUB_CACHE, OTHER_DISK)}")
     if isinstance(error, OSError) and error.errno is not None:
         return DownloadError(
             f"cannot store {wanted} in the cache {constants.HF_HUB_CACHE} ({one_line(error)}): "
