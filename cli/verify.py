@@ -1,14 +1,15 @@
 """Compare a bundle's images with diffusers' own, stage by stage.
 
-Loads with diffusers what the bundle was made of, draws the same prompts and seeds with both, and prints how far text,
-each step's latents, decoder and image are apart. Writes each pair side by side with its difference: ours, diffusers',
-the difference at full contrast. A bundle's ControlNets draw more, along a few lines, each alone and all together.
-Ends with exit code 1 where an image is further off than the threshold.
+Loads the bundle's sources with diffusers, generates the same prompts and seeds with both, and prints the differences of
+text, each step's latents, decoder and image. Writes each pair side by side: our image, diffusers', the difference at
+full contrast. A bundle's ControlNets add images along a few lines, each ControlNet alone and all together.
+Ends with exit code 1 if an image differs by more than the threshold.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,65 +18,79 @@ from .arguments import BUNDLE_HELP, add_backend, folder
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..tools.verification import Comparison
+    from ..tools.verification import Comparison, Threshold
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which bundle, which prompts, and how close is close enough."""
+    """Add the bundle, the prompts and the threshold."""
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: two)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")
     parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16 and bf16")
-    add_backend(parser, "what draws the bundle's images, as for `hypersd generate` (default: auto)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the pairs (default: BUNDLE-verify)")
+    add_backend(parser, "as for `hypersd generate` (default: auto)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the pairs (default: BUNDLE-verify)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare, print, write, judge."""
-    import dataclasses
-    import math
-
-    from ..errors import RequestError
+    """Compare every image, print and write the results, then judge them."""
     from ..runtime import Pipeline
-    from ..tools import verification
+    from ..tools import reference, verification
     from .console import DownloadBar, err, out, spinner
-    from .image_output import write_png
 
     with spinner(f"loading {args.bundle}"):
         pipe = Pipeline.load(args.bundle, args.backend, precision=args.precision)
-    threshold = verification.find_threshold(pipe)
-    if args.min_psnr is not None:
-        if not math.isfinite(args.min_psnr):
-            raise RequestError(f"--min-psnr {args.min_psnr}: expected a number of decibels")
-        threshold = dataclasses.replace(threshold, psnr=args.min_psnr)
+    threshold = _threshold(args.min_psnr, verification.find_threshold(pipe))
     folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
-    console, comparisons = out(), []
-    prompts = args.prompt or verification.PROMPTS
-    images: list[tuple[str, int, list[str]]] = [(prompt, args.seed + i, []) for i, prompt in enumerate(prompts)]
-    names, followed = list(pipe.manifest.controlnets), verification.control_image(pipe.manifest)
-    images += [(prompts[0], args.seed, [name]) for name in names]
-    images += [(prompts[0], args.seed, names)] if len(names) > 1 else []
-    err().print("loading what the bundle was made of with diffusers")
-    reference = verification.load_reference(pipe.manifest, DownloadBar(err()))
-    for i, (prompt, seed, controlnets) in enumerate(images):
-        with spinner(f"drawing image {i + 1} of {len(images)} with both"):
-            comparison = verification.compare(
-                pipe, reference, prompt, seed, args.steps, dict.fromkeys(controlnets, followed)
-            )
-        path = folder / f"pair-{i}.png"
-        write_png(path, verification.side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
-        control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""
-        line = f"\n{comparison.prompt!r}, seed {comparison.seed}{control}: {path}"
-        console.print(line, markup=False, soft_wrap=True)
-        console.print(_table(comparison))
-        comparisons.append(comparison)
+    cases = _cases(args.prompt or verification.PROMPTS, args.seed, list(pipe.manifest.controlnets))
+    followed = verification.control_image(pipe.manifest)
+    err().print("loading the bundle's sources with diffusers")
+    theirs = reference.load_reference(pipe.manifest, DownloadBar(err()))
+    comparisons = []
+    for i, (prompt, seed, controlnets) in enumerate(cases):
+        images = dict.fromkeys(controlnets, followed)
+        with spinner(f"generating image {i + 1} of {len(cases)} with both"):
+            comparisons.append(verification.compare(pipe, theirs, prompt, seed, args.steps, images))
+        _report(comparisons[-1], folder / f"pair-{i}.png")
     verification.check_thresholds(comparisons, threshold)
-    console.print(
+    out().print(
         f"all {len(comparisons)} images are diffusers' own: at least {threshold.psnr:g} dB, "
         f"largest error at most {threshold.largest:g} of full scale",
         markup=False,
     )
+
+
+def _threshold(min_psnr: float | None, usual: Threshold) -> Threshold:
+    import dataclasses
+    import math
+
+    from ..errors import RequestError
+
+    if min_psnr is None:
+        return usual
+    if not math.isfinite(min_psnr):
+        raise RequestError(f"--min-psnr {min_psnr}: expected a number of decibels")
+    return dataclasses.replace(usual, psnr=min_psnr)
+
+
+def _cases(prompts: Sequence[str], seed: int, controlnets: list[str]) -> list[tuple[str, int, list[str]]]:
+    """Prompt, seed and ControlNets of every image: each prompt without any, the first with each and with all."""
+    plain: list[tuple[str, int, list[str]]] = [(prompt, seed + i, []) for i, prompt in enumerate(prompts)]
+    together = [controlnets] if len(controlnets) > 1 else []
+    return plain + [(prompts[0], seed, names) for names in [*([name] for name in controlnets), *together]]
+
+
+def _report(comparison: Comparison, path: Path) -> None:
+    """Write the pair, and print its table."""
+    from ..tools.verification import side_by_side
+    from .console import out
+    from .image_output import write_png
+
+    write_png(path, side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
+    control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""
+    line = f"\n{comparison.prompt!r}, seed {comparison.seed}{control}: {path}"
+    out().print(line, markup=False, soft_wrap=True)
+    out().print(_table(comparison))
 
 
 def _table(comparison: Comparison) -> Table:

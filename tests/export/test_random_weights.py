@@ -24,7 +24,8 @@ from hypersd.export.architectures import PUBLISHED, empty_networks
 from hypersd.export.random_weights import LORA, RandomWeights, random_base
 from hypersd.export.sources import SourceOptions
 from hypersd.runtime import Pipeline
-from hypersd.tools.verification import check_thresholds, compare, find_threshold, load_reference
+from hypersd.tools.reference import load_reference
+from hypersd.tools.verification import check_thresholds, compare, find_threshold
 from hypersd.weights.safetensors_file import SafetensorsFile
 
 NAME = "Hyper-SD15-1step-lora"

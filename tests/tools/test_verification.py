@@ -12,7 +12,8 @@ from PIL import Image
 
 from hypersd.engines import Bundle
 from hypersd.errors import VerifyError, WeightsError
-from hypersd.tools.verification import Comparison, Difference, Threshold, check_thresholds, load_reference, side_by_side
+from hypersd.tools.reference import load_reference
+from hypersd.tools.verification import Comparison, Difference, Threshold, check_thresholds, side_by_side
 
 THRESHOLD = Threshold(psnr=60.0, largest=2e-3)
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa
 
 from ...engines import Bundle
 from ...export.models import TORCH_DTYPES
-from ..verification import find_reference_sources, load_pipeline
+from ..reference import find_reference_sources, load_pipeline
 from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
 from .timed_pipeline import TimedPipeline
 

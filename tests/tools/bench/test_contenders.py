@@ -21,7 +21,7 @@ from hypersd.tools.bench.protocol import Settings, TimedImage
 from hypersd.tools.bench.session import BenchOptions, image, make_requests
 from hypersd.tools.bench.timed_pipeline import TimedPipeline
 from hypersd.tools.one_graph import add_one_graph
-from hypersd.tools.verification import find_reference_sources, load_pipeline
+from hypersd.tools.reference import find_reference_sources, load_pipeline
 
 
 def settings_of(bundle: Path, **options: Any) -> Settings:
