@@ -19,9 +19,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
 PACKAGES = ("hypersd.runtime", "hypersd.export", "hypersd.engines", "hypersd.samplers", "hypersd.families")
-MODULES = ("hypersd.runtime.control_images", "hypersd.errors")
+MODULES = ("hypersd.runtime.params", "hypersd.runtime.request", "hypersd.runtime.control_images", "hypersd.errors")
 ROOM_FILES = ("__init__.py", "errors.py")
-LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s#]+)[^)\s]*\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -45,16 +45,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/manifest.md": manifest(),
     }
     for uri, source in COPIES.items():
-        pages[uri] = LINK.sub(_absolute, (ROOT / source).read_text("utf-8"))
+        pages[uri] = site_links((ROOT / source).read_text("utf-8"), Path(source).parent)
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     return files
 
 
-def _absolute(link: re.Match[str]) -> str:
-    """A link of a page that is written for the repository: its text alone, unless it is in the site."""
-    target = link[1]
-    return f"]({target.removeprefix('docs/')})" if target.startswith("docs/") else "]()"
+def site_links(text: str, folder: Path) -> str:
+    """A page of the repository's folder, for the site: links to pages of the site lead there, others become plain text."""
+    uris = {source: uri for uri, source in COPIES.items()}
+
+    def replace(link: re.Match[str]) -> str:
+        target = os.path.normpath(folder / link[2])
+        uri = uris.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
+        return f"[{link[1]}]({uri})" if uri else link[1]
+
+    return LINK.sub(replace, text)
 
 
 def commands() -> str:

@@ -6,6 +6,8 @@ bundles of published checkpoints.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
 import shlex
 import urllib.request
@@ -30,7 +32,14 @@ FENCE = re.compile(
 )
 SERVICE = "127.0.0.1:8000"  # the address that the documentation uses
 BUNDLES = ("Hyper-SDXL-1step-lora", "Hyper-SD15-1step-lora", "Hyper-Demo15-1step-lora", "xl-canny")
-OTHER_OPTIONS = {"--gpus", "--http-host", "--inplace", "--serve", "--strict", "--time"}  # of docker, ray, rsync and others
+OTHER_OPTIONS = {
+    "--gpus",
+    "--http-host",
+    "--inplace",
+    "--serve",
+    "--strict",
+    "--time",
+}  # docker, ray, rsync ...
 
 
 class Block(NamedTuple):
@@ -43,6 +52,11 @@ class Block(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+@functools.cache
+def parser() -> argparse.ArgumentParser:
+    return make_parser()
 
 
 def find_blocks(page: Path) -> Iterator[Block]:
@@ -86,7 +100,7 @@ def service_address(demo_canny_bundle: Path) -> Iterator[str]:
 
 def run_export(words: list[str]) -> None:
     """A bundle stands in for the export, if it is one that the blocks use."""
-    args = make_parser().parse_args(words)
+    args = parser().parse_args(words)
     assert (args.out or Path("bundles") / args.ckpt).is_dir(), f"no stand-in for {shlex.join(words)}"
 
 
@@ -125,9 +139,7 @@ def run_bash(code: Block) -> None:
 
 
 @pytest.mark.parametrize("block", RUN, ids=lambda block: block.name)
-def test_block_runs(
-    block: Block, clone: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
+def test_block_runs(block: Block, clone: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.chdir(clone)
     if SERVICE in block.code or "localhost:8000" in block.code:
         address = request.getfixturevalue("service_address")
@@ -155,18 +167,19 @@ def test_every_fence_is_a_block_with_a_language() -> None:
 def test_command_lines_are_accepted_by_the_parsers(block: Block) -> None:
     for program, *words in commands_of(block):
         if program == "hypersd":
-            make_parser().parse_args(words)
+            parser().parse_args(words)
         elif program == "scripts/export.py":
-            make_parser().parse_args(["export", *words])
+            parser().parse_args(["export", *words])
         for word in [program, *words]:
             if re.fullmatch(r"(scripts|deploy|benchmarks|tests)/[\w./-]+", word) and not word.endswith(".json"):
                 assert (ROOT / word).exists(), f"{word} is gone"
 
 
-def _options() -> set[str]:
-    commands = next(action.choices for action in make_parser()._actions if action.dest == "command")
+@functools.cache
+def options_of_all_commands() -> set[str]:
+    commands = next(action.choices for action in parser()._actions if action.dest == "command")
     assert commands is not None
-    return {word for parser in dict(commands).values() for word in parser._option_string_actions}
+    return {word for command in dict(commands).values() for word in command._option_string_actions}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
@@ -174,7 +187,7 @@ def test_options_in_the_text_exist(page: Path) -> None:
     text = FENCE.sub("", page.read_text("utf-8"))
     code = re.findall(r"`([^`\n]+)`", text)
     options = {word for words in code for word in re.findall(r"(?<![\w-])--[a-z][\w-]*", words)}
-    assert options - _options() - OTHER_OPTIONS == set()
+    assert options - options_of_all_commands() - OTHER_OPTIONS == set()
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
