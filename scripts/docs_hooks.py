@@ -10,20 +10,29 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
 PACKAGES = ("hypersd.runtime", "hypersd.export", "hypersd.engines", "hypersd.samplers", "hypersd.families")
-MODULES = ("hypersd.runtime.params", "hypersd.runtime.request", "hypersd.runtime.control_images", "hypersd.errors")
+#: public names that a package does not export, by module; None stands for its exceptions
+MODULES = {
+    "hypersd.runtime.params": ("Params",),
+    "hypersd.runtime.request": ("Request",),
+    "hypersd.runtime.control_images": ("open_image", "fit", "canny", "scribble", "preprocess"),
+    "hypersd.errors": None,
+}
+ROLE = re.compile(r":(?:class|meth|func|attr|mod|data|exc):<code>~?\.*((?:\w+\.)*\w+)")
 ROOM_FILES = ("__init__.py", "errors.py")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s#]+)[^)\s]*\)")
 
 
+@event_priority(100)  # before mkdocstrings reads its options
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Show mkdocstrings the package alone: the folder of the clone may have another name, and holds .venv and tests."""
     folder = Path(tempfile.mkdtemp(prefix="hypersd-docs-")) / "hypersd"
@@ -49,6 +58,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the roles of docstrings, such as ``:class:`.Params```, as the code alone."""
+    return ROLE.sub(lambda role: f"<code>{role[1].rpartition('.')[2]}", html)
 
 
 def site_links(text: str, folder: Path) -> str:
@@ -143,9 +157,15 @@ def python_names() -> str:
         if new := sorted(places - done):
             lines += [f"## {package}", "", *(line for place in new for line in _member(place))]
         done |= places
-    for name in MODULES:
-        lines += [f"## {name}", "", f"::: {name}", "    options:", "      show_root_heading: false", ""]
+    for name, names in MODULES.items():
+        module = importlib.import_module(name)
+        places = [f"{name}.{member}" for member in names or _exceptions(module)]
+        lines += [f"## {name}", "", *(line for place in places for line in _member(place))]
     return "\n".join(lines)
+
+
+def _exceptions(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Exception)]
 
 
 def _member(place: str) -> list[str]:

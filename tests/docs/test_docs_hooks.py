@@ -27,11 +27,13 @@ def test_links_of_a_page_outside_docs(link: str, on_the_site: str) -> None:
 
 def test_the_python_page_names_the_public_values() -> None:
     page = docs_hooks.python_names()
-    for name in ("Pipeline", "PipelineOutput", "ExportOptions", "Bundle"):
+    for name in ("Pipeline", "PipelineOutput", "Params", "Request", "ExportOptions", "Bundle", "canny", "RequestError"):
         assert f".{name}\n" in page
-    for module in ("params", "request", "control_images"):
-        assert f"::: hypersd.runtime.{module}\n" in page
-    assert "::: hypersd.errors\n" in page
+
+
+def test_roles_of_docstrings_are_code() -> None:
+    html = "<p>See :class:<code>.params.Params</code> and :attr:<code>choice</code>.</p>"
+    assert docs_hooks.on_page_content(html) == "<p>See <code>Params</code> and <code>choice</code>.</p>"
 
 
 def test_the_commands_page_has_every_command() -> None:
