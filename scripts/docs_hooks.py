@@ -27,6 +27,19 @@ MODULES = {
     "hypersd.runtime.control_images": ("open_image", "fit", "canny", "scribble", "preprocess"),
     "hypersd.errors": None,
 }
+LIVE = """
+## GET /v1/live
+
+A WebSocket (subprotocol `hypersd.live`) for which the newest input wins. With a token, also offer the subprotocol
+`bearer.` followed by the token in URL-safe base64 without padding.
+
+- **To the service**: a text frame with a `GenerationRequest` and `id`, a number of your choice, as JSON. It replaces an
+  earlier input that has not started.
+- **From the service**, for each image: a binary frame with the length of a header (4 bytes, big-endian), the header as
+  JSON (`id`, `index`, `count`, `seed`, `mime`, `width`, `height`, `steps`, `eta`, `model`, `waited`, `timings`) and the
+  image file.
+- **From the service**, for a rejected input: a text frame `{"id": ..., "error": Problem}`.
+"""
 ROLE = re.compile(r":(?:class|meth|func|attr|mod|data|exc):<code>~?\.*((?:\w+\.)*\w+)")
 ROOM_FILES = ("__init__.py", "errors.py")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s#]+)[^)\s]*\)")
@@ -66,7 +79,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def site_links(text: str, folder: Path) -> str:
-    """A page of the repository's folder, for the site: links to pages of the site lead there, others become plain text."""
+    """A page from the repository's ``folder``, for the site: links to its pages are kept, others become text."""
     uris = {source: uri for uri, source in COPIES.items()}
 
     def replace(link: re.Match[str]) -> str:
@@ -197,8 +210,10 @@ def http() -> str:
             answers = operation["responses"].items()
             rows = ((f"`{status}`", answer["description"]) for status, answer in answers)
             lines += ["", *_table(("status", "meaning"), rows)]
-    lines += ["", "## Bodies", ""]
-    for name, body in schema["components"]["schemas"].items():
+    lines += [LIVE, "## Bodies", "", "`*` marks a required field, or one that is always present in an answer.", ""]
+    bodies = schema["components"]["schemas"]
+    for name in sorted(bodies, key=lambda name: name != "GenerationRequest"):
+        body = bodies[name]
         lines += [f"### {name}", "", _escape(body.get("description", "")), "", *_schema_table(body), ""]
     return "\n".join(lines)
 
@@ -231,16 +246,22 @@ def _docstring(text: str) -> str:
 def _schema_table(schema: Mapping[str, Any]) -> list[str]:
     required = schema.get("required", ())
     rows = [
-        (f"`{name}`" + (" *" if name in required else ""), _code(_type(field)), _field_text(field))
+        (
+            f"`{name}`" + (" *" if name in required else ""),
+            _code(_type(field)),
+            _default(field),
+            field.get("description", ""),
+        )
         for name, field in schema.get("properties", {}).items()
     ]
-    return _table(("field", "type", "meaning"), rows) if rows else []
+    headings = ("field", "type", "default", "meaning")
+    kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
+    return _table(tuple(headings[i] for i in kept), ([row[i] for i in kept] for row in rows)) if rows else []
 
 
-def _field_text(field: Mapping[str, Any]) -> str:
-    text = field.get("description", "")
-    default = field.get("default")
-    return text + (f" (default: `{default}`)" if default not in (None, "", [], {}) else "")
+def _default(field: Mapping[str, Any]) -> str:
+    value = field.get("default")
+    return _code(str(value)) if value not in (None, "", [], {}) else ""
 
 
 def _type(field: Mapping[str, Any]) -> str:
@@ -261,7 +282,7 @@ def _type(field: Mapping[str, Any]) -> str:
 
 def _limits(field: Mapping[str, Any]) -> str:
     signs = {"minimum": ">=", "maximum": "<=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
-    found = [f"{sign} {field[key]}" for key, sign in signs.items() if key in field]
+    found = [f"{sign} {field[key]:.15g}" for key, sign in signs.items() if key in field]
     return f" {' '.join(found)}" if found else ""
 
 
@@ -271,7 +292,8 @@ def _table(headings: tuple[str, ...], rows: Any) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return _escape(" ".join(text.split()).replace("|", "\\|"))
+    parts = " ".join(text.split()).split("`")  # a pipe in code does not end a cell
+    return _escape("`".join(part if i % 2 else part.replace("|", "\\|") for i, part in enumerate(parts)))
 
 
 def _code(text: str) -> str:

@@ -154,24 +154,29 @@ async def _disconnected(request: Request) -> None:
 
 
 def _add_status(app: FastAPI, service: Service, settings: ServeSettings) -> None:
-    @app.get("/v1/models", response_model=Models, responses=_failures(401, 503), summary="List the served bundles")
+    @app.get("/v1/models", responses=_answers("the bundles", 401, 503), summary="List the served bundles")
     async def models() -> Models:
         cards = await asyncio.to_thread(service.models)  # reads from the disk
         return Models(data=[Model(**dict(card), max_count=settings.max_count) for card in cards])
 
-    @app.get("/healthz", response_model=Health, summary="Check that the process answers")
+    @app.get("/healthz", responses=_answers("the process answers"), summary="Check that the process answers")
     async def healthz() -> Health:
         return Health(status="ok")
 
-    @app.get("/readyz", response_model=Health, responses=_failures(503), summary="Check that the service can generate")
+    @app.get(
+        "/readyz",
+        response_model=Health,
+        responses=_answers("every bundle is loaded", 503),
+        summary="Check that the service can generate",
+    )
     async def readyz() -> Any:
         if service.is_ready():
             return Health(status="ready")
         return problem_response(503, "not ready: loading, stopping or failing", retry_after=2)
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_failures(401)}, response_class=Response)
+    @app.get("/metrics", responses=_answers("the metrics", 401, content={"text/plain": {}}), response_class=Response)
     async def metrics() -> Response:
-        """The service's metrics in Prometheus' text format."""
+        """Read the service's metrics, in Prometheus' text format."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -225,8 +230,9 @@ def _handle_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: FAILURES[status] for status in statuses}
+def _answers(success: str, *failures: int, **about_success: Any) -> dict[int | str, dict[str, Any]]:
+    """Descriptions of an operation's answers."""
+    return {200: {"description": success, **about_success}, **{status: FAILURES[status] for status in failures}}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
