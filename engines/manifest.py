@@ -190,9 +190,9 @@ class Origin(_Record, frozen=True, kw_only=True):
 
 
 class SamplerSettings(_Record, frozen=True, kw_only=True):
-    """How the checkpoint wants to be sampled; what a call leaves out comes from here."""
+    """The sampler and its recommended settings, the defaults of a call; ``kind`` is the sampler's name."""
 
-    kind: Literal["ddim", "tcd", "lcm"]
+    kind: str
     num_inference_steps: Positive
     allowed_steps: tuple[Positive, ...]
     timesteps: tuple[Size, ...] | None = None

@@ -80,7 +80,7 @@ class Checkpoint:
     name: str
     series: Series
     kind: Literal["lora", "unet"] = "lora"
-    sampler: Literal["ddim", "tcd", "lcm"]
+    sampler: str
     allowed_steps: tuple[int, ...]
     timesteps: tuple[int, ...] | None = None
     eta: float = 0.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import WeightsError, one_line
+from ..samplers import find_sampler
 
-# What changes a step; diffusers' configurations hold more.
+# The constants that change a step; diffusers' configurations hold more.
 CONSTANTS = (
     "num_train_timesteps",
     "beta_start",
@@ -30,18 +31,18 @@ def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any
     """The configuration that ``SCHEDULER.from_config(base)`` gives, as Hyper-SD's model card makes it.
 
     Args:
-        kind: ``"ddim"`` (trailing), ``"tcd"`` or ``"lcm"``.
+        kind: the sampler's name, ``"ddim"``, ``"tcd"`` or ``"lcm"``.
         base_config: the base's ``scheduler_config.json``.
 
     Raises:
         WeightsError: diffusers makes no scheduler of it.
     """
-    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+    import diffusers
 
-    scheduler_class = {"ddim": DDIMScheduler, "tcd": TCDScheduler, "lcm": LCMScheduler}[kind]
-    trailing = {"timestep_spacing": "trailing"} if kind == "ddim" else {}
+    sampler = find_sampler(kind)
+    scheduler_class = getattr(diffusers, sampler.scheduler_class)
     try:
-        config = scheduler_class.from_config(dict(base_config), **trailing).config
+        config = scheduler_class.from_config(dict(base_config), **sampler.scheduler_settings).config
     except Exception as error:  # whatever the constructor stumbles over
         raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {one_line(error)}") from error
     return {key: config[key] for key in CONSTANTS if key in config}

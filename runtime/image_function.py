@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch import Tensor
 from ..engines import Engine, Manifest
 from ..engines.engine import TORCH_DTYPES
 from ..families import find_family
+from ..samplers import Plan, Sampler
+from ..samplers.loop import draw_noise, sample
 from ..samplers.noise import Generators
-from ..samplers.sampler import Sampler
 from .batching import run_rows
 from .controlled_unet import ControlledUnet
 from .pixels import to_pixels
@@ -57,11 +57,6 @@ class ImageSettings:
     @property
     def is_guided(self) -> bool:
         return self.guidance_scale > 0
-
-    @property
-    def steps(self) -> dict[str, Any]:
-        """What the sampler's methods take."""
-        return {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
 
     @property
     def controlnets(self) -> tuple[str, ...]:
@@ -104,6 +99,10 @@ class Painter:
             ),
         )
 
+    def plan(self, settings: ImageSettings) -> Plan:
+        """The sampler's steps."""
+        return self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
+
     def make_constants(self, request: Request, settings: ImageSettings) -> dict[str, Tensor]:
         """The inputs that follow from the request alone, on the device.
 
@@ -111,8 +110,7 @@ class Painter:
         original size, crop corner and target size (Podell et al., section 2.2), B twice the images with guidance;
         with ControlNets ``conditioning_scales`` [ControlNets, 64] float32, a row of one value for each that acts.
         """
-        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
-        constants = {"timesteps": self._rows_of(steps)}
+        constants = {"timesteps": self._rows_of([step.t for step in self.plan(settings)])}
         if settings.controlnets:
             scales = {control.name: control.conditioning_scale for control in request.controls}
             constants["conditioning_scales"] = self._rows_of([scales[name] for name in settings.controlnets])
@@ -131,7 +129,7 @@ class Painter:
     def draw_noise(self, settings: ImageSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
         dtype = TORCH_DTYPES[self.unet.outputs["out_sample"].dtype]
-        noises = self.sampler.draw_noise(latents, **settings.steps, generator=generator, output_dtype=dtype)
+        noises = draw_noise(latents, self.plan(settings), generator=generator, output_dtype=dtype)
         return {f"{NOISE}{i}": noise for i, noise in enumerate(noises) if noise is not None}
 
     def paint(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,14 +186,14 @@ class Painter:
         ``embeddings`` and ``controls`` are what ``encode`` and ``embed_controls`` returned.
         ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
         """
-        steps = self.sampler.timesteps(settings.num_inference_steps, settings.timesteps)
-        denoiser = Denoiser(self.controlled_unet, embeddings, controls, settings, steps, inputs)
-        return self.sampler.sample(
+        plan = self.plan(settings)
+        denoiser = Denoiser(self.controlled_unet, embeddings, controls, settings, plan, inputs)
+        return sample(
             denoiser,
             inputs["latents"],
-            **settings.steps,
+            plan,
             generator=generator,
-            noises=[inputs.get(f"{NOISE}{i}") for i in range(len(steps))] if generator is None else None,
+            noises=[inputs.get(f"{NOISE}{i}") for i in range(len(plan))] if generator is None else None,
             callback=None if callback is None else lambda i, t, latents: callback(denoiser, i, t, latents),
         )
 
@@ -234,13 +232,13 @@ class Denoiser:
         embeddings: TextEmbeddings,
         controls: Mapping[str, Tensor],
         settings: ImageSettings,
-        timesteps: Sequence[int],
+        plan: Plan,
         inputs: Mapping[str, Tensor],
     ) -> None:
         self.unet = unet
         self.settings = settings
         self.controls = controls
-        self.steps = {t: i for i, t in enumerate(timesteps)}
+        self.steps = {step.t: i for i, step in enumerate(plan)}
         self.timesteps = inputs["timesteps"]
         self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
         self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}

@@ -13,8 +13,9 @@ from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.engine import TORCH_DTYPES
 from ..engines.manifest import OneGraph
 from ..errors import RequestError
+from ..samplers import Sampler
+from ..samplers.loop import draw_noise
 from ..samplers.noise import Generators
-from ..samplers.sampler import Sampler
 from .batching import run_rows
 from .image_function import ImageSettings
 from .params import Params
@@ -110,7 +111,8 @@ class OneGraphFunction:
 
     def draw_noise(self, settings: ImageSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
-        noises = self.sampler.draw_noise(latents, **settings.steps, generator=generator)
+        plan = self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
+        noises = draw_noise(latents, plan, generator=generator)
         return {noise_input(i): noise for i, noise in enumerate(noises) if noise is not None}
 
     def paint(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

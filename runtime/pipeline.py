@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,8 +19,8 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.load import Choice, choose, choose_one_graph, load_choice
 from ..engines.progress import BuildProgress
 from ..errors import BundleError, EngineError, RequestError, one_line
-from ..samplers.noise import Generators, randn
-from ..samplers.sampler import Sampler, make_sampler
+from ..samplers import Sampler, make_sampler
+from ..samplers.noise import Generators, make_generators, randn, random_seed
 from .clock import Clock, Steps
 from .controlled_unet import with_plain_unet
 from .controls import PerControlNet, images_by_name, make_conditions
@@ -253,7 +252,7 @@ class Pipeline:
         """
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
         request = self.decide(params)
-        generator, used_seed = make_generators(request, params.generator)
+        generator, used_seed = _random_numbers(request, params.generator)
         settings = self._painter.settings(request, params.output_type)
         clock = Clock()
         with clock.stage("tokenize"):
@@ -445,13 +444,12 @@ def _out_of_memory_in_words(request: Request) -> Iterator[None]:
         ) from error
 
 
-def make_generators(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
-    """The generator to draw from, and the seed that made it if it was made here."""
+def _random_numbers(request: Request, generator: Generators) -> tuple[Generators, int | tuple[int, ...] | None]:
+    """The generators to draw from, and the seeds of those that are made here."""
     if generator is not None:
         return generator, None
-    seeds = request.seeds or (secrets.randbits(32),)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return generators, (seeds[0] if len(seeds) == 1 else seeds)
+    seeds = request.seeds or (random_seed(),)
+    return make_generators(seeds), (seeds[0] if len(seeds) == 1 else seeds)
 
 
 def _check_callback_tensors(names: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
-"""The one place where random numbers are drawn."""
+"""Random numbers: the only place where they are drawn."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,16 @@ def randn(
     if len(generators) != shape[0]:
         raise RequestError(f"generator is a list of {len(generators)} for a batch of {shape[0]}: expected one a sample")
     return torch.cat([_randn((1, *shape[1:]), one, device, dtype) for one in generators])
+
+
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """Generators on the CPU, one for each seed."""
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def random_seed() -> int:
+    """A seed of 32 bits that nobody chose."""
+    return secrets.randbits(32)
 
 
 def _randn(

@@ -6,16 +6,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from .numbers import is_whole
 
-Kind = Literal["ddim", "tcd", "lcm"]
 BetaSchedule = Literal["linear", "scaled_linear"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
@@ -23,9 +22,9 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """What shapes a schedule. The defaults are those of diffusers' TCD and LCM; `scheduler_config` knows DDIM's.
+    """The constants of a schedule, under diffusers' names and with the defaults of its TCD and LCM schedulers.
 
-    Hashable, so that what is computed from it can be cached.
+    Hashable, so that results computed from it can be cached.
     """
 
     num_train_timesteps: int = 1000
@@ -56,11 +55,14 @@ class SchedulerConfig:
             )
 
 
-def scheduler_config(kind: Kind, options: Mapping[str, Any]) -> SchedulerConfig:
-    """`options` in diffusers' key names over the defaults of diffusers' scheduler of that kind.
+def scheduler_config(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> SchedulerConfig:
+    """`options` in diffusers' key names over a sampler's defaults.
 
-    Keys that diffusers writes and that change nothing are dropped. Anything else that is unknown is refused: a setting
+    Keys that diffusers writes and that change nothing are dropped. Anything else that is unknown is rejected: a setting
     that is ignored gives another image without a word.
+
+    Raises:
+        RequestError: a key is not known, or a value is out of range.
     """
     kept = {key: value for key, value in options.items() if key not in _HARMLESS and not key.startswith("_")}
     if kept.pop("thresholding", False):
@@ -68,13 +70,7 @@ def scheduler_config(kind: Kind, options: Mapping[str, Any]) -> SchedulerConfig:
     known = [field.name for field in dataclasses.fields(SchedulerConfig)]
     if unknown := sorted(kept.keys() - known):
         raise RequestError(f"scheduler: unknown {', '.join(unknown)}; supported are {', '.join(known)}")
-    config = SchedulerConfig(**{**_DEFAULTS[kind], **kept})
-    if kind != "ddim" and config.original_inference_steps > config.num_train_timesteps:
-        raise RequestError(
-            f"scheduler: original_inference_steps={config.original_inference_steps} is too large, expected at most "
-            f"num_train_timesteps={config.num_train_timesteps}"
-        )
-    return config
+    return SchedulerConfig(**{**defaults, **kept})
 
 
 def alphas_cumprod(config: SchedulerConfig) -> Tensor:
@@ -96,45 +92,10 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([bars[:1], bars[1:] / bars[:-1]])
 
 
-def ddim_timesteps(config: SchedulerConfig, num_inference_steps: int) -> list[int]:
-    """Descending timesteps with the configured spacing: arXiv:2305.08891, table 2, rounded as diffusers rounds."""
-    total, n = config.num_train_timesteps, check_steps(num_inference_steps, config.num_train_timesteps)
-    if config.timestep_spacing == "trailing":
-        # arange, because another way to the same numbers rounds differently at n = 48. It may add an (n+1)th, -1: the
-        # first is at n = 61, where diffusers goes on to ask the network for timestep -1.
-        return (np.round(np.arange(total, 0, -total / n))[:n].astype(int) - 1).tolist()
-    if config.timestep_spacing == "linspace":
-        return np.linspace(0, total - 1, n).round()[::-1].astype(int).tolist()
-    steps = [i * (total // n) + config.steps_offset for i in reversed(range(n))]
-    if steps[0] >= total:
-        raise RequestError(
-            f"num_inference_steps={n} with leading spacing and steps_offset={config.steps_offset} starts at timestep "
-            f"{steps[0]}, expected at most {total - 1}"
-        )
-    return steps
-
-
-def distilled_timesteps(config: SchedulerConfig, num_inference_steps: int) -> list[int]:
-    """TCD's and LCM's descending timesteps: evenly spaced indices into the schedule that was distilled.
-
-    `timestep_spacing` and `steps_offset` play no part, as in diffusers: 4 steps are 999, 759, 499, 259.
-    """
-    original, n = config.original_inference_steps, check_steps(num_inference_steps, config.original_inference_steps)
-    stride = config.num_train_timesteps // original
-    return [(original - int(i * (original / n))) * stride - 1 for i in range(n)]
-
-
-def check_steps(num_inference_steps: int, most: int) -> int:
-    """The same number, if it is a whole one in 1..most."""
-    if not (_is_int(num_inference_steps) and 1 <= num_inference_steps <= most):
-        raise RequestError(f"num_inference_steps={num_inference_steps!r}: expected an integer from 1 to {most}")
-    return int(num_inference_steps)
-
-
 def check_timesteps(config: SchedulerConfig, timesteps: Iterable[int]) -> list[int]:
     """The same timesteps, if they can be a schedule: integers in [0, num_train_timesteps), strictly descending."""
     steps = list(timesteps) if isinstance(timesteps, Iterable) else timesteps
-    inside = isinstance(steps, list) and all(_is_int(t) and 0 <= t < config.num_train_timesteps for t in steps)
+    inside = isinstance(steps, list) and all(is_whole(t) and 0 <= t < config.num_train_timesteps for t in steps)
     if not inside or not steps or any(a <= b for a, b in itertools.pairwise(steps)):
         raise RequestError(
             f"timesteps={steps!r}: expected strictly descending integers from {config.num_train_timesteps - 1} to 0"
@@ -149,10 +110,6 @@ def _betas(config: SchedulerConfig) -> Tensor:
     if config.beta_schedule == "linear":
         return torch.linspace(start, end, total, dtype=torch.float32, device="cpu")
     return torch.linspace(start**0.5, end**0.5, total, dtype=torch.float32, device="cpu") ** 2
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_positive(value: object) -> bool:
@@ -181,11 +138,11 @@ def _one_of(literal: Any) -> tuple[Callable[[Any], bool], str]:
     return get_args(literal).__contains__, " or ".join(get_args(literal))
 
 
-# What a field may hold, and the words for it.
+# The test of each field, and the words for what it accepts.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_train_timesteps": (lambda n: _is_int(n) and n > 0, "an integer of 1 or more"),
-    "original_inference_steps": (lambda n: _is_int(n) and n > 0, "an integer of 1 or more"),
-    "steps_offset": (lambda n: _is_int(n) and n >= 0, "an integer of 0 or more"),
+    "num_train_timesteps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),
+    "original_inference_steps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),
+    "steps_offset": (lambda n: is_whole(n) and n >= 0, "an integer of 0 or more"),
     "beta_start": (_is_beta, "a number between 0 and 1"),
     "beta_end": (_is_beta, "a number between 0 and 1"),
     "clip_sample_range": (_is_positive, "a number above 0"),
@@ -196,11 +153,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta_schedule": _one_of(BetaSchedule),
     "prediction_type": _one_of(PredictionType),
     "timestep_spacing": _one_of(TimestepSpacing),
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ddim": {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True},
-    "tcd": {},
-    "lcm": {},
 }
 # Both matter only with thresholding.
 _HARMLESS = {"dynamic_thresholding_ratio", "sample_max_value"}

@@ -28,8 +28,9 @@ from hypersd.export.checkpoints import DEMO_CONTROLNET
 from hypersd.export.controlnet_sources import ControlNetSource
 from hypersd.export.layout import DEMO_ROOT
 from hypersd.runtime.control_images import canny
-from hypersd.samplers import sampler as samplers
-from hypersd.samplers import schedule as schedules
+from hypersd.samplers import DDIM, LCM
+from hypersd.samplers.ddim import DDIMStep
+from hypersd.samplers.tcd import TCDStep
 
 PROMPTS = 32
 SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
@@ -157,44 +158,50 @@ def test_edges_are_followed(name: str, row: str, controlled_pipeline, figures) -
 
 
 def leading_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leading(config: schedules.SchedulerConfig, steps: int) -> list[int]:
-        return [i * (1000 // steps) + config.steps_offset for i in reversed(range(steps))]
+    def leading(sampler: DDIM, steps: int) -> list[int]:
+        return [i * (1000 // steps) + sampler.config.steps_offset for i in reversed(range(steps))]
 
-    monkeypatch.setattr(schedules, "ddim_timesteps", leading)
+    monkeypatch.setattr(DDIM, "spaced_timesteps", leading)
 
 
 def own_alpha_for_previous(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDIM that lands at the level of noise where it began, but for the last step."""
-    whole = samplers._STEPS["ddim"]
+    whole = DDIMStep.__call__
 
-    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        is_last = c.direction < 0.1
-        return whole(c, model_output, sample, noise) if is_last else sample
+    def call(
+        step: DDIMStep, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        is_last = step.direction < 0.1
+        return whole(step, model_output, sample, noise) if is_last else sample
 
-    monkeypatch.setitem(samplers._STEPS, "ddim", step)
+    monkeypatch.setattr(DDIMStep, "__call__", call)
 
 
 def image_and_noise_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network's output taken for the image."""
 
-    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        at_s = c.signal_s * model_output + c.spread_s * sample
-        return at_s if noise is None else c.keep * at_s + c.sigma * noise
+    def call(
+        step: TCDStep, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        at_s = step.signal_s * model_output + step.spread_s * sample
+        return at_s if noise is None else step.keep * at_s + step.sigma * noise
 
-    monkeypatch.setitem(samplers._STEPS, "tcd", step)
+    monkeypatch.setattr(TCDStep, "__call__", call)
 
 
 def noise_twice_as_strong(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = samplers._STEPS["tcd"]
+    whole = TCDStep.__call__
 
-    def step(c: Any, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        return whole(c, model_output, sample, None if noise is None else 2 * noise)
+    def call(
+        step: TCDStep, model_output: torch.Tensor, sample: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        return whole(step, model_output, sample, None if noise is None else 2 * noise)
 
-    monkeypatch.setitem(samplers._STEPS, "tcd", step)
+    monkeypatch.setattr(TCDStep, "__call__", call)
 
 
 def first_timestep_of_tcd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedules, "check_timesteps", lambda config, timesteps: [999])
+    monkeypatch.setattr(LCM, "custom_timesteps", lambda sampler, timesteps: [999])
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -24,7 +24,8 @@ from ..export.check import check_types
 from ..export.recipes import tool_versions
 from ..runtime.params import Params, decide
 from ..runtime.request import Request
-from ..samplers.sampler import make_sampler
+from ..samplers import make_sampler
+from ..samplers.loop import sample
 from .one_graph_build import Composed, Sampling, compose
 
 COMPOSER_VERSION = 1  # raise it when the same networks and settings make another graph
@@ -196,13 +197,5 @@ def _fixed_shapes(request: Request) -> ImageShapes:
 def _sampling(manifest: Manifest, request: Request) -> Sampling:
     """The runtime's own sampler, which computes with whatever has a tensor's operators."""
     sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
-    steps = {
-        "num_inference_steps": request.num_inference_steps,
-        "timesteps": request.timesteps,
-        "eta": request.eta,
-    }
-
-    def sample(denoise: Any, latents: Any, noises: Any) -> Any:
-        return sampler.sample(denoise, latents, **steps, noises=noises)
-
-    return Sampling(noisy=tuple(c.noisy for c in sampler.plan(**steps)), sample=sample)
+    plan = sampler.plan(request.num_inference_steps, request.timesteps, request.eta)
+    return Sampling(noisy=tuple(step.noisy for step in plan), sample=partial(sample, plan=plan))

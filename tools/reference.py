@@ -26,6 +26,7 @@ from ..export.models import TORCH_DTYPES, load_controlnet, load_text_encoder, lo
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
+from ..samplers import find_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +153,10 @@ def _check_unchanged(manifest: Manifest, sources: Sources) -> None:
 
 
 def _scheduler(manifest: Manifest, sources: Sources) -> Any:
-    """The model card's scheduler, from the base's configuration and not from the manifest's constants."""
-    from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+    """The scheduler that the model card makes, from the base's configuration and not from the manifest's constants."""
+    import diffusers
 
-    config = dict(sources.scheduler_config)
-    if manifest.sampler.kind == "ddim":
-        return DDIMScheduler.from_config(config, timestep_spacing="trailing")
-    return {"tcd": TCDScheduler, "lcm": LCMScheduler}[manifest.sampler.kind].from_config(config)
+    sampler = find_sampler(manifest.sampler.kind)
+    scheduler_class = getattr(diffusers, sampler.scheduler_class)
+    return scheduler_class.from_config(dict(sources.scheduler_config), **sampler.scheduler_settings)
+

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hypersd.errors import RequestError
+from hypersd.samplers import Sampler, make_sampler
+from hypersd.samplers.loop import draw_noise, sample
 from hypersd.samplers.noise import randn
-from hypersd.samplers.sampler import make_sampler
 from hypersd.samplers.schedule import alphas_cumprod
 
 SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "tcd": TCDScheduler, "lcm": LCMScheduler}
@@ -61,6 +62,21 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def run(
+    sampler: Sampler,
+    denoise: Any,
+    latents: Tensor,
+    *,
+    generator: Any = None,
+    noises: Any = None,
+    callback: Any = None,
+    **steps: Any,
+) -> Tensor:
+    """All of the steps that were asked for."""
+    plan = sampler.plan(**steps)
+    return sample(denoise, latents, plan, generator=generator, noises=noises, callback=callback)
+
+
 def diffusers_scheduler(kind: str, config: dict[str, Any]) -> Any:
     return SCHEDULERS[kind].from_config(config)
 
@@ -86,7 +102,7 @@ def assert_same_image(
     expected = diffusers_sample(
         kind, config, randn_tensor(SHAPE, generator=theirs, dtype=dtype), generator=theirs, **request
     )
-    actual = make_sampler(kind, **config).sample(denoise, latents, generator=ours, **request)
+    actual = run(make_sampler(kind, **config), denoise, latents, generator=ours, **request)
     assert expected.isfinite().all()
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -107,6 +123,24 @@ def test_seed_for_seed(kind: str, eta: float | None, base: str, prediction_type:
         assert_same_image(kind, config, dtype=dtype, seed=n, num_inference_steps=n, eta=eta)
 
 
+@pytest.mark.parametrize("base", ["diffusers-default", "stable-diffusion", "trailing"])
+@pytest.mark.parametrize(("kind", "eta"), KIND_ETA)
+def test_a_run_that_starts_later_is_the_end_of_the_whole_one(kind: str, eta: float | None, base: str) -> None:
+    """Protects image-to-image: coefficients are those of the whole schedule, as in diffusers' `get_timesteps`."""
+    config = CONFIGS[base]
+    for n in (2, 3, 4, 7, 8, 12):
+        for first in range(n):
+            scheduler, theirs = diffusers_scheduler(kind, config), seeded(n)
+            scheduler.set_timesteps(n)
+            expected = latents = torch.randn(SHAPE, generator=seeded(first))
+            options = {"generator": theirs} | ({} if eta is None else {"eta": eta})
+            for t in scheduler.timesteps[first:]:
+                expected = scheduler.step(denoise(expected, t), t, expected, **options, return_dict=False)[0]
+            plan, ours = make_sampler(kind, **config).plan(n, eta=eta), seeded(n)
+            assert torch.equal(sample(denoise, latents, plan[first:], generator=ours), expected), (n, first)
+            assert torch.equal(ours.get_state(), theirs.get_state())
+
+
 @EVERY_CONFIG
 @pytest.mark.parametrize(("kind", "eta"), KIND_ETA)
 def test_every_setting_changes_the_image_as_in_diffusers(kind: str, eta: float | None, config: dict) -> None:
@@ -121,7 +155,7 @@ def test_zero_snr_with_full_noise_is_never_nan() -> None:
     """Protects from a black image: below zero by rounding, the root in diffusers' DDIM is nan at eta 1."""
     for n in range(1, 51):
         latents = torch.randn(SHAPE, generator=seeded(n))
-        ours = make_sampler("ddim", **ZERO_SNR).sample(denoise, latents, num_inference_steps=n, eta=1.0)
+        ours = run(make_sampler("ddim", **ZERO_SNR), denoise, latents, num_inference_steps=n, eta=1.0)
         assert ours.isfinite().all()
 
 
@@ -172,8 +206,13 @@ def test_network_in_another_precision(kind: str, sample_dtype: torch.dtype, outp
     for t in scheduler.timesteps:
         options = {"generator": theirs} | ({} if eta is None else {"eta": eta})
         expected = scheduler.step(denoise(expected, t).to(output_dtype), t, expected, **options).prev_sample
-    actual = make_sampler(kind, **TRAILING).sample(
-        lambda x, t: denoise(x, t).to(output_dtype), latents, num_inference_steps=4, eta=eta, generator=ours
+    actual = run(
+        make_sampler(kind, **TRAILING),
+        lambda x, t: denoise(x, t).to(output_dtype),
+        latents,
+        num_inference_steps=4,
+        eta=eta,
+        generator=ours,
     )
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
@@ -254,9 +293,9 @@ def test_a_generator_for_each_sample(kind: str, eta: float | None) -> None:
     generators, twins = [seeded(1), seeded(2)], [seeded(1), seeded(2)]
     expected = diffusers_sample(kind, SD, latents, twins, num_inference_steps=4, eta=eta)
     sampler = make_sampler(kind, **SD)
-    actual = sampler.sample(denoise, latents, num_inference_steps=4, eta=eta, generator=generators)
+    actual = run(sampler, denoise, latents, num_inference_steps=4, eta=eta, generator=generators)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    alone = sampler.sample(denoise, latents[1:], num_inference_steps=4, eta=eta, generator=seeded(2))
+    alone = run(sampler, denoise, latents[1:], num_inference_steps=4, eta=eta, generator=seeded(2))
     torch.testing.assert_close(actual[1:], alone)
 
 
@@ -270,7 +309,7 @@ def test_one_generator_for_the_batch(kind: str, listed: bool) -> None:
     expected = diffusers_sample(kind, SD, latents, [seeded(3)] if listed else None, num_inference_steps=3, eta=eta)
     torch.manual_seed(5)
     generator = [seeded(3)] if listed else None
-    actual = make_sampler(kind, **SD).sample(denoise, latents, num_inference_steps=3, eta=eta, generator=generator)
+    actual = run(make_sampler(kind, **SD), denoise, latents, num_inference_steps=3, eta=eta, generator=generator)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -287,9 +326,9 @@ def test_noise_drawn_ahead_is_the_noise_of_the_loop(
         ours, theirs = ([seeded(n), seeded(n + 99)] if listed else seeded(n) for _ in range(2))
         latents = randn(SHAPE, generator=ours, device="cpu", dtype=dtype)
         randn(SHAPE, generator=theirs, device="cpu", dtype=dtype)
-        noises = sampler.draw_noise(latents, generator=ours, **request)
-        actual = sampler.sample(denoise, latents, noises=noises, generator=None, **request)
-        assert torch.equal(actual, sampler.sample(denoise, latents, generator=theirs, **request))
+        noises = draw_noise(latents, sampler.plan(**request), generator=ours)
+        actual = run(sampler, denoise, latents, noises=noises, generator=None, **request)
+        assert torch.equal(actual, run(sampler, denoise, latents, generator=theirs, **request))
         pairs = zip(ours, theirs, strict=True) if listed else [(ours, theirs)]
         assert all(torch.equal(one.get_state(), other.get_state()) for one, other in pairs)
 
@@ -307,18 +346,18 @@ def test_noise_drawn_ahead_for_a_network_in_another_precision(
     def network(sample: Tensor, t: int) -> Tensor:
         return denoise(sample, t).to(output_dtype)
 
-    noises = sampler.draw_noise(latents, generator=seeded(3), output_dtype=output_dtype, **request)
-    actual = sampler.sample(network, latents, noises=noises, **request)
-    assert torch.equal(actual, sampler.sample(network, latents, generator=seeded(3), **request))
+    noises = draw_noise(latents, sampler.plan(**request), generator=seeded(3), output_dtype=output_dtype)
+    actual = run(sampler, network, latents, noises=noises, **request)
+    assert torch.equal(actual, run(sampler, network, latents, generator=seeded(3), **request))
 
 
 def test_noise_of_other_steps_is_refused() -> None:
     """Protects from an image with a step's noise missing, or of a schedule that was not asked for."""
     sampler, latents = make_sampler("tcd", **SD), torch.zeros(SHAPE)
-    noises = sampler.draw_noise(latents, num_inference_steps=3, eta=1.0, generator=seeded())
+    noises = draw_noise(latents, sampler.plan(3, eta=1.0), generator=seeded())
     for request in ({"num_inference_steps": 4, "eta": 1.0}, {"num_inference_steps": 3, "eta": 0.0}):
-        with pytest.raises(RequestError, match="noises: expected what draw_noise makes"):
-            sampler.sample(pytest.fail, latents, noises=noises, **request)
+        with pytest.raises(RequestError, match="noises: expected the output of draw_noise"):
+            run(sampler, pytest.fail, latents, noises=noises, **request)
 
 
 @settings(max_examples=60, deadline=None)
@@ -348,8 +387,8 @@ def test_tcd_in_one_step_draws_nothing(eta: float) -> None:
     """Protects one-step images: eta plays no part, and the generator stays where it was."""
     sampler, generator, latents = make_sampler("tcd", **SD), seeded(), torch.randn(SHAPE, generator=seeded(1))
     before = generator.get_state()
-    image = sampler.sample(denoise, latents, num_inference_steps=1, eta=eta, generator=generator)
-    assert torch.equal(image, sampler.sample(denoise, latents, num_inference_steps=1))
+    image = run(sampler, denoise, latents, num_inference_steps=1, eta=eta, generator=generator)
+    assert torch.equal(image, run(sampler, denoise, latents, num_inference_steps=1))
     assert torch.equal(generator.get_state(), before)
 
 
@@ -364,7 +403,7 @@ def test_seed_for_seed_on_cuda(kind: str, eta: float | None, generator_device: s
         latents = torch.randn(SHAPE, generator=seeded(), dtype=torch.float16).cuda()
         steps = {"num_inference_steps": n, "device": "cuda"}
         expected = diffusers_sample(kind, TRAILING, latents, theirs, eta=eta, **steps)
-        actual = make_sampler(kind, **TRAILING).sample(denoise, latents, num_inference_steps=n, eta=eta, generator=ours)
+        actual = run(make_sampler(kind, **TRAILING), denoise, latents, num_inference_steps=n, eta=eta, generator=ours)
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
         assert torch.equal(ours.get_state(), theirs.get_state())
 
@@ -380,8 +419,8 @@ def test_network_may_reuse_its_output_buffer(kind: str, prediction_type: str) ->
     latents = torch.randn(SHAPE, generator=seeded())
     untouched = latents.clone()
     request = {"num_inference_steps": 4, "eta": 1.0}
-    expected = sampler.sample(denoise, latents, generator=seeded(), **request)
-    actual = sampler.sample(lambda x, t: buffer.copy_(denoise(x, t)), latents, generator=seeded(), **request)
+    expected = run(sampler, denoise, latents, generator=seeded(), **request)
+    actual = run(sampler, lambda x, t: buffer.copy_(denoise(x, t)), latents, generator=seeded(), **request)
     buffer.fill_(float("nan"))
     assert torch.equal(actual, expected)
     assert torch.equal(latents, untouched)
@@ -400,7 +439,7 @@ def test_callback_sees_every_step_and_may_replace_the_latents(kind: str) -> None
         given_to_network.append(sample)
         return denoise(sample, t)
 
-    sampler.sample(network, torch.ones(SHAPE), num_inference_steps=3, callback=callback, generator=seeded())
+    run(sampler, network, torch.ones(SHAPE), num_inference_steps=3, callback=callback, generator=seeded())
     assert seen == list(enumerate(sampler.timesteps(3)))
     assert given_to_network[1].any()
     assert not given_to_network[2].any()
@@ -412,7 +451,7 @@ def test_one_sampler_serves_many_threads() -> None:
 
     def image(job: int) -> Tensor:
         latents = torch.randn(SHAPE, generator=seeded(job))
-        return sampler.sample(denoise, latents, num_inference_steps=1 + job % 8, eta=1.0, generator=seeded(job))
+        return run(sampler, denoise, latents, num_inference_steps=1 + job % 8, eta=1.0, generator=seeded(job))
 
     with ThreadPoolExecutor(4) as pool:
         for expected, actual in zip(map(image, range(64)), pool.map(image, range(64)), strict=True):
@@ -495,7 +534,7 @@ def test_bad_config(kind: str, config: dict[str, Any], told: str) -> None:
 def test_bad_request(kind: str, request_: dict[str, Any], told: str) -> None:
     """Protects callers: the message is one line and says what was expected; the network is never called."""
     with pytest.raises(RequestError, match=told) as error:
-        make_sampler(kind, **SD).sample(pytest.fail, torch.zeros(SHAPE), **request_)
+        run(make_sampler(kind, **SD), pytest.fail, torch.zeros(SHAPE), **request_)
     assert "\n" not in str(error.value)
 
 

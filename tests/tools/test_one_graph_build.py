@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from hypersd.engines.onnx_runtime import make_plain_session
 from hypersd.engines.progress import Silent
 from hypersd.errors import BundleError, RequestError
 from hypersd.export import ExportOptions, export_bundle
-from hypersd.samplers.sampler import make_sampler
+from hypersd.samplers import make_sampler
+from hypersd.samplers.loop import draw_noise, sample
 from hypersd.tools.graph_recorder import Recorded, Recorder
 from hypersd.tools.one_graph import add_one_graph, check_can_compose
 
@@ -67,14 +69,10 @@ def test_the_recorded_sampler_computes_what_the_sampler_does(
         sampler = make_sampler(kind, prediction_type=prediction_type, clip_sample=clip)
         generator = torch.Generator().manual_seed(steps)
         latents = torch.randn(SHAPE, generator=generator).to(dtype)
-        settings = {"num_inference_steps": steps, "eta": eta}
-        noises = sampler.draw_noise(latents, **settings, generator=generator)
-        expected = sampler.sample(denoise, latents, **settings, noises=noises)
-
-        def sample(*args: Any, sampler: Any = sampler, settings: Any = settings, **more: Any) -> Any:
-            return sampler.sample(*args, **settings, **more)
-
-        actual = run_recorded(tmp_path / "steps.onnx", sample, latents, noises)
+        plan = sampler.plan(steps, eta=eta)
+        noises = draw_noise(latents, plan, generator=generator)
+        expected = sample(denoise, latents, plan, noises=noises)
+        actual = run_recorded(tmp_path / "steps.onnx", partial(sample, plan=plan), latents, noises)
         assert actual.dtype == dtype
         # In float16 ONNX Runtime's CPU provider leaves out roundings between one operation and the next.
         allowed = (1e-6, 1e-6) if dtype == torch.float32 else TOLERANCES["float16"]

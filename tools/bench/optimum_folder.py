@@ -14,8 +14,8 @@ from typing import Any
 from ...engines import Bundle, Manifest
 from ...engines.manifest import TensorSpec
 from ...families import find_family
+from ...samplers import find_sampler
 
-SCHEDULERS = {"ddim": "DDIMScheduler", "tcd": "TCDScheduler", "lcm": "LCMScheduler"}
 LONGEST_PROMPT = 77  # tokens
 DIFFUSERS_VERSION = "0.30.0"  # of the layout: optimum wants one to be named
 
@@ -45,7 +45,7 @@ def write_optimum_folder(bundle: Bundle, folder: Path) -> None:
 
 def _configs(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """The configuration files by name."""
-    scheduler = SCHEDULERS[manifest.sampler.kind]
+    scheduler = find_sampler(manifest.sampler.kind).scheduler_class
     configs = {
         "model_index.json": _model_index(manifest, scheduler),
         "scheduler/scheduler_config.json": {"_class_name": scheduler, **manifest.scheduler},
