@@ -95,7 +95,8 @@ class Controls:
 
     def images(self, width: int, height: int) -> dict[str, Image]:
         """What the ControlNets are to see, of the size that is drawn: fitted first, so that edges stay sharp."""
-        from ..runtime.control_images import fit, preprocess
+        from ..runtime.control_images import preprocess
+        from ..runtime.image_files import fit
 
         mode = self.arguments["resize_mode"]
         return {
@@ -126,8 +127,9 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
             or fewer values than ControlNets.
     """
     from ..errors import RequestError
-    from ..runtime.control_images import check_opencv, open_image
+    from ..runtime.control_images import check_opencv
     from ..runtime.controls import make_controls
+    from ..runtime.image_files import open_image
 
     if not args.control_image:
         _check_lonely(args)

@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Times what happens to one call, stage by stage, and step by step inside of one of them."""
+    """Times the stages of one call, and the steps inside one of them."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -18,7 +18,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Time what is inside, and what it enqueues on the current stream of a CUDA ``device``."""
+        """Time the block, and the work that it enqueues on the current stream of a CUDA ``device``."""
         began = time.perf_counter()
         yield
         if device is not None and device.type == "cuda":
@@ -26,7 +26,7 @@ class Clock:
         self._stages[name] = time.perf_counter() - began
 
     def add_steps(self, steps: Steps) -> None:
-        """Add ``step_1``, ``step_2`` and so on, which a stage that was waited for is made of."""
+        """Add ``step_1``, ``step_2`` and so on: the parts of a stage that ends with a synchronization."""
         self._stages |= {f"step_{i}": seconds for i, seconds in enumerate(steps.seconds(), start=1)}
 
     def timings(self) -> dict[str, float]:
@@ -35,7 +35,7 @@ class Clock:
 
 
 class Steps:
-    """Marks in time between the steps of a loop; on a CUDA device in its current stream, which nobody waits for."""
+    """Marks in time between the steps of a loop; on a CUDA device events in its current stream, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -52,7 +52,7 @@ class Steps:
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
-        """What each step took; on a CUDA device call it after waiting for the stream."""
+        """The seconds of each step; on a CUDA device call it after waiting for the stream."""
         return [_seconds_between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
 
 

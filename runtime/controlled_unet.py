@@ -12,17 +12,11 @@ from ..engines.component_names import RESIDUAL_INPUT, cond_embedding, controlnet
 from ..engines.zeroed_inputs import ZeroedInputs
 from .batching import run_rows
 
-PLAIN_UNET = "unet without residuals"  # beside the bundle's components
 
-
-def with_plain_unet(engines: Mapping[str, Engine]) -> dict[str, Engine]:
-    """The engines and, if the UNet takes residuals, the same UNet without them: what runs where no ControlNet does.
-
-    It is fed zeros, which are made once for every shape: the UNet's cost is its own and that of the additions.
-    """
-    unet = engines["unet"]
+def without_residuals(unet: Engine) -> Engine | None:
+    """The UNet where no ControlNet acts: its residuals are zeros, made once for every shape. None if it takes none."""
     residuals = [name for name in unet.inputs if RESIDUAL_INPUT.fullmatch(name)]
-    return {**engines, PLAIN_UNET: ZeroedInputs(unet, residuals)} if residuals else dict(engines)
+    return ZeroedInputs(unet, residuals) if residuals else None
 
 
 class ControlledUnet:
@@ -30,12 +24,13 @@ class ControlledUnet:
 
     Args:
         manifest: names the ControlNets.
-        engines: the networks, and the UNet without residuals (:func:`with_plain_unet`).
+        engines: the components by name.
+        plain_unet: runs where no ControlNet acts (:func:`without_residuals`); None if that is the UNet itself.
     """
 
-    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, manifest: Manifest, engines: Mapping[str, Engine], plain_unet: Engine | None) -> None:
         self._unet = engines["unet"]
-        self._plain_unet = engines.get(PLAIN_UNET, self._unet)
+        self._plain_unet = plain_unet or self._unet
         self._controlnets = {name: engines[controlnet(name)] for name in manifest.controlnets}
         self._embeddings = {name: engines[cond_embedding(name)] for name in manifest.controlnets}
 
@@ -67,7 +62,7 @@ class ControlledUnet:
         Args:
             feeds: the UNet's own inputs.
             active: the ControlNets whose residuals are added, all at once.
-            embeddings: what :meth:`embed` returned, by name.
+            embeddings: the results of :meth:`embed`, by name.
             scales: [1] float32 each, by name.
         """
         if not active:

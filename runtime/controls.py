@@ -1,4 +1,4 @@
-"""Which ControlNets take part in a call, how strongly, at which steps, and with which images."""
+"""The ControlNets of a call: their scales, their steps and their images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Control:
 
     Attributes:
         name: the ControlNet's, in the bundle.
-        conditioning_scale: what its residuals are multiplied with.
+        conditioning_scale: factor of its residuals.
         start: the part of the steps, 0..1, before which it does not act.
         end: the part after which it does not act any more.
     """
@@ -46,7 +46,7 @@ def make_controls(
     Args:
         manifest: the bundle's.
         images: names of the ControlNets that have an image.
-        scale: a number for all of them, one for each of the bundle's, or some by name; what is left out is the
+        scale: a number for all of them, one for each of the bundle's, or some by name; the default is the
             manifest's.
         start: likewise, 0 where it is left out.
         end: likewise, 1 where it is left out.
@@ -90,7 +90,7 @@ def _each(argument: str, value: Any, defaults: Mapping[str, float], most: float)
 
 
 def images_by_name(manifest: Manifest, image: Any) -> dict[str, Any]:
-    """Which image goes to which ControlNet, in the bundle's order.
+    """Control images by the ControlNet's name, in the bundle's order.
 
     Args:
         manifest: the bundle's.

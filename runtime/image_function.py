@@ -1,12 +1,11 @@
-"""The image as a function of tensors: embedded prompts and noise in, pixels out, and nothing that waits or draws.
+"""The image as a function of tensors: embedded prompts and noise in, pixels out, without waiting or random numbers.
 
 Everything here enqueues on the current stream and copies nothing from or to the host, so that it can be recorded as one
-CUDA graph. What it needs of the host comes in as tensors that ``make_constants`` and the sampler's ``draw_noise`` make.
+CUDA graph. Values of the host come in as tensors, which ``make_constants`` and ``draw_noise`` make.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,9 +19,10 @@ from ..samplers.loop import draw_noise, sample
 from ..samplers.noise import Generators
 from .batching import run_rows
 from .controlled_unet import ControlledUnet
+from .denoiser import Denoiser
 from .pixels import to_pixels
-from .request import Request
-from .text import TextEmbeddings
+from .request import GenerationSettings, Request
+from .text import TextConditioner, TextEmbeddings, TokenizedTexts
 from .tiling import least_latents, tiled_decode
 
 # A row of one number is a multiple of 256 bytes, the alignment that TensorRT asks of an input's address.
@@ -31,60 +31,40 @@ NOISE = "noise_"  # and the step's number: an input for every step that takes no
 CONDITION = "controlnet_cond/"  # and the ControlNet's name: its control images
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSettings:
-    """All that decides how images are computed, besides the inputs and their shapes: the key of a CUDA graph.
+class ImageFunction:
+    """A bundle's components after the text encoders, as functions of tensors on their device.
 
-    Attributes:
-        prompts: their number; each makes ``images_per_prompt`` images.
-        guidance_scale: 0 without guidance, else above 1.
-        zeroed_negatives: zeros instead of the embeddings of negative prompts.
-        num_inference_steps: None with ``timesteps``, and the other way round.
-        output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
-        controls: for every step the names of the ControlNets that act on it.
-    """
-
-    prompts: int
-    images_per_prompt: int
-    guidance_scale: float
-    zeroed_negatives: bool
-    num_inference_steps: int | None
-    timesteps: tuple[int, ...] | None
-    eta: float
-    output_type: str
-    controls: tuple[tuple[str, ...], ...]
-
-    @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale > 0
-
-    @property
-    def controlnets(self) -> tuple[str, ...]:
-        """The ControlNets that act on some step."""
-        return tuple(dict.fromkeys(name for names in self.controls for name in names))
-
-
-class Painter:
-    """What a bundle does after its text encoders, as functions of tensors on their device.
-
-    With ``vae_tile`` images are decoded in tiles with sides of so many pixels (:mod:`.tiling`).
+    Args:
+        manifest: the bundle's.
+        engines: the components by name.
+        plain_unet: the UNet where no ControlNet acts (:func:`.controlled_unet.without_residuals`).
+        text: tokenizes and encodes prompts.
+        sampler: plans the steps.
+        vae_tile: decode images in tiles with sides of so many pixels (:mod:`.tiling`).
     """
 
     def __init__(
-        self, manifest: Manifest, engines: Mapping[str, Engine], sampler: Sampler, vae_tile: int | None = None
+        self,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        plain_unet: Engine | None,
+        text: TextConditioner,
+        sampler: Sampler,
+        vae_tile: int | None = None,
     ) -> None:
         self.manifest = manifest
+        self.text = text
         self.family = find_family(manifest.family)
         self.sampler = sampler
         self.unet = engines["unet"]
-        self.controlled_unet = ControlledUnet(manifest, engines)
+        self.controlled_unet = ControlledUnet(manifest, engines, plain_unet)
         self.vae_decoder = engines["vae_decoder"]
         self.vae_tile = vae_tile
 
-    def settings(self, request: Request, output_type: str) -> ImageSettings:
-        """What of a request, its values apart, decides how it is computed."""
+    def settings(self, request: Request, output_type: str) -> GenerationSettings:
+        """The settings of a request; its values are inputs."""
         steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
-        return ImageSettings(
+        return GenerationSettings(
             prompts=len(request.prompts),
             images_per_prompt=request.num_images_per_prompt,
             guidance_scale=request.guidance_scale if request.is_guided else 0.0,
@@ -99,11 +79,11 @@ class Painter:
             ),
         )
 
-    def plan(self, settings: ImageSettings) -> Plan:
+    def plan(self, settings: GenerationSettings) -> Plan:
         """The sampler's steps."""
         return self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
 
-    def make_constants(self, request: Request, settings: ImageSettings) -> dict[str, Tensor]:
+    def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """The inputs that follow from the request alone, on the device.
 
         ``timesteps`` [steps, 64] float32, a row of one value each; for SDXL ``time_ids`` [B, 6], the size conditioning:
@@ -126,17 +106,17 @@ class Painter:
         rows = torch.tensor(numbers, dtype=torch.float32).unsqueeze(1).repeat(1, NUMBER_ROW)
         return rows.to(self.unet.device)
 
-    def draw_noise(self, settings: ImageSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+    def draw_noise(self, settings: GenerationSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
         dtype = TORCH_DTYPES[self.unet.outputs["out_sample"].dtype]
         noises = draw_noise(latents, self.plan(settings), generator=generator, output_dtype=dtype)
         return {f"{NOISE}{i}": noise for i, noise in enumerate(noises) if noise is not None}
 
-    def paint(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def generate(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
 
-        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, as ``arrange`` orders them, ``latents``,
-        control images [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, and what the two methods above make.
+        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, which ``embed`` orders, ``latents``,
+        control images [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, and the results of the two methods above.
         """
         embeddings = TextEmbeddings(inputs["prompt_embeds"], inputs.get("pooled_prompt_embeds"))
         controls = self.embed_controls(settings, inputs)
@@ -145,12 +125,16 @@ class Painter:
             return {"output": latents}
         return {"output": to_pixels(self.decode(latents), settings.output_type)}
 
-    def arrange(self, settings: ImageSettings, encoded: TextEmbeddings) -> TextEmbeddings:
+    def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
+        """The inputs that follow from the prompts: their embeddings under diffusers' names."""
+        return self.embed(settings, tokenized).named()
+
+    def embed(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> TextEmbeddings:
         """One row an image; with guidance first those of the negative prompts, as diffusers orders them.
 
-        ``encoded`` has a row for each prompt, after those of the negative prompts if they are encoded.
+        ``tokenized`` has a text for each prompt, after those of the negative prompts if they are encoded.
         """
-        count = settings.prompts
+        encoded, count = self.text.encode(tokenized), settings.prompts
 
         def repeat(rows: Tensor) -> Tensor:
             repeats = settings.images_per_prompt
@@ -163,7 +147,7 @@ class Painter:
             return positive.map(torch.zeros_like).cat(positive)
         return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
 
-    def embed_controls(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def embed_controls(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The control images as the ControlNets that act see them, [B, C, h, w], by name: once for all steps."""
         images = settings.prompts * settings.images_per_prompt
         return {
@@ -173,7 +157,7 @@ class Painter:
 
     def denoise(
         self,
-        settings: ImageSettings,
+        settings: GenerationSettings,
         embeddings: TextEmbeddings,
         controls: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor],
@@ -183,7 +167,7 @@ class Painter:
     ) -> Tensor:
         """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
 
-        ``embeddings`` and ``controls`` are what ``encode`` and ``embed_controls`` returned.
+        ``embeddings`` and ``controls`` are the results of ``embed`` and ``embed_controls``.
         ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
         """
         plan = self.plan(settings)
@@ -217,42 +201,3 @@ class Painter:
             and self.manifest.force_zeros_for_empty_prompt
             and request.negative_prompts is None
         )
-
-
-class Denoiser:
-    """The UNet under one call's conditioning, with classifier-free guidance if the call asks for it.
-
-    ``feeds`` are inputs of the UNet and of the ControlNets that stay the same from step to step; a callback may
-    replace them.
-    """
-
-    def __init__(
-        self,
-        unet: ControlledUnet,
-        embeddings: TextEmbeddings,
-        controls: Mapping[str, Tensor],
-        settings: ImageSettings,
-        plan: Plan,
-        inputs: Mapping[str, Tensor],
-    ) -> None:
-        self.unet = unet
-        self.settings = settings
-        self.controls = controls
-        self.steps = {step.t: i for i, step in enumerate(plan)}
-        self.timesteps = inputs["timesteps"]
-        self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
-        self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
-        if embeddings.text_embeds is not None and "time_ids" in inputs:
-            self.feeds["text_embeds"] = embeddings.text_embeds
-            self.feeds["time_ids"] = inputs["time_ids"]
-
-    def __call__(self, sample: Tensor, t: int) -> Tensor:
-        """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
-        rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
-        step = self.steps[t]
-        feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
-        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales)
-        if not self.settings.is_guided:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + self.settings.guidance_scale * (positive - negative)

@@ -15,7 +15,7 @@ METADATA_KEY = "hypersd"
 
 
 def png_info(metadata: Mapping[str, Any]) -> PngInfo:
-    """Settings as JSON in an iTXt chunk of that name; nothing if there are none."""
+    """Settings as JSON in an iTXt chunk named ``hypersd``; no chunk if there are none."""
     info = PngInfo()
     if metadata:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
@@ -23,7 +23,7 @@ def png_info(metadata: Mapping[str, Any]) -> PngInfo:
 
 
 def image_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str, Any]:
-    """All that is needed to draw the image again, under the pipeline's argument names where it has them."""
+    """The settings that generate the image again, under the pipeline's argument names where it has them."""
     settings = {
         "prompt": request.prompts[0],
         "negative_prompt": request.negative_prompts[0] if request.negative_prompts else None,

@@ -17,9 +17,8 @@ from ..samplers import Sampler
 from ..samplers.loop import draw_noise
 from ..samplers.noise import Generators
 from .batching import run_rows
-from .image_function import ImageSettings
 from .params import Params
-from .request import Request
+from .request import GenerationSettings, Request
 from .text import TokenizedTexts
 
 
@@ -73,7 +72,7 @@ def _misfits(one_graph: OneGraph, params: Params) -> list[str]:
 
 
 class OneGraphFunction:
-    """A one-graph as a function of tensors, beside :class:`.image_function.Painter`, which takes all components."""
+    """A one-graph as a function of tensors, beside :class:`.image_function.ImageFunction` of all components."""
 
     def __init__(self, manifest: Manifest, name: str, engine: Engine, sampler: Sampler) -> None:
         self.engine = engine
@@ -81,10 +80,10 @@ class OneGraphFunction:
         self.encoders = [name for name in manifest.components if name.startswith("text_encoder")]
         self.dtype: torch.dtype = TORCH_DTYPES[engine.inputs[LATENTS].dtype]
 
-    def settings(self, request: Request, output_type: str) -> ImageSettings:
+    def settings(self, request: Request, output_type: str) -> GenerationSettings:
         """The settings of a request that :func:`fixed_params` completed."""
         steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
-        return ImageSettings(
+        return GenerationSettings(
             prompts=len(request.prompts),
             images_per_prompt=request.num_images_per_prompt,
             guidance_scale=0.0,
@@ -96,11 +95,11 @@ class OneGraphFunction:
             controls=((),) * steps,
         )
 
-    def make_constants(self, request: Request, settings: ImageSettings) -> dict[str, Tensor]:
+    def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """No inputs: the graph holds its constants."""
         return {}
 
-    def text_inputs(self, settings: ImageSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
+    def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
         """Token ids, int64 [B, 77], for each text encoder's input, a row for each image."""
         return {
             input_ids(encoder): torch.cat([tokenized.input_ids[text][encoder] for text in tokenized.texts])
@@ -109,13 +108,13 @@ class OneGraphFunction:
             for encoder in self.encoders
         }
 
-    def draw_noise(self, settings: ImageSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+    def draw_noise(self, settings: GenerationSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
         plan = self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
         noises = draw_noise(latents, plan, generator=generator)
         return {noise_input(i): noise for i, noise in enumerate(noises) if noise is not None}
 
-    def paint(self, settings: ImageSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def generate(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``output``: finished pixels [B, H, W, 3], uint8; the tensor may be the engine's own buffer."""
         feeds = {name: inputs[name].contiguous() for name in self.engine.inputs}
         return {"output": run_rows(self.engine, feeds)[IMAGES]}

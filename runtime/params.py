@@ -13,8 +13,8 @@ from ..engines.manifest import ImageShapes, Range
 from ..errors import RequestError
 from ..samplers.noise import Generators
 from ..samplers.numbers import is_whole, real_number, whole_number
-from .control_images import check_resize_mode
 from .controls import Control, PerControlNet, images_by_name, make_controls
+from .image_files import check_resize_mode
 from .pixels import check_output_type
 from .request import Request
 
@@ -75,7 +75,7 @@ class Params:
 
 
 def decide(manifest: Manifest, params: Params, bundle_shapes: ImageShapes | None = None, engines: str = "") -> Request:
-    """Check params against a manifest, and take from it what they leave open.
+    """Check params against a manifest, and fill in its defaults.
 
     Of a control image only the ControlNet's name counts here, not the pixels.
 

@@ -15,19 +15,23 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def check_output_type(output_type: str) -> None:
-    """Refuse what is no form of images."""
+    """Check a caller's output type.
+
+    Raises:
+        RequestError: it is not known.
+    """
     if output_type not in OUTPUT_TYPES:
         raise RequestError(f"output_type {output_type!r} is not known: expected one of {', '.join(OUTPUT_TYPES)}")
 
 
 def to_pixels(sample: Tensor, output_type: str) -> Tensor:
-    """The part of the way that the sample's device does: a new tensor there.
+    """The part of the conversion that runs on the sample's device: a new tensor there.
 
     Args:
         sample: [B, 3, H, W] in -1..1, any float dtype, on any device; it is not kept.
         output_type: ``"pt"`` for the image in 0..1, of the sample's dtype, shape and layout, which needs nothing
             more; ``"np"`` for float32 [B, H, W, 3] in 0..1, contiguous; ``"pil"`` for uint8 likewise, a quarter of
-            what would have to be copied to the host otherwise.
+            the bytes to copy to the host.
     """
     # Halving is exact: one rounding, and one pass over memory, as of diffusers' two. What follows is done in place.
     pixels = torch.add(_HALF, sample, alpha=0.5).clamp_(0, 1)
@@ -40,7 +44,7 @@ def to_pixels(sample: Tensor, output_type: str) -> Tensor:
 
 
 def to_images(pixels: Tensor, output_type: str) -> Any:
-    """The part that the host does: a list of ``PIL.Image``, which are copies, or the ``"np"`` array itself.
+    """The part of the conversion on the host: a list of ``PIL.Image``, which are copies, or the ``"np"`` array itself.
 
     ``pixels`` are those of ``to_pixels`` for the same ``output_type``, on the CPU.
     """

@@ -1,4 +1,4 @@
-"""The request: params with every decision made."""
+"""The request: params with every decision made, and the settings that follow from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Request:
     """One call, every argument decided (:func:`.params.decide`).
 
     Attributes:
-        prompts: one for each image to draw before ``num_images_per_prompt``.
+        prompts: one for each image, before ``num_images_per_prompt``.
         negative_prompts: as many, or None if none were given.
         num_inference_steps: steps of the sampler's own schedule; None with ``timesteps``.
         timesteps: custom ones; None with ``num_inference_steps``.
@@ -46,3 +46,36 @@ class Request:
     def batch(self) -> int:
         """Number of images."""
         return len(self.prompts) * self.num_images_per_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """All that decides how images are computed, besides the inputs and their shapes: the key of a CUDA graph.
+
+    Attributes:
+        prompts: their number; each makes ``images_per_prompt`` images.
+        guidance_scale: 0 without guidance, else above 1.
+        zeroed_negatives: zeros instead of the embeddings of negative prompts.
+        num_inference_steps: None with ``timesteps``, and the other way round.
+        output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+        controls: for every step the names of the ControlNets that act on it.
+    """
+
+    prompts: int
+    images_per_prompt: int
+    guidance_scale: float
+    zeroed_negatives: bool
+    num_inference_steps: int | None
+    timesteps: tuple[int, ...] | None
+    eta: float
+    output_type: str
+    controls: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale > 0
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The ControlNets that act on some step."""
+        return tuple(dict.fromkeys(name for names in self.controls for name in names))

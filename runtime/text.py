@@ -1,4 +1,4 @@
-"""From prompts to what the UNet is conditioned on, without transformers."""
+"""Prompts to embeddings, without transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ClipTokenizer:
             raise BundleError(f"{path} is not a tokenizer ({one_line(error)}): export the bundle again") from error
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, list[str]]:
-        """Token ids [B, 77], int64, and what was cut off each text: nothing (``""``) unless it is too long."""
+        """Token ids [B, 77], int64, and the text cut off each, ``""`` unless it is too long."""
         encodings = self._tokenizer.encode_batch(list(texts))
         ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         cut = [[i for part in encoding.overflowing for i in part.ids] for encoding in encodings]
@@ -63,7 +63,7 @@ def load_tokenizers(bundle: Bundle) -> dict[str, ClipTokenizer]:
 
 @dataclasses.dataclass(frozen=True)
 class TextEmbeddings:
-    """What the UNet is conditioned on.
+    """The embeddings that condition the UNet.
 
     Attributes:
         hidden_states: [B, 77, C], both encoders' side by side for SDXL.
@@ -80,7 +80,7 @@ class TextEmbeddings:
         )
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors under diffusers' names, as a painter takes them."""
+        """The tensors under diffusers' names."""
         named = {"prompt_embeds": self.hidden_states}
         return named if self.text_embeds is None else {**named, "pooled_prompt_embeds": self.text_embeds}
 
@@ -95,13 +95,13 @@ class TextEmbeddings:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts on their way to the text encoders, which those that were seen lately need not take again.
+    """Tokenized texts; for those of recent calls the embeddings instead.
 
     Attributes:
         texts: one a row.
-        known: embeddings of one row each, by text.
+        known: embeddings of one row each, by text, for cached texts.
         input_ids: token ids [1, 77] by text encoder, of each of the other texts.
-        cut: what was cut off, of each of the other texts.
+        cut: the text cut off each of the other texts.
     """
 
     texts: tuple[str, ...]
@@ -113,14 +113,14 @@ class TokenizedTexts:
 class TextConditioner:
     """The bundle's tokenizers and text encoders, and the embeddings of the last texts.
 
-    Each text is encoded by itself, so that its embeddings do not depend on what else was asked for, nor when.
+    Each text is encoded by itself, so that its embeddings depend on no other text and on no earlier call.
     """
 
     def __init__(self, tokenizers: Mapping[str, ClipTokenizer], engines: Mapping[str, Engine]) -> None:
         self._tokenizers = tokenizers
         self._engines = engines
-        self._kept: OrderedDict[str, tuple[TextEmbeddings, str]] = OrderedDict()  # with what was cut off
-        self._lock = threading.Lock()  # of what is kept; threads may encode side by side
+        self._kept: OrderedDict[str, tuple[TextEmbeddings, str]] = OrderedDict()  # with the text cut off
+        self._lock = threading.Lock()  # guards the cache; threads may encode side by side
 
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         """Look up or tokenize some texts. Warns of text that is cut off, and names it."""
@@ -146,7 +146,7 @@ class TextConditioner:
         return first.cat(*others) if others else first
 
     def _tokenize(self, texts: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-        """Token ids by text and encoder, and what was cut off by text: SDXL's two tokenizers cut at the same place."""
+        """Token ids by text and encoder, and the text cut off by text: SDXL's two tokenizers cut at the same place."""
         ids: dict[str, dict[str, Tensor]] = {text: {} for text in texts}
         cut: dict[str, str] = {}
         for name, tokenizer in self._tokenizers.items():

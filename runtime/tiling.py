@@ -1,4 +1,4 @@
-"""Decoding latents in tiles: what the decoder keeps in memory is that of a tile, whatever the image's size."""
+"""Decoding of latents in tiles: the decoder needs the memory of one tile, whatever the image's size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_tile(latent_sample: TensorSpec, tile: int, scale: int = 8) -> int:
     """A tile's side that a decoder takes.
 
     Args:
-        latent_sample: what the decoder promises of its input, [B, 4, h, w].
+        latent_sample: the decoder's input as the manifest describes it, [B, 4, h, w].
         tile: the side, in pixels.
         scale: pixels per latent.
 
@@ -66,7 +66,7 @@ def tiled_decode(
         least: the fewest latents that ``decode`` takes, down and across.
 
     Returns:
-        Images [B, C, scale x h, scale x w]; of a single tile, what ``decode`` returned.
+        Images [B, C, scale x h, scale x w]; of a single tile, the result of ``decode`` itself.
     """
     side = tile // scale
     height, width = latents.shape[HEIGHT:]

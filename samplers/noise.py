@@ -1,4 +1,4 @@
-"""Random numbers: the only place where they are drawn."""
+"""Random numbers; no other module draws any."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def random_seed() -> int:
-    """A seed of 32 bits that nobody chose."""
+    """A random seed of 32 bits."""
     return secrets.randbits(32)
 
 

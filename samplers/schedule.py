@@ -138,7 +138,7 @@ def _one_of(literal: Any) -> tuple[Callable[[Any], bool], str]:
     return get_args(literal).__contains__, " or ".join(get_args(literal))
 
 
-# The test of each field, and the words for what it accepts.
+# The test of each field, and its words in a message.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_train_timesteps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),
     "original_inference_steps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),

@@ -16,7 +16,8 @@ from contact_sheet import SIDE, Column, arrange, settings
 from PIL import Image, ImageDraw
 
 from hypersd import HyperSDError, Pipeline
-from hypersd.runtime.control_images import canny, fit, open_image
+from hypersd.runtime.control_images import canny
+from hypersd.runtime.image_files import fit, open_image
 
 PROMPTS = (
     "a red star on a blue background",

@@ -38,7 +38,7 @@ class Timed(EngineWrapper):
 def timed(pipe: Pipeline) -> tuple[Pipeline, list[Timed]]:
     """The same pipeline on engines that are timed."""
     engines: dict[str, Engine] = {name: Timed(engine) for name, engine in pipe.engines.items()}
-    made = Pipeline(pipe.manifest, engines, pipe.text._tokenizers)
+    made = Pipeline(pipe.manifest, engines, pipe.tokenizers)
     return made, [engine for engine in engines.values() if isinstance(engine, Timed)]
 
 

@@ -9,7 +9,8 @@ from collections.abc import Hashable, Sequence
 from PIL import Image
 
 from ..runtime import Pipeline
-from ..runtime.control_images import fit, preprocess
+from ..runtime.control_images import preprocess
+from ..runtime.image_files import fit
 from ..runtime.params import Params
 from ..runtime.request import Request
 from ..runtime.text import TruncationWarning

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import RequestError
-from ..runtime.control_images import reading, to_rgb
+from ..runtime.image_files import reading, to_rgb
 from ..runtime.metadata import png_info
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow's other formats are not tried: their readers are a risk without a use

@@ -110,7 +110,7 @@ def test_a_float32_decoder_in_a_half_precision_bundle(
     sources = source_options(name)
     options = ExportOptions(sources=dataclasses.replace(sources, vae=sources.base), precision="fp16")
     pipe, judge = Pipeline.load(export_bundle(name, tmp_path / name, options).root), reference(name)
-    assert pipe.vae_decoder.inputs["latent_sample"].dtype == "float32"
+    assert pipe.engines["vae_decoder"].inputs["latent_sample"].dtype == "float32"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).half()
     with torch.no_grad():
         expected = judge.vae.decode(latents.float() / judge.vae.config.scaling_factor).sample

@@ -9,6 +9,7 @@ import hashlib
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -198,4 +199,5 @@ def _sampling(manifest: Manifest, request: Request) -> Sampling:
     """The runtime's own sampler, which computes with whatever has a tensor's operators."""
     sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
     plan = sampler.plan(request.num_inference_steps, request.timesteps, request.eta)
-    return Sampling(noisy=tuple(step.noisy for step in plan), sample=partial(sample, plan=plan))
+    run: Any = partial(sample, plan=plan)  # typed for tensors
+    return Sampling(noisy=tuple(step.noisy for step in plan), sample=run)

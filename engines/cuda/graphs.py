@@ -99,6 +99,11 @@ class GraphedFunction:
         entry.replay()
         return entry.outputs
 
+    @property
+    def recorded(self) -> list[bool]:
+        """For each key that is kept, whether a graph of it was recorded."""
+        return [entry.replay is not None for entry in self._entries.values()]
+
     def _entry(self, whole_key: Hashable, inputs: Mapping[str, Tensor]) -> _Entry:
         entry = self._entries.get(whole_key)
         if entry is None:

@@ -51,11 +51,9 @@ def load(root: Path) -> tuple[Pipeline, Pipeline]:
 
 def assert_recorded(pipe: Pipeline, graphs: int | None = None) -> None:
     """All kinds of call that are kept have their graph, and there are ``graphs`` of them."""
-    assert pipe._graphed is not None
-    entries = pipe._graphed._entries.values()
-    assert entries
-    assert all(entry.replay is not None for entry in entries)
-    assert graphs in (None, len(entries))
+    assert pipe.recorded_graphs
+    assert all(pipe.recorded_graphs)
+    assert graphs in (None, len(pipe.recorded_graphs))
 
 
 def images_of(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
@@ -81,7 +79,7 @@ def test_a_replay_computes_what_the_work_does() -> None:
                 x = torch.randn(64, 32, device="cuda")
                 assert torch.equal(graphed(3, {"x": x})["out"], work(3, {"x": x})["out"])
                 assert torch.cuda.current_stream() == stream, f"call {i}"
-            assert [entry.replay is not None for entry in graphed._entries.values()] == [True]
+            assert graphed.recorded == [True]
 
 
 def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
@@ -112,7 +110,7 @@ def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
         for i in range(WARM_UPS + 3):
             assert torch.equal(graphed(3, {"x": x + i})["out"], (x + i) * 3)
             assert torch.equal(graphed(2, {"x": x + i})["out"], (x + i) * 2)
-        assert [entry.replay is not None for entry in graphed._entries.values()] == [True, False]
+        assert graphed.recorded == [True, False]
     torch.cuda.synchronize()
 
 

@@ -211,7 +211,7 @@ def test_a_shape_outside_the_plan_is_refused(pipe) -> None:
         pipe("a cat", height=4096)
     feeds = {"latent_sample": torch.zeros(1, 4, 999, 8, dtype=torch.float16, device=pipe.device)}
     with pytest.raises(EngineError, match="latent_sample"):
-        pipe.vae_decoder.run(feeds)
+        pipe.engines["vae_decoder"].run(feeds)
 
 
 def test_a_full_device_is_told(built, backend: str, cuda) -> None:

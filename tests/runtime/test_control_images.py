@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hypersd.errors import RequestError
-from hypersd.runtime.control_images import canny, fit, open_image, scribble, to_condition, to_rgb
+from hypersd.runtime.control_images import canny, scribble, to_condition
+from hypersd.runtime.image_files import fit, open_image, to_rgb
 
 # As StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline make their control_image_processor.
 JUDGE = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)

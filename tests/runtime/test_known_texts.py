@@ -51,7 +51,7 @@ def test_a_prompts_embeddings_do_not_depend_on_its_company(counted: Any) -> None
     pipe, _ = counted
     alone = pipe.encode_prompt([OTHER])
     lists = [[PROMPT, OTHER, ""], [OTHER, OTHER], ["red", OTHER]]
-    fresh = Pipeline(pipe.manifest, pipe.engines, pipe.text._tokenizers)
+    fresh = Pipeline(pipe.manifest, pipe.engines, pipe.tokenizers)
     for maker in (pipe, fresh):
         for prompts in lists:
             rows = maker.encode_prompt(prompts)
@@ -88,7 +88,6 @@ def test_the_least_recently_used_is_forgotten(sd15_bundle: Path) -> None:
     assert encoder_runs(engines) == runs + 1, "it was used since"
     pipe.encode_prompt(["cat 0"])
     assert encoder_runs(engines) == runs + 2, "this one was not"
-    assert len(pipe.text._kept) == KEPT_TEXTS
 
 
 def test_more_prompts_than_are_kept_in_one_call(sd15_bundle: Path) -> None:
@@ -105,7 +104,7 @@ def test_threads_share_what_is_known(counted: Any) -> None:
     pipe, _ = counted
     texts = [f"cat {i}" for i in range(6)]
     alone = {text: pipe.encode_prompt([text]).hidden_states for text in texts}
-    fresh = Pipeline(pipe.manifest, pipe.engines, pipe.text._tokenizers)
+    fresh = Pipeline(pipe.manifest, pipe.engines, pipe.tokenizers)
     barrier = threading.Barrier(4)
 
     def work(i: int) -> bool:

@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, wait_until
 
 from hypersd import Pipeline
-from hypersd.runtime.control_images import fit, preprocess
+from hypersd.runtime.control_images import preprocess
+from hypersd.runtime.image_files import fit
 from hypersd.serve.settings import ServeSettings
 
 GENERATIONS = "/v1/images/generations"

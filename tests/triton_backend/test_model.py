@@ -21,7 +21,8 @@ from hypersd import Pipeline
 from hypersd.engines import Bundle
 from hypersd.errors import EngineError, RequestError
 from hypersd.export import ExportOptions, ShapeOptions, export_bundle
-from hypersd.runtime.control_images import fit, preprocess
+from hypersd.runtime.control_images import preprocess
+from hypersd.runtime.image_files import fit
 from hypersd.runtime.params import Params
 from hypersd.triton_backend import model as triton_model
 from hypersd.triton_backend.model import Model

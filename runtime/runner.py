@@ -1,0 +1,249 @@
+"""One call on its way through a bundle's engines: the whole image at once, or stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engines import Engine, Manifest
+from ..engines.cuda.graphed_engine import GraphedEngine
+from ..engines.cuda.graphs import Capture, GraphedFunction
+from ..engines.cuda.turns import Turns, hand_out
+from ..engines.engine import TORCH_DTYPES
+from ..errors import EngineError, RequestError, one_line
+from ..samplers import Sampler
+from ..samplers.noise import Generators
+from . import starts
+from .clock import Clock, Steps
+from .controlled_unet import without_residuals
+from .denoiser import Denoiser
+from .image_function import CONDITION, ImageFunction
+from .one_graph_function import OneGraphFunction
+from .pixels import to_images, to_pixels
+from .request import GenerationSettings, Request
+from .text import ClipTokenizer, TextConditioner, TokenizedTexts
+
+AfterStep = Callable[[Denoiser, int, int, Tensor], "Tensor | None"]
+WholeImage = Callable[[GenerationSettings, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call, checked and tokenized.
+
+    Attributes:
+        request: every decision.
+        settings: those that decide how images are computed.
+        tokenized: the prompts, after the negative ones if they are encoded.
+        conditions: control images [1 or prompts, 3, H, W] on the host, by the ControlNet's name.
+        generator: the source of the noise.
+        latents: the caller's own noise; None for the generator's.
+        clock: times the stages.
+    """
+
+    request: Request
+    settings: GenerationSettings
+    tokenized: TokenizedTexts
+    conditions: Mapping[str, Tensor]
+    generator: Generators
+    latents: Tensor | None
+    clock: Clock
+
+
+class Runner:
+    """Runs calls on a bundle's engines; on a GPU one at a time, on a stream of its own.
+
+    Args:
+        manifest: the bundle's.
+        function: makes the settings and inputs of a call, and images of them.
+        text: tokenizes and encodes prompts.
+        stages: the same function, if its stages can run one by one; None for a one-graph.
+        whole: a whole image in one run: a one-graph, or CUDA graphs; None where only stages run.
+        device: the denoiser's.
+        dtype: that of its latents.
+        has_turns: whether calls share memory that they have to take turns for, as they do on a GPU.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        function: ImageFunction | OneGraphFunction,
+        *,
+        text: TextConditioner,
+        stages: ImageFunction | None,
+        whole: WholeImage | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        has_turns: bool,
+    ) -> None:
+        self.manifest = manifest
+        self.function = function
+        self.text = text
+        self.stages = stages
+        self.whole = whole
+        self.device = device
+        self.dtype = dtype
+        self._turns = Turns(device) if has_turns else None
+
+    def turn(self) -> AbstractContextManager[torch.cuda.Stream | None]:
+        """Wait for this runner's other calls, and keep them waiting; gives the caller's stream on a GPU."""
+        return nullcontext() if self._turns is None else self._turns.turn()
+
+    def run(self, call: Call, after_step: AfterStep | None = None) -> Any:
+        """The images of a call, of its ``output_type``; with ``after_step`` stage by stage.
+
+        Raises:
+            RequestError: the caller's latents are of another shape, or a one-graph is to call ``after_step``.
+            EngineError: an engine failed, or the device's memory is not enough.
+        """
+        with _out_of_memory_in_words(call.request), self.turn() as caller:
+            if self.whole is None or (after_step is not None and self.stages is not None):
+                return self._by_stages(call, after_step, caller)
+            return self._at_once(self.whole, call, caller)
+
+    def by_stages(self) -> ImageFunction:
+        """The image function whose stages run one by one.
+
+        Raises:
+            RequestError: a one-graph has no stages.
+        """
+        if self.stages is None:
+            raise RequestError("a one-graph has no stages of its own: load the bundle without one_graph")
+        return self.stages
+
+    def _at_once(self, whole: WholeImage, call: Call, caller: torch.cuda.Stream | None) -> Any:
+        """Draw the random numbers here, in the same order as stage by stage, and run the whole image."""
+        with call.clock.stage("generate"):
+            inputs = {**self._inputs(call), **self.function.text_inputs(call.settings, call.tokenized)}
+            inputs |= self.function.draw_noise(call.settings, inputs["latents"], call.generator)
+            output = whole(call.settings, inputs)["output"]
+            if call.settings.output_type in ("pt", "latent"):
+                return hand_out(output.clone(), caller)  # the graph's own memory stays here
+            pixels = self._to_host(output)
+        with call.clock.stage("convert"):
+            return self._images(pixels, call.settings.output_type)
+
+    def _by_stages(self, call: Call, after_step: AfterStep | None, caller: torch.cuda.Stream | None) -> Any:
+        """Run one stage after the other; on a GPU each is waited for, so that its time is its own."""
+        function, settings, clock = self.by_stages(), call.settings, call.clock
+        with clock.stage("encode", self.device):
+            inputs = self._inputs(call)
+            embeddings = function.embed(settings, call.tokenized)
+            controls = function.embed_controls(settings, inputs)
+        with clock.stage("denoise", self.device):
+            steps = Steps(self.device)
+
+            def callback(denoiser: Denoiser, i: int, t: int, latents: Tensor) -> Tensor | None:
+                replaced = after_step and after_step(denoiser, i, t, latents)
+                steps.mark()
+                return replaced
+
+            latents = function.denoise(
+                settings, embeddings, controls, inputs, generator=call.generator, callback=callback
+            )
+        clock.add_steps(steps)
+        if settings.output_type == "latent":
+            return hand_out(latents, caller)
+        with clock.stage("decode", self.device):
+            sample = function.decode(latents)
+        with clock.stage("convert", self.device):
+            pixels = to_pixels(sample, settings.output_type)
+            if settings.output_type == "pt":
+                return hand_out(pixels, caller)
+            return self._images(self._to_host(pixels), settings.output_type)
+
+    def _inputs(self, call: Call) -> dict[str, Tensor]:
+        """The image function's inputs on the device, without the prompts and the noise of later steps."""
+        where = {"device": self.device, "dtype": self.dtype}
+        if call.latents is None:
+            latents = starts.noise(self.manifest, call.request, call.generator, **where)
+        else:
+            latents = starts.given(self.manifest, call.request, call.latents, **where)
+        names = call.settings.controlnets
+        return {
+            **{f"{CONDITION}{name}": call.conditions[name].to(**where) for name in names},
+            "latents": latents,
+            **self.function.make_constants(call.request, call.settings),
+        }
+
+    def _to_host(self, pixels: Tensor) -> Tensor:
+        return pixels if self._turns is None else self._turns.to_host(pixels)
+
+    def _images(self, pixels: Tensor, output_type: str) -> Any:
+        """Images of the caller's own: with turns ``pixels`` are memory that the next one overwrites."""
+        images = to_images(pixels, output_type)
+        return images.copy() if output_type == "np" and self._turns is not None else images
+
+
+def make_runner(
+    manifest: Manifest,
+    engines: Mapping[str, Engine],
+    tokenizers: Mapping[str, ClipTokenizer],
+    sampler: Sampler,
+    capture: Capture | None,
+    vae_tile: int | None,
+) -> Runner:
+    """A runner of all components.
+
+    With ``capture``, and if every engine after the text encoders can be recorded, the whole image is a CUDA graph;
+    called stage by stage, every component is one.
+    """
+    unet = engines["unet"]
+    plain_unet = without_residuals(unet)
+    is_graphed = capture is not None and all(e.capturable for name, e in engines.items() if name not in tokenizers)
+
+    def graphed(engine: Engine) -> Engine:
+        return GraphedEngine(engine, capture) if is_graphed and engine.capturable else engine
+
+    each = {name: graphed(engine) for name, engine in engines.items()}
+    text = TextConditioner(tokenizers, each)
+    stages = ImageFunction(manifest, each, plain_unet and graphed(plain_unet), text, sampler, vae_tile)
+    whole = ImageFunction(manifest, engines, plain_unet, text, sampler, vae_tile)
+    return Runner(
+        manifest,
+        stages,
+        text=text,
+        stages=stages,
+        whole=GraphedFunction(whole.generate, capture) if is_graphed else None,
+        device=unet.device,
+        dtype=TORCH_DTYPES[unet.inputs["sample"].dtype],
+        has_turns=is_graphed or unet.device.type == "cuda",
+    )
+
+
+def make_one_graph_runner(
+    manifest: Manifest, name: str, engine: Engine, tokenizers: Mapping[str, ClipTokenizer], sampler: Sampler
+) -> Runner:
+    """A runner of a one-graph."""
+    function = OneGraphFunction(manifest, name, engine, sampler)
+    return Runner(
+        manifest,
+        function,
+        text=TextConditioner(tokenizers, {}),  # the text encoders are in the graph
+        stages=None,
+        whole=function.generate,
+        device=engine.device,
+        dtype=function.dtype,
+        has_turns=engine.device.type == "cuda",
+    )
+
+
+@contextmanager
+def _out_of_memory_in_words(request: Request) -> Iterator[None]:
+    """Where the device's memory is not enough: say for what, in torch's words, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Memory of the host that the device is to read, torch refuses with CUDA's error and not with its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "CUDA error: out of memory" not in str(error):
+            raise
+        what = f"{request.batch} of {request.width}x{request.height}"
+        raise EngineError(
+            f"out of device memory, generating {what} ({one_line(error)}): "
+            "generate smaller images or fewer at a time, or free the device"
+        ) from error
