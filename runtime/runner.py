@@ -102,9 +102,9 @@ class Runner:
             EngineError: an engine failed, or the device's memory is not enough.
         """
         with _out_of_memory_in_words(call.request), self.turn() as caller:
-            if self.whole is None or (after_step is not None and self.stages is not None):
-                return self._by_stages(call, after_step, caller)
-            return self._at_once(self.whole, call, caller)
+            if self.whole is not None and after_step is None:
+                return self._at_once(self.whole, call, caller)
+            return self._by_stages(call, after_step, caller)
 
     def by_stages(self) -> ImageFunction:
         """The image function whose stages run one by one.

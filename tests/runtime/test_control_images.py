@@ -213,7 +213,7 @@ def test_opaque_alpha_changes_nothing(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_what_is_transparent_is_laid_on_white(tmp_path: Path, mode: str) -> None:
-    """Line drawings come on nothing, with black beneath: as black lines on black they would be lost."""
+    """Line drawings often have a transparent background with black beneath: black lines on black would be lost."""
     colours = len(mode) - 1
     layers = noise(16, 24, colours + 1)
     layers[:8, :, -1], layers[8:12, :, -1] = 0, 255
@@ -322,7 +322,7 @@ DEEP = ["I;16", "I;16L", "I;16B", "I;16N"]
 
 @pytest.mark.parametrize("mode", [*MODES, *DEEP])
 def test_every_mode_is_rgb_or_a_refusal(mode: str) -> None:
-    """What callers hand over may have any mode that Pillow knows."""
+    """A caller's image may have any mode that Pillow knows."""
     try:
         seen = to_rgb(Image.new(mode, (24, 16)))
     except RequestError as error:
@@ -453,7 +453,7 @@ def test_a_tensor_that_learns_is_only_looked_at() -> None:
 
 
 def test_inpainting_may_mark_with_minus_one() -> None:
-    """Inpainting ControlNets are told with -1 what is to be drawn."""
+    """Inpainting ControlNets mark pixels to repaint with -1."""
     marked = torch.full((3, 16, 24), -1.0)
     assert_same(to_condition(marked, 24, 16), marked[None])
 

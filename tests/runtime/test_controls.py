@@ -235,7 +235,7 @@ def test_lists_for_each_prompt_are_transposed(kind: type) -> None:
 
 
 def test_a_dict_selects_some_in_the_bundles_order() -> None:
-    """Who is left out does not run; the dict's own order says nothing."""
+    """A ControlNet without an image does not run; the order of the dict has no meaning."""
     assert [*images_by_name(TWO, {"depth": "two", "tile": "one"}).items()] == [("tile", "one"), ("depth", "two")]
     assert images_by_name(TWO, {"depth": ["two", "three"]}) == {"depth": ["two", "three"]}
     assert images_by_name(ONE, {"canny": "one"}) == {"canny": "one"}

@@ -50,7 +50,7 @@ def as_array(images: Any) -> np.ndarray:
 
 
 def assert_same(graphed: Pipeline, plain: Pipeline, calls: list[dict[str, Any]], rounds: int = 4) -> None:
-    """Every call of every round is drawn alike by both; seeds and prompts change from round to round."""
+    """Both give equal images for every call of every round; seeds and prompts change from round to round."""
     for i in range(rounds):
         for call in calls:
             whole = {"prompt": [PROMPT, "blue dog", ""][i % 3], "seed": 10 + i, **call}

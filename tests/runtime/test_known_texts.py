@@ -32,7 +32,7 @@ def encoder_runs(engines: Mapping[str, Any]) -> int:
 
 @FAMILIES
 def test_a_known_prompt_runs_no_encoder_and_draws_the_same(counted: Any) -> None:
-    """What a service that draws one prompt under many seeds saves."""
+    """A service that generates one prompt under many seeds encodes it once."""
     pipe, engines = counted
     first = pipe(PROMPT, seed=1, output_type="np").images
     runs = encoder_runs(engines)
@@ -47,7 +47,7 @@ def test_a_known_prompt_runs_no_encoder_and_draws_the_same(counted: Any) -> None
 
 @FAMILIES
 def test_a_prompts_embeddings_do_not_depend_on_its_company(counted: Any) -> None:
-    """Alone, in a list, at any place, known or new: the same bits, so the same seed draws the same image."""
+    """Alone, in a list, at any place, known or new: the same bits, so the same seed gives the same image."""
     pipe, _ = counted
     alone = pipe.encode_prompt([OTHER])
     lists = [[PROMPT, OTHER, ""], [OTHER, OTHER], ["red", OTHER]]
@@ -91,7 +91,7 @@ def test_the_least_recently_used_is_forgotten(sd15_bundle: Path) -> None:
 
 
 def test_more_prompts_than_are_kept_in_one_call(sd15_bundle: Path) -> None:
-    """Those of the call are held by the call."""
+    """A call holds the embeddings of its own prompts."""
     pipe, engines = counting_pipe(sd15_bundle, "null")
     prompts = [f"cat {i}" for i in range(KEPT_TEXTS + 5)]
     assert len(pipe.encode_prompt(prompts).hidden_states) == len(prompts)

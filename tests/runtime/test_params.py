@@ -1,4 +1,4 @@
-"""What a call may ask for: every argument out of range is one line that names what is allowed."""
+"""The arguments of a call: one out of range is an error of one line that names the allowed values."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_image_counts_out_of_range_are_refused(count: Any) -> None:
 
 @pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 0.0, "0", True, [True], ["x"], [-1], [[0]], 10**400])
 def test_seeds_out_of_range_are_refused(seed: Any) -> None:
-    """What torch's generator would take differently, or not at all."""
+    """Seeds that torch's generator would take differently, or not at all."""
     message = refusal(seed=seed)
     assert "seed" in message
     assert str(LARGEST_SEED) in message

@@ -51,7 +51,7 @@ def sd15(pipes: dict[str, Pipeline]) -> Pipeline:
     return pipes["sd15"]
 
 
-def draw(pipe: Pipeline, prompt: Any = PROMPT, **arguments: Any) -> np.ndarray:
+def images_of(pipe: Pipeline, prompt: Any = PROMPT, **arguments: Any) -> np.ndarray:
     """Images [B, H, W, 3] in 0..1."""
     return pipe(prompt, output_type="np", **arguments).images
 
@@ -81,7 +81,7 @@ def test_the_four_output_types_are_one_image(sd15: Pipeline) -> None:
 
 @pytest.mark.parametrize("kind", ["np", "pt", "latent"])
 def test_results_outlive_the_next_call(kind: str, sd15: Pipeline) -> None:
-    """What a call returned is the caller's: the engines' buffers, which the next call overwrites, do not show in it."""
+    """The result belongs to the caller: the next call, which overwrites the engines' buffers, does not change it."""
     first = sd15(PROMPT, seed=1, output_type=kind).images
     kept = first.copy() if isinstance(first, np.ndarray) else first.clone()
     sd15("blue dog", seed=2, output_type=kind)
@@ -149,31 +149,31 @@ def test_a_callbacks_time_is_its_steps(sd15: Pipeline) -> None:
 
 @FAMILIES
 def test_images_of_a_list_of_seeds_do_not_depend_on_their_neighbours(family: str, pipes: dict[str, Pipeline]) -> None:
-    """Each image of a batch is the one that its seed draws alone, fresh noise of every step included."""
+    """Each image of a batch equals the one that its seed gives alone, fresh noise of every step included."""
     pipe, seeds = pipes[family], [11, 5, 2**63 - 1]
     arguments = {"num_inference_steps": 3, "eta": 1.0}
     batch = pipe(PROMPT, num_images_per_prompt=3, seed=seeds, output_type="np", **arguments)
     assert batch.seed == tuple(seeds)
     for image, seed in zip(batch.images, seeds, strict=True):
-        alone = draw(pipe, seed=seed, **arguments)[0]
+        alone = images_of(pipe, seed=seed, **arguments)[0]
         np.testing.assert_allclose(image, alone, atol=1e-5)
     assert np.abs(batch.images[0] - batch.images[1]).max() > 0.05
-    by_prompt = draw(pipe, ["red dog", PROMPT], seed=[1, 11], **arguments)
+    by_prompt = images_of(pipe, ["red dog", PROMPT], seed=[1, 11], **arguments)
     np.testing.assert_allclose(by_prompt[1], batch.images[0], atol=1e-5)
 
 
 def test_without_a_seed_one_is_drawn_and_reported(sd15: Pipeline) -> None:
-    """An image that was not asked for twice can still be drawn again; two calls differ."""
+    """An image without a seed can be generated again with the seed that was chosen for it; two calls differ."""
     first, second = (sd15(PROMPT, num_inference_steps=2, num_images_per_prompt=2, output_type="np") for _ in range(2))
     assert isinstance(first.seed, int)
     assert first.seed != second.seed
     assert not np.array_equal(first.images, second.images)
-    again = draw(sd15, num_inference_steps=2, num_images_per_prompt=2, seed=first.seed)
+    again = images_of(sd15, num_inference_steps=2, num_images_per_prompt=2, seed=first.seed)
     assert np.array_equal(again, first.images)
 
 
 def test_torchs_own_randomness_is_neither_used_nor_touched(sd15: Pipeline) -> None:
-    """A service's global seed does not decide its images, and drawing does not advance it."""
+    """A service's global seed does not decide its images, and generating does not advance it."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first = sd15(PROMPT, num_inference_steps=2).seed
@@ -187,9 +187,9 @@ def test_generators_are_seeds(family: str, pipes: dict[str, Pipeline]) -> None:
     pipe, arguments = pipes[family], {"num_inference_steps": 2, "num_images_per_prompt": 2, "eta": 0.7}
     one = pipe(PROMPT, generator=seeded(7), output_type="np", **arguments)
     assert one.seed is None
-    assert np.array_equal(one.images, draw(pipe, seed=7, **arguments))
-    several = draw(pipe, generator=[seeded(7), seeded(9)], **arguments)
-    assert np.array_equal(several, draw(pipe, seed=[7, 9], **arguments))
+    assert np.array_equal(one.images, images_of(pipe, seed=7, **arguments))
+    several = images_of(pipe, generator=[seeded(7), seeded(9)], **arguments)
+    assert np.array_equal(several, images_of(pipe, seed=[7, 9], **arguments))
     assert not np.array_equal(several, one.images)
 
 
@@ -209,17 +209,18 @@ def test_bad_generators_are_refused(sd15: Pipeline) -> None:
 
 
 def test_latents_are_the_first_noise(sd15: Pipeline) -> None:
-    """Latents that a generator drew are what the generator would have drawn; they are left as they were."""
+    """Latents drawn by the caller give the image of the same generator, and are not changed."""
     generator = seeded(7)
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     kept = latents.clone()
     arguments = {"num_inference_steps": 3, "eta": 1.0}
     assert np.array_equal(
-        draw(sd15, latents=latents, generator=generator, **arguments), draw(sd15, seed=7, **arguments)
+        images_of(sd15, latents=latents, generator=generator, **arguments), images_of(sd15, seed=7, **arguments)
     )
     assert torch.equal(latents, kept)
     assert np.array_equal(
-        draw(sd15, latents=latents.double(), num_inference_steps=1), draw(sd15, latents=latents, num_inference_steps=1)
+        images_of(sd15, latents=latents.double(), num_inference_steps=1),
+        images_of(sd15, latents=latents, num_inference_steps=1),
     )
 
 
@@ -288,18 +289,18 @@ def test_callbacks_see_and_change_what_they_do_in_diffusers(
             torch.testing.assert_close(one[3][name], other[3][name], rtol=1e-3, atol=1e-3)
     assert np.abs(image - expected).max() < TOLERANCE
     if kind != "look":
-        plain = draw(pipe, seed=7, num_inference_steps=3, guidance_scale=guidance, eta=0.5)
+        plain = images_of(pipe, seed=7, num_inference_steps=3, guidance_scale=guidance, eta=0.5)
         assert np.abs(image - plain).max() > 5 * TOLERANCE, "the change must show"
 
 
 def test_callbacks_get_latents_unless_they_ask_otherwise(sd15: Pipeline) -> None:
     """diffusers' default; a callback that returns nothing changes nothing."""
     seen: list[list[str]] = []
-    image = draw(
+    image = images_of(
         sd15, seed=7, num_inference_steps=2, callback_on_step_end=lambda pipe, i, t, tensors: seen.append(list(tensors))
     )
     assert seen == [["latents"], ["latents"]]
-    assert np.array_equal(image, draw(sd15, seed=7, num_inference_steps=2))
+    assert np.array_equal(image, images_of(sd15, seed=7, num_inference_steps=2))
     seen.clear()
     sd15(
         PROMPT,
@@ -311,13 +312,13 @@ def test_callbacks_get_latents_unless_they_ask_otherwise(sd15: Pipeline) -> None
 
 
 def test_a_callback_may_change_latents_in_place(sd15: Pipeline) -> None:
-    """What it gets is the loop's own tensor, as in diffusers."""
+    """The callback gets the loop's own tensor, as in diffusers."""
 
     def clear(pipe: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> None:
         tensors["latents"].zero_()
 
-    changed = draw(sd15, seed=7, num_inference_steps=2, callback_on_step_end=clear)
-    returned = draw(
+    changed = images_of(sd15, seed=7, num_inference_steps=2, callback_on_step_end=clear)
+    returned = images_of(
         sd15,
         seed=7,
         num_inference_steps=2,
@@ -348,10 +349,10 @@ def test_an_error_in_a_callback_comes_out_and_leaves_the_pipeline_usable(sd15: P
     def stop(*_: Any) -> None:
         raise StopError
 
-    expected = draw(sd15, seed=1, num_inference_steps=4)
+    expected = images_of(sd15, seed=1, num_inference_steps=4)
     with pytest.raises(StopError):
         sd15(PROMPT, seed=1, num_inference_steps=4, callback_on_step_end=stop)
-    assert np.array_equal(draw(sd15, seed=1, num_inference_steps=4), expected)
+    assert np.array_equal(images_of(sd15, seed=1, num_inference_steps=4), expected)
 
 
 # Too little memory
@@ -369,7 +370,7 @@ def test_an_error_in_a_callback_comes_out_and_leaves_the_pipeline_usable(sd15: P
 def test_too_little_device_memory_is_one_line_of_what_to_do(
     component: str, error: RuntimeError, sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was drawn, torch's words, the way out; and a smaller call is served."""
+    """The error names the size, torch's words and the remedy; a smaller call succeeds."""
     pipe, engines = counting_pipe(sd15_bundle, "null")
 
     def refuse(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -438,7 +439,7 @@ def test_a_fixed_batch_of_one_serves_any_number_of_images(family: str, request: 
 
 
 def test_a_ranged_batch_is_used(sdxl_dynamic_bundle: Path) -> None:
-    """A bundle of one or two images draws two guided images in one UNet run a step: four rows."""
+    """A bundle of one or two images makes two guided images in one UNet run a step: four rows."""
     pipe, engines = counting_pipe(sdxl_dynamic_bundle, "null")
     arguments: Any = {"num_inference_steps": 8, "seed": 0, "output_type": "np"}
     for count, guidance, rows in [(1, 1.0, [1]), (1, 5.0, [2]), (2, 1.0, [2]), (2, 5.0, [4]), (3, 1.0, None)]:

@@ -94,7 +94,7 @@ def test_float32_numbers_become_the_same_pixel() -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_nan_is_black() -> None:
-    """What C leaves open, as numpy has it here: a network that overflowed shows as black, not as noise."""
+    """C leaves the cast of nan open; as with numpy here a network that overflowed gives black, not noise."""
     sample = torch.full((1, 3, 4, 8), torch.nan)
     assert not to_pixels(sample, "pil").any()
     assert np.isnan(convert(sample, "np")).all()
@@ -126,7 +126,7 @@ def test_images_outlive_the_decoders_buffer() -> None:
 
 
 def test_pil_images_are_pil_images() -> None:
-    """What callers save and show."""
+    """The images that callers save and show."""
     (image,) = convert(torch.ones(1, 3, 2, 4), "pil")
     assert isinstance(image, Image.Image)
     assert image.getpixel((3, 1)) == (255, 255, 255)

@@ -79,7 +79,7 @@ def transformers_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def words_cut(tokenizer: CLIPTokenizer, prompt: str) -> str:
-    """What diffusers' pipelines say was cut."""
+    """The text that diffusers' pipelines report as cut off."""
     ids = tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
     return tokenizer.batch_decode(ids[:, tokenizer.model_max_length - 1 : -1])[0]
 
@@ -193,7 +193,7 @@ def test_each_call_warns_if_the_user_asks_for_that(family: str, null_pipes: dict
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_users_warning_filters_hold(family: str, null_pipes: dict[str, Pipeline]) -> None:
-    """Who turns the warning off or into an error gets that, for both families."""
+    """Python's warning filters hold: the warning can be turned off or into an error, for both families."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         null_pipes[family](LONG, seed=0)

@@ -101,7 +101,7 @@ def test_a_image_that_fits_is_decoded_whole(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def test_no_decode_is_larger_than_a_tile(vae: AutoencoderKL) -> None:
-    """That is what tiles are for; and the decoder runs no more often than in diffusers."""
+    """Tiles bound the decoder's input; it runs no more often than in diffusers."""
     seen: list[tuple[int, ...]] = []
     tiled_decode(noise(8, 7), decoder(vae, seen), 32)
     assert seen == [(h, w) for h in (4, 4, 2) for w in (4, 4, 1)]
@@ -196,7 +196,7 @@ def latent_sample(height: int | tuple[int, int], width: int | tuple[int, int]) -
     ],
 )
 def test_tiles_that_a_decoder_cannot_take_are_refused(spec: TensorSpec, tile: int, message: str) -> None:
-    """One line, before anything is drawn."""
+    """One line, before anything is generated."""
     with pytest.raises(RequestError, match=message):
         check_tile(spec, tile)
 

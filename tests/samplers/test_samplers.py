@@ -1,7 +1,7 @@
-"""The samplers against diffusers: same seed, same image, to the bit; and what they refuse.
+"""The samplers against diffusers: same seed, same image, to the bit; and the arguments that they reject.
 
-The network is a smooth function of the sample and the timestep, so a wrong timestep, coefficient or draw anywhere shows
-in the last latents.
+The network is a smooth function of the sample and the timestep, so that a wrong timestep, coefficient or random number
+shows in the last latents.
 """
 
 from __future__ import annotations
@@ -288,7 +288,7 @@ def test_takes_the_config_that_diffusers_writes(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "eta"), KIND_ETA)
 def test_a_generator_for_each_sample(kind: str, eta: float | None) -> None:
-    """Protects batches: an image drawn beside others is the image drawn alone."""
+    """Protects batches: an image made beside others is the image made alone."""
     latents = torch.randn(SHAPE, generator=seeded())
     generators, twins = [seeded(1), seeded(2)], [seeded(1), seeded(2)]
     expected = diffusers_sample(kind, SD, latents, twins, num_inference_steps=4, eta=eta)

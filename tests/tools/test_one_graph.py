@@ -206,7 +206,7 @@ def test_a_one_graph_has_no_stages(pipe: Pipeline, two_steps: Path) -> None:
         lambda: pipe.encode_prompt([PROMPT]),
         lambda: pipe.decode(torch.zeros(1, 4, 8, 8)),
     ):
-        with pytest.raises(RequestError, match="one-graph-2steps has no stages of its own"):
+        with pytest.raises(RequestError, match="one-graph has no stages of its own"):
             call()
     with pytest.raises(RequestError, match="leave them or one_graph out"):
         Pipeline.load(two_steps, one_graph="one-graph-2steps", vae_tile=64)
