@@ -13,6 +13,7 @@ from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.engine import TORCH_DTYPES
 from ..engines.manifest import OneGraph
 from ..errors import RequestError
+from ..families import find_family
 from ..samplers import Sampler
 from ..samplers.loop import draw_noise
 from ..samplers.noise import Generators
@@ -77,7 +78,7 @@ class OneGraphFunction:
     def __init__(self, manifest: Manifest, name: str, engine: Engine, sampler: Sampler) -> None:
         self.engine = engine
         self.sampler = sampler
-        self.encoders = [name for name in manifest.components if name.startswith("text_encoder")]
+        self.encoders = find_family(manifest.family).encoder_names
         self.dtype: torch.dtype = TORCH_DTYPES[engine.inputs[LATENTS].dtype]
 
     def settings(self, request: Request, output_type: str) -> GenerationSettings:

@@ -131,7 +131,7 @@ class Pipeline:
         """
         opened = Bundle.load(bundle)
         tokenizers = load_tokenizers(opened)
-        for name in ("text_encoder", "unet", "vae_decoder"):
+        for name in (*tokenizers, "unet", "vae_decoder"):
             opened.component(name)
         if one_graph is None:
             choice = choose(opened, backend, device, target, precision)
