@@ -24,7 +24,8 @@ PACKAGES = ("hypersd.runtime", "hypersd.export", "hypersd.engines", "hypersd.sam
 MODULES = {
     "hypersd.runtime.params": ("Params",),
     "hypersd.runtime.request": ("Request",),
-    "hypersd.runtime.control_images": ("open_image", "fit", "canny", "scribble", "preprocess"),
+    "hypersd.runtime.image_files": ("open_image", "fit"),
+    "hypersd.runtime.control_images": ("canny", "scribble", "preprocess"),
     "hypersd.errors": None,
 }
 LIVE = """
