@@ -159,4 +159,3 @@ def _scheduler(manifest: Manifest, sources: Sources) -> Any:
     sampler = find_sampler(manifest.sampler.kind)
     scheduler_class = getattr(diffusers, sampler.scheduler_class)
     return scheduler_class.from_config(dict(sources.scheduler_config), **sampler.scheduler_settings)
-
