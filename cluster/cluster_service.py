@@ -63,7 +63,7 @@ class ClusterService:
             self.metrics.saw_dropped("timeout", len(service_request.seeds))
             raise TimedOutError(f"not finished within {timeout:g} s: ask for fewer images, or again later") from None
         except UnavailableError as error:
-            self.metrics.saw_refusal(error.code)
+            self.metrics.saw_rejection(error.code)
             raise
         self._seconds = time.monotonic() - began
         return images

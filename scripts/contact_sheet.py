@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Draw a contact sheet: a row for every prompt, a column for every bundle and number of steps.
+"""Generate a contact sheet: a row for every prompt, a column for every bundle and number of steps.
 
     python scripts/contact_sheet.py OUT.png BUNDLE [BUNDLE ...]
 
-Each bundle draws in those of 1, 2, 4 and 8 steps that it allows, with its own settings for all else. All images begin
-with the same noise. The prompts are of the world that the demonstration checkpoints know.
+Each bundle generates in those of 1, 2, 4 and 8 steps that it allows, with its own settings otherwise. All images begin
+with the same noise. The prompts describe scenes that the demonstration checkpoints know.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     args = parser.parse_args()
     try:
-        columns = [column for bundle in args.bundles for column in draw(bundle, args.prompts, args.seed)]
+        columns = [column for bundle in args.bundles for column in generate(bundle, args.prompts, args.seed)]
     except HyperSDError as error:
         parser.exit(error.exit_code, f"error: {error}\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -66,20 +66,20 @@ def main() -> None:
     print(f"{args.output}  {len(args.prompts)} prompts, seed {args.seed}; {len(columns)} columns")
 
 
-def draw(bundle: Path, prompts: Sequence[str], seed: int) -> list[Column]:
+def generate(bundle: Path, prompts: Sequence[str], seed: int) -> list[Column]:
     """The columns of one bundle."""
     pipe = Pipeline.load(bundle)
     sampler = pipe.manifest.sampler
     columns = []
     for steps in [n for n in STEPS if n in sampler.allowed_steps] or [sampler.num_inference_steps]:
-        drawn = [pipe(prompt, num_inference_steps=steps, seed=seed) for prompt in prompts]
+        outputs = [pipe(prompt, num_inference_steps=steps, seed=seed) for prompt in prompts]
         heading = f"{steps} step{'s' if steps > 1 else ''}", pipe.manifest.checkpoint, settings(pipe)
-        columns.append(Column(heading, tuple(out.images[0] for out in drawn)))
+        columns.append(Column(heading, tuple(out.images[0] for out in outputs)))
     return columns
 
 
 def settings(pipe: Pipeline) -> str:
-    """How a bundle samples, in short: "TCD, eta 1"."""
+    """A bundle's sampler settings in short, such as "TCD, eta 1"."""
     sampler = pipe.manifest.sampler
     words = [sampler.kind.upper()]
     words += [f"timestep {', '.join(map(str, sampler.timesteps))}"] if sampler.timesteps else []

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Draw a sheet of what a ControlNet does: an image, its edges, and prompts that follow them at several strengths.
+"""Generate a sheet that shows a ControlNet: an image, its edges, and prompts that follow them at several strengths.
 
     python scripts/control_sheet.py OUT.png BUNDLE [--photo IMAGE]
 
-The bundle has a ControlNet on edges. Without an image one of the demonstration world's scenes is drawn.
+The bundle needs a ControlNet for edges. Without --photo the image is a star.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("output", type=Path, metavar="OUT.png")
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="with a ControlNet on edges")
-    parser.add_argument("--photo", type=Path, metavar="IMAGE", help="to follow (default: a star drawn by code)")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="with a ControlNet for edges")
+    parser.add_argument("--photo", type=Path, metavar="IMAGE", help="to follow (default: a star)")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="one for each row")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     args = parser.parse_args()
     try:
-        columns = draw(args.bundle, args.prompts, args.seed, args.photo and open_image(args.photo))
+        columns = generate(args.bundle, args.prompts, args.seed, args.photo and open_image(args.photo))
     except HyperSDError as error:
         parser.exit(error.exit_code, f"error: {error}\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def main() -> None:
     print(f"{args.output}  {len(args.prompts)} prompts, seed {args.seed}; {len(columns)} columns")
 
 
-def draw(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image | None) -> list[Column]:
+def generate(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image | None) -> list[Column]:
     """The image, its edges, and a column for every strength."""
     pipe = Pipeline.load(bundle)
     shapes = pipe.manifest.shapes
@@ -58,12 +58,12 @@ def draw(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image | N
         Column(("edges", "Canny, 100 and 200", ""), (edges,) * len(prompts)),
     ]
     for scale in SCALES:
-        drawn = [
+        outputs = [
             pipe(prompt, seed=seed, control_image={name: edges}, controlnet_conditioning_scale=scale)
             for prompt in prompts
         ]
         heading = f"strength {scale:g}", pipe.manifest.checkpoint, settings(pipe)
-        columns.append(Column(heading, tuple(out.images[0] for out in drawn)))
+        columns.append(Column(heading, tuple(out.images[0] for out in outputs)))
     return columns
 
 

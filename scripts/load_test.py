@@ -5,13 +5,13 @@
     python scripts/load_test.py open --url http://127.0.0.1:8000 --rates 10 20 40 --seconds 20
     python scripts/load_test.py soak --serve bundles/NAME --clients 8 --seconds 300
 
-closed: clients of which each asks again once it has its answer: what the service reaches.
+closed: each client asks again once it has its answer: the most that the service reaches.
 open: requests that arrive at random (a Poisson process), whether the service keeps up or not; latency counts from when
 a request was to be sent. Without --rates the rates are a quarter to twice what a closed loop reaches.
 soak: a closed loop for long, while the service's memory is watched: between the middle and the end it may not grow.
 
-First every image is drawn alone. Under load each answer has to be the image of its own prompt and seed, byte for
-byte; refusals (503 with Retry-After) and timeouts (504) are answers, too. The last line is PASS, or FAIL and why; the
+First every image is generated alone. Under load each answer must be the image of its own prompt and seed, byte for
+byte; rejections (503 with Retry-After) and timeouts (504) are answers, too. The last line is PASS, or FAIL and why; the
 exit code 0 or 1.
 """
 
@@ -169,8 +169,8 @@ async def run_loops(args: argparse.Namespace, url: str, console: Console) -> lis
 def verdict(levels: Sequence[Level]) -> str:
     """PASS, or FAIL and why."""
     complaints = [f"{level.name}: {complaint}" for level in levels for complaint in level.complaints()]
-    if not levels or not any(level.kinds["drawn"] for level in levels):
-        complaints.append("nothing was drawn")
+    if not levels or not any(level.kinds["generated"] for level in levels):
+        complaints.append("no image was generated")
     return f"FAIL: {'; '.join(complaints)}" if complaints else "PASS: no request was lost, no answer was another's"
 
 

@@ -25,7 +25,7 @@ CHECKPOINTS = {"sd15": "Hyper-SD15-1step-lora", "sdxl": "Hyper-SDXL-1step-lora"}
 
 
 def write_random_base(family: str) -> None:
-    """What `hypersd export --random-weights` reads, where it looks for it."""
+    """Write the base that `hypersd export --random-weights` reads, where it looks for it."""
     from hypersd.cli.console import StageLines
     from hypersd.export.random_weights import RandomWeights, random_base
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a bare clone to images: makes .venv, exports a checkpoint to ONNX and draws with it, all on the CPU. The
-# weights are those of the small demonstration networks in tests/assets/demo, so nothing is downloaded but the packages.
-# A second run keeps what the first one made.
+# From a bare clone to images: makes .venv, exports a checkpoint to ONNX and generates images with it, all on the CPU. The
+# weights are those of the small demonstration networks in tests/assets/demo, so only packages are downloaded. A second
+# run reuses the results of the first.
 #
 # PYTHON names the interpreter that makes .venv.
 set -euo pipefail
@@ -14,7 +14,7 @@ BUNDLE=$OUT/$CKPT
 IMAGE=$OUT/image.png
 SHEET=$OUT/contact-sheet.png
 
-# Shows a command and runs it with .venv's programs; nothing that it needs comes from the network.
+# Shows a command and runs it offline with .venv's programs.
 run() {
     local word
     printf '$'
@@ -30,20 +30,20 @@ run() {
 
 set_up export
 
-# --replace: what was exported from older weights is exported again, what was exported from these is kept.
+# --replace: a bundle of older weights is exported again, a bundle of these weights is kept.
 say "Exporting $CKPT to an ONNX bundle"
 run hypersd export --ckpt "$CKPT" --precision fp32 --backend none --out "$BUNDLE" --replace
 
-say "Drawing an image in one step"
+say "Generating an image in one step"
 run hypersd generate "$BUNDLE" "a small red star left of a large blue ring, on a green striped background" \
     --steps 1 --seed 0 -o "$IMAGE"
 
-say "Drawing several prompts in 1, 2, 4 and 8 steps"
+say "Generating images of several prompts in 1, 2, 4 and 8 steps"
 run python scripts/contact_sheet.py "$SHEET" "$BUNDLE"
 
 say "Done. Look at"
 echo "    $ROOT/$IMAGE"
 echo "    $ROOT/$SHEET"
-echo "    The small networks that drew them know coloured shapes and nothing else: $ROOT/tests/assets/demo"
+echo "    The small networks know coloured shapes and nothing else: $ROOT/tests/assets/demo"
 echo "    With the real weights (several gigabytes from the Hugging Face Hub):"
 echo "        source .venv/bin/activate && hypersd export --ckpt Hyper-SDXL-1step-lora"

@@ -1,4 +1,4 @@
-"""What our own small repositories share with the real ones of SD1.5 and SDXL, whatever the size of the networks."""
+"""Parts that small repositories share with the published ones of SD1.5 and SDXL, whatever the networks' size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def text_config(tokenizer: CLIPTokenizer, **sizes: object) -> CLIPTextConfig:
-    # eos_token_id=2 is what the real files say; it makes CLIP pool at the largest id, which is the end token's.
+    # eos_token_id=2 is in the published files; it makes CLIP pool at the largest id, which is the end token's.
     return CLIPTextConfig(
         vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=0, eos_token_id=2, pad_token_id=1, **sizes
     )
 
 
 def scheduler(family: str) -> PNDMScheduler | EulerDiscreteScheduler:
-    """The scheduler of the real base's repository; what a sampler takes from it are the betas and the offsets."""
+    """The scheduler of the published base; a sampler takes its betas and offsets."""
     if family == "sd15":
         made = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True)
         made.register_to_config(clip_sample=False)  # stands in the real file, and matters to DDIM

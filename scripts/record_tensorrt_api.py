@@ -1,14 +1,14 @@
-"""Record what the Python bindings of TensorRT offer, version by version, for the tests of engines/tensorrt.
+"""Record the API of TensorRT's Python bindings, version by version, for the tests of engines/tensorrt.
 
-The bindings wheels of ``tensorrt`` install from PyPI, the libraries that they load do not. Yet classes, methods, their
-arguments and enums are all in the bindings: with empty libraries in place of the real ones they import, and can be
-asked. Nothing can be built or run with them. ``tensorrt_rtx`` is recorded as it is installed.
+PyPI has the wheels with the bindings of ``tensorrt``, but not the libraries that they load. Classes, methods, their
+arguments and enums are all in the bindings: with empty libraries in place of the real ones they can be imported and
+inspected, although nothing can be built or run. ``tensorrt_rtx`` is recorded as it is installed.
 
     python scripts/record_tensorrt_api.py                         all versions, into tests/assets/tensorrt_api/
     python scripts/record_tensorrt_api.py --version 11.5.0.1      one more
-    python scripts/record_tensorrt_api.py --module tensorrt_rtx   print what an installed module offers
+    python scripts/record_tensorrt_api.py --module tensorrt_rtx   print an installed module's API
 
-It wants Linux, pip, a C compiler and binutils. Add a class to ``CLASSES`` when the package begins to use it.
+It requires Linux, pip, a C compiler and binutils. Add a class to ``CLASSES`` when the package begins to use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DISTRIBUTION = "tensorrt-cu12-bindings"
 # The oldest that is supported, the last without attention and the first with it, the last 10 and both ends of 11.
 VERSIONS = ("10.8.0.43", "10.13.3.9", "10.14.1.48.post1", "10.16.1.11", "11.0.0.114", "11.4.0.106")
 
-# What engines/tensorrt uses, and Polygraphy where engines/tensorrt calls it.
+# The API that engines/tensorrt uses, and Polygraphy where engines/tensorrt calls it.
 CLASSES = (
     "Builder",
     "Dims",
@@ -80,7 +80,7 @@ SPECIAL = ("__init__", "__len__", "__getitem__", "__iter__")
 
 
 def record(module: Any) -> dict[str, Any]:
-    """What a module offers of ``CLASSES`` and ``ENUMS``; what it lacks is left out."""
+    """The part of ``CLASSES`` and ``ENUMS`` that a module has."""
     return {
         "version": module.__version__,
         "enums": {name: members(getattr(module, name)) for name in ENUMS if hasattr(module, name)},

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains the demonstration checkpoints of tests/assets/demo from scratch: about an hour and a half on two cores. Interrupted, it
-# goes on where it was; states are kept in out/train_demo. With names of stages, only these.
+# Trains the demonstration checkpoints of tests/assets/demo from scratch: about an hour and a half on two cores. An
+# interrupted run continues where it stopped; states are kept in out/train_demo. With names of stages, only these run.
 #
 #   scripts/train_demo.sh [--work FOLDER] [--jobs N] [STAGE ...]
 #
@@ -12,7 +12,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 set_up export,train-demo
 
-# glibc gives large blocks back to the kernel at once, and training asks for the same ones again: half of its time.
+# glibc returns large blocks to the kernel at once, and training asks for them again, which takes half of its time.
 for library in /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib/*/libjemalloc.so.2; do
     if [[ -z "${LD_PRELOAD:-}" && -e "$library" ]]; then
         export LD_PRELOAD="$library"

@@ -138,7 +138,7 @@ class LocalService:
         try:
             self._jobs.put(jobs, self._retry_after())
         except UnavailableError as error:
-            self.metrics.saw_refusal(error.code)
+            self.metrics.saw_rejection(error.code)
             raise
         watcher = asyncio.ensure_future(self._drop_superseded(superseded, jobs))
         reason = "cancelled"
@@ -154,7 +154,7 @@ class LocalService:
     def stop(self) -> None:
         self._stopping = True
         for _ in self._jobs.close():
-            self.metrics.saw_refusal(StoppingError.code)
+            self.metrics.saw_rejection(StoppingError.code)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the images that were begun."""

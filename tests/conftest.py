@@ -25,7 +25,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all of a run's processes (pytest -n). Who writes there takes a lock, as an export does itself."""
+    """One folder for all of a run's processes (pytest -n). Writers take a lock, as an export does itself."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -75,7 +75,7 @@ def controlnet_sources(tiny_repos: Path) -> Callable[..., tuple[Any, ...]]:
 
 @pytest.fixture(scope="session")
 def bundles_folder(shared_folder: Path) -> Path:
-    """Where bundles lie beside each other: they take finished networks from each other, and processes whole bundles."""
+    """The folder of all bundles: exports there reuse finished components, and other processes whole bundles."""
     folder = shared_folder / "bundles"
     folder.mkdir(exist_ok=True)
     return folder
@@ -119,7 +119,7 @@ def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
 
 
 def _export_demo(shared_folder: Path, folder: str, *controlnets: str) -> Path:
-    """A bundle of the demonstration checkpoint, which draws what it is asked for; made once for all of a run."""
+    """A bundle of the demonstration checkpoint, whose images show their prompts; made once for all of a run."""
     from hypersd.export import ExportOptions, export_bundle
     from hypersd.export.controlnet_sources import ControlNetSource
     from hypersd.export.sources import SourceOptions

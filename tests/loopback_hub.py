@@ -119,7 +119,7 @@ class LoopbackHub:
         return f"http://localhost:{self._cdn.server_port}"
 
     def environment(self, cache_dir: Path | str) -> dict[str, str]:
-        """What a process needs in its environment to use this Hub, a cache of its own, and nothing of the user's."""
+        """Environment variables for a process that uses this Hub and a cache of its own, and nothing of the user's."""
         home = Path(cache_dir)
         return {
             "HF_ENDPOINT": self.url,

@@ -47,7 +47,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 class GatedPipeline:
-    """A stand-in for a pipeline: a real one that draws, but each call is counted, waits for a gate, and may fail.
+    """A stand-in for a pipeline: a real one, but each call is counted, waits for a gate, and may fail.
 
     It says that its networks take ``batch`` images at a time, so that a worker on a CPU gives it as many; the real
     one cuts them up again.
@@ -100,7 +100,7 @@ class StandInService(LocalService):
 
 
 class RunningServer:
-    """What ``run_server`` runs, in a thread and on a port that is free, until the block is left.
+    """The server that ``run_server`` runs, in a thread and on a port that is free, until the block is left.
 
     Attributes:
         url: such as ``http://127.0.0.1:40123``.
@@ -133,7 +133,7 @@ class RunningServer:
         self.wait_ended()
 
     def end(self) -> None:
-        """What a signal does."""
+        """End as after a signal."""
         self._server.handle_exit(signal.SIGTERM, None)
 
     def wait_ended(self) -> None:

@@ -1,4 +1,4 @@
-"""What an image costs, counted and not timed: a regression fails here on any machine.
+"""The cost of an image, counted and not timed: a regression fails here on any machine.
 
 The bounds are what it costs now. Who makes it cost less lowers them; who has to raise one says in the commit what for.
 """
@@ -60,7 +60,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def work_of(pipe: Pipeline, **arguments: Any) -> TorchWork:
-    """What a call costs that is not the first of its kind."""
+    """The cost of a call after the first one with its shapes."""
     call: dict[str, Any] = {"num_inference_steps": STEPS, "eta": 1.0, "seed": 0, **arguments}
     for _ in range(2):
         pipe(PROMPT, **call)
@@ -84,7 +84,7 @@ def test_runs_of_networks(family: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(
     ("family", "kernels", "allocated", "copied"), [("sd15", 46, 123_520, 35_456), ("sdxl", 48, 133_528, 45_464)]
 )
-def test_what_torch_does_for_a_image(
+def test_torch_operations_of_an_image(
     family: str, kernels: int, allocated: int, copied: int, request: pytest.FixtureRequest
 ) -> None:
     """The host's share of a call: a kernel is microseconds on a CPU, and a launch on a GPU.
@@ -97,7 +97,7 @@ def test_what_torch_does_for_a_image(
     assert work.copied <= copied
 
 
-def test_what_a_step_adds(sd15_bundle: Path) -> None:
+def test_operations_that_a_step_adds(sd15_bundle: Path) -> None:
     """Diffusers' arithmetic of TCD, an operation each, so that images are the same to the bit; and its noise."""
     pipe = Pipeline.load(sd15_bundle)
     shorter, longer = work_of(pipe), work_of(pipe, num_inference_steps=STEPS + 1)

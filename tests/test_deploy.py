@@ -28,13 +28,13 @@ def instructions(name: str) -> list[str]:
 
 
 def context() -> list[str]:
-    """What of the clone reaches a build, as patterns."""
+    """The patterns of files that reach a build."""
     lines = (ROOT / "deploy/Dockerfile.dockerignore").read_text().splitlines()
     assert lines[1] == "*", "everything that is not named stays out"
     return [line.removeprefix("!") for line in lines if line.startswith("!")]
 
 
-def test_what_is_copied_is_there_and_reaches_the_build() -> None:
+def test_copied_files_exist_and_reach_the_build() -> None:
     allowed = context()
     for pattern in allowed:
         assert list(ROOT.glob(pattern)), pattern
@@ -70,7 +70,7 @@ def test_stages_are_copied_from_that_exist() -> None:
     assert bases | copied <= known
 
 
-def test_what_it_runs_is_understood() -> None:
+def test_its_commands_are_accepted() -> None:
     """With a bundle and an option behind it, as the comment says to do it."""
     (entrypoint,) = instructions("ENTRYPOINT")
     words = json.loads(entrypoint)

@@ -43,7 +43,7 @@ def test_without_a_gpu_it_fails_and_gives_the_reasons(tmp_path: Path) -> None:
 
 
 def test_parts_that_hang_are_reported(tmp_path: Path) -> None:
-    """Nothing is known of the machine then, and every part is tried."""
+    """The machine is then unknown, and every part is tried."""
     code, output, text = report(tmp_path, "--timeout", "0.05", "--only", "images")
     assert code == 1, output
     assert "# hypersd on an unknown GPU" in text

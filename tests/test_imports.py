@@ -1,4 +1,4 @@
-"""What imports what: a service that embeds the runtime needs nothing of what an export needs."""
+"""Directions of imports: a service that embeds the runtime needs none of the exporter's libraries."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def python(program: str) -> str:
-    """What a program prints in a fresh interpreter."""
+    """The output of a program in a fresh interpreter."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -182,7 +182,7 @@ WITHOUT_EXPORT = files("engines", "runtime", *SERVICES)
 
 @pytest.mark.parametrize("path", WITHOUT_EXPORT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_runtime_names_no_library_of_the_exports(path: Path) -> None:
-    """Not even inside a function, where the subprocess above would not see it."""
+    """Also inside functions, where the subprocess above would not see it."""
     assert {name.partition(".")[0] for name in imported(path)} & {*EXPORT_ONLY} == set()
 
 

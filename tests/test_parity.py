@@ -26,7 +26,7 @@ PROMPT = "a photo of a cat"
 
 
 def card_calls(name: str) -> list[dict[str, Any]]:
-    """How the model card calls diffusers for a checkpoint."""
+    """The arguments with which the model card calls diffusers for a checkpoint."""
     if "1step-lora" in name:
         return CARD["tcd"]
     if name.endswith("-Unet"):

@@ -63,7 +63,7 @@ def _is_number(tensor: onnx.TensorProto) -> bool:
 
 
 def _infer(model: onnx.ModelProto) -> Shapes:
-    """What onnx infers, as far as that goes."""
+    """The shapes that onnx infers."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -1,4 +1,4 @@
-"""How much a network has to compute and to read, counted from its ONNX graph."""
+"""The least arithmetic and reading of a network, counted from its ONNX graph."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .graph_shapes import Shapes, graph_shapes
 
 Shape = tuple[int, ...]
 DOMAINS = ("", "ai.onnx")
-OPAQUE = frozenset({"Einsum", "If", "Loop", "Scan"})  # which may hide products from who counts them
+OPAQUE = frozenset({"Einsum", "If", "Loop", "Scan"})  # they may hide products from this count
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one run of a network takes at least.
+    """The least work of one run of a network.
 
     Attributes:
         flops: multiplications and additions of its products: convolutions, matrix products and attention.
-        weight_bytes: what it reads of its weights, each once. Tables of which it looks up rows are not in it.
+        weight_bytes: bytes of its weights, each read once, without tables of which it looks up rows.
     """
 
     flops: int

@@ -1,4 +1,4 @@
-"""How fast this machine computes and reads, measured with torch."""
+"""The rates at which this machine computes and reads, measured with torch."""
 
 from __future__ import annotations
 

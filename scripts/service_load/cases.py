@@ -1,4 +1,4 @@
-"""What is asked for: a fixed set of images, each of which has to look the same whenever it is drawn."""
+"""The requests: a fixed set of images, each of which must look the same whenever it is generated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_cases(count: int, first_seed: int = 1000) -> list[Case]:
 
 
 class Images:
-    """What the images look like, learnt from the first answer to each case: later ones are compared with it."""
+    """The expected images, learnt from the first answer to each case: later answers are compared with it."""
 
     def __init__(self) -> None:
         self._digests: dict[Case, str] = {}

@@ -1,4 +1,4 @@
-"""One request after the other, each with its outcome."""
+"""A client that checks every answer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .cases import Case, Images
 
 GENERATIONS = "/v1/images/generations"
 POOLS = 16  # of connections: what httpx does for a request grows with the connections in its pool
-Kind = Literal["drawn", "refused", "timed out", "wrong", "failed"]
+Kind = Literal["generated", "rejected", "timed out", "wrong", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
-        kind: ``drawn``; ``refused`` (503 with Retry-After) and ``timed out`` (504) are answers that a service under
-            too much load may give; ``wrong`` is an answer to something else; ``failed`` is anything else.
+        kind: ``generated``; ``rejected`` (503 with Retry-After) and ``timed out`` (504) are answers that a service may
+            give under too much load; ``wrong`` is an answer to something else; ``failed`` is anything else.
         status: HTTP's; None if no answer came.
         seconds: from when the request was to be sent, also if it was sent later, to its whole answer.
         fault: what was wrong.
-        late: of ``seconds`` those that passed before it was sent: where they are many, the client is what is slow.
+        late: the part of ``seconds`` before it was sent; if it is large, the client is the slow part.
     """
 
     kind: Kind
@@ -38,7 +38,7 @@ class Outcome:
 
 
 class Client:
-    """Asks a service, whose answers it checks.
+    """Sends requests to a service and checks its answers.
 
     Attributes:
         sent: requests so far.
@@ -66,14 +66,14 @@ class Client:
             await pool.aclose()
 
     async def learn(self) -> None:
-        """Draw every case once, alone: what is drawn under load has to look the same.
+        """Request every case once, alone: the images under load must be the same.
 
         Raises:
-            RuntimeError: one could not be drawn.
+            RuntimeError: an image could not be generated.
         """
         for i in range(len(self._cases)):
             outcome = await self.ask(i, time.perf_counter())
-            if outcome.kind != "drawn":
+            if outcome.kind != "generated":
                 raise RuntimeError(f"a request by itself was not answered: {outcome.fault or outcome.kind}")
 
     async def ask(self, index: int, due: float) -> Outcome:
@@ -113,10 +113,10 @@ class Client:
     def _judge(self, case: Case, response: httpx.Response) -> tuple[Kind, str]:
         if response.status_code == 200:
             fault = self._images.fault(case, response.json())
-            return ("wrong", fault) if fault else ("drawn", "")
+            return ("wrong", fault) if fault else ("generated", "")
         if response.status_code == 503:
             patient = response.headers.get("Retry-After", "").isdigit()
-            return ("refused", "") if patient else ("failed", "503 without Retry-After")
+            return ("rejected", "") if patient else ("failed", "503 without Retry-After")
         if response.status_code == 504:
             return "timed out", ""
         return "failed", f"{response.status_code}: {response.text[:200]}"
@@ -129,7 +129,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def answers_by_status(metrics: Mapping[str, float]) -> dict[int, int]:
-    """How many requests for images the service says that it answered, by HTTP status."""
+    """The number of answers to requests for images, by HTTP status, as the service counts them."""
     found = {}
     for name, value in metrics.items():
         if name.startswith("hypersd_requests_total{") and f'path="{GENERATIONS}"' in name:

@@ -1,4 +1,4 @@
-"""How much memory the service takes while it works, and whether that grows."""
+"""The service's memory under load, and its growth."""
 
 from __future__ import annotations
 

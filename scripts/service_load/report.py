@@ -1,4 +1,4 @@
-"""What a run was like, in figures; and whether one request was lost."""
+"""The figures of a run, and whether a request was lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .client import Outcome
 
-KINDS = ("drawn", "refused", "timed out", "wrong", "failed")
+KINDS = ("generated", "rejected", "timed out", "wrong", "failed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class Level:
     Attributes:
         name: the load in words.
         sent: requests.
-        kinds: how many of them became what.
+        kinds: the number of requests by their result.
         seconds: from the first request to the last answer.
-        latency: of the images that were drawn, in seconds: ``p50``, ``p95``, ``p99`` and ``max``.
-        refusal_p99: of the refusals; None if there were none.
+        latency: of the generated images, in seconds: ``p50``, ``p95``, ``p99`` and ``max``.
+        rejection_p99: of the rejections, in seconds; None if there were none.
         late: the most seconds by which a request was sent too late: the client's fault, not the service's.
         counted: answers by HTTP status as the service counted them itself.
         received: answers by HTTP status.
@@ -39,7 +39,7 @@ class Level:
     kinds: Mapping[str, int]
     seconds: float
     latency: Mapping[str, float]
-    refusal_p99: float | None
+    rejection_p99: float | None
     late: float
     counted: Mapping[int, int]
     received: Mapping[int, int]
@@ -49,11 +49,11 @@ class Level:
     @property
     def rate(self) -> float:
         """Images a second."""
-        return self.kinds["drawn"] / self.seconds if self.seconds else 0.0
+        return self.kinds["generated"] / self.seconds if self.seconds else 0.0
 
     def complaints(self) -> list[str]:
         """Why the run is not as it should be; nothing if no request was lost and no answer was another's."""
-        answered = sum(self.kinds[kind] for kind in ("drawn", "refused", "timed out"))
+        answered = sum(self.kinds[kind] for kind in ("generated", "rejected", "timed out"))
         found = [f"{self.kinds[kind]} {kind}" for kind in ("wrong", "failed") if self.kinds[kind]]
         if answered + self.kinds["wrong"] + self.kinds["failed"] != self.sent:
             found.append(f"{self.sent} requests sent and {sum(self.kinds.values())} outcomes")
@@ -79,21 +79,25 @@ def make_level(
 ) -> Level:
     """The figures of some outcomes."""
     kinds = Counter(outcome.kind for outcome in outcomes)
-    drawn = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "drawn")
-    refused = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "refused")
+    generated = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "generated")
+    rejected = sorted(outcome.seconds for outcome in outcomes if outcome.kind == "rejected")
     return Level(
         name=name,
         sent=sent,
         kinds={kind: kinds[kind] for kind in KINDS},
         seconds=seconds,
-        latency={} if not drawn else {f"p{p}": percentile(drawn, p) for p in (50, 95, 99)} | {"max": drawn[-1]},
-        refusal_p99=percentile(refused, 99) if refused else None,
+        latency=_latency(generated),
+        rejection_p99=percentile(rejected, 99) if rejected else None,
         late=max((outcome.late for outcome in outcomes), default=0.0),
         counted=dict(sorted(counted.items())),
         received=dict(sorted(Counter(o.status for o in outcomes if o.status is not None).items())),
         faults=[outcome.fault for outcome in outcomes if outcome.fault][:5],
         memory=memory,
     )
+
+
+def _latency(ascending: Sequence[float]) -> dict[str, float]:
+    return {f"p{p}": percentile(ascending, p) for p in (50, 95, 99)} | {"max": ascending[-1]} if ascending else {}
 
 
 def percentile(ascending: Sequence[float], percent: float) -> float:
@@ -104,7 +108,7 @@ def percentile(ascending: Sequence[float], percent: float) -> float:
 def print_table(levels: Sequence[Level], console: Console) -> None:
     """A row for every level; latencies in milliseconds."""
     table = Table(
-        "load", "sent", "drawn", "503", "504", "wrong", "failed", "images/s", "p50", "p95", "p99", "max", "MB"
+        "load", "sent", "images", "503", "504", "wrong", "failed", "images/s", "p50", "p95", "p99", "max", "MB"
     )
     for level in levels:
         latencies = [

@@ -36,7 +36,7 @@ def serving(bundle: Path, options: Sequence[str] = ()) -> Iterator[str]:
 
 
 def _address(process: subprocess.Popen[str], log: IO[str]) -> str:
-    """What the service says that it listens on."""
+    """The address that the service prints."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         if found := re.search(r" on (http://\S+?)/ ", _said(log)):

@@ -20,7 +20,7 @@ let countdown = 0;
 
 const sheet = new Sheet(field("canvas"), { brush: field("brush"), eraser: field("eraser"), onChange: changed });
 new Pen(sheet, field("pen"));
-const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onImage: show, onError: refuse });
+const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onImage: show, onError: reject });
 
 field("model").addEventListener("change", () => choose(field("model").value));
 field("controlnet").addEventListener("change", () => chooseControlNet(current()));
@@ -147,7 +147,7 @@ function show(header, image) {
 }
 
 /** Show an input's error beside its field; the last image stays. */
-function refuse(id, error) {
+function reject(id, error) {
   if (id !== null && id !== number - 1) return; // a newer input is on its way
   complain(error.message, fieldOf(error));
   if (PASSING.includes(error.code)) setTimeout(changed, RETRY);

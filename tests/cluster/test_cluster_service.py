@@ -93,7 +93,7 @@ def test_a_full_queue_is_told_at_once_with_a_time() -> None:
         generate(service)
     assert caught.value.retry_after >= 1
     assert len(handle.responses) == 1
-    assert b'hypersd_refused_total{reason="queue_full"} 1.0' in service.metrics.exposition()
+    assert b'hypersd_rejected_total{reason="queue_full"} 1.0' in service.metrics.exposition()
 
 
 @pytest.mark.parametrize("error", [RequestError("width 7: expected a multiple of 8"), EngineError("out of memory")])

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import contact_sheet
 import pytest
-from contact_sheet import GAP, PROMPTS, SIDE, Column, arrange, draw, wrap
+from contact_sheet import GAP, PROMPTS, SIDE, Column, arrange, generate, wrap
 from PIL import Image
 from train_demo.scenes import words
 
 
 @pytest.fixture(scope="module")
 def columns(sd15_bundle: Path) -> list[Column]:
-    return draw(sd15_bundle, ["a cat", "a dog"], seed=0)
+    return generate(sd15_bundle, ["a cat", "a dog"], seed=0)
 
 
 def test_a_column_for_every_number_of_steps(columns: list[Column]) -> None:
@@ -24,7 +24,7 @@ def test_a_column_for_every_number_of_steps(columns: list[Column]) -> None:
 
 
 def test_a_bundle_for_other_steps_has_a_column(export_tiny) -> None:
-    (column,) = draw(export_tiny("Hyper-SDXL-1step-Unet"), ["a cat"], seed=0)
+    (column,) = generate(export_tiny("Hyper-SDXL-1step-Unet"), ["a cat"], seed=0)
     assert column.heading == ("1 step", "Hyper-SDXL-1step-Unet", "LCM, timestep 800")
 
 
@@ -63,7 +63,9 @@ def test_command(sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert capsys.readouterr().out == f"{out}  1 prompts, seed 0; 4 columns\n"
 
 
-def test_what_is_no_bundle_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_folder_without_a_bundle_is_rejected_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     monkeypatch.setattr("sys.argv", ["contact_sheet.py", str(tmp_path / "sheet.png"), str(tmp_path)])
     with pytest.raises(SystemExit) as refusal:
         contact_sheet.main()

@@ -41,24 +41,24 @@ def test_a_soak_loses_nothing_and_memory_stays_flat(demo_bundle: Path, tmp_path:
     code, figures = run(tmp_path, *words)
     (level,) = figures["levels"]
     assert code == 0, figures["verdict"]
-    assert level["kinds"] == {"drawn": level["sent"], "refused": 0, "timed out": 0, "wrong": 0, "failed": 0}
+    assert level["kinds"] == {"generated": level["sent"], "rejected": 0, "timed out": 0, "wrong": 0, "failed": 0}
     assert level["sent"] > CASES
     assert level["memory"]["growth"] <= level["memory"]["allowed"] == 16e6
 
 
-def test_a_full_queue_refuses_and_loses_nothing(demo_bundle: Path, tmp_path: Path) -> None:
-    """Beyond a queue of one, requests are refused at once with Retry-After; all others are drawn."""
+def test_a_full_queue_rejects_and_loses_nothing(demo_bundle: Path, tmp_path: Path) -> None:
+    """Beyond a queue of one, requests are rejected at once with Retry-After; all others are answered."""
     words = ("closed", "--serve", demo_bundle, "--queue", 1, "--max-count", 1, "--clients", 8, "--requests", 80)
     code, figures = run(tmp_path, *words)
     (level,) = figures["levels"]
     assert code == 0, figures["verdict"]
-    assert level["sent"] == 80 == level["kinds"]["drawn"] + level["kinds"]["refused"]
-    assert level["kinds"]["refused"] > 0
+    assert level["sent"] == 80 == level["kinds"]["generated"] + level["kinds"]["rejected"]
+    assert level["kinds"]["rejected"] > 0
     assert level["received"] == level["counted"]
 
 
 class Service(ThreadingHTTPServer):
-    """A stand-in for a service, whose answers are right until ``CASES`` images were drawn."""
+    """A stand-in for a service, whose answers are right for the first ``CASES`` images."""
 
     daemon_threads = True
 
@@ -75,8 +75,8 @@ def png(seed: int) -> str:
 
 
 def answer(seed: int, image_seed: int | None = None) -> dict[str, Any]:
-    drawn = seed if image_seed is None else image_seed
-    return {"size": "8x8", "data": [{"b64_json": png(drawn), "seed": seed}]}
+    seed_of_image = seed if image_seed is None else image_seed
+    return {"size": "8x8", "data": [{"b64_json": png(seed_of_image), "seed": seed}]}
 
 
 def mislabelled(seed: int) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def test_an_honest_service_passes(tmp_path: Path) -> None:
     """The stand-in itself is no reason to fail."""
     with service(lambda body: answer(body["seed"])) as url:
         code, figures = run(tmp_path, "closed", "--url", url, "--clients", 2, "--requests", 20)
-        assert (code, figures["levels"][0]["kinds"]["drawn"]) == (0, 20)
+        assert (code, figures["levels"][0]["kinds"]["generated"]) == (0, 20)
         code, figures = run(tmp_path, "open", "--url", url, "--rates", 200, "--requests", 20)
-        assert (code, figures["levels"][0]["kinds"]["drawn"]) == (0, 20)
+        assert (code, figures["levels"][0]["kinds"]["generated"]) == (0, 20)
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -184,13 +184,13 @@ def test_memory_that_grows_is_found() -> None:
     assert growth(leaking) == pytest.approx(24e6, rel=0.1)  # from second 30 to second 54
     assert slope(leaking) == pytest.approx(60e6)
     memory = {"end": 1e8, "growth": growth(leaking), "allowed": 16e6}
-    outcome = Outcome("drawn", 200, 0.1)
+    outcome = Outcome("generated", 200, 0.1)
     level = make_level("soak", 1, [outcome], 1.0, {200: 1}, memory)
     assert "memory grew by 24" in level.complaints()[0]
 
 
 def test_an_outcome_that_is_missing_is_found() -> None:
-    level = make_level("open", 2, [Outcome("drawn", 200, 0.1)], 1.0, {200: 1}, {})
+    level = make_level("open", 2, [Outcome("generated", 200, 0.1)], 1.0, {200: 1}, {})
     assert level.complaints() == ["2 requests sent and 1 outcomes"]
 
 

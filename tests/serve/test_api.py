@@ -51,7 +51,7 @@ def generate(client: httpx.Client, **body: Any) -> Image.Image:
     return decoded(image["b64_json"])
 
 
-def refused(client: httpx.Client, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
+def rejected(client: httpx.Client, body: dict[str, Any], status: int = 400) -> dict[str, Any]:
     answer = client.post(GENERATIONS, json=body)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -127,14 +127,14 @@ def test_several_images_have_seeds_in_a_row(client: httpx.Client, demo_pipe: Pip
         assert decoded(image["b64_json"]).tobytes() == expected.tobytes()
 
 
-def test_a_seed_that_is_left_out_is_told(client: httpx.Client) -> None:
-    """And is another at each request."""
+def test_a_request_without_a_seed_gets_a_random_one_and_the_answer_names_it(client: httpx.Client) -> None:
+    """Another one for each request."""
     answers = [client.post(GENERATIONS, json={"prompt": PROMPT}).json()["data"][0] for _ in range(2)]
     assert answers[0]["seed"] != answers[1]["seed"]
     assert generate(client, seed=answers[0]["seed"]).tobytes() == decoded(answers[0]["b64_json"]).tobytes()
 
 
-def test_what_the_answer_tells(client: httpx.Client) -> None:
+def test_fields_of_the_answer(client: httpx.Client) -> None:
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "steps": 2, "eta": 0.5, "size": "96x96"}).json()
     assert answer["model"] == "demo15-canny"
     assert (answer["size"], answer["steps"], answer["eta"], answer["output_format"]) == ("96x96", 2, 0.5, "png")
@@ -146,14 +146,14 @@ def test_what_the_answer_tells(client: httpx.Client) -> None:
 def test_the_model_is_the_first_bundle_or_the_one_that_is_named(client: httpx.Client, photo_base64: str) -> None:
     for model in ("demo15-canny", "demo15"):
         assert client.post(GENERATIONS, json={"prompt": "", "model": model}).json()["model"] == model
-    error = refused(client, {"prompt": "", "model": "demo15", "control_image": photo_base64})
+    error = rejected(client, {"prompt": "", "model": "demo15", "control_image": photo_base64})
     assert error["message"] == "control_image: demo15 has no ControlNet: leave control_image out"
-    error = refused(client, {"prompt": "", "model": "dall-e-3"}, 404)
+    error = rejected(client, {"prompt": "", "model": "dall-e-3"}, 404)
     assert error["code"] == "model_not_found"
     assert "expected demo15-canny or demo15" in error["message"]
 
 
-def test_what_openais_clients_send_beside_it_has_no_effect(client: httpx.Client) -> None:
+def test_other_fields_of_openais_clients_have_no_effect(client: httpx.Client) -> None:
     others = {
         "user": "me",
         "quality": "hd",
@@ -190,7 +190,7 @@ def test_compression(kind: str, client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_a_client_that_accepts_images_gets_the_image(kind: str, client: httpx.Client) -> None:
-    """Whatever it is called in ``output_format``."""
+    """The header has precedence over ``output_format``."""
     headers = {"Accept": f"text/html, image/{kind.upper()};q=0.9, */*"}
     answer = client.post(GENERATIONS, json={"prompt": PROMPT, "seed": 5}, headers=headers)
     assert answer.headers["content-type"] == f"image/{kind}"
@@ -207,8 +207,8 @@ def test_several_images_are_json_whatever_is_accepted(client: httpx.Client) -> N
     assert len(answer.json()["data"]) == 2
 
 
-def test_pngs_carry_what_generates_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
-    """Any text that may be asked for, too."""
+def test_pngs_carry_the_settings_to_generate_them_again(client: httpx.Client, demo_pipe: Pipeline) -> None:
+    """The settings include any prompt."""
     prompt = "ein Würfel 🎲 'quoted' \"twice\"\n\0 end"
     image = generate(client, prompt=prompt, seed=9, steps=2)
     settings = json.loads(image.info["hypersd"])  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def test_pngs_carry_what_generates_them_again(client: httpx.Client, demo_pipe: P
     assert image.tobytes() == again.images[0].tobytes()
 
 
-# What is refused
+# Rejected requests
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,10 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, client:
         ({"control_image": {"depth": ""}}, "has no such ControlNet"),
     ],
 )
-def test_what_is_beyond_the_service_is_said(body: dict[str, Any], words: str, client: httpx.Client) -> None:
-    assert words in refused(client, {"prompt": "", **body})["message"]
+def test_the_message_names_the_limit_that_a_request_exceeds(
+    body: dict[str, Any], words: str, client: httpx.Client
+) -> None:
+    assert words in rejected(client, {"prompt": "", **body})["message"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +300,7 @@ def test_other_methods_and_paths(method: str, path: str, status: int, client: ht
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-# What the service tells of itself
+# Descriptions of the service
 
 
 def test_models(client: httpx.Client, net: str) -> None:
@@ -377,7 +379,7 @@ def figures(client: httpx.Client) -> Callable[..., float]:
     return figure
 
 
-def test_metrics_count_what_happened(client: httpx.Client) -> None:
+def test_metrics_count_requests_and_images(client: httpx.Client) -> None:
     before = figures(client)
     client.post(GENERATIONS, json={"prompt": "", "n": 2})
     client.post(GENERATIONS, json={"prompt": ""}, headers={"Accept": "image/png"})
@@ -401,7 +403,7 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert after("process_resident_memory_bytes") > 1e6
 
 
-def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start_server) -> None:
+def test_metrics_of_waiting_and_rejected_images(gated: GatedPipeline, start_server) -> None:
     server = start_server(gated, queue=1)
     gated.gate.clear()
     with httpx.Client(base_url=server.url, timeout=LONG) as client, ThreadPoolExecutor() as pool:
@@ -417,13 +419,13 @@ def test_metrics_tell_what_waits_and_what_is_refused(gated: GatedPipeline, start
         gated.gate.set()
         assert [first.result().status_code, second.result().status_code] == [200, 200]
     assert figure("hypersd_queue_images") == 1
-    assert figure("hypersd_refused_total", reason="queue_full") == 1
+    assert figure("hypersd_rejected_total", reason="queue_full") == 1
     assert figure("hypersd_requests_total", path=GENERATIONS, code="503") == 1
     assert gated.prompts == ["first", "second"]
 
 
-def test_the_event_loop_goes_on_while_an_image_is_generated(gated: GatedPipeline, start_server) -> None:
-    """Everything else is answered before the image is finished."""
+def test_the_event_loop_is_free_while_an_image_is_generated(gated: GatedPipeline, start_server) -> None:
+    """Other requests are answered before the image is finished."""
     server = start_server(gated)
     gated.gate.clear()
     with httpx.Client(base_url=server.url, timeout=LONG) as client, ThreadPoolExecutor() as pool:
@@ -437,7 +439,7 @@ def test_the_event_loop_goes_on_while_an_image_is_generated(gated: GatedPipeline
         assert slow.result().status_code == 200
 
 
-def test_time_that_is_up(gated: GatedPipeline, start_server) -> None:
+def test_a_request_that_takes_too_long_is_504(gated: GatedPipeline, start_server) -> None:
     server = start_server(gated, timeout=0.05)
     gated.gate.clear()
     answer = httpx.post(server.url + GENERATIONS, json={"prompt": "slow"}, timeout=LONG)
@@ -445,8 +447,8 @@ def test_time_that_is_up(gated: GatedPipeline, start_server) -> None:
     assert answer.json()["error"]["code"] == "timeout"
 
 
-def test_bugs_are_told_and_counted_as_such(gated: GatedPipeline, start_server, monkeypatch) -> None:
-    """Not as clients that have gone."""
+def test_bugs_are_reported_and_counted_as_500(gated: GatedPipeline, start_server, monkeypatch) -> None:
+    """They are not counted as disconnected clients."""
     server = start_server(gated)
 
     def fail() -> None:

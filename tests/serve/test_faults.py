@@ -1,4 +1,4 @@
-"""What clients send by mistake or on purpose: each is told what was wrong, and the service lives on."""
+"""Wrong and hostile requests: each gets an error that says what was wrong, and the service keeps running."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def still_generates(demo_server: RunningServer) -> Iterator[None]:
     assert exchange(demo_server.address, whole(BODY))[0] == 200
 
 
-def refused(server: RunningServer, body: bytes, **headers: Any) -> str:
-    """The message of the 400 that a body gets: one line, which says what was expected."""
+def rejected(server: RunningServer, body: bytes, **headers: Any) -> str:
+    """The message of the 400 that a body gets: one line."""
     status, _, answered = exchange(server.address, whole(body, **headers))
     assert status == 400, answered
     error = error_of(answered)
@@ -80,7 +80,7 @@ def refused(server: RunningServer, body: bytes, **headers: Any) -> str:
     ids=lambda body: repr(body[:30]),
 )
 def test_bodies_that_are_no_requests(body: bytes, demo_server: RunningServer) -> None:
-    refused(demo_server, body)
+    rejected(demo_server, body)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_bodies_that_are_no_requests(body: bytes, demo_server: RunningServer) ->
     "value",
     ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" + "0" * 4999, "-1", "1e5", "true", '"1"', "[1]", "{}"],
 )
-def test_numbers_that_are_none(field: str, value: str, demo_server: RunningServer) -> None:
-    message = refused(demo_server, f'{{"prompt": "", "control_image": "x", "{field}": {value}}}'.encode())
+def test_values_that_are_not_numbers_in_range(field: str, value: str, demo_server: RunningServer) -> None:
+    message = rejected(demo_server, f'{{"prompt": "", "control_image": "x", "{field}": {value}}}'.encode())
     assert "control_image" not in message
 
 
@@ -99,15 +99,15 @@ def test_numbers_that_are_none(field: str, value: str, demo_server: RunningServe
 def test_prompts_of_ten_megabytes(name: str, demo_server: RunningServer) -> None:
     answer = httpx.post(demo_server.url + GENERATIONS, json={"prompt": "", name: "x" * (10 << 20)}, timeout=LONG)
     assert answer.status_code == 413
-    assert "characters" in refused(demo_server, json.dumps({"prompt": "", name: "x" * 900_000}).encode())
+    assert "characters" in rejected(demo_server, json.dumps({"prompt": "", name: "x" * 900_000}).encode())
 
 
 @pytest.mark.parametrize(
     "prompt", ["", " ", "\0", "a\0b", "🎲" * 200, "\u202e\u0301" * 50, "x" * 200, "\r\n\t", "\uffff"]
 )
 @pytest.mark.filterwarnings("ignore::hypersd.runtime.text.TruncationWarning")
-def test_prompts_that_are_generated(prompt: str, demo_server: RunningServer) -> None:
-    """The image's file holds them as they came."""
+def test_unusual_prompts_are_accepted(prompt: str, demo_server: RunningServer) -> None:
+    """The image's file holds them unchanged."""
     body = json.dumps({"prompt": prompt}).encode()
     status, _, file = exchange(demo_server.address, whole(body, Accept="image/png"))
     assert status == 200
@@ -119,7 +119,7 @@ def test_prompts_that_are_generated(prompt: str, demo_server: RunningServer) -> 
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "", "x"]
 )
 def test_other_content_types(kind: str, demo_server: RunningServer) -> None:
-    refused(demo_server, BODY, Content_Type=kind)
+    rejected(demo_server, BODY, Content_Type=kind)
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"])
@@ -128,8 +128,8 @@ def test_content_types_that_are_json(kind: str, demo_server: RunningServer) -> N
 
 
 def test_compressed_bodies_are_not_unpacked(demo_server: RunningServer) -> None:
-    """So that no few bytes become many."""
-    refused(demo_server, gzip.compress(BODY), Content_Encoding="gzip")
+    """A few bytes could become many."""
+    rejected(demo_server, gzip.compress(BODY), Content_Encoding="gzip")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_compressed_bodies_are_not_unpacked(demo_server: RunningServer) -> None:
     ],
     ids=lambda request: repr(request[:40]),
 )
-def test_what_is_not_http(request_: bytes, demo_server: RunningServer) -> None:
+def test_bytes_that_are_not_http(request_: bytes, demo_server: RunningServer) -> None:
     with dial(demo_server.address) as connection:
         connection.sendall(request_)
         said = connection.recv(1 << 16)
@@ -219,19 +219,19 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_control_images_that_are_none(name: str, demo_server: RunningServer) -> None:
+def test_files_that_are_not_control_images(name: str, demo_server: RunningServer) -> None:
     text = base64.b64encode(HOSTILE[name]).decode()
-    message = refused(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
+    message = rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
     assert message.startswith("control")
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(demo_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_rejected_before_it_is_unpacked(demo_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bomb(20_000, 100)
     assert len(data) < 500_000
     loaded: list[object] = []
     monkeypatch.setattr("hypersd.serve.image_codec.to_rgb", loaded.append)
     text = base64.b64encode(data).decode()
-    assert "pixels" in refused(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
+    assert "pixels" in rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
     assert loaded == []
 
 
@@ -263,7 +263,7 @@ def test_no_address_is_opened(text: str, demo_server: RunningServer, monkeypatch
     def note(event: str, arguments: tuple[Any, ...]) -> None:
         opened.append((event, arguments))
 
-    assert "control" in refused(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
+    assert "control" in rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
     monkeypatch.setattr("builtins.open", note)
     monkeypatch.setattr("socket.socket", note)
     with pytest.raises(Exception, match="control_image"):
@@ -273,16 +273,16 @@ def test_no_address_is_opened(text: str, demo_server: RunningServer, monkeypatch
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_control_images_that_are_good(kind: str, mode: str, demo_server: RunningServer) -> None:
+def test_valid_control_images(kind: str, mode: str, demo_server: RunningServer) -> None:
     text = base64.b64encode(file_of(PHOTO.convert(mode), kind)).decode()
     assert exchange(demo_server.address, whole(json.dumps({"prompt": "", "control_image": text}).encode()))[0] == 200
 
 
-# Clients that go
+# Clients that disconnect
 
 
-def test_who_goes_is_not_generated_for(gated: GatedPipeline, start_server) -> None:
-    """What waited is dropped, what was under way ends for nobody, and those who stay get theirs."""
+def test_images_of_disconnected_clients_are_dropped(gated: GatedPipeline, start_server) -> None:
+    """A waiting image is dropped, a running one is finished, and other clients get their images."""
     server = start_server(gated)
     gated.gate.clear()
     under_way, waiting = dial(server.address), dial(server.address)
@@ -305,13 +305,13 @@ def test_who_goes_is_not_generated_for(gated: GatedPipeline, start_server) -> No
 
 
 @pytest.mark.parametrize("sent", [b"", b"PO", head(Content_Length=100), whole(BODY)[:-3], whole(BODY)])
-def test_who_goes_in_the_middle_of_a_request(sent: bytes, demo_server: RunningServer) -> None:
+def test_a_client_that_disconnects_in_the_middle_of_a_request(sent: bytes, demo_server: RunningServer) -> None:
     for _ in range(5):
         with dial(demo_server.address) as connection:
             connection.sendall(sent)
 
 
-def test_who_goes_with_a_reset(demo_server: RunningServer) -> None:
+def test_a_client_that_resets_its_connection(demo_server: RunningServer) -> None:
     connection = dial(demo_server.address)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.sendall(whole(BODY))

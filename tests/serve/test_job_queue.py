@@ -65,7 +65,7 @@ def test_first_come_first_served_and_what_is_alike_goes_along(actions: Sequence[
             expected = [job for job in waiting if job.key == waiting[0].key][:value]
             assert queue.take(lambda _, most=value: most) == expected
             waiting = [job for job in waiting if job not in expected]
-            assert not any(job.result.cancel() for job in expected), "what is being drawn cannot be cancelled"
+            assert not any(job.result.cancel() for job in expected), "a job that was taken cannot be cancelled"
         assert len(queue) == len(waiting)
 
 
@@ -99,7 +99,7 @@ def test_a_put_wakes_a_taker_for_each_job() -> None:
     assert sorted(job.key for jobs in taken for job in jobs) == ["a", "b"]
 
 
-def test_the_end_refuses_what_waits_and_sends_all_takers_home() -> None:
+def test_close_fails_waiting_jobs_and_wakes_all_takers() -> None:
     queue = JobQueue(8)
     threads, taken = in_threads(queue, 3)
     queue.close()
@@ -108,7 +108,7 @@ def test_the_end_refuses_what_waits_and_sends_all_takers_home() -> None:
     assert queue.take(lambda _: 1) == []
 
 
-def test_what_waits_at_the_end_is_told() -> None:
+def test_close_returns_the_waiting_jobs() -> None:
     queue = JobQueue(8)
     waits, cancelled = make_jobs("ab")
     queue.put([waits, cancelled])

@@ -1,4 +1,4 @@
-"""What is checked before a request is understood: token, size, time, where it comes from; and how many may come."""
+"""Checks before a request is parsed: token, size, time and origin; and the number of connections."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_with_the_token(locked: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json", "/static/live.js"])
-def test_what_is_open_to_all(path: str, locked: RunningServer) -> None:
+def test_paths_that_need_no_token(path: str, locked: RunningServer) -> None:
     assert httpx.get(locked.url + path, timeout=LONG).status_code == 200
 
 
 def test_a_body_without_the_token_is_not_read(locked: RunningServer) -> None:
-    """The answer comes before it."""
+    """The answer comes before the body."""
     with dial(locked.address) as connection:
         connection.sendall(head(Content_Length=1000))
         status, headers, _ = answer(connection)
@@ -67,7 +67,7 @@ def test_a_body_without_the_token_is_not_read(locked: RunningServer) -> None:
 
 
 def subprotocols(token: bytes | None) -> list[Subprotocol]:
-    """What the page sends."""
+    """The subprotocols that the page offers."""
     own = [] if token is None else ["bearer." + base64.urlsafe_b64encode(token).decode().rstrip("=")]
     return [Subprotocol(name) for name in ("hypersd.live", *own)]
 
@@ -103,7 +103,7 @@ def test_tokens_are_compared_in_constant_time(locked: RunningServer, monkeypatch
 # Size and time
 
 
-def test_a_length_that_is_too_large_is_refused_before_the_body(demo_server: RunningServer) -> None:
+def test_a_length_that_is_too_large_is_rejected_before_the_body(demo_server: RunningServer) -> None:
     with dial(demo_server.address) as connection:
         connection.sendall(head(Content_Length=10 << 20))
         status, headers, body = answer(connection)
@@ -211,9 +211,9 @@ def test_two_hundred_at_once_are_all_answered(gated: GatedPipeline, start_server
     for i, connection in enumerate(connections):
         connection.sendall(whole(json.dumps({"prompt": str(i), "seed": i}).encode()))
     wait_until(lambda: gated.calls)
-    refused = running.service.metrics.registry
+    rejected = running.service.metrics.registry
     full = {"reason": "queue_full"}
-    wait_until(lambda: refused.get_sample_value("hypersd_refused_total", full) == 200 - len(gated.calls[0]) - 64)
+    wait_until(lambda: rejected.get_sample_value("hypersd_rejected_total", full) == 200 - len(gated.calls[0]) - 64)
     gated.gate.set()
     answers = [answer(connection) for connection in connections]
     for connection in connections:
@@ -225,12 +225,12 @@ def test_two_hundred_at_once_are_all_answered(gated: GatedPipeline, start_server
     assert all(int(headers["retry-after"]) >= 1 for status, headers, _ in answers if status == 503)
 
 
-# Where requests come from
+# Origins
 
 
 @pytest.mark.parametrize("host", ["example.com", "127.0.0.1.example.com", "localhost.example.com:80", "", "a b"])
 @pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/"])
-def test_other_names_for_this_machine_are_refused(host: str, path: str, demo_server: RunningServer) -> None:
+def test_other_names_for_this_machine_are_rejected(host: str, path: str, demo_server: RunningServer) -> None:
     """Else any page could let a name of its own point here, and read what the service answers."""
     status, _, body = exchange(demo_server.address, head(path, "GET", Host=host))
     assert status == 400

@@ -48,7 +48,7 @@ def problem(connection: ClientConnection) -> dict[str, Any]:
 
 
 def superseded(server: RunningServer) -> float:
-    """How many inputs and images were dropped for a newer one."""
+    """The number of inputs and images that were dropped for a newer one."""
     figures = server.service.metrics.registry
     return figures.get_sample_value("hypersd_dropped_images_total", {"reason": "superseded"}) or 0.0
 
@@ -249,7 +249,7 @@ def test_a_full_queue_is_told(gated: GatedPipeline, start_server) -> None:
         assert image(three)[0]["id"] == 2
 
 
-def test_who_has_gone_is_not_generated_for(gated: GatedPipeline, start_server) -> None:
+def test_no_image_is_generated_for_a_closed_connection(gated: GatedPipeline, start_server) -> None:
     """Without a farewell: the socket is closed."""
     server = start_server(gated)
     gated.gate.clear()

@@ -72,7 +72,7 @@ def test_models(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["demo15-canny", "demo15"]
 
 
-def test_what_is_wrong_raises_what_they_raise(client: OpenAI) -> None:
+def test_errors_are_those_of_the_openai_package(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="size") as raised:
         client.images.generate(prompt="", size="large")  # type: ignore[arg-type]
     assert (raised.value.param, raised.value.code) == ("size", "invalid_request")

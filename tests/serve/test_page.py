@@ -1,4 +1,4 @@
-"""The live page in a real browser, before a real `hypersd serve`: what a person does, and what they see."""
+"""The live page in a real browser, served by a real `hypersd serve`: a user's actions and their results."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_a_killed_server_is_told_of_and_comes_back(open_page, demo_canny_bundle:
         expected = Pipeline.load(demo_bundle, device="cpu")(PROMPT, seed=2).images[0]
         assert np.array_equal(shown(page), np.asarray(expected))
         assert not page.is_visible("#canvas"), "this one has no ControlNet"
-        page.context.close()  # before the server ends: it would try again, and the browser notes what is refused
+        page.context.close()  # before the server ends: it would try again, and the browser notes what is rejected
         page.problems.clear()
     finally:
         server.end()
@@ -387,7 +387,7 @@ def test_it_works_by_keyboard_alone(open_page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone(open_page, scheme: str) -> None:
-    """Nothing to scroll sideways; light and dark; a finger draws and does not scroll."""
+    """The page does not scroll sideways; it has a light and a dark look; a finger draws and does not scroll."""
     page = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -397,7 +397,7 @@ def test_it_fits_a_phone(open_page, scheme: str) -> None:
 
 
 def test_a_phone_shows_image_and_drawing_at_once(open_page) -> None:
-    """The image stays in sight while the page is scrolled, and does not cover what is drawn on."""
+    """The image stays in sight while the page is scrolled, and does not cover the drawing."""
     page = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page.evaluate("document.getElementById('canvas').scrollIntoView({ block: 'end' })")
     image, canvas = (page.locator(name).bounding_box() for name in (".image", "#canvas"))
@@ -406,7 +406,7 @@ def test_a_phone_shows_image_and_drawing_at_once(open_page) -> None:
     assert canvas["y"] + canvas["height"] <= 844
 
 
-def test_the_page_knows_which_refusals_pass() -> None:
+def test_the_page_knows_which_rejections_pass() -> None:
     """It asks again by itself where the service, not the input, was to blame: the codes are the service's."""
     script = (Path(errors.__file__).parent / "static" / "live.js").read_text("utf-8")
     named = re.search(r"const PASSING = (\[.*?\])", script)

@@ -1,4 +1,4 @@
-"""schemathesis makes requests from the OpenAPI description and looks at the answers."""
+"""Requests that schemathesis makes from the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def description(demo_server: RunningServer) -> schemathesis.BaseSchema:
 def test_answers_are_as_described(
     method: str, path: str, mode: GenerationMode, description: schemathesis.BaseSchema
 ) -> None:
-    """No request, right or wrong, ends in 5xx or in what the description does not tell."""
+    """No request, right or wrong, ends in 5xx or in an answer that is not described."""
     cases = description[path][method].as_strategy(generation_mode=mode)
 
     @seed(0)
@@ -62,8 +62,8 @@ def test_answers_are_as_described(
     validate()
 
 
-def test_what_is_described(demo_server: RunningServer) -> None:
-    """Everything but the page; answers to wrong bodies are 400, as OpenAI's, not FastAPI's 422."""
+def test_described_paths_and_answers(demo_server: RunningServer) -> None:
+    """All paths but those of the page; answers to wrong bodies are 400, as OpenAI's, not FastAPI's 422."""
     described = httpx.get(demo_server.url + "/openapi.json").json()
     assert described["paths"].keys() == {path for _, path in OPERATIONS}
     answers = described["paths"]["/v1/images/generations"]["post"]["responses"]

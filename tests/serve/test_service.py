@@ -132,7 +132,7 @@ def test_unlike_requests_are_generated_apart_the_oldest_first(gated: GatedPipeli
         ({"negative_prompt": "blue"}, False),
     ],
 )
-def test_what_counts_as_alike(change: dict[str, Any], is_alike: bool, demo_pipe: Pipeline) -> None:
+def test_jobs_that_one_call_can_generate(change: dict[str, Any], is_alike: bool, demo_pipe: Pipeline) -> None:
     """A param that is left out counts as its default."""
     settings: dict[str, Any] = {"prompt": "a", "seed": (0,)}
     keys = [
@@ -219,7 +219,7 @@ def test_two_workers_share_the_queue(demo_pipe: Pipeline, start_service) -> None
 # Dropped images
 
 
-def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPipeline, start_service) -> None:
+def test_beyond_the_bound_requests_are_rejected_at_once_and_whole(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated, queue=2)
 
     async def scenario() -> None:
@@ -227,7 +227,7 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPip
         waiting = await begin(service, service_request("waits"))
         for seeds in ((1, 2), (1, 2, 3)):
             with pytest.raises(QueueFullError) as raised:
-                await service.generate(service_request("refused", *seeds), LONG)
+                await service.generate(service_request("rejected", *seeds), LONG)
             assert raised.value.retry_after >= 1
         waiting += await begin(service, service_request("fits"))
         gated.gate.set()
@@ -235,10 +235,10 @@ def test_beyond_the_bound_requests_are_refused_at_once_and_whole(gated: GatedPip
 
     run(scenario())
     assert gated.prompts == ["first", "waits", "fits"]
-    assert counted(service, "hypersd_refused_total", reason="queue_full") == 2
+    assert counted(service, "hypersd_rejected_total", reason="queue_full") == 2
 
 
-def test_what_is_not_begun_in_time_is_not_generated(gated: GatedPipeline, start_service) -> None:
+def test_an_image_that_is_not_begun_in_time_is_not_generated(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
 
     async def scenario() -> None:
@@ -270,7 +270,7 @@ def test_the_later_images_of_a_request_under_way_are_dropped(gated: GatedPipelin
     assert gated.prompts == ["gone", "next"]
 
 
-def test_what_nobody_waits_for_is_not_generated(gated: GatedPipeline, start_service) -> None:
+def test_a_cancelled_request_is_not_generated(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated)
 
     async def scenario() -> None:
@@ -286,7 +286,7 @@ def test_what_nobody_waits_for_is_not_generated(gated: GatedPipeline, start_serv
     assert counted(service, "hypersd_dropped_images_total", reason="cancelled") == 1
 
 
-def test_what_is_superseded_is_not_generated_but_what_was_begun_comes(gated: GatedPipeline, start_service) -> None:
+def test_superseded_images_are_dropped_and_begun_ones_are_finished(gated: GatedPipeline, start_service) -> None:
     service = start_service(gated, max_batch=1)
 
     async def scenario() -> tuple[list[GeneratedImage], list[GeneratedImage]]:
@@ -366,7 +366,7 @@ def test_one_that_fails_does_not_spoil_those_it_is_generated_with(gated: GatedPi
     ],
 )
 def test_an_engine_that_fails(error: Exception, words: str, gated: GatedPipeline, start_service) -> None:
-    """That request fails, in one line; the service lives on."""
+    """The request fails with one line; the service keeps running."""
     service = start_service(gated)
     gated.on_call = raises(error)
 
@@ -417,7 +417,7 @@ def test_readiness_ends_when_the_worker_ends(gated: GatedPipeline, start_service
     run(scenario())
 
 
-def test_what_requests_ask_wrongly_says_nothing_of_the_device(gated: GatedPipeline, start_service) -> None:
+def test_wrong_requests_do_not_count_against_the_device(gated: GatedPipeline, start_service) -> None:
     """Else a client could take the service from the others."""
     service = start_service(gated)
     gated.on_call = raises(RequestError("bad prompt: expected another"))
@@ -444,7 +444,7 @@ def test_nothing_is_generated_before_the_bundles_are_loaded(gated: GatedPipeline
     ("wrong", "error"),
     [(service_request(num_inference_steps=9), RequestError), (service_request(height=64), RequestError)],
 )
-def test_what_the_bundle_does_not_generate_never_waits(
+def test_requests_outside_the_bundles_range_are_rejected_at_once(
     wrong: ServiceRequest, error: type[Exception], gated, start_service
 ) -> None:
     service = start_service(gated)
