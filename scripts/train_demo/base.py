@@ -31,7 +31,7 @@ class Base(nn.Module):
         self.unet, self.encoders = unet, encoders
 
     def encode(self, ids: Tensor) -> Encoded:
-        """What the UNet reads of tokens int64 [N, encoders, 77]."""
+        """The UNet's conditioning for tokens int64 [N, encoders, 77]."""
         return encode(self.encoders, ids)
 
 
@@ -64,9 +64,9 @@ def weight_of(timestep: Tensor) -> Tensor:
 
 
 def levels(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """How much image and how much noise there is at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
+    """The shares of image and of noise at ``timesteps`` [N]: two float32 [N, 1, 1, 1].
 
-    At the end, timestep -1, there is as much as at timestep 0 (``set_alpha_to_one=False``).
+    At the end, timestep -1, they are those of timestep 0 (``set_alpha_to_one=False``).
     """
     alphas = networks.alphas_cumprod().to(timesteps.device)[timesteps.clamp(min=0)].view(-1, 1, 1, 1)
     return alphas.sqrt().float(), (1 - alphas).sqrt().float()

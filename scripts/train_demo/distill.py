@@ -51,7 +51,7 @@ def unlikeness(made: Tensor, wanted: Tensor, weight: Tensor | float = 1.0) -> Te
 def _landing(
     ways: Ways, which: Tensor, steps: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where steps of an N-step sampler begin and have to land: two latents and their two timesteps."""
+    """The starts and the targets of steps of an N-step sampler: two latents and their two timesteps."""
     stride = STEPS // steps
     step = torch.randint(steps, (len(which),), generator=generator)
     times = torch.tensor(trailing(steps))

@@ -214,5 +214,5 @@ def evaluate(row: Row, folder: Path, count: int = PROMPTS) -> Scores:
 
 
 def edge_images(scenes: Sequence[Scene]) -> list[Image.Image]:
-    """What a ControlNet is given: the edges of each scene drawn with jitter."""
+    """The control images: the edges of each scene, rendered with jitter."""
     return [Image.fromarray(edges_of(render(scene, np.random.default_rng(i)))) for i, scene in enumerate(scenes)]

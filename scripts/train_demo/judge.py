@@ -57,7 +57,7 @@ class Sight:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What is seen in an image, the largest thing first."""
+    """The things that are seen in an image, the largest first."""
 
     sights: tuple[Sight, ...]
     count: int | None  # None if something is seen that is no thing
@@ -67,7 +67,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class ThingVerdict:
-    """What is right of one described thing."""
+    """The parts of one described thing that are right."""
 
     colour: bool
     shape: bool
@@ -77,7 +77,7 @@ class ThingVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What is right in an image; ``things`` in the order of the scene's."""
+    """The parts of an image that are right; ``things`` in the order of the scene's."""
 
     things: tuple[ThingVerdict, ...]
     pattern: bool
@@ -338,7 +338,7 @@ def _core(image: np.ndarray, rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _alpha(image: np.ndarray, rows: np.ndarray, territory: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """How much of every pixel a thing of that colour covers, 0 to 1, edges made harder: float64 [size, size]."""
+    """The share of every pixel that a thing of that colour covers, 0 to 1, edges made harder: float64 [size, size]."""
     towards = colour - rows
     length = np.maximum((towards**2).sum(1), 1)
     alpha = ((image - rows[:, None]) * towards[:, None]).sum(-1) / length[:, None]

@@ -22,14 +22,14 @@ AVERAGE = 0.998
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long and how fast a network is trained.
+    """The length and the learning rate of a training.
 
     Attributes:
         name: of the files that the training keeps in the work folder.
         steps: optimizer steps.
         learning_rate: the highest; it rises over the first steps and falls to zero along a cosine (Loshchilov and
             Hutter, https://arxiv.org/abs/1608.03983).
-        seed: decides every batch, together with the number of the step: a resumed training goes on as if uninterrupted.
+        seed: decides every batch, together with the number of the step: a resumed training repeats them.
     """
 
     name: str

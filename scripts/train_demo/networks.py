@@ -79,7 +79,7 @@ class Float32Conv(nn.Conv2d):
 def quick_to_train(model: nn.Module) -> nn.Module:
     """Attention written out, whose backward pass is several times faster on CPUs than that of the fused kernel."""
     model.set_attn_processor(AttnProcessor())
-    # What the noise itself passes through stays in float32: at the first timesteps the image is a thousandth of it.
+    # The layers that the noise itself passes stay in float32: at the first timesteps the image is a thousandth of it.
     for name, module in model.named_modules():
         if name in ("conv_in", "conv_out") or name.endswith("conv_shortcut"):
             module.__class__ = Float32Conv

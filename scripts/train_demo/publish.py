@@ -1,4 +1,4 @@
-"""What comes of the training, written into the repository: weights, figures, model cards and loss curves."""
+"""Writes the results of the training into the repository: weights, figures, model cards and loss curves."""
 
 from __future__ import annotations
 

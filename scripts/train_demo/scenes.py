@@ -126,7 +126,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def without_place(scene: Scene) -> Scene:
-    """What a caption describes that leaves out where a scene's only thing is and how large."""
+    """The scene that a caption describes if it leaves out the place and the size of the only thing."""
     (thing,) = scene.things
     return dataclasses.replace(scene, things=(dataclasses.replace(thing, place="", size=""),))
 
@@ -199,7 +199,7 @@ def _paint_background(background: Background, size: int) -> np.ndarray:
 
 
 def coverage(shape: str, centre: np.ndarray, radius: float, turn: float, size: int) -> np.ndarray:
-    """How much of every pixel a shape covers, 0 to 1: float64 [size, size]."""
+    """The share of every pixel that a shape covers, 0 to 1: float64 [size, size]."""
     axis = (np.arange(size) + 0.5) / size
     x, y = (axis[None] - centre[0]) / radius, (axis[:, None] - centre[1]) / radius
     cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))

@@ -51,7 +51,7 @@ def tokenize(some: list[CLIPTokenizer], captions: list[str]) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What a UNet reads of prompts: ``hidden`` [N, 77, C], and for SDXL ``pooled`` [N, P]."""
+    """A UNet's conditioning for prompts: ``hidden`` [N, 77, C], and for SDXL ``pooled`` [N, P]."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -82,7 +82,7 @@ def encode(encoders: nn.ModuleList, ids: Tensor) -> Encoded:
 
 @torch.no_grad()
 def empty_prompt(encoders: nn.ModuleList, ids_of_empty: Tensor) -> Encoded:
-    """What stands for no prompt: SD1.5 encodes "", SDXL takes zeros (``force_zeros_for_empty_prompt``)."""
+    """The conditioning for no prompt: SD1.5 encodes "", SDXL takes zeros (``force_zeros_for_empty_prompt``)."""
     encoded = encode(encoders, ids_of_empty)
     if len(encoders) == 1:
         return encoded
@@ -91,7 +91,7 @@ def empty_prompt(encoders: nn.ModuleList, ids_of_empty: Tensor) -> Encoded:
 
 @torch.no_grad()
 def encode_all(encoders: nn.ModuleList, ids: Tensor) -> Encoded:
-    """What the UNet reads of many prompts, in bfloat16: the text encoders stay as they are from here on."""
+    """The conditioning of many prompts, in bfloat16: the text encoders are not trained any more."""
     encoders.to(device()).eval()
     with half():
         parts = [encode(encoders, batch.to(device())).to(torch.bfloat16) for batch in ids.split(256)]

@@ -148,7 +148,7 @@ def load_vae(work: Path) -> AutoencoderKL:
 
 
 def vae_for(family: str, work: Path) -> AutoencoderKL:
-    """What is published: the family's scaling factor is what brings its latents to variance 1."""
+    """The published VAE: the family's scaling factor brings its latents to variance 1."""
     model = networks.vae(family)
     fill(model, work / "vae-final.pt")
     scale = model.config.scaling_factor
