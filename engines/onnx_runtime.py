@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
+from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.graphs import retain
 from .engine import check_feeds, check_graph
@@ -22,7 +22,6 @@ from .manifest import Component
 from .stored_models import find_stored_model, open_stored
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.uint8: np.uint8}
-KEPT_SHAPES = 8  # sets of buffers a thread or stream; the least recently used goes first
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
@@ -65,6 +64,7 @@ class _Binding:
     """Buffers at one set of shapes, and where ONNX Runtime was told to find them."""
 
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
+        self._session = session
         self.io = session.io_binding()
         self.device = device
         self.outputs: dict[str, Tensor] = {}
@@ -78,14 +78,14 @@ class _Binding:
                 self.io.bind_input(name, *self._place(tensor), tuple(tensor.shape), address)
                 self._addresses[name] = address
 
-    def run_first(
-        self, session: ort.InferenceSession, options: ort.RunOptions | None, stream: torch.cuda.Stream | None
-    ) -> None:
-        """Let ONNX Runtime find the outputs' shapes, then keep buffers of those shapes for the runs to come."""
-        names = [output.name for output in session.get_outputs()]
+    def run(self, options: ort.RunOptions | None, stream: torch.cuda.Stream | None) -> None:
+        """Run once; the first run finds the outputs' shapes and makes buffers of those shapes for later runs."""
+        if self.outputs:
+            return self._session.run_with_iobinding(self.io, options)
+        names = [output.name for output in self._session.get_outputs()]
         for name in names:
             self.io.bind_output(name, self.device.type, self.device.index or 0)
-        session.run_with_iobinding(self.io, options)
+        self._session.run_with_iobinding(self.io, options)
         if stream is not None:
             stream.synchronize()  # the copies below do not wait for it
         values = self.io.get_outputs()
@@ -135,8 +135,8 @@ class OnnxRuntimeEngine:
         self._options = _cuda_run_options() if device.type == "cuda" else None
         ends = [*self._session.get_inputs(), *self._session.get_outputs()]
         check_graph(path, component, (end.name for end in ends))
-        self._local = threading.local()  # buffers on the CPU
-        self._by_stream: dict[int, OrderedDict[tuple, _Binding]] = {}  # on CUDA; torch has few streams
+        self._of_thread: ByShapes[_Binding] = ByThread()  # on the CPU
+        self._of_stream: dict[int, ByShapes[_Binding]] = {}  # on CUDA; torch has few streams
         self._lock = nullcontext() if self._stream is None else threading.Lock()
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -149,34 +149,24 @@ class OnnxRuntimeEngine:
         with self._lock:
             return self._run(self._bindings(), feeds)
 
-    def _bindings(self) -> OrderedDict[tuple, _Binding]:
+    def _bindings(self) -> ByShapes[_Binding]:
         """The buffers by shapes, the calling thread's or the current stream's."""
         if self._stream is None:
-            return self._local.__dict__.setdefault("bindings", OrderedDict())
-        current = torch.cuda.current_stream(self.device).cuda_stream
-        return self._by_stream.setdefault(current, OrderedDict())
+            return self._of_thread
+        return self._of_stream.setdefault(torch.cuda.current_stream(self.device).cuda_stream, ByShapes())
 
-    def _run(self, bindings: OrderedDict[tuple, _Binding], feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        key = tuple(feeds[name].shape for name in self.inputs)
-        binding = bindings.get(key)
-        if is_first := binding is None:
-            binding = _Binding(self._session, self.device)
+    def _run(self, bindings: ByShapes[_Binding], feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        shapes = tuple(feeds[name].shape for name in self.inputs)
+        binding = bindings.get(shapes, lambda: _Binding(self._session, self.device))
         binding.bind_inputs(feeds)
         retain(self, binding)
         try:
             with _beside_current(self._stream):
-                if is_first:
-                    binding.run_first(self._session, self._options, self._stream)
-                else:
-                    self._session.run_with_iobinding(binding.io, self._options)
+                binding.run(self._options, self._stream)
         except torch.OutOfMemoryError:  # of the buffers: who draws knows what to do
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
-        bindings[key] = binding
-        bindings.move_to_end(key)
-        if len(bindings) > KEPT_SHAPES:
-            bindings.popitem(last=False)
         return binding.outputs
 
 

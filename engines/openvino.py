@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError, DeviceError, EngineError, HyperSDError, RequestError, one_line
+from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .engine import check_feeds, check_graph
 from .manifest import Component, TensorSpec
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     import openvino as ov
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours, and OpenVINO's name of it
-KEPT_SHAPES = 8  # sets of buffers a thread; the least recently used goes first
 PERIODIC = ("Sin", "Cos")
 # How OpenVINO's messages begin, and go on.
 PLACES = re.compile(r"(Exception from|Check '.*?' failed at) \S+\s*|Caught exception: |std::exception: ")
@@ -111,22 +109,21 @@ class _Binding:
                         request.set_tensor(name, shared)
                 self._addresses[name] = address
 
-    def run_first(self, names: Iterable[str]) -> None:
-        """Let OpenVINO find the outputs' shapes, then keep buffers of those shapes for the runs to come."""
-        self.run()
-        for name in names:
-            self.outputs[name] = torch.from_numpy(self._requests[-1].get_tensor(name).data.copy())
-            shared = self._make_tensor(self.outputs[name].numpy(), shared_memory=True)
-            self._requests[-1].set_tensor(name, shared)
+    def run(self, names: Iterable[str]) -> None:
+        """Run the angles, if they were split off, and then the network.
 
-    def run(self) -> None:
-        """Run the angles, if they were taken out, and hand them to the network."""
+        The first run finds the shapes of the outputs ``names`` and makes buffers of those shapes for later runs.
+        """
         *before, network = self._requests
         for request in before:
             _run(request)
             for port in request.model_outputs:
                 network.set_tensor(port.any_name, request.get_tensor(port))
         _run(network)
+        if not self.outputs:
+            self.outputs = {name: torch.from_numpy(network.get_tensor(name).data.copy()) for name in names}
+            for name, tensor in self.outputs.items():
+                network.set_tensor(name, self._make_tensor(tensor.numpy(), shared_memory=True))
 
 
 def _run(request: ov.InferRequest) -> None:
@@ -161,7 +158,7 @@ class OpenVinoEngine:
         self.outputs = component.outputs
         self.device = torch.device("cpu")
         self._parts = _compile(path, component, precision, threads or available_cores())
-        self._local = threading.local()
+        self._bindings: ByShapes[_Binding] = ByThread()
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.
@@ -170,26 +167,20 @@ class OpenVinoEngine:
             EngineError: the inputs are not those of the graph, or OpenVINO failed.
         """
         check_feeds(self.name, self.inputs, feeds, self.device)
-        bindings: OrderedDict[tuple, _Binding] = self._local.__dict__.setdefault("bindings", OrderedDict())
-        key = tuple(feeds[name].shape for name in self.inputs)
+        shapes = tuple(feeds[name].shape for name in self.inputs)
         try:
-            if (binding := bindings.get(key)) is not None:
-                binding.bind_inputs(feeds)
-                binding.run()
-            else:
-                _check_agreement(self.name, self.inputs, feeds)
-                binding = _Binding(self._parts)
-                binding.bind_inputs(feeds)
-                binding.run_first(self.outputs)
+            binding = self._bindings.get(shapes, lambda: self._bind(feeds))
+            binding.bind_inputs(feeds)
+            binding.run(self.outputs)
         except EngineError:
             raise
         except Exception as error:  # OpenVINO's exceptions share no base class but this
             raise EngineError(f"{self.name}: OpenVINO failed: {_in_short(error)}") from error
-        bindings[key] = binding
-        bindings.move_to_end(key)
-        if len(bindings) > KEPT_SHAPES:
-            bindings.popitem(last=False)
         return binding.outputs
+
+    def _bind(self, feeds: Mapping[str, Tensor]) -> _Binding:
+        _check_agreement(self.name, self.inputs, feeds)
+        return _Binding(self._parts)
 
 
 def _check_agreement(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> None:

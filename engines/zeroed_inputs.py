@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from .by_shapes import ByShapes
 from .cuda.graphs import retain
 from .engine import TORCH_DTYPES, Engine, EngineWrapper, varying_extents
 from .manifest import TensorSpec
-
-KEPT_SHAPES = 8  # sets of zeros; the least recently used goes first
 
 
 class ZeroedInputs(EngineWrapper):
@@ -31,7 +29,7 @@ class ZeroedInputs(EngineWrapper):
         names = frozenset(zeroed)
         self._inputs = {name: spec for name, spec in engine.inputs.items() if name not in names}
         self._specs = {name: spec for name, spec in engine.inputs.items() if name in names}
-        self._zeros: OrderedDict[tuple[tuple[str, int], ...], dict[str, Tensor]] = OrderedDict()
+        self._zeros: ByShapes[dict[str, Tensor]] = ByShapes()
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -39,19 +37,13 @@ class ZeroedInputs(EngineWrapper):
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the engine once."""
-        zeros = self._zeros_at(varying_extents(self.inputs, feeds))
+        extents = varying_extents(self.inputs, feeds)
+        zeros = self._zeros.get(frozenset(extents.items()), lambda: self._make_zeros(extents))
         retain(zeros)
         return self.engine.run({**zeros, **feeds})
 
-    def _zeros_at(self, extents: Mapping[str, int]) -> dict[str, Tensor]:
-        key = tuple(sorted(extents.items()))
-        zeros = self._zeros.pop(key, None)  # two threads may both make them: either's are zeros
-        if zeros is None:
-            zeros = {
-                name: torch.zeros(spec.shape_at(extents), dtype=TORCH_DTYPES[spec.dtype], device=self.device)
-                for name, spec in self._specs.items()
-            }
-        self._zeros[key] = zeros
-        while len(self._zeros) > KEPT_SHAPES:
-            self._zeros.popitem(last=False)
-        return zeros
+    def _make_zeros(self, extents: Mapping[str, int]) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(spec.shape_at(extents), dtype=TORCH_DTYPES[spec.dtype], device=self.device)
+            for name, spec in self._specs.items()
+        }

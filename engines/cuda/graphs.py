@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError, one_line, warn_user
+from ..by_shapes import KEPT, ByShapes
 
 T = TypeVar("T")
 Replay = Callable[[], None]
@@ -23,7 +23,6 @@ Capture = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 Work = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 WARM_UPS = 2  # calls: the first finds shapes and kernels, the second allocates what the first has planned
-KEPT_GRAPHS = 8  # the least recently used goes first
 
 _recording = threading.local()
 _one_capture = threading.Lock()  # torch: "only one capture may be underway at a time in the process"
@@ -74,11 +73,10 @@ class GraphedFunction:
     For one thread at a time, always on the same stream: the caller sees to that. Any number of threads may take turns.
     """
 
-    def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT_GRAPHS) -> None:
+    def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT) -> None:
         self._work = work
         self._capture = capture_cuda_graph if capture is None else capture
-        self._kept = kept
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._entries = ByShapes(_finish, kept)
         self._has_warned = False
 
     def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -88,7 +86,7 @@ class GraphedFunction:
         is among the last few no more: copy what has to last.
         """
         whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
-        entry = self._entry(whole_key, inputs)
+        entry = self._entries.get(whole_key, lambda: _Entry(inputs))
         entry.load(inputs)
         if entry.replay is None and entry.is_recordable and entry.runs >= WARM_UPS:
             self._record(key, entry)
@@ -103,17 +101,6 @@ class GraphedFunction:
     def recorded(self) -> list[bool]:
         """For each key that is kept, whether a graph of it was recorded."""
         return [entry.replay is not None for entry in self._entries.values()]
-
-    def _entry(self, whole_key: Hashable, inputs: Mapping[str, Tensor]) -> _Entry:
-        entry = self._entries.get(whole_key)
-        if entry is None:
-            while len(self._entries) >= self._kept:
-                _, oldest = self._entries.popitem(last=False)
-                _finish(oldest)
-                del oldest  # before the new one is allocated
-            entry = self._entries[whole_key] = _Entry(inputs)
-        self._entries.move_to_end(whole_key)
-        return entry
 
     def _record(self, key: Hashable, entry: _Entry) -> None:
         """Give the entry its graph, or mark it as not recordable."""

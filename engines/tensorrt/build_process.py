@@ -1,32 +1,28 @@
 """The process that builds one TensorRT plan: started by :func:`run_build`, it runs :func:`main`.
 
 Its memory is returned to the system when it ends, a crash of TensorRT is an error and not the end of the caller, the
-environment variable that selects Polygraphy's TensorRT is set for it alone, and it can be stopped: it ends when its
-stdin is closed, which is also what happens when its parent dies, and leaves no plan then. A :class:`BuildJob` goes to
-its stdin and events come from its stdout, each a line of JSON.
+environment variable that selects Polygraphy's TensorRT is set for it alone, and a build can be stopped: the process
+ends when its input is closed or its parent dies, and leaves no plan then. It receives a :class:`BuildJob` and sends
+events, each as a line of JSON (:mod:`..worker_process`).
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
 from ...errors import EngineError, HyperSDError, UserError, one_line
 from ..manifest import TensorRTBackend, TensorSpec
+from ..worker_process import WorkerChannel, WorkerDiedError, WorkerProcess
 
 SECONDS_TO_STOP = 5.0  # a build checks for a stop between two steps, and some steps take minutes
 SECONDS_BETWEEN_REPORTS = 0.05
-SHOWN_OUTPUT = 300  # characters of a crashed process's output
 POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 # Not -m, which would import from the folder that the user happens to be in (-P forbids it from Python 3.11 on).
@@ -78,7 +74,7 @@ class Built(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """No plan; ``message`` is one line for the user. ``kind`` is ``"user"`` where the user can mend it."""
+    """No plan; ``message`` is one line for the user. ``kind`` is ``"user"`` if the user can fix it."""
 
     message: str
     kind: str
@@ -93,105 +89,50 @@ def run_build(job: BuildJob, update: Callable[[float, str], None]) -> Built:
     """Build a plan in a new process. Whatever ends this call early, Ctrl-C included, ends that process too.
 
     Args:
-        job: what to build.
-        update: told the part that is done, 0 to 1, and what the build is busy with.
+        job: the plan's description.
+        update: called with the part that is done, 0 to 1, and the name of the current phase.
 
     Raises:
         EngineError: the build failed, or its process died.
-        UserError: it failed for a reason that the user can mend.
+        UserError: it failed for a reason that the user can fix.
     """
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            env={**os.environ, POLYGRAPHY_SWITCH: "1" if job.backend == "tensorrt-rtx" else "0"},
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            event = _listen(process.stdin, process.stdout, job, update)
-            process.wait()
-        except BaseException:
-            _stop(process)
+    environment = {**os.environ, POLYGRAPHY_SWITCH: "1" if job.backend == "tensorrt-rtx" else "0"}
+    worker = WorkerProcess([sys.executable, "-c", WORKER], env=environment)
+    event: Event | None = None
+    try:
+        worker.send(msgspec.json.encode(job))
+        while isinstance(event := msgspec.json.decode(worker.receive(), type=Event), Progress):
+            update(event.fraction, event.detail)
+    except WorkerDiedError as error:
+        hint = "; close other programs, or build on a larger machine" if error.was_killed else ""
+        message = f"{job.component}: the process that built the engine died: it {error}{hint}"
+        raise EngineError(message) from error
+    finally:
+        worker.close(SECONDS_TO_STOP)
+        if not isinstance(event, Built):
             Path(job.plan).unlink(missing_ok=True)
-            raise
-        if isinstance(event, Built):
-            return event
-        Path(job.plan).unlink(missing_ok=True)
-        if event is None:
-            raise EngineError(_last_words(job, process.returncode, output))
+    if isinstance(event, Failed):
         raise (UserError if event.kind == "user" else EngineError)(event.message)
-
-
-def _listen(
-    stdin: IO[bytes], stdout: IO[bytes], job: BuildJob, update: Callable[[float, str], None]
-) -> Built | Failed | None:
-    """Hand the job over and wait for how it ends; None if the process ends without a word."""
-    try:
-        stdin.write(msgspec.json.encode(job) + b"\n")
-        stdin.flush()
-    except BrokenPipeError:
-        return None
-    for line in stdout:
-        event: Event = msgspec.json.decode(line, type=Event)
-        if not isinstance(event, Progress):
-            return event
-        update(event.fraction, event.detail)
-    return None
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """Ask the build to stop, and kill it if it is too deep in a kernel to listen."""
-    assert process.stdin is not None
-    try:
-        process.stdin.close()
-        process.wait(SECONDS_TO_STOP)
-    except (subprocess.TimeoutExpired, OSError):
-        process.kill()
-        process.wait()
-
-
-def _last_words(job: BuildJob, returncode: int, output: IO[bytes]) -> str:
-    output.seek(0)
-    text = " ".join(output.read().decode(errors="replace").split())
-    if returncode == -getattr(signal, "SIGKILL", 9):
-        why = "it was killed, most likely for want of memory: close what else is running, or build on a larger machine"
-    else:
-        shown = text if len(text) <= SHOWN_OUTPUT else f"…{text[-SHOWN_OUTPUT:]}"
-        why = f"it ended with exit code {returncode}: {shown or 'it said nothing'}"
-    return f"{job.component}: the process that built the engine died: {why}"
+    return event
 
 
 def main() -> None:
-    """Build, and tell how it went."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which closes stdin
-    events = _take_stdout()
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildJob)
+    """Build one plan, report progress and the result."""
     stop = threading.Event()
-    threading.Thread(target=_watch, args=(sys.stdin.buffer, stop, Path(job.plan)), daemon=True).start()
-    _write(events, _build(job, events, stop))
-    events.flush()
+
+    def give_up() -> None:
+        stop.set()
+        time.sleep(SECONDS_TO_STOP)
+        Path(job.plan).unlink(missing_ok=True)
+        os._exit(1)
+
+    channel = WorkerChannel(give_up)
+    job = msgspec.json.decode(channel.receive(), type=BuildJob)
+    channel.send(msgspec.json.encode(_build(job, channel, stop)))
     os._exit(0)  # gigabytes need not be freed one by one
 
 
-def _take_stdout() -> IO[bytes]:
-    """The real stdout for the events alone: what libraries print goes to stderr."""
-    events = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    return events
-
-
-def _watch(stdin: IO[bytes], stop: threading.Event, plan: Path) -> None:
-    stdin.read()
-    stop.set()
-    time.sleep(SECONDS_TO_STOP)
-    plan.unlink(missing_ok=True)
-    os._exit(1)
-
-
-def _build(job: BuildJob, events: IO[bytes], stop: threading.Event) -> Event:
+def _build(job: BuildJob, channel: WorkerChannel, stop: threading.Event) -> Event:
     from .api import pip_line
     from .plan_builder import BuildCancelledError, build_plan
 
@@ -201,12 +142,11 @@ def _build(job: BuildJob, events: IO[bytes], stop: threading.Event) -> Event:
         nonlocal reported
         if (now := time.monotonic()) - reported >= SECONDS_BETWEEN_REPORTS or fraction == 1.0:
             reported = now
-            _write(events, Progress(fraction, detail))
+            channel.send(msgspec.json.encode(Progress(fraction, detail)))
         return not stop.is_set()
 
     try:
-        built: Built = build_plan(job, report)
-        return built
+        return build_plan(job, report)
     except BuildCancelledError:
         return CANCELLED
     except HyperSDError as error:
@@ -217,14 +157,6 @@ def _build(job: BuildJob, events: IO[bytes], stop: threading.Event) -> Event:
         return Failed(f"{error.filename or job.plan} cannot be written: {error.strerror or error}", "user")
     except Exception as error:
         return Failed(f"{type(error).__name__}: {one_line(error)} (a bug?)", "engine")
-
-
-def _write(events: IO[bytes], event: Event) -> None:
-    try:
-        events.write(msgspec.json.encode(event) + b"\n")
-        events.flush()
-    except BrokenPipeError:  # nobody listens any more; stdin says so too
-        pass
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import mmap
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BundleError, DeviceError, EngineError
+from ..by_shapes import ByShapes
 from ..cuda.graphs import retain
 from ..engine import TORCH_DTYPES, check_feeds
 from ..image_shapes import extents_of
@@ -21,7 +21,6 @@ from ..manifest import Component, TensorSpec
 from .activation_memory import ActivationMemory, free_memory, out_of_memory
 from .api import DTYPE_NAMES, TensorRTApi
 
-KEPT_LANES = 8  # contexts by stream and shapes; the least recently used goes first
 KEPT_ERRORS = 10
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
 REBUILD = "build it again with `hypersd build`"
@@ -35,8 +34,11 @@ class _Lane:
     and shared with other engines.
     """
 
-    def __init__(self, context: Any, block: Tensor, feeds: Mapping[str, Tensor], owners: tuple[object, ...]) -> None:
+    def __init__(
+        self, context: Any, stream: Any, block: Tensor, feeds: Mapping[str, Tensor], owners: tuple[object, ...]
+    ) -> None:
         self.context = context  # the first to go: what it was made from and runs in has to outlive it
+        self.stream = stream
         self.block = block
         self.outputs: dict[str, Tensor] = {}
         self.has_run = False
@@ -62,6 +64,10 @@ class _Lane:
                 if not self.context.set_tensor_address(name, address):
                     raise EngineError(f"tensor {name!r}: TensorRT does not take its address")
                 self._addresses[name] = address
+
+    def finish(self) -> None:
+        """Wait for the stream's runs. A wait for the whole device would spoil another thread's capture."""
+        self.stream.synchronize()
 
 
 class TensorRTEngine:
@@ -116,7 +122,7 @@ class TensorRTEngine:
         memory.require(self._engine.device_memory_size_v2)
         #: whether its runs can be recorded in a CUDA graph, as far as TensorRT knows from the runs so far
         self.capturable = True
-        self._lanes: OrderedDict[tuple, _Lane] = OrderedDict()
+        self._lanes: ByShapes[_Lane] = ByShapes(_Lane.finish)  # by stream, too
         self._lock = threading.Lock()
 
     @property
@@ -134,18 +140,18 @@ class TensorRTEngine:
         # A row of a larger tensor may lie anywhere, and TensorRT reads its inputs in whole lines.
         feeds = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in feeds.items()}
         with self._lock, torch.cuda.device(self.device):  # kernels start on the current device, whatever the stream's
-            stream = torch.cuda.current_stream(self.device).cuda_stream
+            stream = torch.cuda.current_stream(self.device)
             try:
                 lane = self._lane(stream, feeds)
             except torch.OutOfMemoryError as error:
                 raise out_of_memory(f"{self.name}'s outputs did not fit", self.device) from error
             lane.set_addresses(feeds)
             lane.set_addresses(lane.outputs)
-            if not lane.context.execute_async_v3(stream):
+            if not lane.context.execute_async_v3(stream.cuda_stream):
                 raise EngineError(f"{self.name}: {self.api} failed: {self._last_error()}")
             if not lane.has_run:
                 lane.has_run = True
-                self.capturable = self.capturable and self.api.is_capturable(lane.context, stream)
+                self.capturable = self.capturable and self.api.is_capturable(lane.context, stream.cuda_stream)
         retain(lane)
         return lane.outputs
 
@@ -157,22 +163,19 @@ class TensorRTEngine:
         """The kernels compiled for this GPU so far, for the next load; empty for TensorRT, which compiles none."""
         return b"" if self._cache is None else self.api.serialize_runtime_cache(self._cache)
 
-    def _lane(self, stream: int, feeds: Mapping[str, Tensor]) -> _Lane:
-        key = (stream, tuple(feeds[name].shape for name in self.inputs))
-        if key not in self._lanes:
-            block = self._memory.block(stream)
-            context = self.api.create_context(self._engine, self._cache)
-            if context is None:
-                free = f"{free_memory(self.device) / 1e9:.2f} GB of device memory are free"
-                raise EngineError(f"{self.name}: {self.api} cannot make a context: {self._last_error()} ({free})")
-            lane = _Lane(context, block, feeds, (self._cache, self._engine, self._runtime, self._logger))
-            lane.allocate(self.outputs, self.device)
-            self._lanes[key] = lane
-            if len(self._lanes) > KEPT_LANES:
-                torch.cuda.synchronize(self.device)  # the oldest may still be running
-                self._lanes.popitem(last=False)
-        self._lanes.move_to_end(key)
-        return self._lanes[key]
+    def _lane(self, stream: torch.cuda.Stream, feeds: Mapping[str, Tensor]) -> _Lane:
+        key = (stream.cuda_stream, *(feeds[name].shape for name in self.inputs))
+        return self._lanes.get(key, lambda: self._make_lane(stream, feeds))
+
+    def _make_lane(self, stream: torch.cuda.Stream, feeds: Mapping[str, Tensor]) -> _Lane:
+        block = self._memory.block(stream.cuda_stream)
+        context = self.api.create_context(self._engine, self._cache)
+        if context is None:
+            free = f"{free_memory(self.device) / 1e9:.2f} GB of device memory are free"
+            raise EngineError(f"{self.name}: {self.api} cannot make a context: {self._last_error()} ({free})")
+        lane = _Lane(context, stream, block, feeds, (self._cache, self._engine, self._runtime, self._logger))
+        lane.allocate(self.outputs, self.device)
+        return lane
 
     def _deserialize(self) -> Any:
         """The engine. The file is mapped and not read, so that its gigabytes are in memory once."""

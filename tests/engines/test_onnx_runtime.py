@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines import onnx_runtime as module
+from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.graphs import GraphedFunction
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
@@ -207,7 +208,7 @@ def test_too_little_memory_for_the_buffers_is_told_as_such(
     def refuse(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module._Binding, "run_first", refuse)
+    monkeypatch.setattr(module._Binding, "run", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         add.run(good(add))
     monkeypatch.undo()
@@ -299,14 +300,16 @@ def test_on_cuda_buffers_belong_to_the_stream(add: OnnxRuntimeEngine, monkeypatc
 def test_on_cuda_a_stream_keeps_its_last_few_shapes(add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is the stream's: what one runs does not push out another's buffers. The CUDA device is a fake."""
     engine, one, two = OnStreams(add, monkeypatch), FakeStream(100), FakeStream(200)
-    monkeypatch.setattr(module, "KEPT_SHAPES", 2)
 
     def run(stream: FakeStream, n: int) -> Tensor:
-        return engine.run(stream, {"a": torch.full((n, n), 1.0), "b": torch.full((n, n), 2.0)})
+        rows, columns = 1 + n // 8, 1 + n % 8
+        return engine.run(stream, {"a": torch.full((rows, columns), 1.0), "b": torch.full((columns, rows), 2.0)})
 
     first, second, elsewhere = run(one, 1), run(one, 2), run(two, 1)
+    for n in range(3, KEPT + 1):
+        run(one, n)
     assert run(one, 1) is first
-    assert run(one, 3).eq(3).all()
+    assert run(one, KEPT + 1).eq(3).all()
     assert run(one, 1) is first, "used last"
     assert run(one, 2) is not second, "pushed out"
     assert run(two, 1) is elsewhere

@@ -18,6 +18,7 @@ from torch import Tensor
 from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
 from hypersd.engines import openvino as module
+from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.engine import Engine
 from hypersd.engines.load import Choice, choose, load_choice
 from hypersd.engines.openvino import OpenVinoEngine, has_native_bf16, resolve_precision
@@ -130,16 +131,18 @@ def test_outputs_follow_inputs_changed_in_place_and_moved(add: OpenVinoEngine) -
         assert add.run({"a": torch.full((2, 2), i + 0.5), "b": b})["out"].eq(i + 0.5).all()
 
 
-def test_the_least_recent_shapes_go_first(add: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of ranged shapes keeps no buffer for every shape that it ever saw."""
-    monkeypatch.setattr(module, "KEPT_SHAPES", 2)
+def test_the_least_recent_shapes_go_first(add: OpenVinoEngine) -> None:
+    """A server whose shapes vary does not keep buffers for every shape that it ever saw."""
 
     def run(n: int) -> Tensor:
-        return add.run({"a": torch.ones(n, n), "b": torch.ones(n, n)})["out"]
+        rows, columns = 1 + n // 8, 1 + n % 8
+        return add.run({"a": torch.ones(rows, columns), "b": torch.ones(columns, rows)})["out"]
 
     first, second = run(1), run(2)
+    for n in range(3, KEPT + 1):
+        run(n)
     assert run(1) is first
-    run(3)
+    run(KEPT + 1)
     assert run(1) is first, "used last"
     assert run(2) is not second, "pushed out"
 

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from onnx import helper
 from torch import Tensor
 
+from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction
 from hypersd.engines.engine import check_feeds
 from hypersd.engines.manifest import Range, TensorSpec
-from hypersd.engines.zeroed_inputs import KEPT_SHAPES, ZeroedInputs
+from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.errors import EngineError
 
 from .test_onnx_runtime import write_model
@@ -123,13 +124,13 @@ def test_few_shapes_are_kept(engine: Recording, zeroed: ZeroedInputs) -> None:
         zeroed.run(feeds_at(rows, 8))
         made.setdefault(rows, weakref.ref(engine.seen.pop()["down"]))
 
-    for rows in range(1, KEPT_SHAPES + 4):
+    for rows in range(1, KEPT + 4):
         run(rows)
         run(1)
     gc.collect()
-    last = range(KEPT_SHAPES + 3, 4, -1)
+    last = range(KEPT + 3, 4, -1)
     assert [rows for rows, zeros in made.items() if zeros() is not None] == [1, *sorted(last)]
-    assert len([*last, 1]) == KEPT_SHAPES
+    assert len([*last, 1]) == KEPT
 
 
 def test_nothing_varies() -> None:
@@ -160,7 +161,7 @@ def test_a_graph_takes_its_zeros_along(engine: Recording) -> None:
     for _ in range(WARM_UPS + 1):
         graphed(None, feeds_at(1, 8))
     recorded = weakref.ref(engine.seen[-1]["down"])
-    for rows in range(2, KEPT_SHAPES + 4):
+    for rows in range(2, KEPT + 4):
         zeroed.run(feeds_at(rows, 8))
     engine.seen.clear()
     gc.collect()
@@ -186,7 +187,7 @@ def test_several_threads(engine: Recording, zeroed: ZeroedInputs) -> None:
 
     def draw(thread: int) -> None:
         for i in range(150):
-            rows, height = 1 + (7 * i + thread) % (KEPT_SHAPES + 3), 8 + i % 2
+            rows, height = 1 + (7 * i + thread) % (KEPT + 3), 8 + i % 2
             out = zeroed.run(feeds_at(rows, height, float(thread)))["out"]
             assert torch.equal(out, feeds_at(rows, height, 2.0 * thread)["sample"])
 
@@ -196,7 +197,7 @@ def test_several_threads(engine: Recording, zeroed: ZeroedInputs) -> None:
     kept = [weakref.ref(feeds["mid"]) for feeds in engine.seen]
     engine.seen.clear()
     gc.collect()
-    assert len({id(zeros()) for zeros in kept if zeros() is not None}) <= KEPT_SHAPES
+    assert len({id(zeros()) for zeros in kept if zeros() is not None}) <= KEPT
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, load_engines
-from hypersd.engines.cuda.graphs import KEPT_GRAPHS, WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
+from hypersd.engines.by_shapes import KEPT
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
 from hypersd.errors import DeviceError
 from hypersd.runtime.text import load_tokenizers
@@ -181,7 +182,7 @@ def test_a_thread_for_every_call_gets_to_the_graph_and_makes_no_buffers(sd15_bun
     assert used[-1] == used[WARM_UPS + 3]
     for engine in graphed.engines.values():
         assert isinstance(engine, OnnxRuntimeEngine)
-        assert len(engine._by_stream) == 2, "the two pipelines'"
+        assert len(engine._of_stream) == 2, "the two pipelines'"
 
 
 def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
@@ -197,7 +198,7 @@ def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[2] <= used[1] + (1 << 20)
-    assert_recorded(graphed, KEPT_GRAPHS)
+    assert_recorded(graphed, KEPT)
 
 
 def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Path, sdxl_bundle: Path) -> None:

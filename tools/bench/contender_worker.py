@@ -1,7 +1,6 @@
 """The program of a contender's process: answers commands, one line of JSON each, until its input is closed.
 
 It runs under any interpreter that has the contender's libraries, and imports only modules without dependencies.
-Answers have a pipe of their own, so that output of a library cannot come between them.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import importlib
 import importlib.metadata
 import json
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from ...engines.worker_process import WorkerChannel
 from ...errors import HyperSDError, one_line
 from .host import DeviceMemory, peak_host_memory
 from .protocol import Runner, Settings
@@ -34,7 +32,7 @@ class Worker:
 
     def hello(self) -> dict[str, Any]:
         """Show that the process is alive."""
-        return {"python": sys.version.split()[0]}
+        return {"python": sys.version.split()[0], "pid": os.getpid()}
 
     def load(self) -> dict[str, Any]:
         """Import the contender's libraries, find its files and load it; the answer has seconds and facts."""
@@ -74,44 +72,21 @@ def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
-def _commands(fd: int) -> Iterator[dict[str, Any]]:
-    """The commands as they come. When the input is closed the process ends at once, even in the middle of one."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def read() -> None:
-        with os.fdopen(fd, encoding="utf-8") as lines:
-            for line in lines:
-                waiting.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(waiting.get())
-
-
-def _own_input() -> int:
-    """Move the commands away from standard input, which children of libraries would inherit: the new descriptor."""
-    fd, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    return fd
-
-
-def main(answers_fd: int, module: str, options: str) -> None:
-    """Serve commands; answers go to ``answers_fd``, ``options`` are the contender's as JSON."""
-    os.set_inheritable(answers_fd, False)
+def main(module: str, options: str) -> None:
+    """Serve commands; ``options`` are the contender's as JSON. The process ends at once when its input is closed."""
+    channel = WorkerChannel(lambda: os._exit(0))
     worker = Worker(module, json.loads(options))
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "hello": worker.hello,
         "load": worker.load,
         "generate": worker.generate,
     }
-    with os.fdopen(answers_fd, "w", encoding="utf-8") as answers:
-        for command in _commands(_own_input()):
-            try:
-                answer = commands[command.pop("do")](**command)
-            except HyperSDError as error:
-                answer = {"error": str(error)}
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {one_line(error)}"}
-            print(json.dumps(answer), file=answers, flush=True)
+    while True:
+        command = json.loads(channel.receive())
+        try:
+            answer = commands[command.pop("do")](**command)
+        except HyperSDError as error:
+            answer = {"error": str(error)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {one_line(error)}"}
+        channel.send(json.dumps(answer).encode())

@@ -27,6 +27,7 @@ import pytest
 import record_tensorrt_api
 import torch
 
+from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.manifest import Component, Range, TensorSpec
 from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
@@ -452,7 +453,8 @@ def engine_of(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> StandIn:
         "IExecutionContext.get_tensor_shape": lambda *_: (1, 16),
     }
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    stream = types.SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     return stand_in
@@ -608,6 +610,27 @@ def test_an_engine_must_be_the_manifests(engine_of: StandIn, api: TensorRTApi, p
         with pytest.raises(BundleError, match=r"the manifest says .*: build it again with `hypersd build`"):
             check_engine(api, engine_of.make("ICudaEngine"), plan, SPECS)
         engine_of.behaviour[f"ICudaEngine.{name}"] = right
+
+
+def test_dropping_a_context_waits_for_its_stream_alone(
+    engine_of: StandIn, api: TensorRTApi, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for the whole device would invalidate a CUDA graph that another thread is recording."""
+    waited: list[int] = []
+
+    def run_on(stream: int, width: int) -> None:
+        on = types.SimpleNamespace(cuda_stream=stream, synchronize=lambda: waited.append(stream))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: on)
+        engine.run({"sample": torch.zeros(1, width, dtype=torch.float16)})
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("waited for the device"))
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU))
+    run_on(1, 8)
+    for width in range(8, 8 + KEPT - 1):
+        run_on(2, width)
+    assert waited == []
+    run_on(2, 32)
+    assert waited == [1]
 
 
 def test_what_tensorrt_refuses_is_an_error(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:

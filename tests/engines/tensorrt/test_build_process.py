@@ -17,16 +17,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from hypersd.engines import worker_process
 from hypersd.engines.bundle import Bundle
 from hypersd.engines.manifest import TensorSpec
-from hypersd.engines.tensorrt import build_process as process_module
-from hypersd.engines.tensorrt import build_process as worker_module
-from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH, BuildJob, run_build
+from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH, SECONDS_TO_STOP, BuildJob, run_build
 from hypersd.errors import EngineError, UserError
 
 pytest.importorskip("tensorrt_rtx")
 WORKER = [sys.executable, "-m", "hypersd.engines.tensorrt.build_process"]
-SECONDS_TO_END = worker_module.SECONDS_TO_STOP + 5
+SECONDS_TO_END = SECONDS_TO_STOP + 5
 
 
 def small_job(folder: Path, operator: str = "MatMul") -> BuildJob:
@@ -84,7 +83,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
         started.append(popen(*args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(process_module.subprocess, "Popen", start)
+    monkeypatch.setattr(worker_process.subprocess, "Popen", start)
     return started
 
 
@@ -180,8 +179,8 @@ def test_what_the_user_can_mend_is_the_users_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (signal.SIGKILL, "it was killed, most likely for want of memory: close what else is running, or build on .*$"),
-        (signal.SIGSEGV, f"it ended with exit code {-signal.SIGSEGV}: .+$"),
+        (signal.SIGKILL, "it was ended by SIGKILL, perhaps out of memory.*; close other programs, or build on .*$"),
+        (signal.SIGSEGV, "it was ended by SIGSEGV"),
     ],
 )
 def test_a_process_that_dies(number: int, message: str, long_job: BuildJob, workers: list[subprocess.Popen]) -> None:
@@ -196,7 +195,7 @@ def test_a_process_that_cannot_even_start(tmp_path: Path, monkeypatch: pytest.Mo
     """Its last words, the end of its traceback, are in the message."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "msgspec.py").write_text("raise RuntimeError('a broken installation')")
-    with pytest.raises(EngineError, match=r"died: it ended with exit code 1: …?.*RuntimeError: a broken installation$"):
+    with pytest.raises(EngineError, match=r"died: it ended with exit code 1: RuntimeError: a broken installation$"):
         run_build(small_job(tmp_path), lambda fraction, detail: None)
 
 
