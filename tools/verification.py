@@ -12,29 +12,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..engines import Manifest
+from ..engines.compare import THRESHOLDS, Threshold, peak_signal_to_noise
 from ..errors import VerifyError
 from ..runtime import Pipeline
 from ..runtime.request import Request
 from .reference import Reference
 
 PROMPTS = ("a photo of a cat", "a red car in front of a blue house")
-
-
-@dataclasses.dataclass(frozen=True)
-class Threshold:
-    """Limits for an image: the least ``psnr`` in dB, and the ``largest`` error as a part of full scale."""
-
-    psnr: float
-    largest: float
-
-
-# Measured on tiny and on full-size models: fp32 lies at 100 dB and above; in fp16 diffusers and ONNX Runtime round
-# differently, and sampling carries that on from step to step. OpenVINO's bf16 rounds at every layer, to 8 bits.
-THRESHOLDS = {
-    "fp32": Threshold(psnr=60.0, largest=2e-3),
-    "fp16": Threshold(psnr=30.0, largest=0.5),
-    "bf16": Threshold(psnr=30.0, largest=0.5),
-}
 
 
 def find_threshold(pipe: Pipeline) -> Threshold:
@@ -181,12 +165,10 @@ def measure_difference(stage: str, ours: np.ndarray, theirs: np.ndarray, peak: f
 
     peak = peak or float(np.ptp(theirs)) or 1.0
     error = np.abs(ours.astype(np.float64) - theirs) / peak
-    power = float(np.mean(error**2))
     ssim = None
     if ours.ndim == 3 and min(ours.shape[:2]) >= 7:  # skimage's window
         ssim = float(cast(Any, structural_similarity(ours, theirs, data_range=peak, channel_axis=-1)))
-    psnr = float("inf") if power == 0 else -10 * float(np.log10(power))
-    return Difference(stage, psnr, ssim, float(error.mean()), float(error.max()))
+    return Difference(stage, peak_signal_to_noise(error), ssim, float(error.mean()), float(error.max()))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

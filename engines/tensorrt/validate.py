@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import EngineError
 from ..bundle import Bundle
-from ..compare import TOLERANCES, differences
+from ..compare import TOLERANCES, differences, excess
 from ..image_shapes import extents_of
 from ..manifest import Component, EngineTarget, TensorSpec
 from .api import TensorRTApi
@@ -98,14 +98,10 @@ def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
         expected = reference.run({key: tensor.to(reference.device) for key, tensor in feeds.items()})
         actual = engine.run({key: tensor.to(engine.device) for key, tensor in feeds.items()})
         for key, tensor in actual.items():
-            largest_allowed, rms_allowed = TOLERANCES[engine.outputs[key].dtype]
             largest, rms = differences(tensor.cpu().numpy(), expected[key].cpu().numpy())
-            if not (largest <= largest_allowed and rms <= rms_allowed):  # so is nan
-                raise EngineError(
-                    f"{name}: output {key} at {[list(t.shape) for t in feeds.values()]} differs from ONNX Runtime by "
-                    f"{largest:.1e} at most and {rms:.1e} in the mean, "
-                    f"allowed are {largest_allowed:.0e} and {rms_allowed:.0e}"
-                )
+            if words := excess(largest, rms, TOLERANCES[engine.outputs[key].dtype]):
+                shapes = [list(tensor.shape) for tensor in feeds.values()]
+                raise EngineError(f"{name}: output {key} at {shapes} differs from ONNX Runtime {words}")
             worst = max(worst, largest)
     return worst
 

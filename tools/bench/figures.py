@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..verification import THRESHOLDS, measure_difference
+from ...engines.compare import THRESHOLDS, peak_signal_to_noise
 from .protocol import OTHER
 from .report import Sameness, Sample, Summary, Verdict
 
@@ -59,10 +59,11 @@ def compare_images(ours: np.ndarray, theirs: np.ndarray, precisions: set[str]) -
     """Compare two images, uint8 [H, W, 3], whose components computed in these precisions."""
     if ours.shape != theirs.shape:
         return Sameness(psnr=0.0, largest=1.0, verdict="other")
-    found = measure_difference("image", ours / 255, theirs / 255, peak=1.0)
-    if math.isinf(found.psnr):
+    error = np.abs(ours / 255 - theirs / 255)
+    psnr, largest = peak_signal_to_noise(error), float(error.max())
+    if math.isinf(psnr):
         return Sameness(psnr=None, largest=0.0, verdict="same")
-    return Sameness(psnr=found.psnr, largest=found.largest, verdict=_judge(found.psnr, found.largest, precisions))
+    return Sameness(psnr=psnr, largest=largest, verdict=_judge(psnr, largest, precisions))
 
 
 def _judge(psnr: float, largest: float, precisions: set[str]) -> Verdict:
