@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["BuildOptions", "Bundle", "Engine", "Manifest", "build_engines", "load_engines"]
+__all__ = ["BuildOptions", "Bundle", "Engine", "Manifest", "build_engines"]
 
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .engine import Engine
-    from .load import load_engines
     from .manifest import Manifest
     from .tensorrt.build_options import BuildOptions
     from .tensorrt.target_builder import build_engines
@@ -20,7 +19,6 @@ _HOMES = {
     "Engine": "engine",
     "Manifest": "manifest",
     "build_engines": "tensorrt.target_builder",
-    "load_engines": "load",
 }
 
 

@@ -1,11 +1,17 @@
-"""Comparison of two computations of the same tensor or image, and the differences that are allowed."""
+"""Comparison of two computations of the same tensor or image: random inputs, differences, tolerances."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from .engine import TORCH_DTYPES
+from .manifest import TensorSpec
 
 # Largest error allowed, as a part of the reference's largest value, and its root mean square as a part of the
 # reference's. float16 has 11 bits: each of a deep network's sums is off by up to 5e-4 of its size, in another order in
@@ -57,3 +63,26 @@ def peak_signal_to_noise(error: np.ndarray) -> float:
 
 def _rms(array: np.ndarray) -> float:
     return float(np.sqrt(np.mean(array**2)))
+
+
+def random_input(
+    name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
+) -> Tensor:
+    """Tokens below ``vocabulary``, a timestep, sizes in pixels, a scale, or unit-variance latents and embeddings.
+
+    Args:
+        name: the input's.
+        spec: its type.
+        shape: its shape, inside the ranges of ``spec``.
+        vocabulary: the number of tokens.
+        generator: decides the values.
+    """
+    if spec.dtype == "int64":
+        return torch.randint(vocabulary, tuple(shape), generator=generator)
+    if name == "timestep":
+        return torch.randint(1000, tuple(shape), generator=generator).float()
+    if name == "time_ids":
+        return torch.randint(8, 1024, tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
+    if name == "conditioning_scale":
+        return torch.rand(tuple(shape), generator=generator)
+    return torch.randn(tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])

@@ -1,4 +1,4 @@
-"""What every engine is: named tensors in, named tensors out, whatever runs it."""
+"""The interface of all engines, named tensors in and named tensors out; wrappers and checks for them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """Whether a CUDA graph may record its run.
 
         Then from the third run on a stream at given shapes on ``run`` only enqueues: it never allocates and the host
-        never waits. While a graph is recorded it hands what owns its memory to :func:`.cuda_graphs.retain`. Who
+        never waits. While a graph is recorded it hands what owns its memory to :func:`.cuda.graphs.retain`. Who
         replays such a graph keeps it in order with the engine's other runs, on one stream.
         """
         ...
@@ -52,7 +52,7 @@ class Engine(Protocol):
 
 
 class EngineWrapper:
-    """What is around an engine, and like it but for what a class of its own says."""
+    """Base class of wrappers: it shows the wrapped engine's properties, and a subclass defines ``run``."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -113,3 +113,30 @@ def check_graph(path: Path, component: Component, graph: Iterable[str]) -> None:
     names, manifest = set(graph), component.inputs.keys() | component.outputs.keys()
     if names != manifest:
         raise BundleError(f"{path} has the tensors {sorted(names)}, the manifest says {sorted(manifest)}")
+
+
+class NullEngine:
+    """An engine that computes nothing: it checks its inputs, returns zeros and counts its runs.
+
+    It shows the cost of the loop around the components, and tests run on it.
+
+    An output dimension that varies takes the extent that the input dimension of the same name has, or its usual one.
+    """
+
+    def __init__(self, name: str, component: Component) -> None:
+        self.name = name
+        self.inputs = component.inputs
+        self.outputs = component.outputs
+        self.device = torch.device("cpu")
+        self.capturable = False
+        self.runs = 0
+
+    def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Zeros of the outputs' dtypes and shapes."""
+        check_feeds(self.name, self.inputs, feeds, self.device)
+        self.runs += 1
+        extents = varying_extents(self.inputs, feeds)
+        return {
+            key: torch.zeros(spec.shape_at(extents), dtype=TORCH_DTYPES[spec.dtype])
+            for key, spec in self.outputs.items()
+        }

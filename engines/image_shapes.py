@@ -8,8 +8,8 @@ import msgspec
 
 from ..errors import RequestError
 from .manifest import ImageShapes, Manifest, Range, TensorSpec, dim_range
+from .vocabulary import DIMS
 
-DIMS = ("batch", "height", "width")
 MOST_HALVINGS = 5  # of a latent's sides, on the way down a UNet: three in SD1.5's, two in SDXL's
 
 

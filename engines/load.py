@@ -12,15 +12,11 @@ from .bundle import Bundle
 from .engine import Engine
 from .image_shapes import narrowed
 from .manifest import EngineTarget, Manifest
-from .null import NullEngine
 from .progress import BuildProgress, Silent
-from .tensorrt.api import BACKENDS as TENSORRT_BACKENDS
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
 from .tensorrt.targets import target_name
-
-BACKENDS = ("auto", "onnxruntime", "openvino", *TENSORRT_BACKENDS, "null")
-ONNX_BACKENDS = ("onnxruntime", "openvino", "null")  # which need no engines to be built
+from .vocabulary import BACKENDS, ONNX_BACKENDS, TENSORRT_BACKENDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +24,11 @@ class Choice:
     """What a bundle is run with.
 
     Attributes:
-        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"tensorrt-rtx"`` or ``"null"``.
-        target: the plans, for TensorRT.
-        manifest: the bundle's, made as narrow as the plans are.
-        passed_over: targets that cannot run here, and why.
-        precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; None for others, which go by the bundle.
+        backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        target: the name of the TensorRT target; None for the other backends.
+        manifest: the bundle's, narrowed to the shapes of the target.
+        passed_over: the reason for each target that cannot run here.
+        precision: the one that OpenVINO computes in, ``"fp32"`` or ``"bf16"``; None for the other backends.
     """
 
     backend: str
@@ -54,13 +50,13 @@ def choose(
     Args:
         bundle: the opened bundle.
         backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else ONNX Runtime.
-        device: as for :func:`load_engines`.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
         target: a target of the bundle by its name, or by a part of the name that no other target has.
-        precision: what OpenVINO computes in, ``"fp32"`` or ``"bf16"``; by default bf16 where the processor has it.
+        precision: the one for OpenVINO, ``"fp32"`` or ``"bf16"``; by default bf16 where the processor has it.
 
     Raises:
-        RequestError: the backend, the target or the precision is not known, or is not for the others.
-        DeviceError: what was asked for cannot run here; the message says why.
+        RequestError: the backend, the target or the precision is not known, or they do not go together.
+        DeviceError: the named backend or target cannot run here; the message says why.
         BundleError: the bundle has no plans for the backend.
     """
     if backend not in BACKENDS:
@@ -72,13 +68,8 @@ def choose(
     if precision is not None:
         raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
     targets, is_cuda = _asked_for(bundle, backend, target), _is_cuda(device)
-    if backend in ("onnxruntime", "null") or (backend == "auto" and target is None and not (targets and is_cuda)):
-        return Choice(
-            backend="onnxruntime" if backend == "auto" else backend,
-            target=None,
-            manifest=bundle.manifest,
-            passed_over={},
-        )
+    if backend == "onnxruntime" or (backend == "auto" and target is None and not (targets and is_cuda)):
+        return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over={})
     if not is_cuda:
         raise RequestError(
             f"device {str(device)!r}: {TITLES.get(backend, 'TensorRT')} runs on CUDA devices; "
@@ -171,26 +162,6 @@ def _rank(manifest: Manifest, target: EngineTarget) -> tuple[bool, ...]:
     )
 
 
-def load_engines(
-    bundle: Bundle, backend: str = "auto", device: str = "auto", progress: BuildProgress | None = None
-) -> Mapping[str, Engine]:
-    """Make every network of a bundle ready to run.
-
-    Args:
-        bundle: the opened bundle.
-        backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` for TensorRT if it
-            can run here, else ONNX Runtime; ``"null"`` computes nothing and shows what the loop itself costs.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
-        progress: told of what takes long: TensorRT-RTX compiles its kernels at the first load.
-
-    Raises:
-        RequestError: the backend or the device is not known.
-        BundleError: the bundle has no engines for the backend, or damaged ones.
-        EngineError: it cannot run here.
-    """
-    return load_choice(bundle, choose(bundle, backend, device), device, progress)
-
-
 def load_choice(
     bundle: Bundle,
     choice: Choice,
@@ -198,12 +169,22 @@ def load_choice(
     progress: BuildProgress | None = None,
     one_graph: str | None = None,
 ) -> Mapping[str, Engine]:
-    """Load every component of a bundle, or its one-graph of that name, as chosen by :func:`choose`."""
+    """Make every component of a bundle, or its one-graph of that name, ready to run.
+
+    Args:
+        bundle: the opened bundle.
+        choice: made by :func:`choose` or :func:`choose_one_graph`.
+        device: as for :func:`choose`.
+        progress: receives stages that take long: TensorRT-RTX compiles its kernels at the first load.
+        one_graph: the name of a one-graph, which is loaded instead of the components.
+
+    Raises:
+        BundleError: the bundle's engines are damaged.
+        EngineError: an engine cannot be loaded here.
+    """
     components = choice.manifest.components
     if one_graph is not None:
         components = {one_graph: choice.manifest.one_graphs[one_graph].network}
-    if choice.backend == "null":
-        return {name: NullEngine(name, component) for name, component in components.items()}
     if choice.target is not None:
         from .tensorrt.target_loader import load_target
 

@@ -19,6 +19,7 @@ from .component_names import (
     one_graph_file,
     residual_input,
 )
+from .vocabulary import OPTIMIZATION_LEVELS, SHA256, Preprocess, TensorRTBackend
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
@@ -26,15 +27,12 @@ ENGINES_FOLDER = "engines"
 HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: what it is a part of, and the divisor
 
 DType = Literal["float32", "float16", "int64", "uint8"]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=rf"^{SHA256}\Z")]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
-TensorRTBackend = Literal["tensorrt", "tensorrt-rtx"]
 LARGEST_SCALE = 10.0  # of a ControlNet's residuals; diffusers has no limit, people use up to 2
 ConditioningScale = Annotated[float, msgspec.Meta(ge=0, le=LARGEST_SCALE)]
-Preprocess = Literal["canny", "scribble", "none"]
-LOWEST_LEVEL, HIGHEST_LEVEL = 0, 5  # of TensorRT's optimization
-OptimizationLevel = Annotated[int, msgspec.Meta(ge=LOWEST_LEVEL, le=HIGHEST_LEVEL)]
+OptimizationLevel = Annotated[int, msgspec.Meta(ge=OPTIMIZATION_LEVELS[0], le=OPTIMIZATION_LEVELS[-1])]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

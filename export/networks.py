@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engines.compare import random_input
 from ..engines.manifest import ImageShapes, Range, TensorSpec
-from ..engines.random_inputs import random_input
 from ..families import TextEncoder
 
 TOKENS = 77  # CLIP's context

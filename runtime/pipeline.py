@@ -111,8 +111,7 @@ class Pipeline:
         Args:
             bundle: the folder that ``hypersd export`` wrote.
             backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` takes TensorRT
-                engines of the bundle that can run here, else ONNX Runtime, and :attr:`choice` says which and why;
-                ``"null"`` computes nothing, to measure the loop itself.
+                engines of the bundle that can run here, else ONNX Runtime, and :attr:`choice` says which and why.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
             target: which of the bundle's TensorRT engines, by the name that ``hypersd info`` shows or a part of it.
             progress: reports long work; TensorRT-RTX compiles its kernels at the first load on a machine.

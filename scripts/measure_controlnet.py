@@ -24,9 +24,9 @@ import msgspec
 import torch
 from diffusers import UNet2DConditionModel
 
+from hypersd.engines.compare import random_input
 from hypersd.engines.manifest import Component
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
-from hypersd.engines.random_inputs import random_input
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.export.architectures import SD15_UNET, SDXL_UNET
 from hypersd.export.controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network

@@ -18,7 +18,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines.engine import Engine, EngineWrapper
+from hypersd.engines import Bundle
+from hypersd.engines.engine import Engine, EngineWrapper, NullEngine
+from hypersd.runtime.text import load_tokenizers
 
 PROMPT = "a photo of a cat"
 
@@ -65,7 +67,9 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="for the real engines (default: auto)")
     parser.add_argument("--calls", type=int, default=5, help="on real engines (default: 5); on the null engine 300")
     args = parser.parse_args()
-    null = Pipeline.load(args.bundle, backend="null")
+    bundle = Bundle.load(args.bundle)
+    engines = {name: NullEngine(name, component) for name, component in bundle.manifest.components.items()}
+    null = Pipeline(bundle.manifest, engines, load_tokenizers(bundle))
     for output_type in ("latent", "pil"):
         whole, outside = measure(null, args.steps, 300, output_type)
         print(f"null engine, {args.steps} steps, {output_type}: {whole * 1e3:.3f} ms, {outside * 1e3:.3f} outside runs")

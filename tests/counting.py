@@ -1,4 +1,4 @@
-"""Engines that count their runs, and a pipeline of them."""
+"""Engines of a bundle for tests: as a pipeline loads them, counting their runs, or computing nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ from pathlib import Path
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, Engine, load_engines
+from hypersd.engines import Bundle, Engine
+from hypersd.engines.engine import NullEngine
+from hypersd.engines.load import choose, load_choice
 from hypersd.runtime.text import load_tokenizers
+
+
+def load_engines(bundle: Bundle, backend: str = "auto", device: str = "auto") -> Mapping[str, Engine]:
+    """A bundle's engines; the backend "null" computes nothing."""
+    if backend == "null":
+        return {name: NullEngine(name, component) for name, component in bundle.manifest.components.items()}
+    return load_choice(bundle, choose(bundle, backend, device), device)
+
+
+def null_pipe(root: Path) -> Pipeline:
+    """A pipeline whose engines compute nothing."""
+    bundle = Bundle.load(root)
+    return Pipeline(bundle.manifest, load_engines(bundle, "null"), load_tokenizers(bundle))
 
 
 class Counting:

@@ -11,13 +11,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from counting import load_engines, null_pipe
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.cli import main
-from hypersd.engines import Bundle, Engine, load_engines
+from hypersd.engines import Bundle, Engine
 from hypersd.errors import RequestError, UserError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.runtime.text import load_tokenizers
@@ -282,7 +283,7 @@ def test_the_order_of_controlnets_is_part_of_a_bundle(
 
 def test_a_bundle_without_controlnet(export_tiny: Callable[[str], Path]) -> None:
     """Asked for control it says how to export one, in Python as on the command line."""
-    pipe = Pipeline.load(export_tiny(UNIFIED), backend="null")
+    pipe = null_pipe(export_tiny(UNIFIED))
     with pytest.raises(RequestError, match="--controlnet"):
         pipe(PROMPT, control_image=photograph())
 
@@ -316,7 +317,7 @@ def test_a_bundle_without_controlnet(export_tiny: Callable[[str], Path]) -> None
 )
 def test_calls_that_cannot_be(call: Mapping[str, Any], export_controlled) -> None:
     """What does not fit is refused in one line, before anything is drawn."""
-    pipe = Pipeline.load(export_controlled(UNIFIED), backend="null")
+    pipe = null_pipe(export_controlled(UNIFIED))
     with pytest.raises(RequestError) as error:
         pipe(PROMPT, **call)
     assert "\n" not in str(error.value)

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...errors import DeviceError, EngineError, RequestError, one_line
-from ..manifest import TensorRTBackend
+from ..vocabulary import TENSORRT_BACKENDS, TensorRTBackend
 from .attention import without_attention
 
-BACKENDS: tuple[TensorRTBackend, ...] = ("tensorrt", "tensorrt-rtx")
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-# TensorRT's to the manifest's
+# The manifest's names of TensorRT's types.
 DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
 OLDEST = {"tensorrt": (10, 8), "tensorrt-rtx": (1, 7)}
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -62,8 +61,8 @@ def load_api(backend: str) -> TensorRTApi:
         RequestError: the name is unknown.
         DeviceError: it is not installed, lacks its libraries, or is too old.
     """
-    if backend not in BACKENDS:
-        raise RequestError(f"backend {backend!r} is not TensorRT: expected {' or '.join(BACKENDS)}")
+    if backend not in TENSORRT_BACKENDS:
+        raise RequestError(f"backend {backend!r} is not TensorRT: expected {' or '.join(TENSORRT_BACKENDS)}")
     title = TITLES[backend]
     try:
         module = importlib.import_module(_MODULES[backend])

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from ...errors import DeviceError, RequestError
-from ..manifest import HIGHEST_LEVEL, LOWEST_LEVEL, EngineTarget, ImageShapes, Manifest, TensorRTBackend
-from .api import BACKENDS, TensorRTApi, pip_line
+from ..manifest import EngineTarget, ImageShapes, Manifest
+from ..vocabulary import OPTIMIZATION_LEVELS, TENSORRT_BACKENDS, TensorRTBackend
+from .api import TensorRTApi, pip_line
 from .machine import Machine, why_not_backend
 from .targets import this_platform
 
@@ -39,10 +40,10 @@ def choose_backend(backend: str, machine: Machine) -> TensorRTBackend:
         RequestError: it is not known.
         DeviceError: ``"auto"``, and none is installed.
     """
-    if backend in BACKENDS:
+    if backend in TENSORRT_BACKENDS:
         return backend  # type: ignore[return-value]  # pyright narrows a tuple's members from 3.11 on only
     if backend != "auto":
-        raise RequestError(f"backend {backend!r} is not known: expected auto, {' or '.join(BACKENDS)}")
+        raise RequestError(f"backend {backend!r} is not known: expected auto, {' or '.join(TENSORRT_BACKENDS)}")
     if machine.gpu is not None and why_not_backend("tensorrt", machine) is None:
         return "tensorrt"
     if "tensorrt-rtx" in machine.versions:
@@ -66,8 +67,9 @@ def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine) -> 
         DeviceError: a GPU is needed.
     """
     level = options.optimization_level
-    if level is not None and not LOWEST_LEVEL <= level <= HIGHEST_LEVEL:
-        raise RequestError(f"optimization level {level} is out of range: expected {LOWEST_LEVEL} to {HIGHEST_LEVEL}")
+    if level is not None and level not in OPTIMIZATION_LEVELS:
+        least, most = OPTIMIZATION_LEVELS[0], OPTIMIZATION_LEVELS[-1]
+        raise RequestError(f"optimization level {level} is out of range: expected {least} to {most}")
     known = api.compute_capabilities
     for capability in options.compute_capabilities:
         if not known:

@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 
 from ...errors import EngineError, HyperSDError, UserError, one_line
-from ..manifest import TensorRTBackend, TensorSpec
+from ..manifest import TensorSpec
+from ..vocabulary import TensorRTBackend
 from ..worker_process import WorkerChannel, WorkerDiedError, WorkerProcess
 
 SECONDS_TO_STOP = 5.0  # a build checks for a stop between two steps, and some steps take minutes

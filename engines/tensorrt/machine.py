@@ -9,7 +9,8 @@ import sys
 from collections.abc import Mapping
 
 from ..manifest import EngineTarget, Manifest
-from .api import BACKENDS, TITLES, installed_version, pip_line
+from ..vocabulary import TENSORRT_BACKENDS
+from .api import TITLES, installed_version, pip_line
 from .targets import onnx_hash, this_platform
 
 PORTABLE_FROM = 8.0  # compute capability; older GPUs have to be named (TensorRT-RTX: "CPU-Only AOT")
@@ -71,12 +72,12 @@ def this_machine(device: str = "auto") -> Machine:
             total_memory=total,
         )
     return Machine(
-        platforms={backend: this_platform(backend) for backend in BACKENDS},
+        platforms={backend: this_platform(backend) for backend in TENSORRT_BACKENDS},
         gpu=gpu,
         no_gpu=no_gpu,
         driver_cuda=driver,
-        versions={b: v for b in BACKENDS if (v := installed_version(b)) is not None},
-        cuda_needed={b: cuda for b in BACKENDS if (cuda := _cuda_of_wheel(b)) is not None},
+        versions={b: v for b in TENSORRT_BACKENDS if (v := installed_version(b)) is not None},
+        cuda_needed={b: cuda for b in TENSORRT_BACKENDS if (cuda := _cuda_of_wheel(b)) is not None},
     )
 
 

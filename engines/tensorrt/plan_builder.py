@@ -17,10 +17,10 @@ from ..cores import available_cores
 from ..files import write_whole
 from ..image_shapes import extents_of
 from ..manifest import TensorSpec, dim_range
+from ..progress import PhaseTree
 from .api import DTYPE_NAMES, TensorRTApi, load_api
 from .attention import attentions_without_kernel, mark_decomposable, without_attention
 from .build_process import BuildJob, Built
-from .phases import PhaseTree
 
 SHOWN_ERRORS = 3
 LONGEST_REASON = 400  # characters of TensorRT's own words in a message

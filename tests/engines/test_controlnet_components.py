@@ -18,7 +18,7 @@ from hypersd.engines.component_names import (
     controlnet,
     residual_input,
 )
-from hypersd.engines.engine import varying_extents
+from hypersd.engines.engine import NullEngine, varying_extents
 from hypersd.engines.manifest import (
     Component,
     ControlNetOrigin,
@@ -29,7 +29,6 @@ from hypersd.engines.manifest import (
     decode,
     encode,
 )
-from hypersd.engines.null import NullEngine
 
 from .test_manifest import DELETE, HASH, MANIFEST, WHERE, changed, refusal, text
 

@@ -19,14 +19,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from counting import load_engines
 from small_graphs import component, random_feeds, write_add, write_graph
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hypersd.engines import Bundle, load_engines
+from hypersd.engines import Bundle
 from hypersd.engines import onnx_runtime as module
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.graphs import GraphedFunction
+from hypersd.engines.load import choose
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
 from hypersd.errors import BundleError, DeviceError, EngineError, RequestError
 
@@ -374,11 +376,13 @@ def test_a_process_pinned_to_one_core_gets_no_thread_pool(sd15_bundle: Path) -> 
     program = f"""if True:
         import os
         os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
-        from hypersd.engines import Bundle, load_engines, onnx_runtime
+        from hypersd.engines import Bundle, onnx_runtime
+        from hypersd.engines.load import choose, load_choice
         def count():
             return len(os.listdir("/proc/self/task"))
         before = count()
-        engines = load_engines(Bundle.load({str(sd15_bundle)!r}), "onnxruntime", "cpu")
+        bundle = Bundle.load({str(sd15_bundle)!r})
+        engines = load_choice(bundle, choose(bundle, "onnxruntime", "cpu"), "cpu")
         print(count() - before)
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
@@ -535,11 +539,11 @@ def test_a_recording_keeps_the_buffers_that_it_writes_to(add: OnnxRuntimeEngine)
     assert kept[1].outputs["out"] is output
 
 
-@pytest.mark.parametrize("backend", ["", "onnx", "tensorrt5", "ONNXRUNTIME"])
+@pytest.mark.parametrize("backend", ["", "onnx", "tensorrt5", "ONNXRUNTIME", "null"])
 def test_unknown_backends_are_refused_with_those_there_are(backend: str, sd15_bundle: Path) -> None:
     """A misspelt backend names the ones that exist."""
     with pytest.raises(RequestError) as caught:
-        load_engines(Bundle.load(sd15_bundle), backend)
+        choose(Bundle.load(sd15_bundle), backend)
     assert repr(backend) in str(caught.value)
     assert "auto, onnxruntime" in str(caught.value)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from counting import load_engines
 from small_graphs import component, random_feeds, write_add
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, load_engines
+from hypersd.engines import Bundle
 from hypersd.engines import openvino as module
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.engine import Engine
@@ -251,7 +252,7 @@ def test_what_does_not_go_together_is_refused(sd15_bundle: Path) -> None:
     assert "expected auto or cpu" in refusal(RequestError, sd15_bundle, "openvino", torch.device("cuda", 1))
     assert "only TensorRT has targets" in refusal(RequestError, sd15_bundle, "openvino", target="sm89")
     assert "expected one of fp32, bf16" in refusal(RequestError, sd15_bundle, "openvino", precision="fp16")
-    for backend in ("auto", "onnxruntime", "null"):
+    for backend in ("auto", "onnxruntime"):
         assert "only OpenVINO" in refusal(RequestError, sd15_bundle, backend, "cpu", precision="fp32")
 
 

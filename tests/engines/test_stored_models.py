@@ -15,9 +15,10 @@ import filelock
 import onnxruntime as ort
 import pytest
 import torch
+from counting import load_engines
 from small_graphs import random_feeds
 
-from hypersd.engines import Bundle, load_engines, stored_models
+from hypersd.engines import Bundle, stored_models
 from hypersd.engines import onnx_runtime as module
 from hypersd.engines.engine import Engine
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import load_engines
 from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, load_engines
+from hypersd.engines import Bundle
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device

@@ -172,8 +172,7 @@ def test_two_pipelines_and_two_threads_draw_what_each_draws_alone(built, backend
 def test_a_replayed_engine_gives_the_bits_of_a_run_one(pipe) -> None:
     import torch
 
-    from hypersd.engines.cuda.graphed_engine import GraphedEngine
-    from hypersd.engines.cuda.graphs import capture_cuda_graph
+    from hypersd.engines.cuda.graphs import GraphedEngine, capture_cuda_graph
     from hypersd.engines.tensorrt.validate import random_feeds
 
     captures: list[object] = []

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from capture_stand_in import Capturable, StandInCapture
+from counting import load_engines
 from PIL import Image
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, load_engines
+from hypersd.engines import Bundle
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphWarning
 from hypersd.errors import EngineError, RequestError
 from hypersd.runtime.text import load_tokenizers

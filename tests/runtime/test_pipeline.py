@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from counting import counting_pipe
+from counting import counting_pipe, null_pipe
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle, Manifest
+from hypersd.engines.engine import NullEngine
 from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.load import Choice
 from hypersd.engines.manifest import ImageShapes, Range, TensorSpec
-from hypersd.engines.null import NullEngine
 from hypersd.errors import EngineError, RequestError
 from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows
@@ -457,9 +457,9 @@ def test_a_ranged_batch_is_used(sdxl_dynamic_bundle: Path) -> None:
 
 
 @FAMILIES
-def test_the_null_backend_runs_the_loop_and_counts(family: str, request: pytest.FixtureRequest) -> None:
+def test_null_engines_run_the_loop_and_count(family: str, request: pytest.FixtureRequest) -> None:
     """The loop without networks: grey images, checked inputs, and how often each engine was run."""
-    pipe = Pipeline.load(request.getfixturevalue(f"{family}_bundle"), backend="null")
+    pipe = null_pipe(request.getfixturevalue(f"{family}_bundle"))
     output = pipe([PROMPT, "blue dog"], num_inference_steps=4, seed=0)
     assert [image.size for image in output.images] == [(64, 64)] * 2
     assert {image.getpixel((9, 9)) for image in output.images} == {(128, 128, 128)}

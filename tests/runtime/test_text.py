@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import null_pipe
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -68,7 +69,7 @@ def tokenizer_pairs(
 @pytest.fixture(scope="session")
 def null_pipes(sd15_bundle: Path, sdxl_bundle: Path) -> dict[str, Pipeline]:
     """Pipelines whose networks compute nothing: what happens to the prompt before them."""
-    return {"sd15": Pipeline.load(sd15_bundle, "null"), "sdxl": Pipeline.load(sdxl_bundle, "null")}
+    return {"sd15": null_pipe(sd15_bundle), "sdxl": null_pipe(sdxl_bundle)}
 
 
 def transformers_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import load_engines
 from diffusers import AutoencoderKL, AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from make_tiny_repos import SD15_REPO
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, load_engines
+from hypersd.engines import Bundle
 from hypersd.engines.manifest import Range, TensorSpec
 from hypersd.errors import RequestError
 from hypersd.runtime.tiling import check_tile, least_latents, tiled_decode

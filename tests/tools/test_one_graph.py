@@ -11,7 +11,7 @@ import torch
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
-from hypersd.engines.null import NullEngine
+from hypersd.engines.engine import NullEngine
 from hypersd.errors import RequestError
 from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 from hypersd.runtime.one_graph_function import find_one_graph

@@ -13,14 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from capture_stand_in import Capturable, StandInCapture
+from counting import load_engines
 from torch import Tensor
 
-from hypersd.engines import Bundle, load_engines
-from hypersd.engines.cuda.graphed_engine import GraphedEngine
-from hypersd.engines.cuda.graphs import WARM_UPS
-from hypersd.engines.engine import TORCH_DTYPES
+from hypersd.engines import Bundle
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphedEngine
+from hypersd.engines.engine import TORCH_DTYPES, NullEngine
 from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
-from hypersd.engines.null import NullEngine
 from hypersd.errors import EngineError
 
 pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning")

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from counting import load_engines, null_pipe
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, load, load_engines
+from hypersd.engines import Bundle, load
 from hypersd.engines.bundle import write_manifest
+from hypersd.engines.engine import NullEngine
 from hypersd.engines.load import Choice, choose
 from hypersd.engines.manifest import Component, EngineTarget, FileRecord, Manifest
-from hypersd.engines.null import NullEngine
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.tensorrt.machine import Machine
 from hypersd.engines.tensorrt.targets import target_name
@@ -162,7 +163,7 @@ def test_a_backend_without_engines_says_how_to_build_them(on_machine: Any, tmp_p
     bundle = with_targets(manifest(), tmp_path, [target()])
     message = refusal(BundleError, lambda: choose(bundle, "tensorrt"))
     assert f"hypersd build {tmp_path} --backend tensorrt" in message
-    assert choose(bundle, "onnxruntime").target is choose(bundle, "null").target is None
+    assert choose(bundle, "onnxruntime").target is None
 
 
 def test_a_backend_that_cannot_run_says_why_of_each_target(on_machine: Any, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_targets_are_found_by_name_or_by_a_part_of_it(on_machine: Any, tmp_path:
     assert "none" in refusal(RequestError, lambda: choose(Bundle(tmp_path, bare), target="sm99"))
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "null"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_target_for_a_backend_that_has_none_is_refused(backend: str, on_machine: Any, tmp_path: Path) -> None:
     """It would be ignored."""
     bundle = with_targets(manifest(), tmp_path, [target()])
@@ -267,7 +268,7 @@ def test_a_pipeline_is_as_narrow_as_its_plans(
     assert "height 104 is outside" in message
     assert "64..72" in message
     assert "width 96" in refusal(RequestError, lambda: pipe("a cat", width=96))
-    assert Pipeline.load(root, backend="null")("a cat", num_inference_steps=8, height=104, width=96).images
+    assert null_pipe(root)("a cat", num_inference_steps=8, height=104, width=96).images
 
 
 def test_a_target_that_was_renamed_is_not_believed(on_machine: Any, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hypersd.engines import Bundle, Engine
 from hypersd.engines.compare import TOLERANCES, differences
+from hypersd.engines.engine import NullEngine
 from hypersd.engines.manifest import Component, Range, TensorSpec
-from hypersd.engines.null import NullEngine
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, PlainEngine
 from hypersd.engines.tensorrt.api import TensorRTApi, load_api
 from hypersd.engines.tensorrt.machine import this_machine

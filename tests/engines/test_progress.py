@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypersd.engines.tensorrt.phases import PhaseTree
+from hypersd.engines.progress import PhaseTree
 
 NAMES = st.sampled_from("abcde")
 EVENTS = st.one_of(
