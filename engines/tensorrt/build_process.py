@@ -112,9 +112,10 @@ def run_build(job: BuildJob, update: Callable[[float, str], None]) -> Built:
         worker.close(SECONDS_TO_STOP)
         if not isinstance(event, Built):
             Path(job.plan).unlink(missing_ok=True)
-    if isinstance(event, Failed):
-        raise (UserError if event.kind == "user" else EngineError)(event.message)
-    return event
+    if isinstance(event, Built):
+        return event
+    assert isinstance(event, Failed)  # one of the two ends the loop
+    raise (UserError if event.kind == "user" else EngineError)(event.message)
 
 
 def main() -> None:
