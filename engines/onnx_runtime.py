@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line
+from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line, warn_user
 from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.graphs import retain
@@ -25,6 +25,7 @@ NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int6
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
+ATTENTION_NODE = b'"\tAttention'  # a node's type in an ONNX file: the field's tag, the length and the name
 # How a model is stored. Smaller weights lie in the graph: the text encoder's mask, of an odd size, would shift others.
 STORED_WEIGHTS = {
     "session.optimized_model_external_initializers_file_name": "model.onnx_data",
@@ -33,6 +34,10 @@ STORED_WEIGHTS = {
 STORE_PACKED = "session.save_external_prepacked_constant_initializers"
 PACKED, PACKED_OFFSET = re.compile(rb"prepacked_\d"), re.compile(rb"\|(\d+);\d+;\d+")  # in a stored graph
 PACKED_ALIGNMENT = 64  # bytes; kernels read packed weights by aligned loads
+
+
+class CpuNodesWarning(UserWarning):
+    """Nodes of a graph run on the CPU although the device is a GPU."""
 
 
 def ort_version() -> str:
@@ -57,7 +62,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise DeviceError(f"the installed onnxruntime {ort.__version__} has no CUDA provider: {CUDA_HINT}")
     if not torch.cuda.is_available():
         raise DeviceError("torch finds no CUDA device: check the driver, or use device='cpu'")
-    return torch.device("cuda", device.index or 0)
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(f"no CUDA device {index}: this machine has {count}, counted from 0")
+    return torch.device("cuda", index)
 
 
 class _Binding:
@@ -261,7 +269,21 @@ def _make_cuda_session(
     except BundleError as error:
         if NOT_RECORDABLE not in str(error):
             raise
-        return _open_cuda_session(path, options, device, stream, recordable=False), False
+    _warn_of_attention(path)
+    return _open_cuda_session(path, options, device, stream, recordable=False), False
+
+
+def _warn_of_attention(path: Path) -> None:
+    """Warn if the ``Attention`` nodes of a graph are the likely reason why it is not all on the GPU.
+
+    Before 1.24 ONNX Runtime has no CUDA kernel for them (microsoft/onnxruntime#27030) and runs them on the CPU.
+    """
+    if count := path.read_bytes().count(ATTENTION_NODE):
+        warn_user(
+            f"{path}: ONNX Runtime {ort.__version__} does not run all of it on the GPU, most likely not its {count} "
+            "Attention nodes, which is slow: install onnxruntime-gpu 1.24 or newer",
+            CpuNodesWarning,
+        )
 
 
 def _open_cuda_session(

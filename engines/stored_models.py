@@ -1,8 +1,8 @@
-"""Models as ONNX Runtime optimised them, kept on disk: a later load maps the file and does not make it again.
+"""Models that ONNX Runtime has optimised, stored on disk: a later load maps the file instead of optimising again.
 
-The environment variable ``HYPERSD_STORED_MODELS`` names the folder; without it nothing is kept. A stored model is a
-folder of its own there: a graph and its weights, about the size of the network in float32, for one processor and one
-version of ONNX Runtime. The newest of a network replaces the others. All of it may be deleted at any time.
+The environment variable ``HYPERSD_STORED_MODELS`` names the folder; without it nothing is stored. Each stored model is
+a folder there: a graph and its weights, about the size of the component in float32, for one processor and one version
+of ONNX Runtime. The newest one of a component replaces the others. All of them may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ..errors import BundleError, one_line, warn_user
+from ..errors import BundleError, UserError, one_line, warn_user
+from .files import lock_file, whole_folder
 from .manifest import Component
 
 VARIABLE = "HYPERSD_STORED_MODELS"
 GRAPH = "model.onnx"
-LAYOUT_VERSION = 1  # to be raised when what is stored, or how, changes
+LAYOUT_VERSION = 1  # raise it when the content or its layout changes
 CPU_INFO = Path("/proc/cpuinfo")
-# What decides which kernels are chosen, and so how weights are packed; of x86, then of Arm.
+# They decide which kernels are chosen, and so how weights are packed; of x86, then of Arm.
 CPU_FIELDS = {"vendor_id", "model name", "flags", "CPU implementer", "CPU part", "CPU variant", "Features"}
 
 Session = TypeVar("Session")
 
 
 class StoredModelWarning(UserWarning):
-    """A model could not be stored or read back; it was loaded without."""
+    """A model could not be stored or read back; it was loaded from the bundle."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredModel:
-    """Where the stored model of a network is, or would be.
+    """The place of a component's stored model, which may not be there yet.
 
     Attributes:
         root: the folder of all stored models.
-        network: the network's part of the name: it stands for the path of the bundle's graph.
-        key: the hash of all that decides whether the stored model can be used.
+        network: the component's part of the name: it stands for the path of the bundle's graph.
+        key: the hash of everything that decides whether the stored model can be used.
     """
 
     root: Path
@@ -58,15 +59,10 @@ class StoredModel:
     def graph(self) -> Path:
         return self.folder / GRAPH
 
-    @property
-    def temporary(self) -> Path:
-        """Where it is written before it is whole; one process at a time writes for a network."""
-        return self.root / f".{self.network}.tmp"
-
-    def all_keys(self) -> list[Path]:
-        """The network's stored models, of this key and of others."""
-        name = re.compile(rf"{re.escape(self.network)}-[0-9a-f]{{16}}")
-        return [path for path in self.root.iterdir() if name.fullmatch(path.name)]
+    def others(self) -> list[Path]:
+        """The network's stored models of other keys, and the parts that a killed process left."""
+        name = re.compile(rf"{re.escape(self.network)}-[0-9a-f]{{16}}|\.{re.escape(self.network)}-.*\.(partial|old)")
+        return [path for path in self.root.iterdir() if name.fullmatch(path.name) and path != self.folder]
 
 
 def stored_models_folder() -> Path | None:
@@ -85,12 +81,12 @@ def stored_models_folder() -> Path | None:
 
 
 def find_stored_model(path: Path, component: Component, runtime: str) -> StoredModel | None:
-    """Where the stored model of a component's graph belongs; None if none are kept.
+    """The place of the stored model of a component's graph; None if no models are stored.
 
     Args:
         path: the graph in the bundle.
         component: its entry in the manifest.
-        runtime: what stores and loads it: the version and the settings.
+        runtime: version and settings of the library that stores and loads it.
     """
     root = stored_models_folder()
     if root is None:
@@ -118,7 +114,7 @@ def _short_hash(described: object) -> str:
 
 
 def describe_processor(cpu_info: Path = CPU_INFO) -> str:
-    """What tells processors apart that pack weights differently: the model and its instruction sets."""
+    """The processor's model and instruction sets: processors that differ in them pack weights differently."""
     try:
         lines = cpu_info.read_text(errors="replace").splitlines()
     except OSError:  # not Linux
@@ -130,67 +126,42 @@ def describe_processor(cpu_info: Path = CPU_INFO) -> str:
 def open_stored(
     stored: StoredModel, store: Callable[[Path], object], load: Callable[[Path], Session]
 ) -> Session | None:
-    """Load a stored model, which is made first if it is not there or damaged.
+    """Load a stored model, which is made first if it is missing or damaged.
 
     Args:
-        stored: where it belongs.
+        stored: its place.
         store: writes the graph to a path, and its weights beside it.
         load: loads a stored graph; a ``BundleError`` means that it is damaged.
 
     Returns:
-        What ``load`` returned; None if another process is at it, or, with a warning, if it cannot be stored.
+        The result of ``load``; None if another process is writing it, or, with a warning, if it cannot be stored.
     """
     try:
         if stored.graph.exists():
             with contextlib.suppress(BundleError):
                 return load(stored.graph)
-        with _sole_writer(stored) as is_ours:
-            if not is_ours:
-                return None
-            _write(stored, store)
+        with lock_file(stored.root / stored.network, _give_up):
+            with whole_folder(stored.folder) as partial:
+                store(partial / GRAPH)
+            for other in stored.others():
+                shutil.rmtree(other, ignore_errors=True)  # a process that has mapped it keeps it
             return load(stored.graph)
-    except (OSError, NotImplementedError) as error:  # the latter: a file system that has no locks
-        _warn(f"{stored.root} cannot be used: {getattr(error, 'strerror', None) or one_line(error)}")
+    except _BusyError:
+        return None
     except BundleError as error:
-        _discard(stored.folder)
+        shutil.rmtree(stored.folder, ignore_errors=True)
         _warn(f"no model can be stored in {stored.root}: {error}")
+    except (OSError, NotImplementedError, UserError) as error:  # NotImplementedError: a file system without locks
+        _warn(f"{stored.root} cannot be used: {getattr(error, 'strerror', None) or one_line(error)}")
     return None
 
 
-@contextlib.contextmanager
-def _sole_writer(stored: StoredModel) -> Iterator[bool]:
-    """Whether this is the one process that may write for the network; who is not does not wait."""
-    import filelock  # torch brings it
-
-    stored.root.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(stored.root / f".{stored.network}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+class _BusyError(Exception):
+    """Another process stores the network: waiting for it would take longer than loading without."""
 
 
-def _write(stored: StoredModel, store: Callable[[Path], object]) -> None:
-    """Write a stored model whole, in the place of all others of its network."""
-    _discard(stored.temporary)  # of a process that was killed
-    stored.temporary.mkdir()
-    try:
-        store(stored.temporary / GRAPH)
-        for other in stored.all_keys():
-            _discard(other)
-        stored.temporary.rename(stored.folder)
-    finally:
-        _discard(stored.temporary)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a stored model; who has mapped it keeps it, and Windows keeps it for them."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _give_up() -> None:
+    raise _BusyError
 
 
 def _warn(problem: str) -> None:

@@ -7,6 +7,7 @@ the memory too: see :class:`GraphedFunction` and :func:`retain`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -183,7 +184,7 @@ def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: other threads may allocate and synchronise their own streams.
-            with _capture_stream() as stream:
+            with _capture_stream() as stream, _no_collection():
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     result = work()
         except Exception as error:
@@ -211,14 +212,29 @@ def _capture_stream() -> Iterator[torch.cuda.Stream]:
         current.wait_stream(stream)
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Take back what torch leaves behind where a capture was invalidated and so could not be ended.
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from freeing CUDA memory inside: a capture does not survive that."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
-    Its allocator goes on asking the graph whose memory a request is: end that, and keep the graph in case it does not.
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Clean up after a capture that was invalidated and so could not be ended.
+
+    Torch's allocator still routes requests to the graph's pool: stop that, and keep the graph alive in case it fails.
     """
     _broken.append(graph)
-    with contextlib.suppress(RuntimeError):  # there is nothing to end if the capture was ended after all
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # a private name: a newer torch may lack it
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # there is nothing to end if the capture was ended after all
+            end(torch.cuda.current_device(), pool)
 
 
 def _first_cause(error: BaseException) -> BaseException:

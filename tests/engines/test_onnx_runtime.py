@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -437,10 +439,13 @@ def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyP
         module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == torch.device("cuda", 0)
     assert resolve_device("cuda") == torch.device("cuda", 0)
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert resolve_device("cpu") == CPU
+    with pytest.raises(DeviceError, match=r"^no CUDA device 7: this machine has 2, counted from 0$"):
+        resolve_device("cuda:7")
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(
@@ -489,14 +494,32 @@ def test_a_cuda_session_runs_on_our_stream_and_may_be_recorded(monkeypatch: pyte
     assert call["enable_fallback"] == 0
 
 
-def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One that copies between host and device: ONNX Runtime refuses to record it, and it is run step by step."""
     told = "This session cannot use the graph capture feature as requested by the user as the model has control flow"
     calls = record_sessions(monkeypatch, told)
-    _, capturable = module._make_cuda_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+    (tmp_path / "net.onnx").write_bytes(b"a graph without attention")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, capturable = module._make_cuda_session(tmp_path / "net.onnx", torch.device("cuda", 0), 1, SomeStream())
     assert not capturable
     assert [call["providers"][0][1].get("enable_cuda_graph") for call in calls] == ["1", None]
     assert calls[1]["providers"][0][1]["user_compute_stream"] == "1234567"
+
+
+def test_attention_on_the_cpu_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd15_bundle: Path) -> None:
+    """An ONNX Runtime without a CUDA kernel for it is not silently slow: the warning has the nodes and the remedy.
+
+    The session is a stand-in.
+    """
+    record_sessions(monkeypatch, "This session cannot use the graph capture feature as requested by the user")
+    path = sd15_bundle / "unet" / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    count = sum(node.op_type == "Attention" for node in graph.node)
+    assert count
+    with pytest.warns(module.CpuNodesWarning, match=rf"its {count} Attention nodes.*onnxruntime-gpu 1\.24") as caught:
+        module._make_cuda_session(path, torch.device("cuda", 0), 1, SomeStream())
+    assert "\n" not in str(caught[0].message)
 
 
 def test_a_session_that_fails_for_another_reason_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

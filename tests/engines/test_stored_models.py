@@ -370,7 +370,7 @@ def test_what_a_killed_process_left_is_removed(unet: Any, folder: Path, opened: 
     """Half a model under its temporary name: never read, and gone with the next that is stored."""
     unet()
     (stored,) = models(folder)
-    left = folder / f".{stored.name.rpartition('-')[0]}.tmp"
+    left = folder / f".{stored.name.rpartition('-')[0]}-{'0' * 16}.partial"
     stored.rename(left)
     cut(left / "model.onnx_data")
     hows(opened)

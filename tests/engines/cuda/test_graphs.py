@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,6 +366,48 @@ def test_the_error_names_what_went_wrong_first() -> None:
     except RuntimeError as error:
         assert str(cuda_graphs._first_cause(error)).startswith("unet: ONNX Runtime failed: cudaMalloc")
     assert str(cuda_graphs._first_cause(RuntimeError("alone"))) == "alone"
+
+
+class FakeGraphs:
+    """Stand-ins for torch's capture on a machine without CUDA: ``fails`` invalidates it, as an illegal call does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.fails = fails
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(cuda_graphs, "_capture_stream", lambda: nullcontext(None))
+
+    @contextmanager
+    def capture(self, graph: Any, **_: Any) -> Iterator[None]:
+        yield
+        if self.fails:
+            raise RuntimeError("capture was invalidated")
+
+
+def test_a_torch_without_the_private_function_fails_with_the_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean-up after a failed capture uses a private name of torch: its absence must not hide the reason."""
+    FakeGraphs(monkeypatch, fails=True)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    with pytest.raises(EngineError, match=r"recording failed \(capture was invalidated\)"):
+        cuda_graphs.capture_cuda_graph(lambda: None)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_nothing_is_garbage_collected_inside_a_capture(is_enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor in a cycle that is freed there would call CUDA; it is freed before, and the collector's state kept."""
+    FakeGraphs(monkeypatch)
+    cycle = Owner()
+    cycle.itself = cycle  # type: ignore[attr-defined]
+    garbage = weakref.ref(cycle)
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        del cycle
+        _, inside = cuda_graphs.capture_cuda_graph(lambda: (gc.isenabled(), garbage()))
+        assert inside == (False, None)
+        assert gc.isenabled() is is_enabled
+    finally:
+        gc.enable()
 
 
 # Threads
