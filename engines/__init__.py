@@ -1,4 +1,4 @@
-"""What a bundle is, the engines that run its networks, and the building of TensorRT's."""
+"""Bundles, the engines that run their components, and the builder of TensorRT plans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load the public names on first use: a building process needs no torch (PEP 562)."""
+    """Load the public names on first use (PEP 562): a build process needs no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

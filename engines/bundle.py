@@ -1,4 +1,4 @@
-"""A bundle on disk: finding its files, and checking that they are the ones that were written."""
+"""A bundle on disk: its files, and the checks that they are unaltered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .manifest import MANIFEST_NAME, Component, Manifest, Plan, decode, encode
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write ``bundle.json``, whole."""
+    """Write ``bundle.json`` atomically."""
     write_whole(root / MANIFEST_NAME, encode(manifest))
 
 
@@ -29,9 +29,9 @@ class Bundle:
 
         Args:
             root: the bundle's folder.
-            hashes: also read every file and compare its SHA-256, which takes seconds a gigabyte.
+            hashes: also read every file and compare its SHA-256, which takes seconds per gigabyte.
 
-        Plans of TensorRT are looked at when they are used: a bundle whose plans were deleted is whole without them.
+        TensorRT plans are checked when they are loaded: a bundle without its plans is still complete.
 
         Raises:
             BundleError: no bundle there, an invalid manifest, or a file that is missing, shortened or altered.
@@ -50,11 +50,11 @@ class Bundle:
         return bundle
 
     def plan_files(self) -> set[str]:
-        """The files that are plans of TensorRT."""
+        """The files that are TensorRT plans."""
         return {plan.file for target in self.manifest.engines.values() for plan in target.plans.values()}
 
     def is_whole(self, plan: Plan, hashes: bool = False) -> bool:
-        """Whether a plan's file is there, of the size that was recorded and, with ``hashes``, unaltered."""
+        """Whether a plan's file exists, has the recorded size and, with ``hashes``, is unaltered."""
         try:
             self.check_file(plan.file, hashes)
         except BundleError:
@@ -62,7 +62,7 @@ class Bundle:
         return True
 
     def path(self, name: str) -> Path:
-        """The full path of a file that the manifest lists; one that leaves the folder is refused."""
+        """The full path of a file that the manifest lists; a path that leaves the folder is rejected."""
         path = self.root / name
         try:
             inside = path.resolve().is_relative_to(self.root.resolve())
@@ -73,7 +73,7 @@ class Bundle:
         return path
 
     def component(self, name: str) -> Component:
-        """The named network's entry."""
+        """The manifest's entry for a component."""
         try:
             return self.manifest.components[name]
         except KeyError:
@@ -81,7 +81,7 @@ class Bundle:
             raise BundleError(f"{self.root} has no component {name!r}, it has {has}; export it again") from None
 
     def check_weights(self, allow_random: bool, option: str) -> None:
-        """Refuse to draw with weights that were never trained, unless that is wanted: ``option`` is what says so.
+        """Reject a bundle with random weights unless they are allowed; the error names ``option``, which allows them.
 
         Raises:
             RequestError: its images are noise.
@@ -93,7 +93,7 @@ class Bundle:
             )
 
     def check_file(self, name: str, hashes: bool = False) -> None:
-        """Raise a BundleError where a file is missing, shortened or, with ``hashes``, altered."""
+        """Raise a BundleError if a file is missing, shortened or, with ``hashes``, altered."""
         record, path = self.manifest.files[name], self.path(name)
         again = (
             "build it again with `hypersd build`" if name in self.plan_files() else "export or copy the bundle again"

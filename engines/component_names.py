@@ -8,7 +8,7 @@ RESIDUAL_INPUT = re.compile(r"(down|mid)_block_additional_residual(_\d+)?")
 
 
 def controlnet(name: str) -> str:
-    """The component that makes a ControlNet's residuals."""
+    """The component that computes a ControlNet's residuals."""
     return f"controlnet/{name}"
 
 
@@ -18,18 +18,18 @@ def cond_embedding(name: str) -> str:
 
 
 def residual_input(output: str) -> str:
-    """The UNet's input that an output of a ControlNet goes to; both have diffusers' names."""
+    """The UNet's input for an output of a ControlNet; both have diffusers' names."""
     return output.replace("_res_sample", "_additional_residual")
 
 
 def split_named(text: str) -> tuple[str | None, str]:
-    """``NAME=VALUE``, or None and the whole text: what comes before the sign may be a folder's path, and no name."""
+    """``NAME=VALUE`` as a pair; None and the whole text if the part before the sign is a path and not a name."""
     name, equals, value = text.partition("=")
     return (name, value) if equals and "/" not in name and "\\" not in name else (None, text)
 
 
 def check_controlnet_name(name: str) -> None:
-    """A ControlNet's name is that of a folder, and a word of options such as ``NAME=VALUE``."""
+    """Check a ControlNet's name: it names a folder, and stands in options such as ``NAME=VALUE``."""
     if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII) or not name.strip("."):
         raise ValueError(f"ControlNet name {name!r}: expected letters, digits, _, . and -")
 
@@ -43,7 +43,7 @@ def input_ids(encoder: str) -> str:
 
 
 def noise_input(step: int) -> str:
-    """A one-graph's input for the noise that a step adds, counted from 0."""
+    """A one-graph's input for the noise that a step adds; steps count from 0."""
     return f"noise_{step}"
 
 

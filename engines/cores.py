@@ -1,4 +1,4 @@
-"""How many processor cores there are to compute with."""
+"""Processor cores to compute with. Imports the standard library alone: workers of other interpreters use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def available_cores(quota: Path = CGROUP_QUOTA) -> int:
     """Cores that this process may use, which in a container are fewer than the machine has.
 
-    ``quota`` is where the kernel says how much processor time a control group gets (cgroup v2: "MICROSECONDS PERIOD").
+    ``quota`` is the file with the processor time of the control group (cgroup v2: "MICROSECONDS PERIOD").
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

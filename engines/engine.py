@@ -16,15 +16,15 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": tor
 
 
 class Engine(Protocol):
-    """A network that is ready to run.
+    """A component that is ready to run.
 
-    ``run`` takes one contiguous tensor per input, on ``device``, in the dtypes and shapes of ``inputs``. The tensors
-    it returns are the engine's own buffers. Copy what has to last longer than they hold:
+    ``run`` takes one contiguous tensor per input, on ``device``, in the dtypes and shapes of ``inputs``. The returned
+    tensors are the engine's own buffers, which later runs overwrite. Copy them to keep them longer:
 
-    - On the CPU buffers belong to the thread, and hold until it runs the engine again at the same shapes.
-    - On a CUDA device they belong to the current stream, and hold until the engine runs again on it, whichever thread
-      calls. Give every thread a stream of its own, or let the threads take turns. ``run`` is ordered after what the
-      current stream did before, and before what it does next.
+    - On the CPU buffers belong to the thread, and are valid until it runs the engine again at the same shapes.
+    - On a CUDA device they belong to the current stream, and are valid until the engine runs again on it, in any
+      thread. Give every thread a stream of its own, or let the threads take turns. ``run`` is ordered after earlier
+      work of the current stream, and before its later work.
     """
 
     @property
@@ -40,14 +40,14 @@ class Engine(Protocol):
     def capturable(self) -> bool:
         """Whether a CUDA graph may record its run.
 
-        Then from the third run on a stream at given shapes on ``run`` only enqueues: it never allocates and the host
-        never waits. While a graph is recorded it hands what owns its memory to :func:`.cuda.graphs.retain`. Who
-        replays such a graph keeps it in order with the engine's other runs, on one stream.
+        If so, the third and later runs on a stream at given shapes only enqueue: they allocate nothing and the host
+        does not wait. While a graph is recorded, ``run`` passes the owners of its memory to
+        :func:`.cuda.graphs.retain`. The caller replays the graph on one stream, in order with the engine's other runs.
         """
         ...
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Run the network once."""
+        """Run the component once."""
         ...
 
 
@@ -75,7 +75,7 @@ class EngineWrapper:
 
 
 def varying_extents(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> dict[str, int]:
-    """The extents of all dimensions that vary, by name, as some of an engine's inputs have them."""
+    """The extents of all varying dimensions, by name, in the tensors of some of an engine's inputs."""
     return {
         name: extent
         for key, tensor in feeds.items()
@@ -85,7 +85,7 @@ def varying_extents(specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]
 
 
 def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor], device: torch.device) -> None:
-    """Refuse tensors that are not what the engine ``name`` takes, saying expected and received.
+    """Reject tensors that the engine ``name`` does not accept; the error has the expected and the received type.
 
     Raises:
         EngineError: an input is missing or unknown, on another device, or has another dtype or a shape outside the
@@ -105,10 +105,10 @@ def check_feeds(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, 
 
 
 def check_graph(path: Path, component: Component, graph: Iterable[str]) -> None:
-    """See that the names of a graph's inputs and outputs are the manifest's.
+    """Check that a graph's inputs and outputs have the manifest's names.
 
     Raises:
-        BundleError: they are not: the bundle was put together by hand.
+        BundleError: they have not: the bundle was assembled by hand.
     """
     names, manifest = set(graph), component.inputs.keys() | component.outputs.keys()
     if names != manifest:
@@ -120,7 +120,7 @@ class NullEngine:
 
     It shows the cost of the loop around the components, and tests run on it.
 
-    An output dimension that varies takes the extent that the input dimension of the same name has, or its usual one.
+    An output dimension that varies has the extent of the input dimension of the same name, or its usual one.
     """
 
     def __init__(self, name: str, component: Component) -> None:

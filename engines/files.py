@@ -104,7 +104,7 @@ def lock_file(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of the file or folder at ``path``, which is a hidden file beside it.
 
     Args:
-        path: what only one process at a time may write; links to it share the lock.
+        path: the file or folder that one process at a time may write; links to it share the lock.
         on_wait: called once if another process holds the lock.
 
     Raises:
@@ -122,8 +122,8 @@ def lock_file(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             lock.acquire()
     except OSError as error:
-        what = f"{lock.lock_file}, the lock of {path}, cannot be written: {error.strerror or error}"
-        raise UserError(f"{what}; make its folder writable, or choose another folder") from error
+        why = f"{lock.lock_file}, the lock of {path}, cannot be written: {error.strerror or error}"
+        raise UserError(f"{why}; make its folder writable, or choose another folder") from error
     try:
         yield
     finally:

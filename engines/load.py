@@ -1,4 +1,4 @@
-"""From a bundle to engines that run here."""
+"""The choice of a backend for a bundle on this machine, and the loading of its engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .vocabulary import BACKENDS, ONNX_BACKENDS, TENSORRT_BACKENDS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a bundle is run with.
+    """The backend, and for TensorRT the target, that runs a bundle.
 
     Attributes:
         backend: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
@@ -45,7 +45,7 @@ def choose(
     target: str | None = None,
     precision: str | None = None,
 ) -> Choice:
-    """Decide what to run a bundle with.
+    """Choose a backend for a bundle.
 
     Args:
         bundle: the opened bundle.
@@ -85,8 +85,8 @@ def choose(
         return Choice(backend=targets[best].backend, target=best, manifest=manifest, passed_over=passed_over)
     if backend == "auto" and target is None:
         return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over=passed_over)
-    told = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise DeviceError(f"{bundle.root} cannot run here: {told}")
+    why = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise DeviceError(f"{bundle.root} cannot run here: {why}")
 
 
 def _choose_openvino(bundle: Bundle, device: str, precision: str | None) -> Choice:
@@ -98,10 +98,10 @@ def _choose_openvino(bundle: Bundle, device: str, precision: str | None) -> Choi
 
 
 def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
-    """The bundle's targets that the caller may mean."""
+    """The bundle's targets that match the backend and the name."""
     targets = bundle.manifest.engines
     if backend in TENSORRT_BACKENDS:
-        load_api(backend)  # what is missing on this machine is said first
+        load_api(backend)  # first of all report a backend that is not installed
         targets = {name: t for name, t in targets.items() if t.backend == backend}
         if not targets:
             raise BundleError(
@@ -126,13 +126,13 @@ def _is_cuda(device: str | torch.device) -> bool:
 
 
 def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
-    """Why a target of a bundle cannot run here, all of it; None if nothing speaks against it."""
+    """All reasons why a target of a bundle cannot run here; None if it can."""
     target = bundle.manifest.engines[name]
     broken = [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]
     reasons = [why_not_target(target, bundle.manifest, machine)]
     fits = reasons[0] is None
     if name != target_name(target, bundle.manifest):
-        reasons.append("its name is not what the manifest says of it, which was changed by hand")
+        reasons.append("its name does not match its entry in the manifest, which was changed by hand")
     if fits:
         whole = {component: plan.file for component, plan in target.plans.items() if plan.file not in broken}
         reasons.append(_why_not_plans(bundle, target.backend, whole, machine))
@@ -142,7 +142,7 @@ def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
 
 
 def _why_not_plans(bundle: Bundle, backend: str, plans: Mapping[str, str], machine: Machine) -> str | None:
-    """What TensorRT itself has against plans that seem to fit: it knows what each GPU can do."""
+    """TensorRT's own reason against plans that seem to fit, because it knows the limits of each GPU."""
     assert machine.gpu is not None  # without one no target fits
     for name, file in plans.items():
         if reason := load_api(backend).why_invalid(bundle.path(file)):
@@ -151,7 +151,7 @@ def _why_not_plans(bundle: Bundle, backend: str, plans: Mapping[str, str], machi
 
 
 def _rank(manifest: Manifest, target: EngineTarget) -> tuple[bool, ...]:
-    """Smaller is better: of the bundle's usual size, TensorRT, fixed in shape, for the GPU at hand, and whole."""
+    """Smaller is better: the bundle's usual size, TensorRT, fixed shapes, built for this GPU, weights in the plans."""
     extents = target.shapes.extents
     return (
         [extent.opt for extent in extents] != [extent.opt for extent in manifest.shapes.extents],
@@ -208,9 +208,9 @@ def load_choice(
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:
-    """Decide what to run the graph of a whole image with: ONNX Runtime, or OpenVINO.
+    """Choose a backend for the graph of a whole image: ONNX Runtime or OpenVINO.
 
-    OpenVINO computes in float32: in bfloat16 the sampler's arithmetic would be in it, too.
+    OpenVINO computes in float32: bfloat16 would be too coarse for the sampler's arithmetic.
 
     Raises:
         RequestError: the bundle has no one-graph of that name, or the backend does not run it.

@@ -1,4 +1,4 @@
-"""Networks run by ONNX Runtime, on the CPU or on a CUDA device: the only module that imports onnxruntime."""
+"""Engines of ONNX Runtime, on the CPU or on a CUDA device. The only module that imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from .stored_models import find_stored_model, open_stored
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.uint8: np.uint8}
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
-# How ONNX Runtime begins its refusal of a graph that copies between host and device, or that branches.
+# Begins ONNX Runtime's error for a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
 ATTENTION_NODE = b'"\tAttention'  # a node's type in an ONNX file: the field's tag, the length and the name
-# How a model is stored. Smaller weights lie in the graph: the text encoder's mask, of an odd size, would shift others.
+# Options of a stored model. Smaller weights stay in the graph: the text encoder's mask has an odd size and would
+# misalign the others.
 STORED_WEIGHTS = {
     "session.optimized_model_external_initializers_file_name": "model.onnx_data",
     "session.optimized_model_external_initializers_min_size_in_bytes": str(1 << 16),
@@ -69,7 +70,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 class _Binding:
-    """Buffers at one set of shapes, and where ONNX Runtime was told to find them."""
+    """Buffers for one set of shapes, and the addresses that ONNX Runtime was given."""
 
     def __init__(self, session: ort.InferenceSession, device: torch.device) -> None:
         self._session = session
@@ -79,7 +80,7 @@ class _Binding:
         self._addresses: dict[str, int] = {}
 
     def bind_inputs(self, feeds: Mapping[str, Tensor]) -> None:
-        """Tell ONNX Runtime of the inputs whose address is new."""
+        """Pass the addresses that changed since the last run to ONNX Runtime."""
         for name, tensor in feeds.items():
             address = tensor.data_ptr()
             if self._addresses.get(name) != address:
@@ -171,7 +172,7 @@ class OnnxRuntimeEngine:
         try:
             with _beside_current(self._stream):
                 binding.run(self._options, self._stream)
-        except torch.OutOfMemoryError:  # of the buffers: who draws knows what to do
+        except torch.OutOfMemoryError:  # of the buffers: the caller's words say more
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
@@ -180,7 +181,7 @@ class OnnxRuntimeEngine:
 
 @contextmanager
 def _beside_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is enqueued on ``stream`` inside comes after the current stream's work so far and before its work to come.
+    """Order the work enqueued on ``stream`` inside after the current stream's earlier work and before its later work.
 
     A fork and a join by events: the host does not wait, and a graph records both.
     """
@@ -206,15 +207,15 @@ def _cuda_run_options() -> ort.RunOptions:
 def _session_options(threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what fails is raised, and said once
-    # Every network has threads of its own: those that spin take the cores from the next network and from torch.
+    options.log_severity_level = 4  # errors are raised; a log would repeat them
+    # Every session has threads of its own: spinning threads take the cores from the next session and from torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 def _make_cpu_session(path: Path, component: Component, threads: int) -> ort.InferenceSession:
-    """A session on the CPU; of the stored model, where models are stored (see ``stored_models``)."""
-    # Not the number of threads: neither the graph nor the packed weights depend on it.
+    """A session on the CPU, of the stored model if models are stored (:mod:`.stored_models`)."""
+    # The number of threads is not part of it: neither the graph nor the packed weights depend on it.
     runtime = f"{ort.__version__} {ort.get_build_info()} {STORED_WEIGHTS}"
     stored = find_stored_model(path, component, runtime)
     session = stored and open_stored(
@@ -226,10 +227,11 @@ def _make_cpu_session(path: Path, component: Component, threads: int) -> ort.Inf
 
 
 def _store_model(path: Path, stored: Path, threads: int) -> None:
-    """Write a graph as it is optimised for this processor, with its weights, also as the kernels pack them.
+    """Write a graph optimised for this processor, its weights, and the weights in the layout that kernels use.
 
-    ONNX Runtime lays the packed weights one behind another, whatever their sizes, and has no check when it maps them:
-    run where they are not aligned, they end the process. Then the model is stored again without them.
+    ONNX Runtime writes the packed weights one after another and does not check their alignment when it maps them: a
+    run on weights that are not aligned crashes the process. Such a model is stored again without them. Without packed
+    weights every process packs them again at each load, into private memory.
     """
     _write_optimized(path, stored, threads, packed="1")
     if not _packed_are_aligned(stored.read_bytes()):
@@ -247,7 +249,7 @@ def _write_optimized(path: Path, stored: Path, threads: int, packed: str) -> Non
 
 
 def _packed_are_aligned(graph: bytes) -> bool:
-    """Whether all packed weights of a stored graph lie where kernels can read them; False if that cannot be seen."""
+    """Whether all packed weights of a stored graph are aligned; False if their offsets are not legible."""
     offsets = [int(offset) for offset in PACKED_OFFSET.findall(graph)]
     is_legible = len(offsets) >= len(PACKED.findall(graph))  # a packed weight has one part or more
     return is_legible and all(offset % PACKED_ALIGNMENT == 0 for offset in offsets)
@@ -255,7 +257,7 @@ def _packed_are_aligned(graph: bytes) -> bool:
 
 def _open_stored_model(stored: Path, threads: int) -> ort.InferenceSession:
     options = _session_options(threads)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # all of it was done
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised
     return _open_session(stored, options, ["CPUExecutionProvider"])
 
 
@@ -291,8 +293,8 @@ def _open_cuda_session(
 ) -> ort.InferenceSession:
     """A session that runs on ``stream``.
 
-    With ``recordable`` ONNX Runtime is told of graphs, though it is to make none (see ``_cuda_run_options``): it then
-    refuses networks that copy between host and device, and releases no host memory by a callback on the stream. A
+    With ``recordable`` ONNX Runtime's own graphs are enabled, although none is made (see ``_cuda_run_options``): it
+    then rejects graphs that copy between host and device, and releases no host memory by a callback on the stream. A
     callback would be recorded, and free the same memory again at every launch (microsoft/onnxruntime#15002, #32081).
     """
     cuda = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
@@ -305,7 +307,7 @@ def _open_cuda_session(
 
 
 def make_plain_session(path: Path) -> ort.InferenceSession:
-    """A CPU session that runs a graph as it is: nothing is fused, and the weights stay in the file's mapping.
+    """A CPU session that runs a graph without optimisation; the weights stay in the file's mapping.
 
     A float16 weight is cast to float32 where the CPU provider has no float16 kernel: by default all casts run first,
     and a second copy of the model is in memory. Ordered by priority each runs before its use, and without an arena its
@@ -325,7 +327,7 @@ def make_plain_session(path: Path) -> ort.InferenceSession:
 
 
 class PlainEngine:
-    """A component's graph as it is, on the CPU, in little memory and no hurry: what others are measured by."""
+    """A component's graph without optimisation, on the CPU and in little memory: the reference for other engines."""
 
     capturable = False
 

@@ -1,4 +1,4 @@
-"""Networks run by OpenVINO on the CPU: the only module that imports openvino."""
+"""Engines of OpenVINO on the CPU. The only module that imports openvino."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .manifest import Component, TensorSpec
 if TYPE_CHECKING:
     import openvino as ov
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # ours, and OpenVINO's name of it
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}  # hypersd's names to OpenVINO's
 PERIODIC = ("Sin", "Cos")
-# How OpenVINO's messages begin, and go on.
+# Places in OpenVINO's own source, which its messages contain.
 PLACES = re.compile(r"(Exception from|Check '.*?' failed at) \S+\s*|Caught exception: |std::exception: ")
-ANGLES = "hypersd_angles_"  # begins the names of inputs that a network gets here
+ANGLES = "hypersd_angles_"  # begins the names of inputs that are added to a model
 
 
 def load_library() -> Any:
@@ -43,13 +43,13 @@ def load_library() -> Any:
 
 
 def is_installed() -> bool:
-    """Whether OpenVINO is there to be imported."""
+    """Whether OpenVINO is installed."""
     return importlib.util.find_spec("openvino") is not None
 
 
 @functools.cache
 def _core() -> ov.Core:
-    """One for the whole process: it holds the plugin and its threads."""
+    """OpenVINO's core, one per process: it holds the plugin and its threads."""
     return load_library().Core()
 
 
@@ -59,12 +59,12 @@ def openvino_version() -> str:
 
 
 def has_native_bf16() -> bool:
-    """Whether this processor multiplies in bfloat16. On others OpenVINO emulates it, slowly, or computes in float32."""
+    """Whether this processor multiplies in bfloat16; elsewhere OpenVINO emulates it slowly, or computes in float32."""
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def resolve_precision(precision: str | None) -> str:
-    """What to compute in; None becomes ``"bf16"`` where the processor multiplies in it, else ``"fp32"``.
+    """The precision to compute in; None becomes ``"bf16"`` where the processor multiplies in it, else ``"fp32"``.
 
     Raises:
         RequestError: the precision is not known.
@@ -79,7 +79,7 @@ def resolve_precision(precision: str | None) -> str:
 
 
 def check_device(device: str | torch.device) -> None:
-    """Refuse all devices but the CPU.
+    """Reject all devices except the CPU.
 
     Raises:
         RequestError: it is another.
@@ -89,7 +89,7 @@ def check_device(device: str | torch.device) -> None:
 
 
 class _Binding:
-    """Buffers at one set of shapes, and the requests that read and write them, which run one after another."""
+    """Buffers for one set of shapes, and the requests that use them, which run one after another."""
 
     def __init__(self, parts: Sequence[ov.CompiledModel]) -> None:
         self.outputs: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ class _Binding:
         self._addresses: dict[str, int] = {}
 
     def bind_inputs(self, feeds: Mapping[str, Tensor]) -> None:
-        """Tell OpenVINO of the inputs whose address is new."""
+        """Pass the addresses that changed since the last run to OpenVINO."""
         for name, tensor in feeds.items():
             address = tensor.data_ptr()
             if self._addresses.get(name) != address:
@@ -134,7 +134,7 @@ def _run(request: ov.InferRequest) -> None:
 class OpenVinoEngine:
     """A component's ONNX graph, compiled by OpenVINO for the CPU.
 
-    Safe to call from several threads: the compiled network is shared and runs once at a time, the output buffers belong
+    Safe to call from several threads: the compiled model is shared and runs once at a time; the output buffers belong
     to the calling thread. They are allocated at the first call with given shapes and reused by later ones (see
     :class:`.engine.Engine`), for the last few sets of shapes. Inputs are read and outputs are written where they lie.
 
@@ -142,7 +142,7 @@ class OpenVinoEngine:
         name: the component's, for messages.
         path: its ONNX file. The weights stay in the mapping of the file beside it, or are packed in ``precision``.
         component: its inputs and outputs, whose dtypes do not depend on ``precision``.
-        precision: ``"fp32"`` or ``"bf16"``, what is computed in (:func:`resolve_precision`).
+        precision: ``"fp32"`` or ``"bf16"``, to compute in (:func:`resolve_precision`).
         threads: to compute with; by default as many as there are cores.
 
     Raises:
@@ -184,9 +184,9 @@ class OpenVinoEngine:
 
 
 def _check_agreement(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor]) -> None:
-    """Refuse inputs that take one varying dimension for different ones.
+    """Reject inputs that disagree on the extent of a varying dimension.
 
-    OpenVINO would refuse them as well, but then also refuse some right ones (seen in 2026.4).
+    OpenVINO rejects them as well, but afterwards also some correct ones (seen in 2026.4).
     """
     known: dict[str, int] = {}
     for key, spec in specs.items():
@@ -196,7 +196,7 @@ def _check_agreement(name: str, specs: Mapping[str, TensorSpec], feeds: Mapping[
 
 
 def _compile(path: Path, component: Component, precision: str, threads: int) -> list[ov.CompiledModel]:
-    """The network for the CPU, after the angles that it is given if it computes in less than float32."""
+    """The model compiled for the CPU; in bf16 preceded by the model of its angles (:func:`take_angles`)."""
     core = _core()
     options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
     try:
@@ -215,10 +215,10 @@ def _compile(path: Path, component: Component, precision: str, threads: int) -> 
 
 
 def take_angles(model: ov.Model) -> ov.Model | None:
-    """Take out of a model what it computes the arguments of sines and cosines from; None if it has neither.
+    """Split off the subgraph that computes the arguments of Sin and Cos, as a model of its own; None if there is none.
 
-    A timestep of 999 rounded to bfloat16's 8 bits is 1000 and its angles are off by up to 2: the network would draw as
-    at another time. So the angles are a model of their own, which is compiled for float32, and inputs of the rest.
+    A timestep of 999 rounded to bfloat16's 8 bits is 1000, and its angles are off by up to 2: the UNet would compute
+    for another timestep. So the angles' model is compiled for float32, and the angles become inputs of the rest.
     """
     ov, sources, parameters = load_library(), _angles_in(model), []
     if not sources:
@@ -235,7 +235,7 @@ def take_angles(model: ov.Model) -> ov.Model | None:
 
 
 def _angles_in(model: ov.Model) -> list[ov.Output]:
-    """What sines and cosines are taken of, each once, and is computed from inputs."""
+    """The arguments of Sin and Cos that are computed from inputs, each once."""
     sources: dict[tuple[str, int], ov.Output] = {}
     for node in model.get_ordered_ops():
         if node.get_type_name() in PERIODIC:
@@ -247,7 +247,7 @@ def _angles_in(model: ov.Model) -> list[ov.Output]:
 
 
 def _parameters_above(outputs: Iterable[ov.Output]) -> Iterator[ov.Node]:
-    """The inputs of a model that some of its inner tensors are computed from."""
+    """The model's inputs that these tensors depend on."""
     to_visit, seen = [output.get_node() for output in outputs], set()
     while to_visit:
         node = to_visit.pop()
@@ -259,6 +259,6 @@ def _parameters_above(outputs: Iterable[ov.Output]) -> Iterator[ov.Node]:
 
 
 def _in_short(error: Exception) -> str:
-    """OpenVINO's message without the places in its own source."""
+    """OpenVINO's message in one line, without the places in its own source."""
     whole = one_line(error)
     return PLACES.sub("", whole).strip() or whole

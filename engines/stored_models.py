@@ -94,7 +94,7 @@ def find_stored_model(path: Path, component: Component, runtime: str) -> StoredM
     path = Path(os.path.abspath(path))  # not resolved: the weights lie beside the link
     try:
         files = _file_states(path, component)
-    except OSError:  # the session will say what is missing
+    except OSError:  # opening the session reports the missing file
         return None
     network = f"{path.parent.name}-{_short_hash(str(path))}"
     key = _short_hash([LAYOUT_VERSION, runtime, describe_processor(), component.key, files])

@@ -1,4 +1,4 @@
-"""An engine some of whose inputs are zeros: a UNet that takes a ControlNet's residuals, without one."""
+"""An engine whose other inputs are zeros, such as a UNet's residuals when no ControlNet is used."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .manifest import TensorSpec
 
 
 class ZeroedInputs(EngineWrapper):
-    """An engine without its inputs ``zeroed``, for which it feeds zeros.
+    """Hides some inputs of an engine and feeds zeros to them.
 
     The zeros are made once for every set of shapes and only read: several threads may share them, on a CUDA device on
     one stream.
 
     Args:
-        engine: the engine, whose buffers the outputs are (:class:`.engine.Engine`).
-        zeroed: names of inputs, whose extents follow from those of the other inputs.
+        engine: the engine; the outputs are its buffers (:class:`.engine.Engine`).
+        zeroed: names of inputs; their extents follow from the extents of the other inputs.
     """
 
     def __init__(self, engine: Engine, zeroed: Iterable[str]) -> None:

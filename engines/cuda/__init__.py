@@ -1,1 +1,1 @@
-"""CUDA: streams and turns on a device, and graphs of what is enqueued there."""
+"""CUDA streams, turns of threads on a device, and CUDA graphs."""

@@ -1,7 +1,7 @@
-"""CUDA graphs: work that is enqueued once, recorded, and from then on launched whole.
+"""CUDA graphs: work that is enqueued once, recorded, and from then on launched as a whole.
 
-A recorded graph reads and writes the very addresses that it saw while it was recorded, so whoever keeps the graph keeps
-the memory too: see :class:`GraphedFunction` and :func:`retain`.
+A recorded graph reads and writes the same addresses as during the recording, so the memory must live as long as the
+graph: see :class:`GraphedFunction` and :func:`retain`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 Work = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-WARM_UPS = 2  # calls: the first finds shapes and kernels, the second allocates what the first has planned
+WARM_UPS = 2  # calls: the first finds shapes and kernels, the second allocates the memory for them
 
 _recording = threading.local()
 _one_capture = threading.Lock()  # torch: "only one capture may be underway at a time in the process"
@@ -32,26 +32,26 @@ _broken: list[object] = []  # graphs whose capture torch could not end; its allo
 
 
 class GraphWarning(UserWarning):
-    """Work that was to be replayed from a CUDA graph cannot be recorded, and runs without one."""
+    """Work cannot be recorded as a CUDA graph, and runs without one."""
 
 
 def retain(*owners: object) -> None:
-    """Keep ``owners`` for as long as the graph that this thread is recording; nothing happens outside a recording.
+    """Keep ``owners`` alive as long as the graph that this thread is recording; outside a recording do nothing.
 
-    Engines call it with whatever owns memory that their kernels read or write and that is not torch's to keep.
+    Engines call it with the owners of all memory that their kernels use and that torch does not manage.
     """
     if (kept := getattr(_recording, "kept", None)) is not None:
         kept.extend(owners)
 
 
 class _Entry:
-    """One key's graph and all memory that it touches: they are made, kept and dropped together."""
+    """One key's graph and all memory that it uses, made and dropped together."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         self.inputs = {
             name: torch.empty_like(tensor, memory_format=torch.contiguous_format) for name, tensor in inputs.items()
         }
-        self.runs = 0  # of the work itself, on whatever thread: buffers belong to the stream
+        self.runs = 0  # of the work itself, in any thread: buffers belong to the stream
         self.is_recordable = True
         self.replay: Replay | None = None
         self.outputs: Mapping[str, Tensor] = {}
@@ -65,14 +65,14 @@ class _Entry:
 class GraphedFunction:
     """A function of tensors that is recorded as a CUDA graph for every key and set of shapes.
 
-    ``work(key, inputs)`` returns named tensors. All that it depends on besides the values of ``inputs`` has to be in
-    ``key`` or never change, for it runs only a few times: the first calls run it as it is, the next one records it, and
-    later ones replay the recording. It must enqueue on the current stream, draw no random numbers, copy nothing from
-    the host and wait for nothing.
+    ``work(key, inputs)`` returns named tensors. It must depend on nothing but the values of ``inputs``, ``key`` and
+    constants, because it runs only a few times: the first calls run it directly, the next one records it, and later
+    ones replay the recording. It must enqueue on the current stream, draw no random numbers, copy nothing from the host
+    and wait for nothing.
 
-    Work that cannot be recorded runs as it is, at every call; the first such failure is a :class:`GraphWarning`.
+    Work that cannot be recorded runs directly at every call; the first such failure is a :class:`GraphWarning`.
 
-    For one thread at a time, always on the same stream: the caller sees to that. Any number of threads may take turns.
+    The caller makes sure that one thread at a time uses it, always on the same stream. Threads may take turns.
     """
 
     def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT) -> None:
@@ -84,8 +84,8 @@ class GraphedFunction:
     def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The outputs of ``work(key, inputs)``.
 
-        They are the graph's own memory, which the next call of the same key overwrites, and which is gone when the key
-        is among the last few no more: copy what has to last.
+        They lie in the graph's own memory, which the next call of the same key overwrites, and which is freed with the
+        graph. Copy them to keep them longer.
         """
         whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
         entry = self._entries.get(whole_key, lambda: _Entry(inputs))
@@ -105,22 +105,22 @@ class GraphedFunction:
         return [entry.replay is not None for entry in self._entries.values()]
 
     def _record(self, key: Hashable, entry: _Entry) -> None:
-        """Give the entry its graph, or mark it as not recordable."""
-        # Other shapes may have run since the warm-ups, and some libraries plan for the last shape they saw: this one.
+        """Record the entry's graph, or mark the entry as not recordable."""
+        # Other shapes may have run since the warm-ups, and some libraries plan for the last shape that they saw.
         self._work(key, entry.inputs)
         kept: list[object] = []
         _recording.kept = kept
         try:
             entry.replay, entry.outputs = self._capture(lambda: self._work(key, entry.inputs))
             entry.kept = kept
-        except Exception as error:  # of the recording, or of the work: then it comes out when the work runs as it is
+        except Exception as error:  # of the recording; an error of the work is raised again when it runs directly
             entry.is_recordable = False
             self._warn(error)
         finally:
             _recording.kept = None
 
     def _warn(self, error: Exception) -> None:
-        """Say it once: the next kind of call will most likely fail in the same way."""
+        """Warn once: the next kind of call will most likely fail in the same way."""
         if self._has_warned:
             return
         self._has_warned = True
@@ -132,8 +132,8 @@ class GraphedFunction:
 
 
 def _finish(entry: _Entry) -> None:
-    """Wait until the device is done with an entry that is about to be dropped: its memory may go to another stream."""
-    with _one_capture:  # which waiting for the device would spoil
+    """Wait for the device before an entry is dropped: its memory may go to another stream."""
+    with _one_capture:  # a wait for the device would invalidate a capture
         for device in {tensor.device for tensor in entry.inputs.values() if tensor.is_cuda}:
             torch.cuda.synchronize(device)
 
@@ -141,9 +141,9 @@ def _finish(entry: _Entry) -> None:
 class GraphedEngine(EngineWrapper):
     """Runs an engine by replaying a CUDA graph of it, one for each stream and set of shapes.
 
-    Inside a larger graph that is being recorded, and on the default stream, which cannot be, the engine itself runs.
-    The outputs are the graph's, and hold as long as an engine's (:class:`.engine.Engine`). Threads may share a stream
-    if they take turns on it.
+    While a larger graph is recorded, and on the default stream, which cannot be recorded, the engine itself runs. The
+    outputs belong to the graph and are valid as long as an engine's (:class:`..engine.Engine`). Threads may share a
+    stream if they take turns on it.
     """
 
     def __init__(self, engine: Engine, capture: Capture | None = None) -> None:
@@ -169,15 +169,18 @@ class GraphedEngine(EngineWrapper):
 
 
 def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
-    """Record what ``work`` enqueues on the current stream: a function that launches it, and what ``work`` returned.
+    """Record the work that ``work`` enqueues on the current stream.
 
     Nothing is computed until the first launch. Memory that torch allocates inside belongs to the graph and lives as
-    long as the returned function; ``work`` must have run before, so that nothing else has to be allocated. Launches go
-    to the stream that is current then. Work of other threads on other streams is neither recorded nor disturbed, but
-    another thread must not wait for the whole device meanwhile.
+    long as the returned function; ``work`` must have run before, so that nothing else has to be allocated. A launch
+    goes to the stream that is current then. Work of other threads on other streams is neither recorded nor disturbed,
+    but no other thread may wait for the whole device meanwhile.
+
+    Returns:
+        A function that launches the graph, and the result of ``work``.
 
     Raises:
-        EngineError: something inside cannot be recorded. The current stream is what it was, and usable.
+        EngineError: something inside cannot be recorded. The current stream is unchanged and usable.
     """
     with _one_capture:
         pool = torch.cuda.graph_pool_handle()
@@ -197,9 +200,9 @@ def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
 
 @contextlib.contextmanager
 def _capture_stream() -> Iterator[torch.cuda.Stream]:
-    """The current stream, or beside the default stream, which cannot be recorded, another that is ordered with it.
+    """The current stream; in place of the default stream, which cannot be recorded, one that is ordered with it.
 
-    Also puts the current stream back where a capture that fails to end would leave its own.
+    Also restores the current stream after a capture that fails to end and leaves its own.
     """
     current = torch.cuda.current_stream()
     is_default = current == torch.cuda.default_stream()
@@ -238,9 +241,9 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: once a recording is invalid every later call fails too, and hides it."""
+    """The first error: once a recording is invalid, all later calls fail too and hide it."""
     chain = [error]
     while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(earlier)
-    ours = [one for one in chain if isinstance(one, EngineError)]  # names the engine; its own cause is in its words
+    ours = [one for one in chain if isinstance(one, EngineError)]  # it names the engine, and contains its own cause
     return (ours or chain)[-1]

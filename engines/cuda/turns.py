@@ -1,4 +1,4 @@
-"""One user of a device at a time, on a stream of its own, and the way from there to the host."""
+"""Turns of threads on a device, on one stream, and copies from there to the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class Turns:
     """Lets threads take turns on a device.
 
-    On CUDA all work is enqueued on one stream, which starts each turn after the work of the caller's current stream,
-    and which that stream waits for afterwards; the host waits for neither. A turn may hold another of the same thread.
+    On CUDA all work is enqueued on one stream. It starts each turn after the work of the caller's current stream, which
+    afterwards waits for it; the host does not wait. Turns of one thread may be nested.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[torch.cuda.Stream | None]:
-        """Work in here is the only one, and on the stream. Gives the caller's stream, on CUDA."""
+        """Run the block alone, and on CUDA on the stream; yields the caller's stream, or None on the CPU."""
         with self._lock:
             if self._stream is None:
                 yield None
@@ -40,8 +40,8 @@ class Turns:
     def to_host(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor's values on the host, which waits for them here, once.
 
-        Call it in a turn. What it returns is overwritten by the next call: one pinned block serves all, as large as
-        the largest so far. A tensor on the CPU is returned as it is.
+        Call it in a turn. The next call overwrites the result: all share one pinned block, which is as large as the
+        largest tensor so far. A tensor on the CPU is returned unchanged.
         """
         if not tensor.is_cuda:
             return tensor
@@ -55,7 +55,7 @@ class Turns:
 
 
 def hand_out(tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
-    """The tensor, for a caller whose work is on ``stream``: its memory is not reused while that work is under way."""
+    """The tensor for a caller who works on ``stream``: its memory is not reused before that work is done."""
     if stream is not None and tensor.is_cuda:
         tensor.record_stream(stream)
     return tensor

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: building plans, keeping them in a bundle, and running them."""
+"""TensorRT and TensorRT-RTX: plans are built, kept in a bundle, and run."""

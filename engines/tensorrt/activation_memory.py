@@ -21,9 +21,9 @@ def allocate_bytes(size: int, device: torch.device) -> Tensor:
 class ActivationMemory:
     """Activations of engines that run one after another: one block per stream, as large as the largest need.
 
-    Work on a stream is done in order, so engines that run on one stream may share a block, whatever thread calls them.
-    All engines announce their need before the first block is handed out, and a block then never moves: a CUDA graph
-    that was recorded with it stays valid for as long as the block is referenced.
+    Work on a stream is done in order, so engines that run on one stream may share a block, in any threads. All engines
+    announce their need before the first block is handed out, and a block then never moves: a CUDA graph that was
+    recorded with it stays valid as long as the block is referenced.
     """
 
     def __init__(self, device: torch.device, allocate: Allocate = allocate_bytes) -> None:
@@ -65,13 +65,13 @@ class ActivationMemory:
             return self._blocks[stream]
 
     def drop_blocks(self) -> None:
-        """Release the blocks: each is freed when nothing that runs in it is left."""
+        """Release the blocks; each is freed when its last user is gone."""
         with self._lock:
             self._blocks.clear()
 
 
 def out_of_memory(needed: str, device: torch.device) -> EngineError:
-    """The error of a full device: what was needed, and what is free."""
+    """The error of a full device, with the memory that was needed and the memory that is free."""
     return EngineError(
         f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: "
         "generate smaller images or fewer at a time, or free the device"
@@ -79,5 +79,5 @@ def out_of_memory(needed: str, device: torch.device) -> EngineError:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a CUDA device; 0 on others, which are not asked."""
+    """Free bytes on a CUDA device; 0 on other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

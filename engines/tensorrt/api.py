@@ -113,13 +113,13 @@ class TensorRTApi:
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """GPUs that a plan can be built for by name, such as ``"8.9"``; none where it is always this machine's."""
+        """GPUs that a plan can be built for by name, such as ``"8.9"``; none if it is always this machine's."""
         names = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
         digits = [name.removeprefix("SM") for name in names if name.startswith("SM")]
         return tuple(f"{d[:-1]}.{d[-1]}" for d in sorted(digits, key=int))
 
     def make_logger(self, log: Log) -> Any:
-        """A logger that calls ``log`` for each message. TensorRT objects made with it keep it and ``log`` alive."""
+        """A logger that calls ``log`` for each message; TensorRT objects made with it keep both alive."""
         trt = self.trt
 
         class Logger(trt.ILogger):
@@ -156,7 +156,7 @@ class TensorRTApi:
         return Monitor()
 
     def create_network(self, builder: Any) -> Any:
-        """An empty network, strongly typed: types are those of the ONNX and not TensorRT's to choose."""
+        """An empty network, strongly typed: its types are the ONNX file's, not TensorRT's choice."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return builder.create_network(0 if flag is None else 1 << int(flag))  # 11 has no other kind
 
@@ -182,9 +182,9 @@ class TensorRTApi:
             config.set_compute_capability(getattr(self.trt.ComputeCapability, name), i)
 
     def build(self, builder: Any, network: Any, config: Any, path: Path) -> bool:
-        """Build a plan into a file; False where TensorRT failed and told its logger why.
+        """Build a plan into a file; False if TensorRT failed, with its reason in the log.
 
-        Newer versions write it straight out, which takes a tenth less memory at the peak.
+        Newer versions stream the plan to the file, which takes a tenth less memory at the peak.
         """
         if not hasattr(builder, "build_serialized_network_to_stream"):
             plan = builder.build_serialized_network(network, config)
@@ -210,7 +210,7 @@ class TensorRTApi:
             def write(self, data: Any) -> int:
                 try:
                     return file.write(data)
-                except OSError as error:  # must not go through TensorRT, which knows no Python
+                except OSError as error:  # an exception must not pass through TensorRT's C++ code
                     self.error = self.error or error
                     return 0
 
@@ -219,7 +219,7 @@ class TensorRTApi:
     # running
 
     def invalidity(self, runtime: Any, plan: mmap.mmap) -> str | None:
-        """TensorRT's reason why a plan cannot run here, such as ``UNSUPPORTED_CC``; None if it can or is not known."""
+        """TensorRT's reason why a plan cannot run here, such as ``UNSUPPORTED_CC``; None if it can or is unknown."""
         if not hasattr(runtime, "get_engine_validity"):
             return None
         validity, bits = runtime.get_engine_validity(plan[: runtime.engine_header_size])
@@ -237,13 +237,13 @@ class TensorRTApi:
             return self.invalidity(runtime, content)
 
     def create_context(self, engine: Any, runtime_cache: Any = None) -> Any:
-        """An execution context that is given its activation memory; None where there is not enough memory for it."""
+        """An execution context whose activation memory the caller provides; None if there is too little memory."""
         managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.is_rtx:
             return engine.create_execution_context(managed)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(managed)
-        # Every kernel is compiled with the context, so that no call waits for one; hypersd records its own CUDA graphs.
+        # All kernels are compiled with the context, so that no call waits for one; hypersd records its own CUDA graphs.
         config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
         if runtime_cache is not None:
@@ -278,10 +278,10 @@ class TensorRTApi:
         return bytes(cache.serialize())
 
     def refit(self, engine: Any, onnx: Path, logger: Any) -> None:
-        """Give a plan without weights those of an ONNX file.
+        """Load the weights of an ONNX file into a plan that has none.
 
         Raises:
-            EngineError: the file is not the one that the plan was built from.
+            EngineError: the plan was built from another file.
         """
         refitter = self.trt.Refitter(engine, logger)
         parser = self.trt.OnnxParserRefitter(refitter, logger)

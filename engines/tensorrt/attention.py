@@ -1,7 +1,7 @@
 """Attention without a fused kernel, or without support in the parser.
 
 An ``IAttention`` is one kernel or a failed build, unless it is marked decomposable. Which head sizes, types and masks
-have a kernel depends on version and GPU and is not told: a network of that one attention tells within milliseconds.
+have a kernel depends on version and GPU and is not documented: a trial build of the attention alone takes milliseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .api import TensorRTApi
 
 PROBED_EXTENT = 64  # of a dimension that varies: kernels differ by head size, type and mask, not by length
-PROBED_HEADS = 2  # of a single head: on its own TensorRT folds it away and finds no kernel, in a network it does
+PROBED_HEADS = 2  # instead of one, which TensorRT folds away in a network of its own and then finds no kernel for
 
 
 def attentions_without_kernel(api: TensorRTApi, builder: Any, network: Any, make_config: Callable[[], Any]) -> set[str]:
@@ -22,7 +22,7 @@ def attentions_without_kernel(api: TensorRTApi, builder: Any, network: Any, make
 
     Args:
         api: TensorRT or TensorRT-RTX.
-        builder: what will build the network.
+        builder: TensorRT's builder of the network.
         network: the parsed network.
         make_config: a new configuration for the GPUs in question.
     """
@@ -38,7 +38,7 @@ def attentions_without_kernel(api: TensorRTApi, builder: Any, network: Any, make
 
 
 def mark_decomposable(api: TensorRTApi, network: Any, names: set[str]) -> list[str]:
-    """Let TensorRT make plain layers of the named attentions; returns their names in the network's order."""
+    """Let TensorRT build the named attentions from plain layers; returns their names in the network's order."""
     marked = [attention for attention in api.attentions(network) if attention.name in names]
     for attention in marked:
         attention.decomposable = True
@@ -46,7 +46,7 @@ def mark_decomposable(api: TensorRTApi, network: Any, names: set[str]) -> list[s
 
 
 def _signature(attention: Any) -> tuple[Any, ...]:
-    """Everything that a kernel is chosen by: shapes and types of all inputs, normalization, causality."""
+    """The values that decide the kernel: shapes and types of all inputs, normalization, causality."""
     tensors = [attention.get_input(i) for i in range(3)]
     mask = attention.mask
     return (

@@ -14,7 +14,7 @@ from .api import TITLES, installed_version, pip_line
 from .targets import onnx_hash, this_platform
 
 PORTABLE_FROM = 8.0  # compute capability; older GPUs have to be named (TensorRT-RTX: "CPU-Only AOT")
-_CUDA_WHEELS = {  # distributions that tell for which CUDA a backend's libraries were built
+_CUDA_WHEELS = {  # distributions by the CUDA that a backend's libraries were built for
     "tensorrt": {"tensorrt-cu13": 13, "tensorrt-cu12": 12},
     "tensorrt-rtx": {"tensorrt-rtx-cu13": 13, "tensorrt-rtx-cu12": 12},
 }

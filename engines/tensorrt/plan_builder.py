@@ -40,7 +40,7 @@ def build_plan(job: BuildJob, report: Report) -> Built:
     """Build a plan and write it to ``job.plan``.
 
     Args:
-        job: what to build.
+        job: the plan's description.
         report: called with the progress; returns whether to continue.
 
     Raises:
@@ -72,8 +72,8 @@ class _Build:
     def run(self) -> Built:
         network = self._parse()
         decomposed: list[str] = []
-        # First as it is; then with those attentions plain that have no kernel of their own; then with all of them,
-        # because a kernel may be there for an attention alone and not among its neighbours.
+        # First unchanged; then with plain layers for the attentions that have no kernel of their own; then for all,
+        # because an attention may have a kernel alone and none among its neighbours.
         for choose in (None, self._without_kernel, self._all):
             if choose is not None:
                 decomposed = mark_decomposable(self.api, network, choose(network))
@@ -116,7 +116,7 @@ class _Build:
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
             least, _, most = extents_of(self.job.inputs[tensor.name])
-            if least == most:  # fixed for good, where the graph left it open: better kernels than a profile gives
+            if least == most:  # a fixed shape gives better kernels than a profile
                 tensor.shape = least
         return network
 
@@ -200,7 +200,7 @@ class _Build:
 
     def _step(self, tree: PhaseTree, name: str, index: int) -> bool:
         tree.step(name, index)
-        self.fraction = max(self.fraction, tree.fraction)  # a second try does not begin at nothing
+        self.fraction = max(self.fraction, tree.fraction)  # a second try does not start again at 0
         self.was_cancelled = self.was_cancelled or not self.report(self.fraction, name)
         return not self.was_cancelled
 
@@ -211,7 +211,7 @@ class _Build:
             self.memory[match[1]] = int(match[2])
 
     def _failure(self) -> EngineError:
-        """TensorRT's reasons, and the way out where there is one."""
+        """TensorRT's reasons, and the remedy if there is one."""
         reasons, hint = self._reasons(), ""
         if self.api.is_rtx and self.job.stripped and NO_DEVICE.search(reasons):
             hint = "; it builds plans without weights on a machine with a GPU only"
@@ -223,8 +223,8 @@ class _Build:
         return EngineError(f"{self.job.component}: {self.api} could not build the engine: {reasons}{hint}")
 
     def _reasons(self) -> str:
-        told = [error for error in self.errors if NO_DRIVER not in error] or self.errors
-        return "; ".join(map(_shortened, told[:SHOWN_ERRORS])) or "it gave no reason"
+        errors = [error for error in self.errors if NO_DRIVER not in error] or self.errors
+        return "; ".join(map(_shortened, errors[:SHOWN_ERRORS])) or "it gave no reason"
 
 
 def _check_tensors(job: BuildJob, kind: str, tensors: Sequence[Any], specs: dict[str, TensorSpec]) -> None:
@@ -251,7 +251,7 @@ def _shortened(text: str) -> str:
 
 
 def peak_memory() -> int:
-    """The largest resident size that this process had, in bytes; 0 where the system does not tell.
+    """The largest resident size of this process so far, in bytes; 0 if the system does not report it.
 
     Not ``ru_maxrss``: on Linux it starts with the size of the process that this one was forked from.
     """

@@ -83,13 +83,13 @@ def remove_target(bundle: Bundle, name: str) -> Bundle:
         gone = {plan.file for plan in target.plans.values()}
         files = {file: record for file, record in bundle.manifest.files.items() if file not in gone}
         manifest = msgspec.structs.replace(bundle.manifest, engines=engines, files=files)
-        write_manifest(bundle.root, manifest)  # first: a target without plans is none, plans without a target are waste
+        write_manifest(bundle.root, manifest)  # first: plans without a target are only waste
         shutil.rmtree(bundle.root / ENGINES_FOLDER / name, ignore_errors=True)  # the manifest's names lead nowhere else
     return Bundle(bundle.root, manifest)
 
 
 class _Build:
-    """One run of the builder, its options checked."""
+    """One run of the builder with checked options."""
 
     def __init__(
         self, bundle: Bundle, api: TensorRTApi, options: BuildOptions, machine: Machine, progress: BuildProgress
@@ -149,9 +149,9 @@ class _Build:
     def _make(
         self, bundle: Bundle, name: str, component: str, specs: Component, target: EngineTarget, key: str
     ) -> tuple[Plan, FileRecord]:
-        """A plan in its place, linked or built."""
+        """Link or build a plan."""
         file = f"{ENGINES_FOLDER}/{name}/{component}.engine"
-        bundle.path(file)  # refuses a folder that is elsewhere: those plans would not be found again
+        bundle.path(file)  # rejects a folder elsewhere: its plans would not be found again
         path = self.root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if (found := find_plan(self.root, component, key)) is not None:
@@ -159,7 +159,7 @@ class _Build:
                 return self._take(bundle, component, specs, target, *found, path)
         build = Stage(self.progress, f"{component}: build engine")
         with whole_file(path, is_locked=True) as unfinished, build as stage:
-            for onnx in specs.files:  # what was built from another file would be recorded as built from this one
+            for onnx in specs.files:  # an altered file would be recorded as this one
                 bundle.check_file(onnx, hashes=True)
             built = run_build(self._job(bundle, component, specs, target, unfinished), self.progress.update)
             error = self._validate(bundle, component, specs, target, unfinished)
@@ -190,7 +190,7 @@ class _Build:
         plan: Plan,
         path: Path,
     ) -> tuple[Plan, FileRecord]:
-        """A plan of another target or bundle, linked to its place and checked as one that was built here."""
+        """Link a plan of another target or bundle, and check it like a new one."""
         with whole_file(path, is_locked=True) as unfinished:
             link_or_copy(other.path(plan.file), unfinished)
             error = self._validate(bundle, component, specs, target, unfinished)
@@ -239,7 +239,7 @@ def find_plan(root: Path, component: str, key: str) -> tuple[Bundle, Plan] | Non
 
 
 def _recorded(bundle: Bundle, name: str, target: EngineTarget, new: dict[str, FileRecord]) -> Bundle:
-    """The bundle with this target in its manifest, and without its plans that are to be replaced."""
+    """The bundle with this target in its manifest, without the records of plans that it replaces."""
     engines = bundle.manifest.engines
     before = {plan.file for plan in engines[name].plans.values()} if name in engines else set()
     replaced = before - {plan.file for plan in target.plans.values()}

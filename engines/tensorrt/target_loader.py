@@ -1,4 +1,4 @@
-"""Load a bundle's target as engines that have run once."""
+"""Load a target of a bundle: its engines, each of which has run once."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def load_target(
                 onnx=bundle.path(components[component].onnx) if target.stripped else None,
                 cache=read_cache(cache_path(path, f"{major}.{minor}")),
             )
-    stream = torch.cuda.Stream(device)  # not the default one, for which TensorRT waits, and others with it
+    stream = torch.cuda.Stream(device)  # TensorRT would wait for the default stream, and so would other threads
     for component, engine in engines.items():
         cache = cache_path(bundle.path(target.plans[component].file), f"{major}.{minor}")
         with Stage(progress, f"{component}: first run") as stage:
             warm_up(engine, stream)
-            engine.drop_lanes()  # a pipeline runs on a stream of its own, and has lanes there
+            engine.drop_lanes()  # a pipeline has lanes on a stream of its own
             stage.note = keep_cache(cache, engine.runtime_cache())
     memory.drop_blocks()
     return dict(engines)
@@ -96,7 +96,7 @@ def cache_path(plan: Path, compute_capability: str) -> Path:
 
 
 def keep_cache(path: Path, content: bytes) -> str:
-    """Write what was compiled unless the file has it already; returns a note for the user."""
+    """Write the compiled kernels unless the file already holds them; returns a note for the user."""
     if not content:
         return ""
     if content == read_cache(path):
@@ -105,7 +105,7 @@ def keep_cache(path: Path, content: bytes) -> str:
 
 
 def read_cache(path: Path) -> bytes:
-    """The file's content; nothing if there is none that can be read."""
+    """The file's content; empty if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Targets: the name of a target's folder, and the key of a plan."""
+"""Names of targets and keys of plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 from ..manifest import Component, EngineTarget, Manifest, Range
 from .api import TITLES
 
-BUILDER_VERSION = 1  # raise it when the builder makes another plan from the same inputs
+BUILDER_VERSION = 1  # raise it when the builder makes a different plan from the same inputs
 
 
 def this_platform(backend: str) -> str:
@@ -63,7 +63,7 @@ def plan_key(target: EngineTarget, component: Component, onnx: str) -> str:
     settings = {
         "builder": BUILDER_VERSION,
         **msgspec.to_builtins(msgspec.structs.replace(target, plans={})),
-        "shapes": None,  # the component's inputs say it; two sizes of image share the text encoders
+        "shapes": None,  # they are in the component's inputs; so two image sizes share the text encoders' plans
         "inputs": msgspec.to_builtins(component.inputs),
         "outputs": msgspec.to_builtins(component.outputs),
         "onnx": onnx,

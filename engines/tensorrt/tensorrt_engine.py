@@ -29,15 +29,15 @@ REBUILD = "build it again with `hypersd build`"
 class _Lane:
     """An execution context and output buffers, for one stream and one set of shapes.
 
-    A context of its own for every set of shapes, because the first run after a change of shapes cannot be recorded in a
-    CUDA graph. It remembers addresses, which are told only where they changed. Its activation memory is the stream's
-    and shared with other engines.
+    Every set of shapes has a context of its own, because the first run after a change of shapes cannot be recorded in a
+    CUDA graph. Only addresses that changed are passed to the context. Its activation memory belongs to the stream, whose
+    engines share it.
     """
 
     def __init__(
         self, context: Any, stream: Any, block: Tensor, feeds: Mapping[str, Tensor], owners: tuple[object, ...]
     ) -> None:
-        self.context = context  # the first to go: what it was made from and runs in has to outlive it
+        self.context = context  # deleted first: its memory and its owners must outlive it
         self.stream = stream
         self.block = block
         self.outputs: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ class TensorRTEngine:
         self._plan = plan
         self._memory = memory
         self._errors: list[str] = []
-        # Not a method of this object: the runtime keeps the logger, and would keep the engine, out of reach of Python.
+        # Not a method: the runtime keeps the logger, and with a method the engine, out of reach of Python's collector.
         self._logger = api.make_logger(functools.partial(_note_error, self._errors))
         with torch.cuda.device(device):
             self._runtime = api.trt.Runtime(self._logger)
@@ -139,7 +139,7 @@ class TensorRTEngine:
         check_feeds(self.name, self.inputs, feeds, self.device)
         # A row of a larger tensor may lie anywhere, and TensorRT reads its inputs in whole lines.
         feeds = {name: t if t.data_ptr() % ALIGNMENT == 0 else t.clone() for name, t in feeds.items()}
-        with self._lock, torch.cuda.device(self.device):  # kernels start on the current device, whatever the stream's
+        with self._lock, torch.cuda.device(self.device):  # kernels start on the current device, not on the stream's
             stream = torch.cuda.current_stream(self.device)
             try:
                 lane = self._lane(stream, feeds)
@@ -178,7 +178,7 @@ class TensorRTEngine:
         return lane
 
     def _deserialize(self) -> Any:
-        """The engine. The file is mapped and not read, so that its gigabytes are in memory once."""
+        """The engine. The file is mapped, not read, so that its gigabytes are in memory once."""
         free = free_memory(self.device)
         try:
             with self._plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -208,7 +208,7 @@ def _note_error(errors: list[str], severity: str, text: str) -> None:
 
 
 def check_engine(api: TensorRTApi, engine: Any, plan: Path, component: Component) -> None:
-    """A plan's tensors must be the manifest's in name, type and shape.
+    """Check that a plan has the manifest's tensors: names, types and shapes.
 
     Raises:
         BundleError: they are not.

@@ -1,4 +1,4 @@
-"""Check that a plan computes its component, as far as this machine can tell."""
+"""Checks that a plan computes its component, as far as this machine can run it."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def validate_plan(
 
 
 def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> bool:
-    """Check the header and the tensors' names; returns whether the plan is for other GPUs."""
-    if plan.stat().st_size == 0:  # which cannot be mapped
+    """Check the header and the tensors' names; True if the plan is for other GPUs."""
+    if plan.stat().st_size == 0:  # an empty file cannot be mapped
         raise EngineError(f"{plan} is empty: build it once more")
     reason = api.why_invalid(plan) or ""
     if "MALFORMED_ENGINE" in reason:
@@ -107,7 +107,7 @@ def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
 
 
 def random_feeds(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, Tensor]]:
-    """Inputs on the CPU, at the smallest and, where something varies, at the largest shapes."""
+    """Inputs on the CPU, at the smallest and, if a dimension varies, at the largest shapes."""
     import torch
 
     from ..compare import random_input
