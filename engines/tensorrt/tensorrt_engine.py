@@ -30,8 +30,8 @@ class _Lane:
     """An execution context and output buffers, for one stream and one set of shapes.
 
     Every set of shapes has a context of its own, because the first run after a change of shapes cannot be recorded in a
-    CUDA graph. Only addresses that changed are passed to the context. Its activation memory belongs to the stream, whose
-    engines share it.
+    CUDA graph. Only addresses that changed are passed to the context. Its activation memory belongs to the stream, and
+    other engines share it.
     """
 
     def __init__(
