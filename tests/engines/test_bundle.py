@@ -1,4 +1,4 @@
-"""A bundle on disk: a damaged, altered or hostile one is refused in one line before anything of it runs."""
+"""A bundle on disk: a damaged, altered or hostile one is rejected in one line before anything of it runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bundle(sd15_bundle: Path, tmp_path: Path) -> Path:
 
 
 def refusal(load: Callable[[], Any]) -> str:
-    """The one line with which a bundle is refused."""
+    """The one line with which a bundle is rejected."""
     with pytest.raises(BundleError) as caught:
         load()
     message = str(caught.value)
@@ -79,7 +79,7 @@ def test_missing_files_are_named(bundle: Path, name: str) -> None:
     assert "missing" in message
 
 
-def test_a_folder_in_place_of_a_file_is_refused(bundle: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_rejected(bundle: Path) -> None:
     """A folder of the right name is not the file."""
     (bundle / DATA).unlink()
     (bundle / DATA).mkdir()
@@ -87,7 +87,7 @@ def test_a_folder_in_place_of_a_file_is_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["shorter", "longer"])
-def test_files_of_another_size_are_refused_with_both_sizes(bundle: Path, change: int) -> None:
+def test_files_of_another_size_are_rejected_with_both_sizes(bundle: Path, change: int) -> None:
     """A download that broke off shows without reading a byte of it."""
     path = bundle / "unet/model.onnx_data"
     size = path.stat().st_size
@@ -99,7 +99,7 @@ def test_files_of_another_size_are_refused_with_both_sizes(bundle: Path, change:
     assert str(size + change) in message
 
 
-def test_altered_files_are_refused_when_hashes_are_asked_for(bundle: Path) -> None:
+def test_altered_files_are_rejected_when_hashes_are_asked_for(bundle: Path) -> None:
     """One flipped bit in the middle of the weights is found, and the digests are shown."""
     path = bundle / "unet/model.onnx_data"
     content = bytearray(path.read_bytes())
@@ -113,8 +113,8 @@ def test_altered_files_are_refused_when_hashes_are_asked_for(bundle: Path) -> No
     assert hashlib.sha256(content).hexdigest()[:12] in message
 
 
-def test_links_that_leave_the_folder_are_refused(bundle: Path) -> None:
-    """A link to the same bytes outside is refused: an unpacked archive could point anywhere with it."""
+def test_links_that_leave_the_folder_are_rejected(bundle: Path) -> None:
+    """A link to the same bytes outside is rejected: an unpacked archive could point anywhere with it."""
     outside = bundle.parent / "weights"
     shutil.move(bundle / DATA, outside)
     (bundle / DATA).symlink_to(outside)
@@ -123,7 +123,7 @@ def test_links_that_leave_the_folder_are_refused(bundle: Path) -> None:
     assert "leads out" in message
 
 
-def test_linked_folders_that_leave_are_refused(bundle: Path) -> None:
+def test_linked_folders_that_leave_are_rejected(bundle: Path) -> None:
     """The same for a folder on the way to the file."""
     outside = bundle.parent / "text_encoder"
     shutil.move(bundle / "text_encoder", outside)
@@ -132,7 +132,7 @@ def test_linked_folders_that_leave_are_refused(bundle: Path) -> None:
 
 
 def test_links_inside_the_folder_and_to_it_are_fine(bundle: Path) -> None:
-    """Only leaving is refused: a bundle may share files within, and may be reached through a link."""
+    """Only leaving is rejected: a bundle may share files within, and may be reached through a link."""
     shutil.move(bundle / DATA, bundle / "shared.bin")
     (bundle / DATA).symlink_to("../shared.bin")
     alias = bundle.parent / "alias"
@@ -140,14 +140,14 @@ def test_links_inside_the_folder_and_to_it_are_fine(bundle: Path) -> None:
     Bundle.load(alias, hashes=True)
 
 
-def test_links_in_a_circle_are_refused(bundle: Path) -> None:
+def test_links_in_a_circle_are_rejected(bundle: Path) -> None:
     """A link to itself is a damaged bundle, not a crash."""
     (bundle / DATA).unlink()
     (bundle / DATA).symlink_to("model.onnx_data")
     assert DATA in refusal(lambda: Bundle.load(bundle))
 
 
-def test_names_too_long_for_the_system_are_refused(bundle: Path) -> None:
+def test_names_too_long_for_the_system_are_rejected(bundle: Path) -> None:
     """A manifest may list what no disk can hold: that file is missing."""
     edit(bundle, lambda manifest: manifest["files"].update({"x" * 5000: {"size": 1, "sha256": "0" * 64}}))
     refusal(lambda: Bundle.load(bundle))
@@ -160,7 +160,7 @@ def test_names_with_line_breaks_do_not_break_the_line(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x04\x95pickle", b"\x00" * 100, b"{}"], ids=repr)
-def test_folders_without_a_manifest_are_refused(bundle: Path, content: bytes | None) -> None:
+def test_folders_without_a_manifest_are_rejected(bundle: Path, content: bytes | None) -> None:
     """No bundle.json, an empty one or binary garbage: the message names the file that is at fault."""
     (bundle / MANIFEST).unlink()
     if content is not None:
@@ -168,7 +168,7 @@ def test_folders_without_a_manifest_are_refused(bundle: Path, content: bytes | N
     assert str(bundle) in refusal(lambda: Bundle.load(bundle))
 
 
-def test_a_manifest_that_is_a_folder_is_refused(bundle: Path) -> None:
+def test_a_manifest_that_is_a_folder_is_rejected(bundle: Path) -> None:
     """Reading it fails with an OSError that must not get through."""
     (bundle / MANIFEST).unlink()
     (bundle / MANIFEST).mkdir()
@@ -176,7 +176,7 @@ def test_a_manifest_that_is_a_folder_is_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["absent", "file", "empty folder", "nul"])
-def test_what_is_no_folder_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_folder_is_rejected_with_what_to_do(tmp_path: Path, kind: str) -> None:
     """A wrong path on the command line ends with the command that makes a bundle."""
     path = tmp_path / "bundle"
     if kind == "file":
@@ -188,7 +188,7 @@ def test_what_is_no_folder_is_refused_with_what_to_do(tmp_path: Path, kind: str)
     assert "hypersd export" in message
 
 
-def test_paths_that_leave_are_refused_by_path(sd15_bundle: Path) -> None:
+def test_paths_that_leave_are_rejected_by_path(sd15_bundle: Path) -> None:
     """``Bundle.path`` holds for any name, not only for those that the manifest was checked for."""
     bundle = Bundle.load(sd15_bundle)
     assert bundle.path(ONNX) == sd15_bundle / ONNX
@@ -204,13 +204,13 @@ def test_unknown_components_are_named_with_those_there_are(sd15_bundle: Path) ->
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
-def test_bundles_without_a_needed_network_are_refused(bundle: Path, name: str) -> None:
+def test_bundles_without_a_needed_network_are_rejected(bundle: Path, name: str) -> None:
     """A manifest that lists too little is found on load, not at the first image."""
     edit(bundle, lambda manifest: manifest["components"].pop(name))
     assert name in refusal(lambda: Pipeline.load(bundle, backend="onnxruntime"))
 
 
-def test_bundles_without_a_tokenizer_are_refused(bundle: Path) -> None:
+def test_bundles_without_a_tokenizer_are_rejected(bundle: Path) -> None:
     """The same for the tokenizer, which no component lists."""
     edit(bundle, lambda manifest: manifest["files"].pop("tokenizer/tokenizer.json"))
     assert "tokenizer/tokenizer.json" in refusal(lambda: Pipeline.load(bundle, backend="onnxruntime"))
@@ -219,7 +219,7 @@ def test_bundles_without_a_tokenizer_are_refused(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0",\n"model": 3}'], ids=repr
 )
-def test_tokenizers_that_are_none_are_refused(bundle: Path, content: bytes) -> None:
+def test_tokenizers_that_are_none_are_rejected(bundle: Path, content: bytes) -> None:
     """The `tokenizers` library raises plain Exception: it must come out as a BundleError."""
     (bundle / "tokenizer/tokenizer.json").write_bytes(content)
     record(bundle, "tokenizer/tokenizer.json")
@@ -232,14 +232,14 @@ def test_tokenizers_that_are_none_are_refused(bundle: Path, content: bytes) -> N
 @pytest.mark.parametrize(
     "content", [b"", b"\x08", b"not a protobuf at all" * 10, b"\x00" * 4096], ids=lambda c: str(len(c))
 )
-def test_corrupt_graphs_are_refused(bundle: Path, content: bytes) -> None:
+def test_corrupt_graphs_are_rejected(bundle: Path, content: bytes) -> None:
     """A graph that ONNX Runtime cannot read is a damaged bundle, said in one line."""
     (bundle / ONNX).write_bytes(content)
     record(bundle, ONNX)
     assert ONNX in refusal(lambda: Pipeline.load(bundle))
 
 
-def test_cut_graphs_are_refused(bundle: Path) -> None:
+def test_cut_graphs_are_rejected(bundle: Path) -> None:
     """The same for half a graph, which protobuf may read a long way into."""
     content = (bundle / ONNX).read_bytes()
     (bundle / ONNX).write_bytes(content[: len(content) // 2])
@@ -247,7 +247,7 @@ def test_cut_graphs_are_refused(bundle: Path) -> None:
     assert ONNX in refusal(lambda: Pipeline.load(bundle))
 
 
-def test_short_weights_with_a_matching_manifest_are_refused(bundle: Path) -> None:
+def test_short_weights_with_a_matching_manifest_are_rejected(bundle: Path) -> None:
     """Weights cut short by someone who also mended the manifest: ONNX Runtime must not read past their end."""
     content = (bundle / DATA).read_bytes()
     (bundle / DATA).write_bytes(content[: len(content) // 2])
@@ -283,10 +283,10 @@ def test_relocated_weights_inside_the_folder_load(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parent", "outside", "absolute", "link", "linked folder"])
-def test_graphs_that_read_outside_the_bundle_are_refused(bundle: Path, kind: str) -> None:
+def test_graphs_that_read_outside_the_bundle_are_rejected(bundle: Path, kind: str) -> None:
     """Protects the files of whoever loads a stranger's bundle: weights come from the bundle or not at all.
 
-    The file outside is there and would serve, so that it is the place that is refused.
+    The file outside is there and would serve, so that it is the place that is rejected.
     """
     secret = bundle.parent / "secret"
     shutil.copy(bundle / DATA, secret)
@@ -308,7 +308,7 @@ def test_graphs_that_read_outside_the_bundle_are_refused(bundle: Path, kind: str
 
 
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
-def test_graphs_with_other_names_than_the_manifest_are_refused(bundle: Path, side: str) -> None:
+def test_graphs_with_other_names_than_the_manifest_are_rejected(bundle: Path, side: str) -> None:
     """A bundle put together from two is found on load, with both lists of names."""
 
     def rename(manifest: dict[str, Any]) -> None:
@@ -321,7 +321,7 @@ def test_graphs_with_other_names_than_the_manifest_are_refused(bundle: Path, sid
     assert "'other'" in message
 
 
-def test_another_networks_graph_is_refused(bundle: Path) -> None:
+def test_another_networks_graph_is_rejected(bundle: Path) -> None:
     """The VAE's graph in the text encoder's place, with a manifest that agrees on its size."""
     for suffix in ("", "_data"):
         shutil.copy(bundle / f"vae_decoder/model.onnx{suffix}", bundle / f"text_encoder/model.onnx{suffix}")

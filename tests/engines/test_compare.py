@@ -1,4 +1,4 @@
-"""What counts as the same."""
+"""Comparison of arrays: the tolerances and their limits."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_settings_have_defaults() -> None:
 
 @pytest.mark.parametrize("absent", [COMPONENTS[:1], COMPONENTS[1:], COMPONENTS], ids=" ".join)
 def test_a_controlnet_without_its_networks(absent: list[str]) -> None:
-    """Seen when the bundle is opened, not when an image is to be drawn; all that is missing is named."""
+    """It is noticed when the bundle is opened, not at the first image; the message names everything that is missing."""
     manifest = controlled()
     for name in absent:
         del manifest["components"][name]
@@ -157,7 +157,7 @@ def test_a_controlnet_without_its_networks(absent: list[str]) -> None:
 
 @pytest.mark.parametrize("taken", [{}, {"down_block_additional_residual_0": {"dtype": "float32", "shape": [1]}}])
 def test_a_unet_that_takes_no_residuals(taken: dict[str, Any]) -> None:
-    """A ControlNet put into a plain bundle by hand is refused when it is opened, not when it is to draw."""
+    """A ControlNet put into a plain bundle by hand is rejected when it is opened, not at the first image."""
     manifest = controlled()
     manifest["components"]["unet"]["inputs"] = MANIFEST["components"]["unet"]["inputs"] | taken
     assert "mid_block_additional_residual" in refusal(text(manifest))
@@ -165,7 +165,7 @@ def test_a_unet_that_takes_no_residuals(taken: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_controlnet_of_another_name(name: str) -> None:
-    """A name that no export gives is refused, even with components for it."""
+    """A name that no export gives is rejected, even with components for it."""
     manifest = controlled()
     manifest["controlnets"] = {name: SETTINGS}
     for kind in (controlnet, cond_embedding):
@@ -321,7 +321,7 @@ def test_null_engines_halve_what_they_are_given(height: int, quarter: int) -> No
 
 
 def test_null_engines_of_fixed_inputs() -> None:
-    """What nothing says has its usual extent."""
+    """A dimension that no input determines has its usual extent."""
     fixed = TensorSpec(dtype="float16", shape=(1, 4, 13, 8))
     made = null_engine(fixed).run({"sample": torch.zeros(1, 4, 13, 8, dtype=torch.float16)})
     assert tuple(made["half"].shape) == (1, 32, 3, 4)

@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back, and everything else is refused in one line."""
+"""The manifest: what is written is read back, and everything else is rejected in one line."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def changed(*keys: str | int, to: Any) -> dict[str, Any]:
 
 
 def refusal(raw: bytes) -> str:
-    """The message with which ``decode`` refuses a manifest."""
+    """The message with which ``decode`` rejects a manifest."""
     with pytest.raises(BundleError) as caught:
         decode(raw, WHERE)
     message = str(caught.value)
@@ -183,7 +183,7 @@ def test_bundles_from_before_there_were_one_graphs_are_read() -> None:
 
 
 def test_bundles_from_before_there_were_random_weights_have_real_ones() -> None:
-    """Older bundles do not say, and can be drawn with."""
+    """Older bundles lack the field, and still work."""
     assert not decode(text(changed("random_weights", to=DELETE)), WHERE).random_weights
 
 
@@ -206,7 +206,7 @@ BAD_ONE_GRAPHS = {
 
 
 @pytest.mark.parametrize(("changes", "said"), BAD_ONE_GRAPHS.values(), ids=BAD_ONE_GRAPHS)
-def test_one_graphs_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
+def test_one_graphs_that_cannot_be_are_rejected(changes: dict[str, Any], said: str) -> None:
     """A one-graph is a file of its own that reads the components' weights, for settings that the bundle has."""
     assert said in refusal(text(changed("one_graphs", "one-graph-2steps", to={**ONE_GRAPH, **changes})))
 
@@ -214,31 +214,31 @@ def test_one_graphs_that_cannot_be_are_refused(changes: dict[str, Any], said: st
 @pytest.mark.parametrize("name", ["", "unet", "one-graph-", "one-graph-../unet", "one-graph-a b", "one-graph-a\n"])
 def test_a_one_graph_is_named_as_its_file(name: str) -> None:
     """Its name goes into a path and to terminals."""
-    refused = refusal(text(changed("one_graphs", to={name: ONE_GRAPH})))
-    assert "one-graph name" in refused
+    rejected = refusal(text(changed("one_graphs", to={name: ONE_GRAPH})))
+    assert "one-graph name" in rejected
 
 
-def test_a_one_graph_without_a_record_is_refused() -> None:
+def test_a_one_graph_without_a_record_is_rejected() -> None:
     """Without a size and a digest nobody sees that it was shortened or altered."""
-    refused = refusal(text(changed("files", "one-graph-2steps.onnx", to=DELETE)))
-    assert "without a record of its file" in refused
+    rejected = refusal(text(changed("files", "one-graph-2steps.onnx", to=DELETE)))
+    assert "without a record of its file" in rejected
 
 
-def test_plans_without_a_record_are_refused() -> None:
+def test_plans_without_a_record_are_rejected() -> None:
     """A plan is machine code: there must be a size and a digest to hold it to."""
-    refused = refusal(text(changed("files", PLAN, to=DELETE)))
-    assert PLAN in refused
-    assert "without a record" in refused
+    rejected = refusal(text(changed("files", PLAN, to=DELETE)))
+    assert PLAN in rejected
+    assert "without a record" in rejected
 
 
-def test_plans_of_networks_that_are_not_there_are_refused() -> None:
+def test_plans_of_networks_that_are_not_there_are_rejected() -> None:
     """Nothing says which inputs such a plan has."""
     file = PLAN.replace("unet", "controlnet")
     manifest = changed("engines", "some-target", "plans", "controlnet", to={**TARGET["plans"]["unet"], "file": file})
     manifest["files"][file] = MANIFEST["files"][PLAN]
-    refused = refusal(text(manifest))
-    assert "controlnet" in refused
-    assert "not there" in refused
+    rejected = refusal(text(manifest))
+    assert "controlnet" in rejected
+    assert "not there" in rejected
 
 
 PLACES = ["../unet.engine", "/unet.engine", "engines\\unet.engine", "engines/a\nb.engine", "unet/model.onnx"]
@@ -249,8 +249,8 @@ def test_a_plan_lies_in_its_targets_folder(name: str) -> None:
     """Record or not: a target is deleted as a whole, and no file of another is to be taken for a plan."""
     manifest = changed("engines", "some-target", "plans", "unet", "file", to=name)
     manifest["files"].setdefault(name, MANIFEST["files"][PLAN])
-    refused = refusal(text(manifest))
-    assert "file name" in refused or f"expected {PLAN}" in refused
+    rejected = refusal(text(manifest))
+    assert "file name" in rejected or f"expected {PLAN}" in rejected
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../unet", "a/b", "a\\b", "a\nb", "a\x1b[31m", "ä b"])
@@ -267,13 +267,13 @@ def test_a_target_shows_nothing_but_text() -> None:
 def test_a_target_is_a_part_of_its_bundle() -> None:
     """Wider plans than networks were never built: the manifest was changed by hand."""
     wide = {"name": "batch", "min": 1, "opt": 1, "max": 99}
-    refused = refusal(text(changed("engines", "some-target", "shapes", to={**MANIFEST["shapes"], "batch": wide})))
-    assert "batch 1..99 is outside the bundle's" in refused
+    rejected = refusal(text(changed("engines", "some-target", "shapes", to={**MANIFEST["shapes"], "batch": wide})))
+    assert "batch 1..99 is outside the bundle's" in rejected
 
 
 @given(low=st.integers(1, 10**6), more=st.integers(0, 10**6), most=st.integers(0, 10**6), factor=st.integers(1, 64))
 def test_ranges_keep_their_order(low: int, more: int, most: int, factor: int) -> None:
-    """Protects every shape: ordered extents make a range, also divided, and disordered ones are refused."""
+    """Protects every shape: ordered extents make a range, also divided, and disordered ones are rejected."""
     dim = Range(name="height", min=low, opt=low + more, max=low + more + most)
     pixels = Range(name="pixels", min=dim.min * factor, opt=dim.opt * factor, max=dim.max * factor)
     assert pixels.divided(factor, "height") == dim
@@ -311,7 +311,7 @@ def test_other_schema_versions_ask_for_an_export(version: Any) -> None:
 
 
 @pytest.mark.parametrize("version", [2.0])
-def test_what_only_equals_the_version_is_refused(version: Any) -> None:
+def test_what_only_equals_the_version_is_rejected(version: Any) -> None:
     """2 == 2.0 in Python: a version is a whole number all the same."""
     assert "schema_version" in refusal(text(changed("schema_version", to=version)))
 
@@ -344,7 +344,7 @@ def test_what_only_equals_the_version_is_refused(version: Any) -> None:
     ],
     ids=lambda raw: repr(raw[:12]) + str(len(raw)),
 )
-def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
+def test_what_is_not_strict_json_is_rejected(raw: bytes) -> None:
     """Garbage, half a file, Python's own JSON dialect and JSON bombs all end as a refusal."""
     refusal(raw)
 
@@ -363,8 +363,8 @@ def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
         ("engines", "some-target", "plans", "unet"),
     ],
 )
-def test_unknown_keys_are_refused_by_name(place: tuple[str, ...]) -> None:
-    """A setting that this version does not know must not be ignored: it would draw another image without a word."""
+def test_unknown_keys_are_rejected_by_name(place: tuple[str, ...]) -> None:
+    """A setting that this version does not know must not be ignored: it would silently generate another image."""
     assert "`surprise`" in refusal(text(changed(*place, "surprise", to=1)))
 
 
@@ -393,7 +393,7 @@ def test_an_unknown_key_with_a_line_break_stays_on_one_line() -> None:
     ],
     ids=str,
 )
-def test_missing_keys_are_refused_by_name(keys: tuple[str | int, ...]) -> None:
+def test_missing_keys_are_rejected_by_name(keys: tuple[str | int, ...]) -> None:
     """Nothing that the runtime needs has a silent default."""
     assert f"`{keys[-1]}`" in refusal(text(changed(*keys, to=DELETE)))
 
@@ -441,13 +441,13 @@ def test_missing_keys_are_refused_by_name(keys: tuple[str | int, ...]) -> None:
     ],
     ids=str,
 )
-def test_wrong_values_are_refused(keys: tuple[str | int, ...], value: Any) -> None:
+def test_wrong_values_are_rejected(keys: tuple[str | int, ...], value: Any) -> None:
     """No value is coerced: a bool is no number, a number no string, a size not negative, a digest 64 hex digits."""
     refusal(text(changed(*keys, to=value)))
 
 
 @pytest.mark.parametrize("extents", [(3, 2, 4), (2, 5, 4), (4, 3, 2), (2, 1, 2)])
-def test_disordered_ranges_are_refused(extents: tuple[int, int, int]) -> None:
+def test_disordered_ranges_are_rejected(extents: tuple[int, int, int]) -> None:
     """A range must hold its own usual extent, in the image's shapes, in a plan's and in a tensor's alike."""
     wrong = dict(zip(("min", "opt", "max"), extents, strict=True), name="batch\nx")
     assert "min <= opt <= max" in refusal(text(changed("shapes", "batch", to=wrong)))
@@ -456,7 +456,7 @@ def test_disordered_ranges_are_refused(extents: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("files", [["unet/other.onnx"], ["unet/model.onnx", "unet/other\n.bin"]])
-def test_component_files_without_a_record_are_refused(files: list[str]) -> None:
+def test_component_files_without_a_record_are_rejected(files: list[str]) -> None:
     """Every file that is loaded has a size and a digest to hold it to."""
     assert "other" in refusal(text(changed("components", "unet", "files", to=files)))
 
@@ -477,31 +477,31 @@ folders = st.lists(parts.filter(lambda part: part != ".."), max_size=3)
 
 
 @given(before=folders, after=folders)
-def test_parent_folders_are_refused(before: list[str], after: list[str]) -> None:
+def test_parent_folders_are_rejected(before: list[str], after: list[str]) -> None:
     """Protects everything outside the bundle: no '..', however deep in the name."""
     assert "leads out" in refusal(with_file("/".join([*before, "..", *after])))
 
 
 @given(names=folders, prefix=st.sampled_from(["/", "//", "///", "C:", "c:/", "C:\\", "\\", "\\\\host\\", "file:///"]))
-def test_absolute_paths_are_refused_on_any_system(names: list[str], prefix: str) -> None:
-    """A bundle written on one system is read on another: roots, drive letters and shares of all of them are refused."""
+def test_absolute_paths_are_rejected_on_any_system(names: list[str], prefix: str) -> None:
+    """A bundle written on one system is read on another: roots, drive letters and shares are rejected."""
     assert "leads out" in refusal(with_file(prefix + "/".join(names)))
 
 
 @given(before=st.text(max_size=5), after=st.text(max_size=5), bad=st.sampled_from(["\\", "\0", ":"]))
-def test_separators_of_other_systems_are_refused(before: str, after: str, bad: str) -> None:
+def test_separators_of_other_systems_are_rejected(before: str, after: str, bad: str) -> None:
     """Backslash, NUL and colon (drives, alternate data streams) have no place in a bundle's names."""
     assert "leads out" in refusal(with_file(before + bad + after))
 
 
-def test_the_empty_name_is_refused() -> None:
+def test_the_empty_name_is_rejected() -> None:
     """The empty name would be the bundle's folder itself."""
     assert "leads out" in refusal(with_file(""))
 
 
 @given(names=folders.filter(bool))
 def test_plain_names_pass(names: list[str]) -> None:
-    """The check refuses what leads out and not what is merely unusual."""
+    """The check rejects what leads out and not what is merely unusual."""
     check_relative("/".join(names))
 
 
@@ -559,12 +559,12 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 def read_or_refuse(raw: bytes) -> None:
-    """Fails unless the bytes are a manifest that can be written again, or are refused in one line."""
-    refused = ""
+    """Fails unless the bytes are a manifest that can be written again, or are rejected in one line."""
+    rejected = ""
     try:
         manifest = decode(raw, WHERE)
     except BundleError as error:
-        refused = str(error)
+        rejected = str(error)
     else:
         assert isinstance(manifest, Manifest)
         assert decode(encode(manifest), WHERE) == manifest
@@ -572,19 +572,19 @@ def read_or_refuse(raw: bytes) -> None:
             assert component.onnx in manifest.files
         for target in manifest.engines.values():
             assert all(plan.file in manifest.files for plan in target.plans.values())
-    assert "\n" not in refused
-    assert "\r" not in refused
+    assert "\n" not in rejected
+    assert "\r" not in rejected
 
 
 @given(raw=mutated())
 @example(raw=text(changed("scheduler", "x", to=float("nan"))))
 @example(raw=text(changed("components", "unet", "files", to=[])))
-def test_mutations_are_read_or_refused(raw: bytes) -> None:
+def test_mutations_are_read_or_rejected(raw: bytes) -> None:
     """Whatever is done to a manifest, the answer is a manifest or a BundleError of one line, nothing else."""
     read_or_refuse(raw)
 
 
 @given(raw=st.binary(max_size=200) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
-def test_noise_is_read_or_refused(raw: bytes) -> None:
+def test_noise_is_read_or_rejected(raw: bytes) -> None:
     """The same for bytes that were never a manifest."""
     read_or_refuse(raw)

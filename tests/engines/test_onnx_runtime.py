@@ -176,7 +176,7 @@ BAD_FEEDS = {
 
 
 @pytest.mark.parametrize(("spoil", "parts"), BAD_FEEDS.values(), ids=BAD_FEEDS)
-def test_bad_inputs_are_refused_with_expected_and_received(
+def test_bad_inputs_are_rejected_with_expected_and_received(
     add: OnnxRuntimeEngine, spoil: Any, parts: list[str]
 ) -> None:
     """ONNX Runtime is given raw addresses: a wrong tensor would be read as if it were right, so none gets that far.
@@ -396,7 +396,7 @@ def test_a_process_pinned_to_one_core_gets_no_thread_pool(sd15_bundle: Path) -> 
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:x", "gpu", "CUDA0", "cpu:-1", None, 2.5])
-def test_unknown_devices_are_refused_with_those_there_are(device: Any) -> None:
+def test_unknown_devices_are_rejected_with_those_there_are(device: Any) -> None:
     """A misspelt device names the ones that exist."""
     with pytest.raises(RequestError, match="expected auto, cpu, cuda or cuda:N") as caught:
         resolve_device(device)
@@ -405,7 +405,7 @@ def test_unknown_devices_are_refused_with_those_there_are(device: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["mps", "meta", "xpu"])
-def test_devices_that_only_torch_knows_are_refused(device: str) -> None:
+def test_devices_that_only_torch_knows_are_rejected(device: str) -> None:
     """Torch would make tensors there, ONNX Runtime would not find them."""
     with pytest.raises(RequestError, match=str(device)):
         resolve_device(device)
@@ -423,7 +423,7 @@ def test_cuda_without_its_provider_says_what_to_install(monkeypatch: pytest.Monk
 
 
 def test_cuda_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime-gpu on a machine without a GPU: refused if asked for, passed over if the choice is ours."""
+    """onnxruntime-gpu on a machine without a GPU: rejected if asked for, passed over if the choice is ours."""
     monkeypatch.setattr(
         module.ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
@@ -448,7 +448,7 @@ def test_auto_takes_the_gpu_if_both_libraries_see_it(monkeypatch: pytest.MonkeyP
         resolve_device("cuda:7")
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(
+def test_a_session_that_fell_back_to_the_cpu_is_rejected(
     monkeypatch: pytest.MonkeyPatch, add: OnnxRuntimeEngine, tmp_path: Path
 ) -> None:
     """ONNX Runtime drops a provider that will not start and goes on: that must not pass for the GPU."""
@@ -461,7 +461,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(
 
 
 class SomeStream:
-    """What a session is told of a CUDA stream, where there is no CUDA."""
+    """A stand-in for a CUDA stream: the address that a session is given."""
 
     cuda_stream = 1234567
 
@@ -495,7 +495,7 @@ def test_a_cuda_session_runs_on_our_stream_and_may_be_recorded(monkeypatch: pyte
 
 
 def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One that copies between host and device: ONNX Runtime refuses to record it, and it is run step by step."""
+    """One that copies between host and device: ONNX Runtime rejects to record it, and it is run step by step."""
     told = "This session cannot use the graph capture feature as requested by the user as the model has control flow"
     calls = record_sessions(monkeypatch, told)
     (tmp_path / "net.onnx").write_bytes(b"a graph without attention")
@@ -563,7 +563,7 @@ def test_a_recording_keeps_the_buffers_that_it_writes_to(add: OnnxRuntimeEngine)
 
 
 @pytest.mark.parametrize("backend", ["", "onnx", "tensorrt5", "ONNXRUNTIME", "null"])
-def test_unknown_backends_are_refused_with_those_there_are(backend: str, sd15_bundle: Path) -> None:
+def test_unknown_backends_are_rejected_with_those_there_are(backend: str, sd15_bundle: Path) -> None:
     """A misspelt backend names the ones that exist."""
     with pytest.raises(RequestError) as caught:
         choose(Bundle.load(sd15_bundle), backend)

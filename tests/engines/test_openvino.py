@@ -40,7 +40,7 @@ def load_openvino(root: Path, precision: str) -> Mapping[str, Engine]:
     return load_choice(bundle, choose(bundle, "openvino", precision=precision))
 
 
-def drawing_feeds(engine: Engine, seed: int) -> dict[str, Tensor]:
+def first_step_feeds(engine: Engine, seed: int) -> dict[str, Tensor]:
     """Inputs as of the first step of an image of 1024x1024: large numbers where large numbers are usual."""
     feeds = random_feeds(engine.inputs, seed)
     for name, number in (("timestep", 999.0), ("time_ids", 1024.0)):
@@ -62,7 +62,7 @@ def test_float32_outputs_are_those_of_onnx_runtime(family: str, bound: float, re
     references = load_engines(Bundle.load(root), "onnxruntime", "cpu")
     for name, engine in load_openvino(root, "fp32").items():
         for seed in (0, 1, 2):
-            feeds = drawing_feeds(engine, seed)
+            feeds = first_step_feeds(engine, seed)
             ours, theirs = engine.run(feeds), references[name].run(feeds)
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
@@ -78,7 +78,7 @@ def test_bfloat16_outputs_are_near_in_the_manifests_dtypes(family: str, request:
     root = request.getfixturevalue(f"{family}_bundle")
     exact = load_openvino(root, "fp32")
     for name, engine in load_openvino(root, "bf16").items():
-        feeds = drawing_feeds(engine, 0)
+        feeds = first_step_feeds(engine, 0)
         ours, theirs = engine.run(feeds), exact[name].run(feeds)
         for key, value in theirs.items():
             assert ours[key].dtype == value.dtype
@@ -90,12 +90,12 @@ def test_bfloat16_outputs_are_near_in_the_manifests_dtypes(family: str, request:
 def test_the_time_of_a_step_is_not_rounded_to_bfloat16(
     family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Timestep 999 has no bfloat16: with the angles of its embedding rounded the UNet draws as at another time."""
+    """Timestep 999 has no bfloat16: with the angles of its embedding rounded the UNet computes for another timestep."""
     root = request.getfixturevalue(f"{family}_bundle")
     exact, kept = (load_openvino(root, precision)["unet"] for precision in ("fp32", "bf16"))
     monkeypatch.setattr(module, "take_angles", lambda model: None)
     rounded = load_openvino(root, "bf16")["unet"]
-    feeds = drawing_feeds(exact, 0)
+    feeds = first_step_feeds(exact, 0)
     at_zero = {**feeds, "timestep": torch.zeros(1)}  # whose angles are 0 in any precision
     unavoidable = distance(kept.run(at_zero)["out_sample"], exact.run(at_zero)["out_sample"])
     far, near = (distance(net.run(feeds)["out_sample"], exact.run(feeds)["out_sample"]) for net in (rounded, kept))
@@ -151,7 +151,7 @@ def test_the_least_recent_shapes_go_first(add: OpenVinoEngine) -> None:
 def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
     """Four threads hammer one UNet with inputs of their own: each gets its own answers, in buffers of its own."""
     engine = load_openvino(sd15_bundle, resolve_precision(None))["unet"]
-    feeds = [drawing_feeds(engine, seed) for seed in range(4)]
+    feeds = [first_step_feeds(engine, seed) for seed in range(4)]
     expected = [engine.run(one)["out_sample"].clone() for one in feeds]
     assert not torch.allclose(expected[0], expected[1])
     start, end = threading.Barrier(4), threading.Barrier(4)
@@ -172,7 +172,7 @@ def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's CPU affinity")
 @pytest.mark.parametrize("cores", [1, 2])
-def test_what_networks_are_compiled_for(cores: int, monkeypatch: pytest.MonkeyPatch, sd15_bundle: Path) -> None:
+def test_options_of_compiled_models(cores: int, monkeypatch: pytest.MonkeyPatch, sd15_bundle: Path) -> None:
     """One image at a time, on the cores that we have, in the precision that was asked for; angles in float32."""
     cores = min(cores, len(os.sched_getaffinity(0)))  # OpenVINO asks for itself, and a test's worker may have one
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
@@ -203,7 +203,7 @@ BAD_FEEDS = {
 
 
 @pytest.mark.parametrize(("spoil", "parts"), BAD_FEEDS.values(), ids=BAD_FEEDS)
-def test_bad_inputs_are_refused_in_one_line(add: OpenVinoEngine, spoil: Any, parts: list[str]) -> None:
+def test_bad_inputs_are_rejected_in_one_line(add: OpenVinoEngine, spoil: Any, parts: list[str]) -> None:
     """On the first run and on a later one, and the engine is as good as before."""
     for _ in range(2):
         feeds = {"a": torch.zeros(2, 3), "b": torch.zeros(3, 2)}
@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_read_is_a_bundle_error_of_one_line(tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
-def test_another_graph_than_the_manifests_is_refused(tmp_path: Path) -> None:
+def test_another_graph_than_the_manifests_is_rejected(tmp_path: Path) -> None:
     """A bundle that was put together by hand."""
     path = tmp_path / "net.onnx"
     write_add(path)
@@ -239,14 +239,14 @@ def test_another_graph_than_the_manifests_is_refused(tmp_path: Path) -> None:
 
 
 def refusal(kind: type[HyperSDError], bundle: Path, *args: Any, **kwargs: Any) -> str:
-    """What ``choose`` says against a request, in one line."""
+    """The error of ``choose`` for these arguments, which is one line."""
     with pytest.raises(kind) as caught:
         choose(Bundle.load(bundle), *args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_what_does_not_go_together_is_refused(sd15_bundle: Path) -> None:
+def test_options_that_do_not_go_together_are_rejected(sd15_bundle: Path) -> None:
     """Before anything is loaded: other devices, TensorRT's targets, unknown precisions, precisions of others."""
     assert "expected auto or cpu" in refusal(RequestError, sd15_bundle, "openvino", "cuda")
     assert "expected auto or cpu" in refusal(RequestError, sd15_bundle, "openvino", torch.device("cuda", 1))
@@ -257,7 +257,7 @@ def test_what_does_not_go_together_is_refused(sd15_bundle: Path) -> None:
 
 
 def test_bfloat16_is_for_processors_that_have_it(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere it is refused if it was asked for, never emulated in silence; what is left open becomes float32."""
+    """Elsewhere it is rejected if it was asked for, never emulated in silence; what is left open becomes float32."""
     bundle = Bundle.load(sd15_bundle)
     monkeypatch.setattr(module, "has_native_bf16", lambda: False)
     assert choose(bundle, "openvino").precision == "fp32"
@@ -275,7 +275,7 @@ def test_without_the_package_it_says_what_to_install(sd15_bundle: Path, monkeypa
     assert "pip install -e '.[openvino]'" in refusal(DeviceError, sd15_bundle, "openvino")
 
 
-def test_a_pipeline_draws_what_onnx_runtime_draws(sd15_bundle: Path) -> None:
+def test_a_pipeline_generates_the_images_of_onnx_runtime(sd15_bundle: Path) -> None:
     """All networks together, from ``Pipeline.load`` on."""
     ours = Pipeline.load(sd15_bundle, backend="openvino", precision="fp32")
     theirs = Pipeline.load(sd15_bundle, backend="onnxruntime", device="cpu")

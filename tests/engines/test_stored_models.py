@@ -30,7 +30,7 @@ NETWORKS = {"text_encoder", "unet", "vae_decoder"}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where models are stored; it is not there yet."""
+    """The folder for stored models; it does not exist yet."""
     folder = tmp_path / "a" / "stored"
     monkeypatch.setenv(VARIABLE, str(folder))
     return folder
@@ -72,7 +72,7 @@ def hows(opened: list[tuple[Path, str]]) -> list[str]:
 
 
 def models(folder: Path) -> list[Path]:
-    """What is in the folder but for locks."""
+    """The content of the folder without locks."""
     return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
 
 
@@ -214,7 +214,9 @@ def test_a_changed_network_is_stored_anew_in_the_place_of_the_old(unet: Any, fol
     assert all(other.exists() for other in others)
 
 
-def test_what_decides_the_key(sd15_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_key_covers_everything_that_matters(
+    sd15_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """All that the stored model depends on; the key is the same where nothing changed."""
     component = Bundle.load(sd15_bundle).component("unet")
     shutil.copytree(sd15_bundle / "unet", tmp_path / "unet")
@@ -338,7 +340,7 @@ def test_a_full_disk_is_a_warning(unet: Any, opened: Any, monkeypatch: pytest.Mo
     assert_same(engine, unet())
 
 
-def test_a_damaged_bundle_is_refused_as_ever(
+def test_a_damaged_bundle_is_rejected_as_ever(
     unet: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The error is the bundle's own, and nothing is stored."""
@@ -351,7 +353,7 @@ def test_a_damaged_bundle_is_refused_as_ever(
 # Several processes
 
 
-def test_who_finds_another_at_work_does_not_wait(unet: Any, folder: Path, opened: Any) -> None:
+def test_a_process_does_not_wait_for_another_that_stores(unet: Any, folder: Path, opened: Any) -> None:
     """It loads as without the folder: the other may take half a minute."""
     unet()
     (stored,) = models(folder)
@@ -366,7 +368,7 @@ def test_who_finds_another_at_work_does_not_wait(unet: Any, folder: Path, opened
     assert hows(opened) == ["stores", "stored"]
 
 
-def test_what_a_killed_process_left_is_removed(unet: Any, folder: Path, opened: Any) -> None:
+def test_leftovers_of_a_killed_process_are_removed(unet: Any, folder: Path, opened: Any) -> None:
     """Half a model under its temporary name: never read, and gone with the next that is stored."""
     unet()
     (stored,) = models(folder)

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share. Run them with scripts/gpu_check.sh, which shows the GPU to them."""
+"""Fixtures of the tests on a GPU. scripts/gpu_check.sh runs them and makes the GPU visible to them."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_streams_have_graphs_of_their_own_and_the_default_stream_none(monkeypatc
     assert captures == [0, 0, 1, 2, 2]
 
 
-def test_bad_inputs_are_refused_as_the_engine_refuses_them() -> None:
+def test_bad_inputs_are_rejected_as_the_engine_rejects_them() -> None:
     """Also where a graph exists: it is not replayed on inputs that it was not recorded for."""
     graphed = GraphedEngine(ranged_null_engine(), StandInCapture())
     for _ in range(RUNS):

@@ -1,4 +1,4 @@
-"""What is recorded when, what belongs together, and what is dropped: the bookkeeping of CUDA graphs.
+"""The bookkeeping of CUDA graphs: when work is recorded, which memory a graph keeps, when it is dropped.
 
 Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_graphs.py has the real one.
 """
@@ -64,7 +64,7 @@ def test_two_warm_ups_one_recording_then_replays() -> None:
 
 
 def test_inputs_and_outputs_have_one_place_for_ever() -> None:
-    """What a graph reads and writes never moves, wherever the caller's tensors lie; those are left alone."""
+    """A graph's inputs and outputs never move, wherever the caller's tensors lie, which are left alone."""
     work, capture = Scale(), StandInCapture()
     graphed = GraphedFunction(work, capture)
     places = set()
@@ -137,7 +137,7 @@ class Owner:
 
 
 def test_a_graph_keeps_its_memory_and_takes_it_along() -> None:
-    """What was retained while recording lives exactly as long as the graph, and so do its inputs and outputs."""
+    """Objects retained during the recording live exactly as long as the graph, and so do its inputs and outputs."""
     made: list[weakref.ref] = []
     inputs_seen: list[weakref.ref] = []
 
@@ -238,7 +238,7 @@ def test_a_failed_recording_is_a_warning_and_the_work_runs_as_it_is() -> None:
 
 
 def test_a_function_warns_once_whatever_else_cannot_be_recorded() -> None:
-    """A service that draws all kinds of images is told once."""
+    """A service that generates all kinds of images gets one warning."""
     graphed = GraphedFunction(Scale(), FailsFor())
 
     def call(key: int) -> None:
@@ -264,7 +264,7 @@ def test_a_warning_that_is_an_error_does_no_more_harm() -> None:
 
 
 def test_a_failed_recording_keeps_nothing() -> None:
-    """What was retained until it failed is let go."""
+    """Objects retained until it failed are released."""
     references: list[weakref.ref] = []
 
     def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

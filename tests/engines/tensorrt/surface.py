@@ -192,7 +192,7 @@ def enum(name: str, members: Mapping[str, int]) -> type:
 
 
 def behaviour(stand_in: StandIn) -> dict[str, Callable[..., Any]]:
-    """What all versions do alike: a build makes ``PLAN``, a parser finds the stand-in's network."""
+    """The behaviour of all versions: a build makes ``PLAN``, a parser finds the stand-in's network."""
 
     def parse(parser: Any, *_: Any) -> bool:
         network = parser._state["_arguments"][0]

@@ -106,7 +106,7 @@ def test_the_recorder_knows_every_name_that_the_package_uses() -> None:
     assert used - {"__version__"} <= {*record_tensorrt_api.CLASSES, *record_tensorrt_api.ENUMS}
 
 
-def test_the_stand_in_refuses_what_its_version_lacks() -> None:
+def test_the_stand_in_rejects_what_its_version_lacks() -> None:
     """The stand-in itself: no other attribute, no other arguments, no other enum member, and no new attribute."""
     stand_in = StandIn(VERSIONS["tensorrt-10.8.0.43"])
     builder = stand_in.module.Builder(stand_in.module.ILogger())
@@ -633,7 +633,7 @@ def test_dropping_a_context_waits_for_its_stream_alone(
     assert waited == [1]
 
 
-def test_what_tensorrt_refuses_is_an_error(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
+def test_every_refusal_of_tensorrt_is_an_error(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:
     """Each answer of False or None is looked at: a plan, a context, a shape, an address, the call itself."""
 
     def engine() -> TensorRTEngine:

@@ -1,4 +1,4 @@
-"""The process that a plan is built in: what it costs, what it leaves behind, and how it ends."""
+"""The build process of a plan: its cost, its leftovers, and its end."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def small_job(folder: Path, operator: str = "MatMul") -> BuildJob:
 
 
 def test_the_users_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clone of Polygraphy there, or a file called random.py, is not what the worker wants."""
+    """The worker does not import a clone of Polygraphy, or a file called random.py, from there."""
     for name in ("polygraphy", "hypersd", "random", "json"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the folder that the user is in')")
     job = small_job(tmp_path)
@@ -159,7 +159,7 @@ def test_the_caller_stays_clean(tmp_path: Path) -> None:
 # a build that fails
 
 
-def test_what_the_build_says_comes_through(tmp_path: Path) -> None:
+def test_reasons_of_the_build_reach_the_caller(tmp_path: Path) -> None:
     """TensorRT's reasons are an EngineError here too, and no plan is left."""
     job = small_job(tmp_path, operator="Strange")
     with pytest.raises(EngineError, match=r"^unet: TensorRT-RTX .* cannot parse .*'the_node' \(Strange\)"):
@@ -167,7 +167,7 @@ def test_what_the_build_says_comes_through(tmp_path: Path) -> None:
     assert not Path(job.plan).exists()
 
 
-def test_what_the_user_can_mend_is_the_users_error(tmp_path: Path) -> None:
+def test_an_error_that_the_user_can_fix_is_a_user_error(tmp_path: Path) -> None:
     """A file that is not the manifest's, and a folder that cannot be written to: exit code 2, not 1."""
     job = small_job(tmp_path)
     with pytest.raises(UserError, match=r"^.*model\.onnx has the inputs \['x'\], the manifest says \['z'\]"):

@@ -69,7 +69,7 @@ def test_a_backend_that_runs_nothing_here(here: Machine, parts: list[str]) -> No
 
 
 def test_a_driver_of_unknown_age_is_tried() -> None:
-    """Where the wheel or the driver does not tell its CUDA, nothing is refused on a guess; equal is enough."""
+    """If the CUDA of wheel or driver is unknown, nothing is rejected on a guess; equal versions are enough."""
     assert why_not_backend("tensorrt", machine(driver_cuda=None)) is None
     assert why_not_backend("tensorrt", machine(driver_cuda=(11, 0), cuda_needed={"tensorrt-rtx": 13})) is None
     assert why_not_backend("tensorrt", machine(driver_cuda=(12, 0), cuda_needed={"tensorrt": 12})) is None
@@ -129,7 +129,7 @@ def test_one_of_several_capabilities_is_enough() -> None:
 
 
 def test_memory_is_all_weights_and_one_block_of_activations() -> None:
-    """The engines share the activations' block; where TensorRT did not say, nothing is refused on a guess."""
+    """The engines share the activations' block; where TensorRT did not say, nothing is rejected on a guess."""
     assert memory_needed(whole()) == 3 * GIB + 2 * GIB
     assert memory_needed(with_unet({"activation_memory": 7 * GIB})) == 3 * GIB + 7 * GIB
     assert memory_needed(target()) is None

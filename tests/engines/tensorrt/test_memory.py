@@ -1,4 +1,4 @@
-"""What engines share or keep: one block of activation memory a stream, and compiled kernels beside their plan."""
+"""Memory that engines share, one block of activations per stream, and compiled kernels beside their plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_blocks_of_the_warm_up_are_let_go() -> None:
     assert memory.block(0).shape == (1000,)
 
 
-def test_an_engine_that_needs_more_than_was_handed_out_is_refused() -> None:
+def test_an_engine_that_needs_more_than_was_handed_out_is_rejected() -> None:
     """It would write past the block's end. What was handed out stays as it was."""
     memory = ActivationMemory(CPU)
     memory.require(1000)

@@ -220,7 +220,7 @@ def test_a_file_that_is_not_the_manifests(changes: dict[str, Any], message: str,
 
 
 def test_a_parse_error_names_node_and_operator(tmp_path: Path) -> None:
-    """What has to be changed in the export is in the message, which is one line."""
+    """The message is one line and names the part of the export that must change."""
     graph = Graph(tmp_path, {"x": spec(1, 8)}, {"y": spec(1, 8)})
     job = graph.add("Strange", ["x"], "y", domain="elsewhere").job()
     with pytest.raises(

@@ -135,7 +135,7 @@ def assert_complete(bundle: Bundle, target: EngineTarget) -> None:
 
 
 def test_every_network_gets_a_plan_and_a_record(rtx_bundle: Path) -> None:
-    """What was built, read back from the disk, with every hash."""
+    """The built bundle is read back from the disk, and every hash is checked."""
     bundle = Bundle.load(rtx_bundle, hashes=True)
     (target,) = bundle.manifest.engines.values()
     assert_complete(bundle, target)
@@ -149,7 +149,7 @@ def test_every_network_gets_a_plan_and_a_record(rtx_bundle: Path) -> None:
     assert set(target.plans) == NETWORKS
 
 
-def test_a_bundle_with_engines_draws_as_before(rtx_bundle: Path, bare: Path) -> None:
+def test_a_bundle_with_engines_generates_as_before(rtx_bundle: Path, bare: Path) -> None:
     """On ONNX Runtime, to the bit."""
     with_engines, without = (
         Pipeline.load(root, backend="onnxruntime", device="cpu")("a cat", seed=0, output_type="np").images
@@ -176,7 +176,7 @@ def test_a_second_build_does_nothing(built: Path, no_process: None) -> None:
 
 @pytest.mark.parametrize("damage", ["deleted", "shortened", "altered"])
 def test_a_damaged_plan_is_built_again_and_no_other(damage: str, built: Path) -> None:
-    """One flipped bit counts: TensorRT would crash on it, or draw something else."""
+    """One flipped bit counts: TensorRT would crash on it, or generate another image."""
     before = plans(Bundle.load(built))
     path = built / before["text_encoder"].file
     content = bytearray(path.read_bytes())
@@ -219,7 +219,7 @@ def test_what_a_target_says_of_itself_is_put_right(built: Path, no_process: None
 
 
 def test_a_target_is_deleted_with_all_that_is_in_its_folder(built: Path) -> None:
-    """What was compiled from its plans lies beside them. The bundle is what it was before them."""
+    """Compiled kernels lie beside the plans and go with them. The bundle is as it was before."""
     ((name, target),) = Bundle.load(built).manifest.engines.items()
     (built / target.plans["unet"].file).with_suffix(".sm89.cache").write_bytes(b"kernels")
     with pytest.raises(RequestError, match=f"no engines 'other'.*{name}"):
@@ -246,7 +246,7 @@ def test_what_calls_itself_a_plan_is_looked_at(built: Path, bare: Path) -> None:
     assert bundle.manifest.files[plans(bundle)["unet"].file].size > 1000
 
 
-def test_a_folder_of_engines_that_is_elsewhere_is_refused(built: Path, tmp_path: Path) -> None:
+def test_a_folder_of_engines_that_is_elsewhere_is_rejected(built: Path, tmp_path: Path) -> None:
     """A link to a larger disk: the plans would be built, and not be found again."""
     shutil.move(built / "engines", tmp_path / "larger-disk")
     (built / "engines").symlink_to(tmp_path / "larger-disk")
@@ -333,7 +333,7 @@ class Impatient(Watched):
 
 
 def test_an_interrupted_build_goes_on_where_it_was(built: Path) -> None:
-    """What was finished is recorded, nothing else is left, and the bundle can be opened, damaged plans or not."""
+    """Finished plans are recorded, nothing else is left, and the bundle can be opened even with damaged plans."""
     damaged = plans(Bundle.load(built))
     (built / damaged["text_encoder"].file).unlink()
     os.truncate(built / damaged["unet"].file, 1000)
@@ -438,7 +438,7 @@ REFUSED_WITHOUT_GPU: dict[str, tuple[dict[str, Any], type[HyperSDError], list[st
         *(pytest.param(*case, id=name, marks=needs_no_gpu) for name, case in REFUSED_WITHOUT_GPU.items()),
     ],
 )
-def test_what_cannot_be_built_is_refused_before_it_is_begun(
+def test_what_cannot_be_built_is_rejected_before_it_is_begun(
     options: dict[str, Any], kind: type[HyperSDError], parts: list[str], bare: Path, no_process: None
 ) -> None:
     """With what was asked for and what there is."""

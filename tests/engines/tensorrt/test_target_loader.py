@@ -66,7 +66,7 @@ def test_without_engines_auto_is_onnx_runtime(sd15_bundle: Path, on_machine: Any
 
 @needs_no_gpu
 def test_real_engines_without_a_gpu_are_passed_over_with_the_reason(rtx_bundle: Path) -> None:
-    """The bundle still draws, and can say why not with its engines."""
+    """The bundle still generates images, and reports why not with its engines."""
     bundle = Bundle.load(rtx_bundle)
     choice = choose(bundle)
     assert (choice.backend, choice.target, choice.manifest) == ("onnxruntime", None, bundle.manifest)
@@ -94,7 +94,7 @@ def test_real_engines_run_on_a_machine_that_fits(rtx_bundle: Path, on_machine: A
 def test_a_damaged_plan_is_found_before_it_is_loaded(
     damage: str, rtx_bundle: Path, tmp_path: Path, on_machine: Any
 ) -> None:
-    """Asked for it is an error that names the file; otherwise ONNX Runtime draws."""
+    """Asked for it is an error that names the file; otherwise ONNX Runtime runs."""
     root = Path(shutil.copytree(rtx_bundle, tmp_path / "bundle"))
     (made,) = Bundle.load(root).manifest.engines.values()
     plan = root / made.plans["unet"].file
@@ -177,7 +177,7 @@ def test_a_backend_that_cannot_run_says_why_of_each_target(on_machine: Any, tmp_
 
 
 def test_targets_are_found_by_name_or_by_a_part_of_it(on_machine: Any, tmp_path: Path) -> None:
-    """A part that several names hold is refused with the names, unless it is one of them, whole."""
+    """A part that several names hold is rejected with the names, unless it is one of them, whole."""
     on_machine(machine())
     bare = manifest()
     ranged, small, stripped = target(), target(shapes=shapes(1, 256, 256)), target(stripped=True)
@@ -198,14 +198,14 @@ def test_targets_are_found_by_name_or_by_a_part_of_it(on_machine: Any, tmp_path:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_target_for_a_backend_that_has_none_is_refused(backend: str, on_machine: Any, tmp_path: Path) -> None:
+def test_a_target_for_a_backend_that_has_none_is_rejected(backend: str, on_machine: Any, tmp_path: Path) -> None:
     """It would be ignored."""
     bundle = with_targets(manifest(), tmp_path, [target()])
     assert backend in refusal(RequestError, lambda: choose(bundle, backend, target="portable"))
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps"])
-def test_tensorrt_on_other_devices_is_refused(device: Any, on_machine: Any, tmp_path: Path) -> None:
+def test_tensorrt_on_other_devices_is_rejected(device: Any, on_machine: Any, tmp_path: Path) -> None:
     """Asked for by backend or by target; where the choice is ours it is ONNX Runtime's to say what it knows."""
     on_machine(machine())
     bundle = with_targets(manifest(), tmp_path, [target()])
@@ -217,7 +217,7 @@ def test_tensorrt_on_other_devices_is_refused(device: Any, on_machine: Any, tmp_
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:x", None, 2.5])
-def test_unknown_devices_are_refused_with_those_there_are(device: Any, on_machine: Any, tmp_path: Path) -> None:
+def test_unknown_devices_are_rejected_with_those_there_are(device: Any, on_machine: Any, tmp_path: Path) -> None:
     """Also where TensorRT would be taken, whose way to the device is another than ONNX Runtime's."""
     on_machine(machine())
     bundle = with_targets(manifest(), tmp_path, [target()])
@@ -241,7 +241,7 @@ def test_a_pipeline_with_tensorrt_says_that_there_is_no_gpu(rtx_bundle: Path, sd
 def test_a_pipeline_is_as_narrow_as_its_plans(
     sdxl_dynamic_bundle: Path, tmp_path: Path, on_machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A size that the bundle has and the plan has not is refused with both, not handed to an engine.
+    """A size that the bundle has and the plan has not is rejected with both, not handed to an engine.
 
     The engines are fakes: a plan runs on a GPU alone.
     """
@@ -272,7 +272,7 @@ def test_a_pipeline_is_as_narrow_as_its_plans(
 
 
 def test_a_target_that_was_renamed_is_not_believed(on_machine: Any, tmp_path: Path) -> None:
-    """What a target says of itself is in its name: somebody changed one of the two."""
+    """A target's fields are in its name: somebody changed one of the two."""
     on_machine(machine())
     bundle = with_targets(manifest(), tmp_path, [target()])
     ((name, made),) = bundle.manifest.engines.items()
@@ -281,10 +281,10 @@ def test_a_target_that_was_renamed_is_not_believed(on_machine: Any, tmp_path: Pa
     assert "changed by hand" in choose(bundle).passed_over[name]
 
 
-def test_what_tensorrt_knows_of_a_gpu_is_asked(
+def test_tensorrt_is_asked_whether_it_supports_the_gpu(
     on_machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU that fits by our rules, and that TensorRT does not support, is no reason to fail: ONNX Runtime draws."""
+    """A GPU that fits by our rules, and that TensorRT does not support, is no reason to fail: ONNX Runtime runs."""
     on_machine(machine(gpu=gpu(name="NVIDIA H100", compute_capability="9.0")))
     api = types.SimpleNamespace(why_invalid=lambda plan: "UNSUPPORTED_CC")
     monkeypatch.setattr(load, "load_api", lambda backend: api)

@@ -1,4 +1,4 @@
-"""What a plan was built for: names and keys that tell plans apart, and the part of a bundle that a plan covers."""
+"""Names of targets and keys of plans, and the part of a bundle that a target covers."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_names_are_names_of_folders(
 
 
 def test_a_target_in_words() -> None:
-    """What a user reads names the backend, its version, the GPUs and the images."""
+    """The description names the backend, its version, the GPUs and the images."""
     portable = target(version="1.7.1.116", shapes=shapes(1, 1024, 768))
     assert describe(portable) == "TensorRT-RTX 1.7.1.116, portable, 1 of 768 x 1024"
     bound = target(backend="tensorrt", version="10.8.0.43", stripped=True)
@@ -164,7 +164,7 @@ def is_inside(narrow: int | Range, wide: int | Range) -> bool:
 
 @given(part=inside, guided=st.booleans())
 def test_a_part_of_a_bundle_is_inside_it_and_fits_together(part: ImageShapes, guided: bool) -> None:
-    """A plan is built for these extents: outside the graph's it fails, and networks that disagree draw garbage."""
+    """A plan is built for these extents: outside the graph's it fails, and disagreeing components generate garbage."""
     bundle = manifest(guided=guided)
     narrow = narrowed(bundle, part)
     assert narrow.shapes == part
@@ -210,7 +210,7 @@ def test_a_part_of_a_part_is_a_part_of_the_whole(part: ImageShapes, within: st.D
     below=st.booleans(),
     part=inside,
 )
-def test_what_reaches_outside_is_refused_with_both(name: str, beyond: int, below: bool, part: ImageShapes) -> None:
+def test_what_reaches_outside_is_rejected_with_both(name: str, beyond: int, below: bool, part: ImageShapes) -> None:
     """However far outside: the message names the extent and the bundle's range, in one line."""
     wide, step = getattr(WIDE, name), 1 if name == "batch" else 8
     least = max(1, wide.min - step * beyond)
@@ -230,7 +230,7 @@ def test_what_reaches_outside_is_refused_with_both(name: str, beyond: int, below
     assert "\n" not in message
 
 
-def test_sides_that_are_no_whole_latents_are_refused() -> None:
+def test_sides_that_are_no_whole_latents_are_rejected() -> None:
     """A plan for 516 pixels would take 64 latents and give 512."""
     with pytest.raises(RequestError, match=r"height 516 is not a multiple of 8: take 512"):
         narrowed(manifest(), shapes(1, 516, 512))

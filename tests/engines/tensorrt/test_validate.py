@@ -79,7 +79,7 @@ def test_plans_for_other_gpus_are_not_run_on_this_one(
     assert validate_plan(api, unknown, bundle, "unet", specs, target, plan) is None
 
 
-def test_plans_of_other_networks_are_refused_by_their_tensors(
+def test_plans_of_other_networks_are_rejected_by_their_tensors(
     api: TensorRTApi, rtx_bundle: Path, plans: dict[str, Path]
 ) -> None:
     """Every plan under the name of every other network: the message names what the plan has not got."""
@@ -93,14 +93,14 @@ def test_plans_of_other_networks_are_refused_by_their_tensors(
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"garbage" * 10_000, b"ptrt" + bytes(1000)], ids=lambda c: str(len(c)))
-def test_garbage_is_refused(content: bytes, api: TensorRTApi, rtx_bundle: Path, tmp_path: Path) -> None:
-    """What a build that went wrong may leave: nothing, too little for a header, or no plan."""
+def test_garbage_is_rejected(content: bytes, api: TensorRTApi, rtx_bundle: Path, tmp_path: Path) -> None:
+    """A failed build may leave an empty file, too little for a header, or no plan."""
     (tmp_path / "unet.engine").write_bytes(content)
     unet = Bundle.load(rtx_bundle).component("unet")
     assert "unet.engine" in refusal(lambda: _check_file(api, tmp_path / "unet.engine", unet))
 
 
-def test_a_file_of_another_kind_is_refused(api: TensorRTApi, rtx_bundle: Path) -> None:
+def test_a_file_of_another_kind_is_rejected(api: TensorRTApi, rtx_bundle: Path) -> None:
     """The ONNX has all the names, and still is no plan."""
     bundle = Bundle.load(rtx_bundle)
     unet = bundle.component("unet")
@@ -128,7 +128,7 @@ def test_engines_of_one_graph_do_not_differ(encoder: OnnxRuntimeEngine, rtx_bund
 
 
 def test_other_weights_show(encoder: OnnxRuntimeEngine, rtx_bundle: Path, tmp_path: Path) -> None:
-    """The same graph with weights a tenth larger is refused, with output, error and what is allowed."""
+    """The same graph with weights a tenth larger is rejected, with output, error and what is allowed."""
     model = onnx.load(rtx_bundle / "text_encoder/model.onnx")
     for weight in model.graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT16 and len(weight.dims) == 2:
@@ -170,14 +170,14 @@ def one_nan(tensor: Tensor) -> Tensor:
     ],
     ids=["one nan", "infinite", "zero", "mixed up", "biased"],
 )
-def test_spoilt_numbers_are_refused(spoil: Callable[[Tensor], Tensor], encoder: OnnxRuntimeEngine) -> None:
+def test_spoilt_numbers_are_rejected(spoil: Callable[[Tensor], Tensor], encoder: OnnxRuntimeEngine) -> None:
     """NaN compares as neither larger nor smaller, on either side: it must not pass for small."""
     assert "hidden_states" in refusal(lambda: compare_engines("net", Broken(encoder, spoil), encoder))
     assert "hidden_states" in refusal(lambda: compare_engines("net", encoder, Broken(encoder, spoil)))
 
 
 def test_the_worst_error_is_returned(encoder: OnnxRuntimeEngine) -> None:
-    """What the manifest records: the largest error as a part of the largest value."""
+    """The manifest records the largest error relative to the largest value."""
 
     def nudge(tensor: Tensor) -> Tensor:
         flat = tensor.flatten()
