@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engines import Engine, Manifest
-from ..engines.cuda.graphed_engine import GraphedEngine
-from ..engines.cuda.graphs import Capture, GraphedFunction
+from ..engines.cuda.graphs import Capture, GraphedEngine, GraphedFunction
 from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
 from ..errors import EngineError, RequestError, one_line
