@@ -223,7 +223,7 @@ def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Pa
 
 
 def test_tensors_are_the_callers(sd15_bundle: Path) -> None:
-    """What was returned for "pt" is in order with the caller's stream, and later calls do not show in it."""
+    """Tensors returned for "pt" are in order with the caller's stream, and later calls do not change them."""
     pipe, _ = load(sd15_bundle)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

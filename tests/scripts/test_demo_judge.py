@@ -241,7 +241,7 @@ def test_an_even_image_scores_nothing(value: int):
 
 
 def test_unfinished_images_score_low():
-    """What too few steps leave (noise, mush, a pale average of two images) loses its score, the more the worse."""
+    """Images of too few steps (noise, mush, a pale average of two images) lose their score, the worse the more."""
     rng = np.random.default_rng(8)
     noisy = [to_bytes(p + rng.normal(0, 40, p.shape)) for p in IMAGES]
     mixed = [to_bytes((a + b.astype(float)) / 2) for a, b in zip(IMAGES, IMAGES[1:] + IMAGES[:1], strict=True)]

@@ -57,7 +57,7 @@ def test_the_work_of_fixed_graphs_is_what_torch_counts(sd15_bundle: Path, base) 
 
 
 def test_the_work_of_graphs_of_any_size_is_what_torch_counts(sdxl_dynamic_bundle: Path, base) -> None:
-    """Where shapes are computed in the graph: batches, and sizes that halve to other than whole numbers."""
+    """Shapes that are computed in the graph: batches, and sizes that do not halve to whole numbers."""
     bundle, pipe = Bundle.load(sdxl_dynamic_bundle), base(SDXL_REPO)
     latents, text = torch.zeros(2, 4, 13, 9), torch.zeros(2, 77, 64)
     added = {"text_embeds": torch.zeros(2, 32), "time_ids": torch.zeros(2, 6)}
@@ -224,7 +224,7 @@ def test_guidance_takes_two_rows_of_the_unet(sdxl_dynamic_bundle: Path) -> None:
 
 
 def test_weights_count_in_the_narrower_type(sd15_bundle: Path) -> None:
-    """What computes a float32 bundle in bfloat16 need not read four bytes a weight; a batch reads weights once."""
+    """Computing a float32 bundle in bfloat16 need not read four bytes per weight; a batch reads weights once."""
     bundle = Bundle.load(sd15_bundle)
     own, wide, narrow = (
         image_floor(bundle, 1, 64, 64, 2, Rates(NO_LIMIT, 1e9, itemsize))["step 1"] for itemsize in (None, 8, 2)
