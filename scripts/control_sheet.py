@@ -54,8 +54,8 @@ def generate(bundle: Path, prompts: Sequence[str], seed: int, photo: Image.Image
     edges = canny(photo)
     (name, *_) = pipe.manifest.controlnets
     columns = [
-        Column(("followed", "an image", ""), (photo,) * len(prompts)),
-        Column(("edges", "Canny, 100 and 200", ""), (edges,) * len(prompts)),
+        Column(("image", "to follow", ""), (photo,) * len(prompts)),
+        Column(("control image", "Canny, 100 and 200", ""), (edges,) * len(prompts)),
     ]
     for scale in SCALES:
         outputs = [
