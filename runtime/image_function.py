@@ -61,24 +61,6 @@ class ImageFunction:
         self.vae_decoder = engines["vae_decoder"]
         self.vae_tile = vae_tile
 
-    def settings(self, request: Request, output_type: str) -> GenerationSettings:
-        """The settings of a request; its values are inputs."""
-        steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
-        return GenerationSettings(
-            prompts=len(request.prompts),
-            images_per_prompt=request.num_images_per_prompt,
-            guidance_scale=request.guidance_scale if request.is_guided else 0.0,
-            zeroed_negatives=request.is_guided and self._zeroed_negatives(request),
-            num_inference_steps=request.num_inference_steps,
-            timesteps=request.timesteps,
-            eta=request.eta,
-            output_type=output_type,
-            controls=tuple(
-                tuple(control.name for control in request.controls if control.is_active(step, steps))
-                for step in range(steps)
-            ),
-        )
-
     def plan(self, settings: GenerationSettings) -> Plan:
         """The sampler's steps."""
         return self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
@@ -193,11 +175,3 @@ class ImageFunction:
         if self.vae_tile is None:
             return decode(scaled.contiguous())
         return tiled_decode(scaled, decode, self.vae_tile, scale=self.manifest.vae.spatial, least=least_latents(spec))
-
-    def _zeroed_negatives(self, request: Request) -> bool:
-        """Whether zeros stand for no negative prompt, as the base was trained."""
-        return (
-            self.family.has_zeroed_negatives
-            and self.manifest.force_zeros_for_empty_prompt
-            and request.negative_prompts is None
-        )

@@ -81,21 +81,6 @@ class OneGraphFunction:
         self.encoders = find_family(manifest.family).encoder_names
         self.dtype: torch.dtype = TORCH_DTYPES[engine.inputs[LATENTS].dtype]
 
-    def settings(self, request: Request, output_type: str) -> GenerationSettings:
-        """The settings of a request that :func:`fixed_params` completed."""
-        steps = len(self.sampler.timesteps(request.num_inference_steps, request.timesteps))
-        return GenerationSettings(
-            prompts=len(request.prompts),
-            images_per_prompt=request.num_images_per_prompt,
-            guidance_scale=0.0,
-            zeroed_negatives=False,
-            num_inference_steps=request.num_inference_steps,
-            timesteps=request.timesteps,
-            eta=request.eta,
-            output_type=output_type,
-            controls=((),) * steps,
-        )
-
     def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """No inputs: the graph holds its constants."""
         return {}

@@ -23,7 +23,7 @@ from .controls import PerControlNet, images_by_name, make_conditions
 from .denoiser import Denoiser
 from .one_graph_function import fixed_params
 from .params import Params, decide
-from .request import GenerationSettings, Request
+from .request import GenerationSettings, Request, make_settings
 from .runner import AfterStep, Call, make_one_graph_runner, make_runner
 from .text import ClipTokenizer, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
@@ -235,7 +235,7 @@ class Pipeline:
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
         request, clock = self.decide(params), Clock()
         generator, used_seed = _random_numbers(request, params.generator)
-        settings = self._runner.function.settings(request, params.output_type)
+        settings = make_settings(self.manifest, request, params.output_type)
         with clock.stage("tokenize"):
             tokenized = self._tokenize(request, settings)
         conditions: dict[str, Tensor] = {}

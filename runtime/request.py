@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..engines import Manifest
+from ..families import find_family
 from .controls import Control
 
 
@@ -79,3 +81,23 @@ class GenerationSettings:
     def controlnets(self) -> tuple[str, ...]:
         """The ControlNets that act on some step."""
         return tuple(dict.fromkeys(name for names in self.controls for name in names))
+
+
+def make_settings(manifest: Manifest, request: Request, output_type: str) -> GenerationSettings:
+    """The settings of a request; its other values are inputs."""
+    # Zeros stand for no negative prompt where the base was trained with them.
+    zeroed = find_family(manifest.family).has_zeroed_negatives and manifest.force_zeros_for_empty_prompt
+    return GenerationSettings(
+        prompts=len(request.prompts),
+        images_per_prompt=request.num_images_per_prompt,
+        guidance_scale=request.guidance_scale if request.is_guided else 0.0,
+        zeroed_negatives=request.is_guided and zeroed and request.negative_prompts is None,
+        num_inference_steps=request.num_inference_steps,
+        timesteps=request.timesteps,
+        eta=request.eta,
+        output_type=output_type,
+        controls=tuple(
+            tuple(control.name for control in request.controls if control.is_active(step, request.steps))
+            for step in range(request.steps)
+        ),
+    )

@@ -59,7 +59,7 @@ class Runner:
 
     Args:
         manifest: the bundle's.
-        function: makes the settings and inputs of a call, and images of them.
+        function: makes the inputs of a call, and images of them.
         text: tokenizes and encodes prompts.
         stages: the same function, if its stages can run one by one; None for a one-graph.
         whole: a whole image in one run: a one-graph, or CUDA graphs; None where only stages run.
