@@ -212,7 +212,7 @@ def test_one_engine_that_cannot_be_recorded_is_enough(sd15_bundle: Path) -> None
     graphed, _, capture = make_pipes(sd15_bundle)
     engines = dict(graphed.engines)
     setattr(engines["vae_decoder"], "capturable", False)  # noqa: B010
-    pipe = Pipeline(graphed.manifest, engines, graphed.text._tokenizers, capture=capture)
+    pipe = Pipeline(graphed.manifest, engines, graphed.tokenizers, capture=capture)
     for i in range(4):
         assert "denoise" in pipe(PROMPT, seed=i).timings
     assert capture.image_captures == 0

@@ -213,7 +213,7 @@ def test_a_pipeline_decodes_in_tiles(sdxl_dynamic_bundle: Path) -> None:
     arguments = {"num_inference_steps": 8, "seed": 0, "guidance_scale": 1.0, "height": 96, "width": 96}
     whole, tiled = (Pipeline.load(sdxl_dynamic_bundle, vae_tile=tile) for tile in (None, 64))
     latents = whole(PROMPT, output_type="latent", **arguments).images
-    decoder = tiled.vae_decoder
+    decoder = tiled.engines["vae_decoder"]
     seen: list[tuple[int, ...]] = []
     run = decoder.run
     with pytest.MonkeyPatch.context() as patch:
