@@ -33,8 +33,9 @@ def make_sampler(kind: str, **config: Any) -> Sampler:
     Raises:
         RequestError: the kind or a key is not known, or a value is out of range.
 
-    >>> make_sampler("tcd").timesteps(4)
-    [999, 759, 499, 259]
+    Examples:
+        >>> make_sampler("tcd").timesteps(4)
+        [999, 759, 499, 259]
     """
     sampler = find_sampler(kind)
     return sampler(scheduler_config(config, sampler.defaults))

@@ -19,14 +19,18 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "benchmarks.md": "benchmarks/README.md"}
-PACKAGES = ("hypersd.runtime", "hypersd.export", "hypersd.engines", "hypersd.samplers", "hypersd.families")
-#: public names that a package does not export, by module; None stands for its exceptions
-MODULES = {
+#: public names by module, in the order of the page; without names all that the module exports, or its exceptions
+PYTHON: dict[str, tuple[str, ...]] = {
+    "hypersd.runtime": (),
     "hypersd.runtime.params": ("Params",),
     "hypersd.runtime.request": ("Request",),
     "hypersd.runtime.image_files": ("open_image", "fit"),
     "hypersd.runtime.control_images": ("canny", "scribble", "preprocess"),
-    "hypersd.errors": None,
+    "hypersd.errors": (),
+    "hypersd.export": (),
+    "hypersd.engines": (),
+    "hypersd.samplers": (),
+    "hypersd.families": (),
 }
 LIVE = """
 ## GET /v1/live
@@ -161,25 +165,25 @@ def checkpoints() -> str:
 
 
 def python_names() -> str:
-    """A page that mkdocstrings fills: the public names under the modules that export them, and whole modules."""
-    lines = ["# Python", "", "All public names. Errors are subclasses of `hypersd.HyperSDError`.", ""]
+    """A page that mkdocstrings fills: the public names under the modules that have them."""
+    lines = ["# Python", "", "All public names. `Pipeline` and `HyperSDError` can also be imported from `hypersd`.", ""]
     done: set[str] = set()
-    for package in PACKAGES:
-        module = importlib.import_module(package)
-        values = [getattr(module, name) for name in getattr(module, "__all__", ())]
-        places = {f"{v.__module__}.{v.__qualname__}" for v in values if inspect.isclass(v) or inspect.isfunction(v)}
-        if new := sorted(places - done):
-            lines += [f"## {package}", "", *(line for place in new for line in _member(place))]
-        done |= places
-    for name, names in MODULES.items():
+    for name, members in PYTHON.items():
         module = importlib.import_module(name)
-        places = [f"{name}.{member}" for member in names or _exceptions(module)]
-        lines += [f"## {name}", "", *(line for place in places for line in _member(place))]
+        values = [getattr(module, member) for member in members or _public(module)]
+        places = [f"{v.__module__}.{v.__qualname__}" for v in values if inspect.isclass(v) or inspect.isfunction(v)]
+        new = [place for place in places if place not in done]
+        lines += [f"## {name}", "", *(line for place in new for line in _member(place))]
+        done |= {*places}
     return "\n".join(lines)
 
 
-def _exceptions(module: ModuleType) -> list[str]:
-    return [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Exception)]
+def _public(module: ModuleType) -> list[str]:
+    """The names that a package exports, or the exceptions of a module."""
+    exceptions = [
+        name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Exception)
+    ]
+    return getattr(module, "__all__", exceptions)
 
 
 def _member(place: str) -> list[str]:
