@@ -1,13 +1,15 @@
-"""Argument types and options that several commands share, and command lines to copy."""
+"""Options and argument types that several commands share, and command lines for the user to copy."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 BUNDLE_HELP = "the folder that `hypersd export` wrote"
+LEVELS = range(6)
 
 
 def folder(text: str) -> Path:
@@ -36,7 +38,7 @@ def quoted(path: Path) -> str:
 
 
 def build_command(bundle: Path, *options: str) -> str:
-    """Command line that builds a bundle's engines. The bundle comes first: some options take all words that follow."""
+    """The command line that builds a bundle's engines; the bundle is first, because some options take several words."""
     return " ".join(["hypersd build", quoted(bundle), *map(shlex.quote, options)])
 
 
@@ -53,3 +55,91 @@ def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
         choices=["fp32", "bf16"],
         help="OpenVINO only: compute type (default: bf16 where the processor supports it natively, else fp32)",
     )
+
+
+def add_image_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the settings of an image that `generate` and `batch` share."""
+    parser.add_argument("--steps", type=int, metavar="N", help="a number that the checkpoint was distilled for")
+    parser.add_argument("--eta", type=float, help="0..1, stochasticity")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="classifier-free guidance; 1 or less turns it off"
+    )
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="text that guidance moves away from; needs guidance above 1"
+    )
+    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
+
+
+def add_allow_random_weights(parser: argparse.ArgumentParser) -> None:
+    """Add `--allow-random-weights`."""
+    parser.add_argument(
+        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser, hint: str = "") -> None:
+    """Add the options of TensorRT engines; ``hint`` ends the message about a bad value."""
+    group = parser.add_argument_group("engines")
+    group.add_argument(
+        "--compute-capability",
+        nargs="+",
+        type=_capability_type(hint),
+        metavar="X.Y",
+        help="TensorRT-RTX: build for these GPUs alone, such as 8.9 12.0 (default: portable, for all RTX GPUs)",
+    )
+    group.add_argument(
+        "--optimization-level",
+        type=int,
+        choices=LEVELS,
+        metavar="0..5",
+        help="0 builds quickest, 5 makes the fastest engines (default: TensorRT's own)",
+    )
+    group.add_argument(
+        "--strip-weights",
+        action="store_true",
+        help="leave the weights out: small engines, which take them from the ONNX files at every load; needs a GPU",
+    )
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="TensorRT: kernel timings that builds on one kind of GPU share (default: one in the cache folder)",
+    )
+
+
+def _capability_type(hint: str) -> Callable[[str], str]:
+    """Make a parser of a compute capability; ``hint`` ends its error message."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(r"\d{1,2}\.\d", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability: expected e.g. 8.9{hint}")
+        return text
+
+    return parse
+
+
+def span_type(hint: str = "") -> Callable[[str], tuple[str, tuple[int, int, int]]]:
+    """Make a parser of a dimension's range; ``hint`` ends its error message."""
+
+    def parse(text: str) -> tuple[str, tuple[int, int, int]]:
+        from ..errors import RequestError
+        from ..export.shapes import parse_dynamic
+
+        try:
+            return parse_dynamic(text)
+        except RequestError:
+            form = "expected batch, height or width as NAME=MIN:OPT:MAX"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a range: {form}{hint}") from None
+
+    return parse
+
+
+def option_words(args: argparse.Namespace) -> list[str]:
+    """The engine options that were given, as words of a command."""
+    words = []
+    for name in ("compute_capability", "optimization_level", "strip_weights", "timing_cache"):
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:  # 0 is a level
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [option, *map(str, values)]
+    return words

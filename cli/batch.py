@@ -1,8 +1,8 @@
 """Generate the images of a file of prompts, on all GPUs of a Ray cluster.
 
-FILE has a prompt a line, or is named *.jsonl and has an object a line with the fields of a request to `hypersd serve`,
-such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png. Started again, it generates what is
-missing or would be another image now; images.jsonl in the folder lists them all.
+FILE has one prompt per line, or is named *.jsonl and has one object per line with the fields of a request to `hypersd
+serve`, such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png; images.jsonl in the output
+folder lists them. A second run generates only images that are missing or have changed settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_backend, folder, size, size_word
+from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, size_word
 
 if TYPE_CHECKING:
     from ..cluster.batch_run import ActorOptions
@@ -24,19 +24,15 @@ INDEX_NAME = "images.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundle, the prompts, settings for lines that have none of their own, and who draws."""
+    """Add the bundle, the prompts, the settings of lines without their own, and the workers."""
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
-    parser.add_argument("prompts", type=Path, metavar="FILE", help="a prompt a line, or *.jsonl")
-    parser.add_argument("-o", "--output", type=folder, required=True, metavar="FOLDER", help="where images go")
-    parser.add_argument("--seed", type=int, default=0, help="of line 1; line i has seed SEED+i-1 (default: 0)")
-    parser.add_argument("--count", type=int, metavar="N", help="images of each line, with consecutive seeds")
-    parser.add_argument("--steps", type=int, metavar="N", help="one of those that the checkpoint was distilled for")
-    parser.add_argument("--eta", type=float, help="0..1, stochasticity")
-    parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance; 1 or less means none")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from, with guidance above 1")
-    parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
+    parser.add_argument("prompts", type=Path, metavar="FILE", help="one prompt per line, or *.jsonl")
+    parser.add_argument("-o", "--output", type=folder, default=Path("images"), metavar="FOLDER", help="default: images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of line 1; line i has seed SEED+i-1 (default: 0)")
+    parser.add_argument("--count", type=int, metavar="N", help="images per line, with consecutive seeds (default: 1)")
+    add_image_settings(parser)
     add_backend(parser, "as for generate (default: auto)")
-    parser.add_argument("--address", help="of the Ray cluster (default: this machine's, or one of its own)")
+    parser.add_argument("--address", help="of the Ray cluster (default: the one of this machine, or a new one)")
     parser.add_argument("--actors", type=int, metavar="N", help="workers (default: one for each GPU, else one)")
     parser.add_argument(
         "--num-gpus", type=float, metavar="X", help="GPUs of each actor, 0 for the CPU (default: 1 if there are any)"
@@ -44,13 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="images generated at once on a GPU (default: 8)"
     )
-    parser.add_argument(
-        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
-    )
+    add_allow_random_weights(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw what is missing; images that fail are told of at the end, and the exit code is 1 then."""
+    """Generate the missing images; failed images are reported at the end, with exit code 1."""
     from ..cluster.jobs import read_jobs
     from ..engines import Bundle
     from ..engines.files import lock_file
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             if missing:
                 _generate(args, missing, errors)
-        finally:  # also of what an interruption left
+        finally:  # also after an interruption
             _write_index(args.output, jobs, errors)
     _say_end(args, jobs, errors)
 
@@ -90,12 +84,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of a request, for lines that do not have them."""
+    """Fields of a request for lines without them."""
     fields = {
         "n": args.count,
         "steps": args.steps,
         "eta": args.eta,
-        "guidance_scale": args.guidance,
+        "guidance_scale": args.guidance_scale,
         "negative_prompt": args.negative_prompt,
         "size": size_word(args.size),
     }
@@ -106,17 +100,17 @@ def _say_found(args: argparse.Namespace, jobs: Sequence[PromptJob], missing: Seq
     from .console import err
 
     changed = sum((args.output / job.file).exists() for job in missing)
-    line = f"{len(jobs)} images: {len(jobs) - len(missing)} are there, {len(missing)} to generate"
+    line = f"{len(jobs)} images: {len(jobs) - len(missing)} exist, {len(missing)} to generate"
     if changed:
-        line += f", {changed} of them because they would be others now"
+        line += f", {changed} of them again because their settings changed"
     strangers = {path.name for path in args.output.glob("*.png")} - {job.file for job in jobs}
     if strangers:
-        line += f"; {len(strangers)} more in {args.output} are of no line of {args.prompts}"
+        line += f"; {len(strangers)} more in {args.output} belong to no line of {args.prompts}"
     err().print(line, markup=False, soft_wrap=True)
 
 
 def _generate(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: dict[str, str]) -> None:
-    """Draw and write images; ``errors`` gets those that failed, by the image's name."""
+    """Generate and write images; ``errors`` gets the failures by the image's name."""
     from ..cluster.batch_run import connect, generate_jobs
     from ..engines.files import write_whole
     from ..errors import disk_errors
@@ -164,7 +158,7 @@ def _write_index(output: Path, jobs: Sequence[PromptJob], errors: Mapping[str, s
 
 
 def _say_end(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: Mapping[str, str]) -> None:
-    """Where the images are; or an error if some failed."""
+    """Print where the images are, or raise an error if some failed."""
     from ..errors import HyperSDError
     from .console import err, out
 
@@ -172,7 +166,5 @@ def _say_end(args: argparse.Namespace, jobs: Sequence[PromptJob], errors: Mappin
     for name, message in errors.items():
         err().print(f"{args.prompts} line {by_name[name].line}: {message}", markup=False, soft_wrap=True)
     if errors:
-        raise HyperSDError(
-            f"{len(errors)} of {len(jobs)} images failed; the same command tries them again, and only them"
-        )
+        raise HyperSDError(f"{len(errors)} of {len(jobs)} images failed; the same command tries only these again")
     out().print(f"{args.output}  {len(jobs)} images, listed in {INDEX_NAME}", markup=False, soft_wrap=True)

@@ -1,11 +1,11 @@
-"""What commands print with: results to stdout, progress and remarks to stderr; bars on a terminal only."""
+"""Output of commands: results to stdout, progress and remarks to stderr; bars only on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -20,11 +20,15 @@ from rich.progress import (
 
 from ..errors import HyperSDError
 
+if TYPE_CHECKING:
+    from ..engines.load import Choice
+    from ..runtime import Pipeline
+
 PIPE_WIDTH = 200  # columns where there is no terminal, so that a table's row stays one line
 
 
 class _Results(Console):
-    """Ends the command when its reader, such as `head`, has seen enough, and says so when it cannot be written."""
+    """Ends the command when its reader, such as `head`, has closed the pipe; reports output that cannot be written."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -35,12 +39,12 @@ class _Results(Console):
             raise HyperSDError(f"the output cannot be written: {error.strerror or error}") from error
 
     def on_broken_pipe(self) -> None:
-        """Rich calls this while it handles the error, and would take it for a failure."""
+        """Rich calls this while it handles the error: let the error through."""
         raise
 
 
 class _Remarks(Console):
-    """Falls silent when nobody reads it: work that takes minutes is not given up for its progress."""
+    """Falls silent when nobody reads it: work of minutes must not end because of its progress lines."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -69,7 +73,7 @@ def _width(stream: TextIO | None) -> int | None:
 
 @contextlib.contextmanager
 def spinner(text: str) -> Iterator[None]:
-    """Shows that something of unknown length is going on."""
+    """Show a spinner while the body runs."""
     console = err()
     with console.status(text) if console.is_terminal else contextlib.nullcontext():
         yield
@@ -77,7 +81,7 @@ def spinner(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def step_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of ``total`` steps; what is given advances it by one."""
+    """Show a bar of ``total`` steps; the value is a function that advances it by one."""
     console = err()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -113,10 +117,9 @@ class DownloadBar:
 
 
 class StageLines:
-    """Shows long work's stages: a spinner or a bar while one runs, a line with its seconds when it is done.
+    """Shows the stages of long work: a spinner or a bar while one runs, a line with its seconds when it is done.
 
-    It is what :class:`hypersd.export.progress.ExportProgress` and :class:`hypersd.engines.progress.BuildProgress` ask
-    for.
+    It implements :class:`hypersd.export.progress.ExportProgress` and :class:`hypersd.engines.progress.BuildProgress`.
     """
 
     def __init__(self) -> None:
@@ -133,7 +136,7 @@ class StageLines:
         if self._display is None:
             return
         task = self._display.tasks[0]
-        if task.total is None:  # the stage tells how far it is: a bar instead of the spinner
+        if task.total is None:  # the stage reports its fraction: a bar replaces the spinner
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -158,14 +161,14 @@ class StageLines:
         self._display.start()
 
     def hide(self) -> None:
-        """Take the spinner or the bar away."""
+        """Remove the spinner or the bar."""
         if self._display is not None:
             self._display.stop()
             self._display = None
 
 
 class StageNotes(StageLines):
-    """Shows stages while they run and keeps what they said at their ends, for work that is told of in one line."""
+    """Shows stages while they run and keeps their notes, for work that is reported in one line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,3 +178,61 @@ class StageNotes(StageLines):
         self.hide()
         if note:
             self.notes.append(note)
+
+
+def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> None:
+    """Print which backend runs on which device, which targets were passed over, and a backend that may be faster."""
+    choice, console = pipe.choice, err()
+    assert choice is not None  # every loaded pipeline has one
+    if choice.passed_over and choice.target is None:
+        reasons = _each_once(choice.passed_over)
+        console.print(f"TensorRT engines passed over: {reasons}", markup=False, soft_wrap=True)
+    one_graph = f", {pipe.one_graph}" if pipe.one_graph else ""
+    line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}{one_graph}, loaded in {seconds:.2f} s"
+    if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
+        unkept = "; " in compiled[0]
+        line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
+    is_slow = choice.backend == "onnxruntime" and pipe.device.type == "cpu" and not pipe.one_graph
+    if auto and is_slow and _openvino_is_faster():
+        line += "; --backend openvino is faster here, in bfloat16"
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _openvino_is_faster() -> bool:
+    """Whether it is installed and this processor has native bfloat16: several times faster than ONNX Runtime."""
+    from ..engines.openvino import has_native_bf16, is_installed
+
+    return is_installed() and has_native_bf16()
+
+
+def _each_once(reasons: Mapping[str, str]) -> str:
+    """Reasons why targets cannot run: those of all targets, then those of some, with their names."""
+    targets: dict[str, list[str]] = {}
+    for name, text in reasons.items():
+        for reason in text.split("; "):
+            targets.setdefault(reason, []).append(name)
+    of_all = [reason for reason, names in targets.items() if len(names) == len(reasons)]
+    of_some = [f"{', '.join(names)}: {reason}" for reason, names in targets.items() if len(names) < len(reasons)]
+    return "; ".join(of_all + of_some)
+
+
+def _where(pipe: Pipeline) -> str:
+    if pipe.device.type != "cuda":
+        return str(pipe.device)
+    import torch
+
+    return f"{pipe.device} ({torch.cuda.get_device_name(pipe.device)})"
+
+
+def _backend(choice: Choice) -> str:
+    """The backend's title, with the version that built its engines."""
+    from ..engines.tensorrt.api import TITLES
+
+    if choice.precision is not None:
+        from ..engines.openvino import openvino_version
+
+        return f"OpenVINO {openvino_version()} in {choice.precision}"
+    if choice.target is None:
+        return "ONNX Runtime"
+    target = choice.manifest.engines[choice.target]
+    return f"{TITLES[target.backend]} {target.version}"

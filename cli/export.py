@@ -1,12 +1,12 @@
 """Export a checkpoint to a bundle.
 
-Downloads what is missing, fuses the LoRA into the UNet, traces every network to ONNX, checks each against torch on
-ONNX Runtime, and writes the bundle; then builds TensorRT engines with what is installed (--backend). Interrupted, it
-goes on where it stopped; done, it says so.
+Downloads missing files, fuses the LoRA into the UNet, traces every component to ONNX, compares each with torch on ONNX
+Runtime, and writes the bundle; then builds TensorRT engines if TensorRT is installed (--backend). An interrupted export
+continues where it stopped.
 
-Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold) or from local files; those of the
-demonstration checkpoints lie in the clone. With --random-weights nothing is downloaded: see what a checkpoint costs on
-this machine before you fetch it (`hypersd bench`).
+Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME apply) or from local files; the clone
+contains the weights of the demonstration checkpoints. --random-weights downloads nothing: `hypersd bench` then shows
+the cost of a checkpoint on this machine before you download it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from .arguments import build_command, folder, quoted, size
-from .engine_options import add_engine_options, option_words, span_type
+from .arguments import add_engine_options, build_command, folder, option_words, quoted, size, span_type
 
 if TYPE_CHECKING:
     from ..engines import BuildOptions, Bundle
     from ..export.checkpoints import Checkpoint
     from ..export.exporter import ExportOptions
+    from .build import Builder
     from .console import StageLines
-    from .engine_options import Builder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to export, from what, how and where to."""
+    """Add the checkpoint, its sources, the form of the bundle and the options of engines."""
     parser.add_argument("--ckpt", required=True, metavar="NAME", help="a checkpoint that `hypersd list` shows")
     parser.add_argument(
         "--out",
@@ -36,51 +35,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the bundle (default: bundles/NAME, with random weights NAME-random)",
     )
     parser.add_argument("--replace", action="store_true", help="replace a bundle made from other inputs")
-    sources = parser.add_argument_group("sources")
-    sources.add_argument(
+    _add_sources(parser.add_argument_group("sources"))
+    _add_form(parser.add_argument_group("bundle"))
+    _add_extras(parser.add_argument_group("additions"))
+    add_engine_options(parser)
+
+
+def _add_sources(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--base",
         metavar="WHERE",
         help="Hub repository, diffusers folder or single-file checkpoint (default: the checkpoint's)",
     )
-    sources.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
-    sources.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
-    sources.add_argument(
-        "--lora", metavar="FILE", help="local file instead of its own (for the one-step UNet: that UNet's file)"
+    group.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
+    group.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
+    group.add_argument(
+        "--lora", metavar="FILE", help="local file instead of the published one (for the one-step UNet: that UNet)"
     )
-    sources.add_argument(
-        "--lora-scale", type=float, default=1.0, metavar="X", help="its strength, such as 0.8 (default: 1)"
+    group.add_argument(
+        "--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA, such as 0.8 (default: 1)"
     )
-    sources.add_argument(
+    group.add_argument(
         "--vae",
         metavar="WHERE",
-        help="Hub repository or folder; `tiny` for TAESD (default: the base's; fixed one for fp16 SDXL)",
+        help="Hub repository or folder; `tiny` for TAESD (default: the base's; the fixed one for fp16 SDXL)",
     )
-    sources.add_argument(
+    group.add_argument(
         "--controlnet",
         action="append",
         default=[],
         metavar="WHERE",
         help="Hub repository or folder of a ControlNet for the bundle, or NAME=WHERE; may be given more than once",
     )
-    sources.add_argument(
+    group.add_argument(
         "--random-weights",
         action="store_true",
         help="download nothing: random weights in the published architecture, for measurements; images are noise",
     )
-    form = parser.add_argument_group("bundle")
-    form.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="of all networks (default: fp16)")
-    form.add_argument(
+
+
+def _add_form(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision", choices=["fp16", "fp32"], default="fp16", help="of all components (default: fp16)"
+    )
+    group.add_argument(
         "--size", type=size, metavar="WxH", help="width and height in pixels (default: the base's training size)"
     )
-    form.add_argument("--batch", type=int, metavar="N", help="images per run of a network (default: 1)")
-    form.add_argument(
+    group.add_argument("--batch", type=int, metavar="N", help="images per run of a component (default: 1)")
+    group.add_argument(
         "--dynamic",
         nargs="*",
         type=span_type(),
         metavar="DIM=MIN:OPT:MAX",
-        help="let batch, height or width vary; with no values all three: batch 1 to 4, sides half to one and a half",
+        help="let batch, height or width vary; without values all three: batch 1 to 4, sides half to one and a half",
     )
-    form.add_argument(
+
+
+def _add_extras(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--one-graph",
         nargs="+",
         type=int,
@@ -88,32 +100,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="add a graph of the whole image for each number of steps: tokens and noise in, pixels out",
     )
-    form.add_argument(
+    group.add_argument(
         "--backend",
         choices=["auto", "none", "tensorrt", "tensorrt-rtx"],
         default="auto",
-        help="build TensorRT engines too; auto takes what is installed, and none if nothing is (default: auto)",
+        help="build TensorRT engines too; auto: with the TensorRT that is installed, if any (default: auto)",
     )
-    form.add_argument(
+    group.add_argument(
         "--triton",
         type=folder,
         metavar="FOLDER",
-        help="add the bundle to a model repository for Triton Inference Server; it is read where it is",
+        help="add the bundle to a model repository for Triton Inference Server; the bundle stays where it is",
     )
-    add_engine_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export, and say what to do next."""
+    """Export the bundle with its additions, and print the next command."""
     from ..errors import RequestError
     from ..export.checkpoints import find_checkpoint
+    from .build import make_build_options, say_next, say_target
     from .console import StageLines, err, out
-    from .engine_options import make_build_options, say_next, say_target
 
-    checkpoint = find_checkpoint(args.ckpt)  # a misspelt name is answered at once, before torch is loaded
+    checkpoint = find_checkpoint(args.ckpt)  # reports a misspelt name before torch is loaded
     build_options = make_build_options(args)
     if args.backend == "none" and (given := option_words(args)):
-        raise RequestError(f"{given[0]} says how to build engines, --backend none builds none: leave one of them out")
+        raise RequestError(f"{given[0]} is for engines, but --backend none builds none: leave one of them out")
     _check_one_graphs(checkpoint, args)
     _check_triton(args)
     began = time.perf_counter()
@@ -127,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = _add_one_graphs(bundle, args.one_graph, progress)
     if builder is not None:
         if bundle.manifest.one_graphs:
-            line = "the engines are those of the separate networks; one-graphs run on ONNX Runtime and OpenVINO"
+            line = "the engines are of the separate components; one-graphs run on ONNX Runtime and OpenVINO"
             err().print(line, markup=False, soft_wrap=True)
         bundle = _build(bundle, args, build_options, progress)
         target = builder.target(bundle, build_options)
@@ -141,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_one_graphs(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse graphs of the whole image that cannot be, before the export takes minutes."""
+    """Reject impossible one-graphs before the export takes minutes."""
     if not args.one_graph:
         return
     from ..errors import RequestError
@@ -164,7 +175,7 @@ def _add_one_graphs(bundle: Bundle, steps: list[int], progress: StageLines) -> B
         bundle = add_one_graph(bundle, number, progress=progress)
     for name, one_graph in bundle.manifest.one_graphs.items():
         size = bundle.manifest.files[one_graph.network.onnx].size
-        line = f"{name}: {size / 1e6:,.1f} MB, its weights are those of the other networks"
+        line = f"{name}: {size / 1e6:,.1f} MB, it shares the weights of the components"
         out().print(line, markup=False, soft_wrap=True)
     return bundle
 
@@ -177,7 +188,7 @@ def _check_triton(args: argparse.Namespace) -> None:
 
 
 def _write_triton(bundle: Bundle, args: argparse.Namespace) -> None:
-    """Add the bundle to a model repository for Triton, and say what is to be run."""
+    """Add the bundle to a model repository for Triton, and print the command that serves it."""
     if args.triton is None:
         return
     from ..triton_backend.repository import write_repository
@@ -215,9 +226,9 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
 
 
 def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, str]:
-    """What to build with, or why there is nothing; what cannot be is refused before the export takes minutes."""
+    """The builder, or the reason why there is none; impossible options are rejected before the export takes minutes."""
     from ..errors import DeviceError
-    from .engine_options import find_builder
+    from .build import find_builder
 
     if backend == "none":
         return None, ""
@@ -232,20 +243,20 @@ def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, 
 
 
 def _build(bundle: Bundle, args: argparse.Namespace, options: BuildOptions, progress: StageLines) -> Bundle:
-    """Build the engines; however that ends, the user learns that the bundle itself is there."""
+    """Build the engines; a failure tells the user that the bundle itself is complete."""
     from ..engines import build_engines
     from ..errors import BundleError, HyperSDError
 
-    kept = f"{bundle.root} is complete without engines, those that are finished are kept"
+    kept = f"{bundle.root} is complete without engines, and finished engines are kept"
     try:
         return build_engines(bundle, args.backend, options, progress)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{kept}: the same command goes on from there") from None
+        raise KeyboardInterrupt(f"{kept}: the same command continues from there") from None
     except BundleError:
         raise  # the bundle is damaged
     except HyperSDError as error:
         command = build_command(bundle.root, "--backend", args.backend, *option_words(args))
-        raise type(error)(f"{error}; {kept}; go on with: {command}") from error
+        raise type(error)(f"{error}; {kept}; continue with: {command}") from error
 
 
 def _say_bundle(bundle: Bundle, seconds: float) -> None:

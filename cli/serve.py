@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, add_backend, folder
+from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, folder
 
 if TYPE_CHECKING:
     from ..serve.settings import ServeSettings
@@ -20,12 +20,12 @@ MEGABYTE = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The bundles, where to listen, what draws, and the limits."""
+    """Add the bundles, the address, the engines and the limits."""
     parser.add_argument("bundles", type=folder, nargs="+", metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any free port (default: 8000)")
     parser.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="requests must present the bearer token that is in it"
+        "--token-file", type=Path, metavar="FILE", help="requests must present the bearer token in this file"
     )
     add_backend(parser, "as for generate (default: auto)")
     parser.add_argument(
@@ -39,21 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="images generated at once on a GPU (default: 8)"
     )
-    parser.add_argument("--max-count", type=int, default=8, metavar="N", help="images of one request (default: 8)")
+    parser.add_argument("--max-count", type=int, default=8, metavar="N", help="images per request (default: 8)")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="then a request is given up (default: 60)"
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="longest time for a request (default: 60)"
     )
     parser.add_argument("--max-prompt", type=int, default=2000, metavar="N", help="characters (default: 2000)")
     parser.add_argument(
-        "--max-body-mb", type=float, default=8.0, metavar="MB", help="of a request, images included (default: 8)"
+        "--max-body-mb", type=float, default=8.0, metavar="MB", help="size of a request, images included (default: 8)"
     )
-    parser.add_argument(
-        "--allow-random-weights", action="store_true", help="accept a bundle of random weights, whose images are noise"
-    )
+    add_allow_random_weights(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until SIGTERM or Ctrl-C, which lets running work end."""
+    """Serve until SIGTERM or Ctrl-C; running work is finished."""
     settings = _settings(args)
     from ..engines import Bundle
     from ..serve.calls import keep_prompts_out_of_the_log
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     def say(address: str) -> None:
         from .console import err
 
-        line = f"serving {names} on {address} (the page; the API is at {address}v1, figures at {address}metrics)"
+        line = f"serving {names} on {address} (the page; the API is at {address}v1, metrics at {address}metrics)"
         err().print(line, markup=False, soft_wrap=True, highlight=False)
 
     run_server(service, settings, args.host, args.port, say)
@@ -86,7 +84,7 @@ def _settings(args: argparse.Namespace) -> ServeSettings:
     """The limits.
 
     Raises:
-        RequestError: one is out of range, or the file has no token in it.
+        RequestError: a limit is out of range, or the token file is empty.
     """
     from ..errors import RequestError
     from ..samplers.numbers import real_number, whole_number

@@ -96,7 +96,7 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        bundle: str | Path,
+        bundle: Bundle | str | Path,
         backend: str = "auto",
         device: str = "auto",
         target: str | None = None,
@@ -109,7 +109,7 @@ class Pipeline:
         """Load a bundle.
 
         Args:
-            bundle: the folder that ``hypersd export`` wrote.
+            bundle: the folder that ``hypersd export`` wrote, or a loaded bundle.
             backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` takes TensorRT
                 engines of the bundle that can run here, else ONNX Runtime, and :attr:`choice` says which and why.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
@@ -128,7 +128,7 @@ class Pipeline:
             EngineError: the backend or device cannot be used here.
             RequestError: ``vae_tile`` is none that the decoder takes.
         """
-        opened = Bundle.load(bundle)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         tokenizers = load_tokenizers(opened)
         for name in (*tokenizers, "unet", "vae_decoder"):
             opened.component(name)

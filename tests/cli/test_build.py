@@ -323,7 +323,7 @@ def test_shapes_that_the_bundle_has_not(spans, expected: str, wide_manifest) -> 
 
 @pytest.mark.parametrize("command", ["build", "export"])
 def test_ctrl_c_while_building(command: str, export_arguments: list[str], sd15_bundle: Path, copy) -> None:
-    """It ends with 130 and one line that says what is kept; the next run goes on from there."""
+    """It ends with 130 and one line that says what is kept; the next run continues from there."""
     bundle = copy(sd15_bundle)
     words = {
         "build": ["build", str(bundle), "--backend", "tensorrt-rtx"],
@@ -454,8 +454,8 @@ def test_a_build_that_fails_after_the_export(exported: list[object], capsys: pyt
     out, err = run(capsys, *damaged, code=1)
     last = err.splitlines()[-1]
     assert last.startswith("hypersd: error: unet: ")
-    assert f"{bundle} is complete without engines, those that are finished are kept; go on with: " in last
-    words = shlex.split(last.partition("go on with: hypersd ")[2])
+    assert f"{bundle} is complete without engines, and finished engines are kept; continue with: " in last
+    words = shlex.split(last.partition("continue with: hypersd ")[2])
     assert words == ["build", str(bundle), "--backend", "tensorrt-rtx", *options]
     assert [line.split()[0] for line in out.splitlines()] == ["bundle"]
 

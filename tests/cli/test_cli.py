@@ -64,6 +64,19 @@ def test_generate_writes_a_image_with_its_settings(
     assert [path.name for path in output.parent.iterdir()] == ["cat.png"], "no temporary file stays"
 
 
+def test_generate_reads_the_manifest_once(sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking a bundle takes a look at every file of it: once is enough."""
+    reads, read_bytes = [], Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        reads.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    assert main(["generate", str(sd15_bundle), "a cat", "--count", "2", "-o", str(tmp_path / "cat.png")]) == 0
+    assert reads.count("bundle.json") == 1
+
+
 def test_count_makes_a_contact_sheet_of_single_images(sd15_bundle: Path, tmp_path: Path) -> None:
     """Image i of --count is the image of seed SEED+i alone; the sheet shows all."""
     several, alone = tmp_path / "several.png", tmp_path / "alone.png"
@@ -162,8 +175,8 @@ def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., s
         (["--steps", "x"], "invalid int"),
         (["--eta", "1.5"], "0 to 1"),
         (["--eta", "nan"], "0 to 1"),
-        (["--guidance", "-1"], "0 to 50"),
-        (["--guidance", "inf"], "0 to 50"),
+        (["--guidance-scale", "-1"], "0 to 50"),
+        (["--guidance-scale", "inf"], "0 to 50"),
         (["--seed", "-1"], "0 to"),
         (["--seed", str(2**64)], "0 to"),
         (["--count", "0"], "1 to 1000"),

@@ -151,7 +151,7 @@ def test_what_is_saved_takes_no_place_of_what_is_read(
     before = edited.read_bytes()
     words = ["--control-image", f"canny={edited}", "--preprocess", "none", "--save-control", "-o", tmp_path / "out.png"]
     assert main([str(word) for word in ("generate", bundle, "a cat", *words)]) == 2
-    assert "would write over" in capsys.readouterr().err
+    assert "would overwrite" in capsys.readouterr().err
     assert edited.read_bytes() == before
 
 

@@ -115,7 +115,7 @@ def local_export(tiny_repos: Path) -> list[str]:
 
 
 def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:
-    """Ctrl-C ends with 130 and one line, leaves no bundle and no half component; the next run goes on from there."""
+    """Ctrl-C ends with 130 and one line, leaves no bundle and no half component; the next run continues from there."""
     command = [sys.executable, "-m", "hypersd.cli", *local_export(tiny_repos)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -22,7 +22,7 @@ def test_export_info_and_generate(
     bundle = copy_bundle(sd15_bundle)
     export = [*export_arguments, "--precision", "fp32", "--backend", "none", "--out", str(bundle.root)]
     assert main([*export, "--one-graph", "2", "1", "2"]) == 0
-    assert capsys.readouterr().out.count("its weights are those of the other networks") == 2
+    assert capsys.readouterr().out.count("it shares the weights of the components") == 2
     assert list(Bundle.load(bundle.root, hashes=True).manifest.one_graphs) == ["one-graph-2steps", "one-graph-1step"]
     assert main(["info", str(bundle.root), "--hashes"]) == 0
     shown = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_engines_are_built_of_the_separate_networks(
     assert target.plans.keys() == manifest.components.keys()
     assert list(manifest.one_graphs) == ["one-graph-1step"]
     assert (
-        "the engines are those of the separate networks; one-graphs run on ONNX Runtime and OpenVINO"
+        "the engines are of the separate components; one-graphs run on ONNX Runtime and OpenVINO"
         in capsys.readouterr().err
     )
 
@@ -89,6 +89,6 @@ def test_generate_refuses_what_the_graph_does_not_do(sd15_bundle: Path, copy_bun
     words = ["generate", bundle.root, "a cat", "--one-graph"]
     assert "one-graph-2steps is fixed to steps=2 (asked: 4)" in fails(*words, "--steps", "4")
     assert "one-graph-2steps is fixed to eta=1.0 (asked: 0.5)" in fails(*words, "--eta", "0.5")
-    assert "a one-graph has no --guidance" in fails(*words, "--guidance", "3")
+    assert "a one-graph has no --guidance-scale" in fails(*words, "--guidance-scale", "3")
     assert "a one-graph has no --backend" in fails(*words, "--backend", "tensorrt")
     assert "no one-graph of this bundle fits: it has none" in fails("generate", sd15_bundle, "a cat", "--one-graph")
