@@ -15,20 +15,20 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import HyperSDError
 
-#: subcommands and the modules that hold them, in the order that --help shows
+#: subcommands and their modules, in the order of --help
 COMMANDS = ("list", "export", "build", "info", "generate", "batch", "serve", "verify", "bench")
 INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends bad usage with one line."""
+    """Reports bad usage in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line. Commands import what they need when they run, so that this is quick."""
+    """Make the parser of all commands. It is quick: commands import libraries when they run."""
     parser = _Parser(prog="hypersd", description="Generate images with Hyper-SD in one to eight steps.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"hypersd {__version__}")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # of what --help printed; commands deal with theirs
+    except BrokenPipeError:  # from --help; commands handle their own
         pass
     except OSError as error:
         code = code or _fail(f"the output cannot be written: {error.strerror or error}", 1, debug=False)
@@ -84,7 +84,7 @@ def _run(argv: Sequence[str] | None) -> int:
             return 0
         except KeyboardInterrupt as error:
             return _fail(f"interrupted; {error}" if str(error) else "interrupted", INTERRUPTED, args.debug)
-        except SystemExit as error:  # nobody reads the output any more
+        except SystemExit as error:  # the reader of the output has gone
             return int(error.code or 0)
         except HyperSDError as error:
             return _fail(str(error), error.exit_code, args.debug)
@@ -98,7 +98,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _drop_unwritten() -> None:
-    """What a stream did not take would fail again when the interpreter ends, with an exit code of its own."""
+    """Drop unwritten output, which would fail again at the interpreter's end, with another exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -118,6 +118,6 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def _say(text: str) -> None:
-    """One line on stderr, whatever line breaks the text has."""
+    """Print one line to stderr; line breaks in the text become spaces."""
     with contextlib.suppress(OSError):  # nobody reads it
         print(f"hypersd: {' '.join(text.split())}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Measure a bundle's latency on this machine, beside the alternatives that are installed.
 
 Every contender generates the same images from the same fused weights, in a process of its own, one at a time, round by
-round. Their images are compared with those of hypersd, or, if only some of its backends are named, of the first named
-one. By default all contenders that can run here take part. A contender in another environment is given with its Python:
+round. Their images are compared with hypersd's, or, if only some of its backends are named, with those of the first
+named one. By default all contenders that can run here take part. A contender in another environment needs its Python:
 --python optimum=/path/to/python.
 """
 

@@ -1,4 +1,4 @@
-"""Options of `hypersd generate` for ControlNets: which image, made into what, how strongly and when."""
+"""Options of `hypersd generate` for ControlNets: control images, preprocessing, strength and range of steps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PREPROCESSES: tuple[Preprocess, ...] = ("canny", "scribble", "none")
 
 
 def add_control_options(parser: argparse.ArgumentParser) -> None:
-    """All that takes a value per ControlNet takes it as NAME=VALUE too, and more than once."""
+    """Add the options; each with a value per ControlNet also takes NAME=VALUE and may be repeated."""
     group = parser.add_argument_group(
-        "ControlNets", "of a bundle that has several each takes NAME=VALUE, or one value for each in their order"
+        "ControlNets", "with several in a bundle: NAME=VALUE, or one value for each in their order"
     )
     each: dict[str, Any] = {"action": "append", "default": []}
     group.add_argument("--control-image", type=_file, metavar="FILE", help="photograph or drawing to follow", **each)
@@ -33,26 +33,30 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
         "--preprocess",
         type=_preprocess,
         metavar="|".join(PREPROCESSES),
-        help="what to make of it: edges, light lines of dark ones, nothing (default: what the ControlNet is known for)",
+        help="Canny edges, scribble (light lines from dark ones) or none (default: the known kind of the ControlNet)",
         **each,
     )
-    group.add_argument("--canny-low", type=float, metavar="N", help="threshold (default: 100)")
-    group.add_argument("--canny-high", type=float, metavar="N", help="threshold (default: 200)")
+    group.add_argument("--canny-low", type=float, metavar="N", help="lower threshold (default: 100)")
+    group.add_argument("--canny-high", type=float, metavar="N", help="upper threshold (default: 200)")
     group.add_argument(
-        "--control-scale", type=_number, metavar="X", help="strength (default: the ControlNet's, mostly 1)", **each
+        "--control-scale",
+        type=_number,
+        metavar="X",
+        help="strength (default: the ControlNet's own, mostly 1)",
+        **each,
     )
     group.add_argument(
-        "--control-start", type=_number, metavar="X", help="first part of the steps, 0..1, left out", **each
+        "--control-start", type=_number, metavar="X", help="part of the steps, 0..1, after which it acts", **each
     )
     group.add_argument(
-        "--control-end", type=_number, metavar="X", help="part of the steps, 0..1, where it ends", **each
+        "--control-end", type=_number, metavar="X", help="part of the steps, 0..1, until which it acts", **each
     )
     group.add_argument(
         "--resize-mode",
         choices=["crop", "stretch"],
-        help="how FILE gets the size that is drawn: cut to its aspect, or distorted (default: crop)",
+        help="fit FILE to the size of the image: cut to its aspect, or distorted (default: crop)",
     )
-    group.add_argument("--save-control", action="store_true", help="write what the ControlNets see, too")
+    group.add_argument("--save-control", action="store_true", help="also write the preprocessed control images")
 
 
 def _file(text: str) -> Given[Path]:
@@ -78,7 +82,7 @@ def _number(text: str) -> Given[float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlImage:
-    """A file to follow, as it was read, and what is to be made of it."""
+    """A control image as it was read, and its preprocessing."""
 
     file: Path
     image: Image
@@ -87,14 +91,14 @@ class ControlImage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controls:
-    """What the options say, by ControlNet; ``arguments`` are the pipeline's, images apart."""
+    """The options by ControlNet; ``arguments`` are the pipeline's, without the images."""
 
     sources: Mapping[str, ControlImage]
     arguments: Mapping[str, Any]
     thresholds: tuple[float, float]
 
     def images(self, width: int, height: int) -> dict[str, Image]:
-        """What the ControlNets are to see, of the size that is drawn: fitted first, so that edges stay sharp."""
+        """The control images at the image's size, fitted before they are preprocessed: edges stay sharp."""
         from ..runtime.control_images import preprocess
         from ..runtime.image_files import fit
 
@@ -105,7 +109,7 @@ class Controls:
         }
 
     def metadata(self) -> dict[str, Any]:
-        """What to write into the image, besides the request."""
+        """Metadata for the image besides the request."""
         return {
             "control_image": {name: image.file.name for name, image in self.sources.items()},
             "preprocess": {name: self.words(name) for name in self.sources},
@@ -113,7 +117,7 @@ class Controls:
         }
 
     def words(self, name: str) -> str:
-        """What is made of an image."""
+        """The preprocessing of an image, for messages and metadata."""
         preprocess = self.sources[name].preprocess
         low, high = self.thresholds
         return f"canny {low:g} {high:g}" if preprocess == "canny" else preprocess
@@ -123,8 +127,8 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
     """Read the control images; None if there are none.
 
     Raises:
-        RequestError: a file is no image, an option names a ControlNet that the bundle has not got, or there are more
-            or fewer values than ControlNets.
+        RequestError: a file is not an image, an option names a ControlNet that the bundle lacks, or there
+            are more or fewer values than ControlNets.
     """
     from ..errors import RequestError
     from ..runtime.control_images import check_opencv
@@ -147,7 +151,7 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
     if any(preprocess[name] == "canny" for name in files):
         check_opencv()
     scales, starts, ends = (values[option] for option in ("control_scale", "control_start", "control_end"))
-    make_controls(manifest, files, scales, starts, ends)  # refuses numbers that are out of range
+    make_controls(manifest, files, scales, starts, ends)  # rejects numbers that are out of range
     sources = {
         name: ControlImage(file=file, image=open_image(file), preprocess=preprocess[name])
         for name, file in files.items()
@@ -162,7 +166,7 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
 
 
 def _values(args: argparse.Namespace, option: str, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any]:
-    """An option's values; one that is named is of a ControlNet that has an image."""
+    """An option's values; a ControlNet that is named must have an image."""
     from ..errors import RequestError
 
     values = _by_name(_spelt(option), getattr(args, option), names)
@@ -186,7 +190,7 @@ def _spelt(option: str) -> str:
 
 
 def _check_lonely(args: argparse.Namespace) -> None:
-    """Refuse options that have no effect without a control image."""
+    """Reject options that have no effect without a control image."""
     from ..errors import RequestError
 
     for option in (*PER_CONTROLNET, "canny_low", "canny_high", "resize_mode", "save_control"):
@@ -195,7 +199,7 @@ def _check_lonely(args: argparse.Namespace) -> None:
 
 
 def _by_name(option: str, given: Sequence[Given[T]], names: Sequence[str], spread: bool = True) -> dict[str, T]:
-    """Values by the ControlNet's name: as given, or one for each, or, with ``spread``, one for all."""
+    """Values by the ControlNet's name: named, one for each, or with ``spread`` one for all."""
     from ..errors import RequestError
 
     said = [name for name, _ in given if name is not None]

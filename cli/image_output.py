@@ -1,4 +1,4 @@
-"""Image files: names, sizes, metadata, contact sheets."""
+"""Image files: names, metadata, contact sheets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER_PLACE = "choose another place"
 
 
 def check_output(path: Path | None) -> None:
-    """Refuse an output that can't be written before any time is spent on it."""
+    """Reject an output that cannot be written, before any time is spent on it."""
     if path is None:
         return
     if path.suffix.lower() != ".png":
@@ -28,7 +28,7 @@ def check_output(path: Path | None) -> None:
 
 
 def numbered(path: Path, index: int, count: int) -> Path:
-    """The name of one of several images: ``cat-0.png``, ``cat-1.png`` beside ``cat.png``."""
+    """The name of one of several images: ``cat-0.png``, ``cat-1.png`` for ``cat.png``."""
     if count == 1:
         return path
     return path.with_name(f"{path.stem}-{index:0{len(str(count - 1))}d}{path.suffix}")
@@ -49,7 +49,7 @@ def write_png(path: Path, image: Image.Image, metadata: dict[str, Any]) -> None:
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """All images in a grid that is about square, each over its caption."""
+    """All images in a nearly square grid, each above its caption."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width = max(image.width for image in images) + MARGIN

@@ -1,7 +1,7 @@
-"""What is in a bundle: settings, networks with inputs and outputs, sizes, TensorRT engines.
+"""Show a bundle: settings, components with inputs and outputs, sizes, TensorRT engines.
 
-Engines come in targets: one engine for every network, for one version of TensorRT, kind of GPU and range of images.
-It says of each target whether it runs on this machine, and if not, why. `hypersd generate --target` takes its name.
+Engines form targets: one engine for every component, for one version of TensorRT, kind of GPU and range of images. The
+table says whether each target runs on this machine, and if not, why. `hypersd generate --target` takes its name.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from ..engines.manifest import EngineTarget, TensorSpec
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
-SHOWN_NAMES = 3  # of a network's attentions
+SHOWN_NAMES = 3  # of a component's attentions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which bundle."""
+    """Add the bundle and the check of contents."""
     parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
     parser.add_argument("--hashes", action="store_true", help="read every file and compare its SHA-256")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the manifest says, after checking the files against it."""
+    """Check the files against the manifest, and print it."""
     from rich.table import Table
     from rich.text import Text
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value in _facts(bundle).items():
         facts.add_row(name, Text(value))  # not markup, whatever brackets a path has
     console.print(facts)
-    console.print(_network_table(bundle))
+    console.print(_component_table(bundle))
     if bundle.manifest.engines:
         _print_targets(bundle, console)
     else:
@@ -53,17 +53,17 @@ def run(args: argparse.Namespace) -> None:
         console.print(line, markup=False, soft_wrap=True)
     checked = "sizes and SHA-256" if args.hashes else "sizes"
     hint = "" if args.hashes else " (--hashes checks contents)"
-    console.print(f"{checked} of {_checked_files(bundle)} are as written{hint}", markup=False)
+    console.print(f"{checked} of {_checked_files(bundle)} match the manifest{hint}", markup=False)
 
 
-def _network_table(bundle: Bundle) -> Table:
-    """Networks with inputs and outputs, whose names a narrow terminal breaks and does not cut."""
+def _component_table(bundle: Bundle) -> Table:
+    """Components with inputs and outputs; a narrow terminal breaks long names and does not cut them."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("network", "MB", "inputs", "outputs"):
+    for heading in ("component", "MB", "inputs", "outputs"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
     for name, component in bundle.manifest.components.items():
         size = sum(bundle.manifest.files[file].size for file in component.files)
@@ -74,7 +74,7 @@ def _network_table(bundle: Bundle) -> Table:
 
 
 def _tensor_lines(tensors: Mapping[str, TensorSpec]) -> list[str]:
-    """A line for each tensor, and one for all of a numbered row, of which a UNet's residuals are a dozen."""
+    """A line for each tensor; numbered tensors, such as a UNet's residuals, share one line."""
     rows = Counter(key.rpartition("_")[0] for key in tensors if key.rpartition("_")[2].isdecimal())
     lines = []
     for key, spec in tensors.items():
@@ -87,7 +87,7 @@ def _tensor_lines(tensors: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def _checked_files(bundle: Bundle) -> str:
-    """Plans may be missing from a bundle that is whole without them."""
+    """The checked files in words; plans may be missing from a complete bundle."""
     plans = [plan for target in bundle.manifest.engines.values() for plan in target.plans.values()]
     if broken := sum(not bundle.is_whole(plan) for plan in plans):
         return f"all files but {broken} engine{'s' if broken > 1 else ''}"
@@ -95,7 +95,7 @@ def _checked_files(bundle: Bundle) -> str:
 
 
 def _print_targets(bundle: Bundle, console: Console) -> None:
-    """Tables of the targets, one a column, and then their names and why they do not run here, which are long."""
+    """Print the targets as columns of tables, then their names and why they do not run here, which are long."""
     from ..engines.load import why_not
     from ..engines.tensorrt.machine import this_machine
 
@@ -113,16 +113,16 @@ def _print_targets(bundle: Bundle, console: Console) -> None:
 
 
 def _plain_attentions(target: EngineTarget) -> list[str]:
-    """A line for every network whose attentions are not all fused, which makes it slower."""
+    """A line for every component with attentions that are not fused, which makes it slower."""
     from ..engines.tensorrt.api import TITLES
 
     lines = []
-    for network, plan in target.plans.items():
+    for component, plan in target.plans.items():
         if names := plan.decomposed_attention:
             shown, more = ", ".join(names[:SHOWN_NAMES]), len(names) - SHOWN_NAMES
             count = f"{len(names)} attention{'s' if len(names) > 1 else ''} in plain kernels"
             lack = f"for which {TITLES[target.backend]} has no fused one"
-            lines.append(f"{network}: {count}, {lack}: {shown}{f' and {more} more' if more > 0 else ''}")
+            lines.append(f"{component}: {count}, {lack}: {shown}{f' and {more} more' if more > 0 else ''}")
     return lines
 
 
@@ -153,20 +153,20 @@ def _target_facts(bundle: Bundle, name: str, runs_here: str) -> dict[str, str]:
         "built for": f"{TITLES[target.backend]} {target.version}",
         "GPUs": ", ".join(target.compute_capabilities) or "portable",
         "images": f"{shapes.batch} of {shapes.width} x {shapes.height}",
-        "networks": f"{len(plans)} of {len(bundle.manifest.components)}",
+        "components": f"{len(plans)} of {len(bundle.manifest.components)}",
         "options": _target_options(target),
         "size": f"{size / 1e6:,.1f} MB",
         "weights": _memory(weights, sum),
-        "activations": _memory(activations, max),  # networks run one after another and share one block
+        "activations": _memory(activations, max),  # components run one after another and share one block
         "built in": f"{sum(plan.seconds for plan in plans):,.1f} s",
         "runs here": runs_here,
     }
 
 
 def _memory(sizes: Sequence[int | None], total: Callable[[list[int]], int]) -> str:
-    """Device memory of all networks together, if TensorRT told that of each."""
-    told = [size for size in sizes if size is not None]
-    return f"{total(told) / 1e6:,.1f} MB" if len(told) == len(sizes) else "unknown"
+    """Device memory of all components together, if TensorRT reported it for each."""
+    known = [size for size in sizes if size is not None]
+    return f"{total(known) / 1e6:,.1f} MB" if len(known) == len(sizes) else "unknown"
 
 
 def _target_options(target: EngineTarget) -> str:
@@ -204,7 +204,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
 
 
 def _controlnet_facts(bundle: Bundle) -> dict[str, str]:
-    """Every ControlNet with where it came from and how it wants to be used, a line each."""
+    """A line for every ControlNet with its source and recommended settings."""
     lines = []
     for name, settings in bundle.manifest.controlnets.items():
         origin = bundle.manifest.origin.controlnets.get(name)
@@ -215,7 +215,7 @@ def _controlnet_facts(bundle: Bundle) -> dict[str, str]:
 
 
 def _one_graph_facts(bundle: Bundle) -> dict[str, str]:
-    """Every graph of a whole image with what it is fixed to, a line each."""
+    """A line for every one-graph with its fixed settings."""
     lines = []
     for name, one_graph in bundle.manifest.one_graphs.items():
         timesteps = f" at timesteps {list(one_graph.timesteps)}" if one_graph.timesteps else ""
@@ -228,7 +228,7 @@ def _one_graph_facts(bundle: Bundle) -> dict[str, str]:
 
 
 def _backends(bundle: Bundle) -> list[str]:
-    """The backends and versions of TensorRT that the bundle has engines for."""
+    """The versions of TensorRT for which the bundle has engines."""
     from ..engines.tensorrt.api import TITLES
 
     return sorted({f"{TITLES[target.backend]} {target.version}" for target in bundle.manifest.engines.values()})

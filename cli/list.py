@@ -1,4 +1,4 @@
-"""Every checkpoint that hypersd knows, with its base and settings, and the ControlNets that it knows."""
+"""List the supported checkpoints with base and settings, and the ControlNets with known settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from ..export.checkpoints import Checkpoint
 
-ROW_WIDTH = 200  # whatever the terminal's, which breaks longer lines: names stay whole, to be copied
+ROW_WIDTH = 200  # on any terminal, which breaks longer lines itself: names stay whole, to be copied
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     )
     console.print(_table(DEMO_CHECKPOINTS))
     console.print(
-        "ControlNets whose settings are known; any other of this kind can be exported, too: "
+        "ControlNets with known settings; others of this architecture can be exported too: "
         "`hypersd export --controlnet WHERE`",
         markup=False,
     )
@@ -52,7 +52,7 @@ def _table(checkpoints: Iterable[Checkpoint]) -> Table:
             checkpoint.base,
             _steps(checkpoint),
             checkpoint.sampler,
-            ", ".join(map(str, checkpoint.timesteps or ())) or "its own",
+            ", ".join(map(str, checkpoint.timesteps or ())) or "default",
             f"{checkpoint.eta:g}",
             f"{checkpoint.guidance_scale:g}" if checkpoint.is_guided else "none",
         )

@@ -1,6 +1,6 @@
 """The service on a Ray cluster: ``serve run hypersd.cluster.application:app bundles=FOLDER``.
 
-HTTP is spoken by an ingress, images are drawn by replicas, one a GPU, as many as the queue needs.
+An ingress speaks HTTP; replicas generate the images, one replica per GPU, as many as the queue needs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from .options import ClusterOptions, read_options
 from .replica import Replica
 
 HEAD_NODE = {"node:__internal_head__": 0.001}
-UPSCALE_DELAY = 5.0  # seconds that a queue has to last: somebody waits
+UPSCALE_DELAY = 5.0  # seconds that a queue must last; short, because somebody waits
 CONSTRUCTOR_RETRIES = 3
-CONNECTIONS = 1000  # of an ingress; WebSockets take one each as long as they are open
+CONNECTIONS = 1000  # of an ingress; an open WebSocket takes one
 
 
 class ArgumentError(click.ClickException, RequestError):
-    """The application cannot be put together. Ray's command line prints a ClickException as one line."""
+    """The application's arguments are wrong. Ray's command line prints a ClickException as one line."""
 
     exit_code = 2
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP side, the same as that of ``hypersd serve``."""
+    """The HTTP side, the same as in ``hypersd serve``."""
 
     def __init__(self, replica: DeploymentHandle, settings: ServeSettings) -> None:
         self._service, self._settings = ClusterService(replica), settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Ray calls this in the event loop that the application is going to run in."""
+        """Make the application; Ray calls this in the event loop in which it will run."""
         self._watcher = asyncio.get_running_loop().create_task(self._service.watch())
         return make_app(self._service, self._settings)
 
@@ -56,7 +56,10 @@ class Ingress:
 
 
 def app(arguments: Mapping[str, Any]) -> Application:
-    """The application that Ray Serve runs, from arguments as :class:`hypersd.cluster.options.ClusterOptions` has them.
+    """Make the application that Ray Serve runs.
+
+    Args:
+        arguments: the fields of :class:`hypersd.cluster.options.ClusterOptions`.
 
     Raises:
         ArgumentError: an argument is missing, not known or out of range; or a folder holds no bundle.

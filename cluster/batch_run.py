@@ -1,4 +1,4 @@
-"""Files of prompts on a Ray cluster: an actor on each GPU draws, the machine that started it writes the images."""
+"""Files of prompts on a Ray cluster: actors generate, one per GPU; the machine that started them writes the images."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ..serve.settings import ServeSettings
 from .bundles import BundleShelf, SharedBundle, find_or_fetch, share
 from .jobs import KEY_NAME, PromptJob
 
-BLOCK = 16  # images that an actor takes, and hands back, at a time
-ATTEMPTS = 3  # at a block whose actor dies: Ray itself would try for ever
+BLOCK = 16  # images that an actor takes and returns at a time
+ATTEMPTS = 3  # at a block whose actor dies: Ray itself would retry for ever
 A_DAY = 86_400.0  # seconds for a block; nobody waits for one image
 LIMITS = ServeSettings(max_prompt=1_000_000, max_control_pixels=1 << 26)  # the file is the user's own
 SCHEMA = pa.schema([("file", pa.string()), ("png", pa.binary()), ("error", pa.string())])
@@ -36,12 +36,12 @@ SCHEMA = pa.schema([("file", pa.string()), ("png", pa.binary()), ("error", pa.st
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActorOptions:
-    """Who draws.
+    """The actors.
 
     Attributes:
-        count: actors.
-        num_gpus: of each; 0 draws on the CPU.
-        max_batch: the most images that one call draws.
+        count: number of actors.
+        num_gpus: GPUs of each actor; 0 generates on the CPU.
+        max_batch: the most images of one call.
         backend: as for :meth:`hypersd.Pipeline.load`; likewise ``precision``.
     """
 
@@ -54,7 +54,7 @@ class ActorOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """An image's PNG file, or why there is none."""
+    """An image's PNG file, or the error that prevented it."""
 
     file: str
     png: bytes | None
@@ -62,20 +62,20 @@ class Result:
 
 
 class Desk(BundleShelf):
-    """What the actors ask of the machine that started them."""
+    """The actors' contact on the machine that started them: files of the bundle, and attempts at each block."""
 
     def __init__(self, bundle: SharedBundle) -> None:
         super().__init__([bundle])
         self._attempts: Counter[str] = Counter()
 
     def begin(self, file: str) -> int:
-        """Note that the block that starts with ``file`` is begun; how often that was before."""
+        """Count a beginning of the block that starts with ``file``; the number of earlier ones."""
         self._attempts[file] += 1
         return self._attempts[file] - 1
 
 
 class BatchReplica:
-    """An actor of Ray Data's: blocks of requests in, PNG files out."""
+    """An actor of Ray Data: blocks of requests in, PNG files out."""
 
     def __init__(self, bundle: SharedBundle, desk: Any, options: ActorOptions) -> None:
         """Load the bundle and warm up; ``desk`` is the handle of an actor :class:`Desk`."""
@@ -96,15 +96,15 @@ class BatchReplica:
         self._service.wait_ready()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Columns ``file``, ``key`` and ``body`` (JSON) to those of SCHEMA."""
+        """Generate a block: columns ``file``, ``key`` and ``body`` (JSON) in, the columns of SCHEMA out."""
         rows = block.to_pylist()
         begun: Any = ray.get(self._desk.begin.remote(rows[0]["file"]))
         if begun >= ATTEMPTS:
-            error = f"the process that drew it died, {ATTEMPTS} times over: see Ray's log"
+            error = f"the process that generated it died {ATTEMPTS} times: see Ray's log"
             return pa.Table.from_pylist([{"file": row["file"], "error": error} for row in rows], SCHEMA)
         results = asyncio.run(self._generate_all(rows))
         if not self._service.is_ready():
-            os._exit(1)  # the device fails at every call, and would soon have failed all that is left to draw
+            os._exit(1)  # the device fails at every call, and would fail all remaining images
         return pa.Table.from_pylist(results, SCHEMA)
 
     async def _generate_all(self, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
@@ -122,10 +122,10 @@ class BatchReplica:
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at ``address``; of None the one that this machine belongs to, or else one of its own.
+    """Join the cluster at ``address``; None: the cluster of this machine, or else a new one.
 
     Raises:
-        EngineError: there is none.
+        EngineError: there is no cluster.
     """
     if ray.is_initialized():
         return
@@ -136,13 +136,13 @@ def connect(address: str | None) -> None:
 
 
 def default_actors() -> tuple[int, float]:
-    """One for each GPU of the cluster, and that; without GPUs one that draws on the CPU."""
+    """Number of actors and GPUs of each: one per GPU of the cluster, or one on the CPU."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     return (gpus, 1.0) if gpus else (1, 0.0)
 
 
 def generate_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions) -> Iterator[Result]:
-    """Draw images; their results come as they are ready.
+    """Generate images; results come as they are ready.
 
     Raises:
         BundleError: the folder holds no bundle.
@@ -151,11 +151,11 @@ def generate_jobs(bundle: Path, jobs: Sequence[PromptJob], options: ActorOptions
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_errored_blocks = -1  # what an actor fails at does not end the others' work
+    context.max_errored_blocks = -1  # a failure of one actor does not end the others' work
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [
         {"file": job.file, "key": job.key, "body": job.body.model_dump_json(exclude_none=True)}
-        for job in sorted(jobs, key=lambda job: job.settings)  # those that one call can draw are beside each other
+        for job in sorted(jobs, key=lambda job: job.settings)  # images that one call can generate are neighbours
     ]
     try:
         for row in _generated(rows, share(bundle), options).iter_rows():
@@ -180,5 +180,5 @@ def _generated(rows: list[dict[str, str]], bundle: SharedBundle, options: ActorO
 
 
 def _last_line(error: RayError) -> str:
-    """What went wrong over there: Ray's errors are whole tracebacks."""
+    """The error itself: Ray's errors are whole tracebacks."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -1,4 +1,4 @@
-"""Bundles on the machines of a cluster: each gets a copy once, if they do not share a file system."""
+"""Bundles on the machines of a cluster: without a shared file system each machine gets one copy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import BundleError, disk_errors
 
 CHUNK = 16 << 20  # bytes that one message carries
 
-#: ``read(digest, file, offset)``: up to CHUNK bytes of a bundle's file, none behind its end
+#: ``read(digest, file, offset)``: up to CHUNK bytes of a bundle's file, none after its end
 Read = Callable[[str, str, int], bytes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedBundle:
-    """A bundle as the machine that shares it sees it.
+    """A bundle as seen by the machine that shares it.
 
     Attributes:
-        name: the folder's.
-        folder: where it lies there, and on every machine that has the same file system.
-        digest: SHA-256 of its manifest, which has that of every other file.
-        files: those that are there; plans of TensorRT may have been deleted.
+        name: the folder's name.
+        folder: its path there, and on every machine with the same file system.
+        digest: SHA-256 of its manifest, which holds the SHA-256 of every other file.
+        files: the files that exist; plans of TensorRT may have been deleted.
     """
 
     name: str
@@ -36,10 +36,10 @@ class SharedBundle:
 
 
 def share(folder: Path) -> SharedBundle:
-    """Look at a bundle of this machine.
+    """Describe a bundle of this machine.
 
     Raises:
-        BundleError: the folder holds none.
+        BundleError: the folder is not a bundle.
     """
     bundle = Bundle.load(folder.resolve())
     plans = bundle.plan_files()
@@ -50,10 +50,10 @@ def share(folder: Path) -> SharedBundle:
 
 
 class BundleShelf:
-    """Hands out the files of bundles, from the machine that has them."""
+    """Reads files of bundles on the machine that has them."""
 
     def __init__(self, bundles: Iterable[SharedBundle]) -> None:
-        """``bundles``: those that may be read, and nothing else.
+        """``bundles``: the bundles that may be read.
 
         Raises:
             BundleError: this machine does not have them.
@@ -61,7 +61,7 @@ class BundleShelf:
         self._bundles = {bundle.digest: Bundle.load(bundle.folder) for bundle in bundles}
 
     def read(self, digest: str, file: str, offset: int) -> bytes:
-        """Up to CHUNK bytes of a file; none behind its end.
+        """Read up to CHUNK bytes of a file; none after its end.
 
         Raises:
             BundleError: the bundle has no such file.
@@ -75,15 +75,15 @@ class BundleShelf:
 
 
 def find_or_fetch(bundle: SharedBundle, read: Read, cache: Path | None = None) -> Path:
-    """The bundle's folder on this machine: the same as where it is shared from, else a copy.
+    """The bundle's folder on this machine: the shared folder itself, else a copy.
 
-    The copy is made by one process while the others wait, and appears whole: every file's SHA-256 is checked. It lies
-    in ``cache``, or where this package keeps such things, under the manifest's hash: another bundle under the old name
-    is another copy.
+    One process makes the copy while the others wait; it appears whole, and the SHA-256 of every file is checked. It is
+    in ``cache``, or in this package's cache folder, under the manifest's hash: another bundle with the same name is
+    another copy.
 
     Raises:
-        BundleError: what arrived is not what was to be shared.
-        UserError: the cache's folder cannot be written.
+        BundleError: the copy differs from the shared bundle.
+        UserError: the cache folder cannot be written.
     """
     if _digest(bundle.folder) == bundle.digest:
         return bundle.folder
@@ -95,15 +95,15 @@ def find_or_fetch(bundle: SharedBundle, read: Read, cache: Path | None = None) -
 
 
 def _fetch(bundle: SharedBundle, read: Read, target: Path) -> None:
-    """Copy a bundle's files; the folder has its name once they are whole."""
+    """Copy a bundle's files; the folder gets its name once it is complete."""
     with disk_errors(target, "move the cache with XDG_CACHE_HOME"), whole_folder(target) as partial:
         manifest = b"".join(_chunks(bundle, read, MANIFEST_NAME))
-        decode(manifest, f"the manifest of {bundle.name}")  # refuses names that lead out of the folder
+        decode(manifest, f"the manifest of {bundle.name}")  # rejects names that lead out of the folder
         for file in bundle.files:
             _copy(_chunks(bundle, read, file), partial / file)
         write_whole(partial / MANIFEST_NAME, manifest)
         if _digest(partial) != bundle.digest:
-            raise BundleError(f"{bundle.name} was exported anew while it was fetched: start the service again")
+            raise BundleError(f"{bundle.name} was exported again during the copy: restart the service")
         Bundle.load(partial, hashes=True)
 
 
@@ -122,7 +122,7 @@ def _copy(chunks: Iterable[bytes], target: Path) -> None:
 
 
 def _digest(folder: Path) -> str | None:
-    """SHA-256 of the folder's manifest, None if it has none."""
+    """SHA-256 of the folder's manifest; None without one."""
     try:
         return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
     except OSError:

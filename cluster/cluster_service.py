@@ -1,4 +1,4 @@
-"""The service as the HTTP side sees it, drawn by replicas elsewhere."""
+"""The service for the HTTP side; replicas on the cluster generate the images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..serve.schemas import ModelCard
 from ..serve.service_errors import NotReadyError, QueueFullError, StoppingError, TimedOutError, UnavailableError
 from ..serve.service_request import GeneratedImage, ServiceRequest
 
-ATTEMPTS = 3  # of a drawing whose replica died: one that kills what draws it must not kill all
+ATTEMPTS = 3  # at a request whose replica died: a request that kills its replica must not kill all replicas
 ASK_AGAIN = 0.5  # seconds, while no replica is ready
-REFRESH = 30.0  # seconds, after which what is told of the bundles is asked for anew
-#: what the loss of a replica looks like from here; the cancelled task is one that its replica took along
+REFRESH = 30.0  # seconds between two queries of the bundles
+#: errors of a lost replica; a task is cancelled when its replica dies
 LOST = (RayActorError, NodeDiedError, ObjectLostError, TaskCancelledError)
 
 
 class ClusterService:
-    """Draws by the replicas of a deployment (:class:`hypersd.cluster.replica.Replica`).
+    """Generates with the replicas of a deployment (:class:`hypersd.cluster.replica.Replica`).
 
-    A drawing whose replica dies is drawn by another: its seeds were decided here, so the images are the same. An
-    input that is superseded after it was sent to the replicas is drawn all the same.
+    A request whose replica dies goes to another one: its seeds were decided here, so the images are the same. A
+    request that is superseded after it was sent to a replica is still generated.
     """
 
     def __init__(self, replica: DeploymentHandle) -> None:
@@ -36,10 +36,10 @@ class ClusterService:
         self._replica = replica
         self._cards: list[ModelCard] = []
         self._stopping = False
-        self._seconds = 0.0  # that the last drawing took, its wait included
+        self._seconds = 0.0  # of the last request, its wait included
 
     async def watch(self) -> None:
-        """Ask for what is served, again and again; the service is ready from the first answer on."""
+        """Query the served bundles repeatedly; the service is ready from the first answer on."""
         while True:
             with contextlib.suppress(RayError, RayServeException):
                 self._cards = await self._replica.models.remote()
@@ -88,10 +88,10 @@ class ClusterService:
             if isinstance(answer, HyperSDError):
                 raise answer
             return answer
-        raise EngineError(f"the process that drew it died, {ATTEMPTS} times over: see Ray's log before asking again")
+        raise EngineError(f"the process that generated it died {ATTEMPTS} times: see Ray's log before asking again")
 
     async def _ask(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage] | HyperSDError:
-        """One replica's answer. A cancelled call is cancelled there, too, as far as it still waits."""
+        """One replica's answer. A cancelled call is cancelled there too if it still waits."""
         response = self._replica.generate.remote(service_request, timeout)
         try:
             return await response
@@ -100,5 +100,5 @@ class ClusterService:
             raise
 
     def _retry_after(self) -> int:
-        """Whole seconds until about half of what waits is drawn."""
+        """Whole seconds until about half of the waiting images are generated."""
         return max(1, math.ceil(self._seconds / 2))

@@ -1,4 +1,4 @@
-"""A file of prompts: what is to be drawn, under which names, and what of that is there already."""
+"""A file of prompts: its images, their names, and which of them exist already."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class PromptJob:
 
     Attributes:
         line: from 1, as editors count.
-        body: what to draw, for this image alone and with its seed.
-        key: another one if anything about the image changes, the bundle included; TensorRT engines apart.
+        body: the request for this image alone, with its seed.
+        key: changes with everything that changes the image, the bundle included; not with TensorRT engines.
     """
 
     line: int
@@ -46,45 +46,45 @@ class PromptJob:
 
     @property
     def file(self) -> str:
-        """The image's name."""
+        """The name of the image file."""
         return f"{self.line:06d}-{self.seed}.png"
 
     @property
     def settings(self) -> str:
-        """Equal for images that one call may draw."""
+        """Equal for images that one call may generate."""
         return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "control_image"})
 
     def is_generated(self, folder: Path) -> bool:
-        """Whether the image is in a folder as it would be drawn now."""
+        """Whether a folder has the image with the present settings."""
         return image_key(folder / self.file) == self.key
 
 
 def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping[str, Any]) -> list[PromptJob]:
-    """The images that a file asks for.
+    """Read the images of a file of prompts.
 
     Args:
-        path: a prompt a line; or, if its name ends in .jsonl, an object a line with the fields of a request of the HTTP
-            service. Empty lines count, and ask for nothing.
+        path: one prompt per line; or, if its name ends in .jsonl, one object per line with the fields of a request of
+            the HTTP service. Empty lines are counted and skipped.
         manifest: the bundle's.
-        first_seed: of line 1; the others have those that follow, unless they say another.
-        defaults: fields of requests, for lines that do not have them.
+        first_seed: the seed of line 1; each following line adds 1, unless it names its own.
+        defaults: fields of requests, for lines without them.
 
     Raises:
-        RequestError: the file cannot be read or asks for nothing; or a line is no request, or ``defaults`` are none.
+        RequestError: the file cannot be read or is empty; or a line or ``defaults`` is not a valid request.
     """
-    _checked("the options", {"prompt": "", **defaults})  # once, not as the fault of the first line
+    _checked("the options", {"prompt": "", **defaults})  # once, not as an error of the first line
     bundle = _bundle_key(manifest)
     jobs = []
     for line, text in _lines(path):
         body = _read_body(path, line, text, {"seed": first_seed + line - 1, **defaults})
         jobs.extend(PromptJob(line=line, body=one, key=_key(bundle, one)) for one in _singles(path, line, body))
     if not jobs:
-        raise RequestError(f"{path} has no prompts in it: expected one a line")
+        raise RequestError(f"{path} has no prompts in it: expected one per line")
     return jobs
 
 
 def image_key(path: Path) -> str | None:
-    """The key that an image was written with; None if there is none, or no image."""
+    """The key in an image's metadata; None without image or key."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return json.loads(image.info.get(METADATA_KEY, "{}")).get(KEY_NAME)
@@ -111,7 +111,7 @@ def _read_body(path: Path, line: int, text: str, defaults: Mapping[str, Any]) ->
             fields = None
         if not isinstance(fields, dict):
             example = '{"prompt": "a cat", "seed": 7}'
-            raise RequestError(f"{path} line {line} is no request: expected an object such as {example}")
+            raise RequestError(f"{path} line {line} is not a request: expected an object such as {example}")
     body = _checked(f"{path} line {line}", {**defaults, **fields})
     if body.output_format != "png":
         raise RequestError(f"{path} line {line}: output_format {body.output_format}: expected png, or none")
@@ -119,7 +119,7 @@ def _read_body(path: Path, line: int, text: str, defaults: Mapping[str, Any]) ->
 
 
 def _checked(where: str, fields: Mapping[str, Any]) -> GenerationRequest:
-    """A request's fields as such; ``where`` is where they came from."""
+    """Validate the fields of a request; ``where`` names their place in the error."""
     try:
         return GenerationRequest.model_validate(fields)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What ``serve run hypersd.cluster.application:app NAME=VALUE ...`` takes."""
+"""Arguments of ``serve run hypersd.cluster.application:app NAME=VALUE ...``."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MEGABYTE = 1 << 20
 
 
 class ClusterOptions(BaseModel):
-    """Where they mean the same, names and defaults are those of ``hypersd serve``.
+    """Arguments of the application; shared ones have the names and defaults of ``hypersd serve``.
 
     Attributes:
-        bundles: folders on the head node, commas between them.
-        num_gpus: of a replica; a part of 1 puts several on one GPU, 0 draws on the CPU.
-        num_cpus: cores that Ray sets aside for a replica.
+        bundles: folders on the head node, separated by commas.
+        num_gpus: GPUs of a replica; a fraction puts several on one GPU, 0 generates on the CPU.
+        num_cpus: cores that Ray reserves for a replica.
         min_replicas: replicas that always run.
-        max_replicas: the most that the queue makes run.
-        target_ongoing_requests: requests to be at a replica, drawn or waiting; with more there Ray adds replicas.
-        queue: requests that wait until a replica takes them, more are refused.
-        max_batch: images drawn at once; a replica takes twice as many requests, so that the next are there in time.
+        max_replicas: the most replicas that a queue can start.
+        target_ongoing_requests: requests per replica, running or waiting, above which Ray adds replicas.
+        queue: requests that may wait for a replica; further ones are rejected.
+        max_batch: images generated at once; a replica takes twice as many requests, so that the next ones wait there.
         ingresses: processes that speak HTTP, read requests and encode images.
     """
 
@@ -68,7 +68,7 @@ class ClusterOptions(BaseModel):
         """The limits of the HTTP side.
 
         Raises:
-            RequestError: the token's file cannot be read, or has no token in it.
+            RequestError: the token file cannot be read or is empty.
         """
         return ServeSettings(
             timeout=self.timeout,
@@ -83,8 +83,8 @@ def read_options(arguments: Mapping[str, Any]) -> ClusterOptions:
     """Check the arguments.
 
     Raises:
-        RequestError: one is missing, not known or out of range; or two contradict each other.
-        BundleError: a folder holds no bundle.
+        RequestError: an argument is missing, not known or out of range; or two contradict each other.
+        BundleError: a folder is not a bundle.
     """
     try:
         options = ClusterOptions.model_validate(dict(arguments))

@@ -1,4 +1,4 @@
-"""What runs on each GPU: a service of its own, in a process that Ray starts and watches."""
+"""The process on each GPU: a service of its own, started and watched by Ray."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from .bundles import SharedBundle, find_or_fetch
 
 
 class Replica:
-    """A replica: draws with all bundles on one device.
+    """A replica: generates with all bundles on one device.
 
-    Errors that are told to clients are values here. Raised, Ray would wrap them, and write a traceback of each into
-    its log.
+    Errors for clients are returned, not raised: Ray would wrap a raised error and write its traceback into the log.
     """
 
     def __init__(
         self, bundles: Sequence[SharedBundle], shelf: Any, *, device: str, queue: int, max_batch: int, **load: Any
     ) -> None:
-        """Load the bundles and warm up; the replica gets requests when that is done.
+        """Load the bundles and warm up; Ray sends requests afterwards.
 
         Args:
             shelf: the handle of a deployed :class:`BundleShelf`.
             device: ``"cuda"``, the one GPU that Ray shows to this process, or ``"cpu"``.
             queue: the most images that wait here.
-            max_batch: the most images that one call draws.
+            max_batch: the most images of one call.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
         Raises:
-            HyperSDError: a bundle could not be fetched or loaded.
+            HyperSDError: a bundle could not be copied or loaded.
         """
         keep_prompts_out_of_the_log()
         with ThreadPoolExecutor(1) as pool:  # Ray's handles refuse to wait in this thread, which has an event loop
@@ -50,21 +49,21 @@ class Replica:
         self._service.wait_ready()
 
     async def generate(self, service_request: ServiceRequest, timeout: float) -> list[GeneratedImage] | HyperSDError:
-        """The images, or why there are none (see :meth:`hypersd.serve.service.Service.generate`)."""
+        """The images or the error (see :meth:`hypersd.serve.service.Service.generate`)."""
         try:
             return await self._service.generate(service_request, timeout)
         except HyperSDError as error:
             return error
 
     def models(self) -> list[ModelCard]:
-        """The bundles that are served."""
+        """The served bundles."""
         return self._service.models()
 
     def check_health(self) -> None:
-        """Ray calls this every few seconds, and replaces the replica if it fails.
+        """Check the device; Ray calls this every few seconds, and replaces a replica that raises.
 
         Raises:
-            EngineError: the device has failed at each of its last calls.
+            EngineError: the last calls of the device have all failed.
         """
         if not self._service.is_ready():
             raise EngineError("the device fails at every call: a new process is needed")

@@ -1,1 +1,1 @@
-"""Bundles on Triton Inference Server: the model repository that it reads, and the Python model that it runs."""
+"""Bundles on Triton Inference Server: its model repository, and the Python model that it runs."""

@@ -27,10 +27,10 @@ CONTROL_NUMBERS = {
     "control_end": "control_guidance_end",
 }
 WHOLE = ("steps", "width", "height")
-QUEUE = 64  # requests that may wait, as `hypersd serve` has it
-TIMEOUT = 60_000_000  # microseconds that one may wait
+QUEUE = 64  # requests that may wait, as in `hypersd serve`
+TIMEOUT = 60_000_000  # microseconds that a request may wait
 
-# Requests are batched while the model is busy; no delay is set, so that none waits for others when it is idle.
+# Requests are batched while the model is busy; without a delay none waits for others when it is idle.
 SCHEDULING = f"""\
 dynamic_batching {{
   default_queue_policy {{
@@ -50,9 +50,9 @@ def config_text(name: str, manifest: Manifest, parameters: Mapping[str, str]) ->
     """The configuration of a bundle's model.
 
     Args:
-        name: the model's, which is that of its folder.
+        name: the model's name, which is its folder's.
         manifest: the bundle's.
-        parameters: what the Python model is told.
+        parameters: parameters of the Python model.
     """
     parts = [
         "# Written by `hypersd export --triton`.\n"
@@ -85,7 +85,7 @@ def _parameters(parameters: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of the text format, whose escapes are those of JSON as far as names and paths need them."""
+    """A string of the text format; for names and paths JSON's escapes are the same."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -96,7 +96,7 @@ class TensorConfig:
     Attributes:
         data_type: ``"TYPE_INT64"`` and so on; ``TYPE_STRING`` are bytes.
         dims: -1 for an extent that varies.
-        optional: what a request leaves out is the bundle's own setting.
+        optional: requests may leave it out; the bundle's own setting is used.
     """
 
     name: str
@@ -106,10 +106,10 @@ class TensorConfig:
 
 
 def input_configs(manifest: Manifest) -> list[TensorConfig]:
-    """What a request may say, a row for every image.
+    """Inputs of a request, one row per image.
 
     Control images are PNG, JPEG or WebP files, one for each ControlNet in the bundle's order, empty for none. They
-    are strings, not UINT8: requests are batched only with others of equal shapes, and files have unequal lengths.
+    are strings, not UINT8: only requests of equal shapes are batched, and files have unequal lengths.
     """
     numbers = dict(NUMBERS)
     if manifest.controlnets:
@@ -130,7 +130,7 @@ def input_configs(manifest: Manifest) -> list[TensorConfig]:
 
 
 def output_configs() -> list[TensorConfig]:
-    """What an answer holds: pixels, as clients of image models expect them, and the seed that drew them."""
+    """Outputs of a response: pixels uint8 [H, W, 3], and their seed."""
     return [
         TensorConfig(name=IMAGE, data_type="TYPE_UINT8", dims=(-1, -1, 3)),
         TensorConfig(name=SEED, data_type="TYPE_INT64"),

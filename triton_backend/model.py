@@ -1,4 +1,4 @@
-"""The Python model that Triton runs for a bundle. Its queue and its batching are Triton's own."""
+"""The Python model that Triton runs for a bundle. Triton does the queueing and batching."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .rows import read_requests
 
 
 class CancelledRequestError(HyperSDError):
-    """Nobody waits for the request any more."""
+    """The client has cancelled the request."""
 
 
 class Model:
     """One instance of a bundle on a device; Triton calls its three methods from one thread.
 
     Attributes:
-        utils: Triton's module ``triton_python_backend_utils``, which only its own processes have.
+        utils: Triton's module ``triton_python_backend_utils``, which exists only in its processes.
     """
 
     utils: ClassVar[Any]
@@ -34,7 +34,7 @@ class Model:
         """Load the bundle and warm it up.
 
         Args:
-            args: what Triton says of the instance: ``model_config`` in JSON, ``model_repository`` (the model's folder),
+            args: facts about the instance: ``model_config`` in JSON, ``model_repository`` (the model's folder),
                 ``model_name``, ``model_instance_kind`` and ``model_instance_device_id``.
 
         Raises:
@@ -50,28 +50,28 @@ class Model:
         warm_up(self.pipe)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer requests, each by itself: with images and seeds, or with its error."""
+        """Answer every request with its images and seeds, or with its error."""
         readings = [self._read(request) for request in requests]
         self._generate([job for reading in readings if isinstance(reading, list) for job in reading])
         return [self._answer(reading) for reading in readings]
 
     def finalize(self) -> None:
-        """Let the engines go."""
+        """Release the engines."""
         del self.pipe
 
     def _read(self, request: Any) -> list[Job] | Exception:
-        """The images that a request asks for, or why they cannot be drawn."""
+        """The images of a request, or the error that prevents them."""
         try:
             if request.is_cancelled():
-                raise CancelledRequestError("cancelled before it was drawn")
+                raise CancelledRequestError("cancelled before it was generated")
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             requests = read_requests(self.name, self.pipe.manifest, tensors)
             return [job for one in requests for job in make_jobs(self.pipe, one)]
-        except Exception as error:  # must not spoil the other requests
+        except Exception as error:  # must not fail the other requests
             return error
 
     def _generate(self, jobs: Sequence[Job]) -> None:
-        """Draw all, those together that one call can draw."""
+        """Generate all jobs; jobs with equal settings share a call."""
         most = images_at_once(self.pipe)
         alike: dict[Any, list[Job]] = {}
         for job in jobs:
@@ -81,7 +81,7 @@ class Model:
                 self._generate_together(group[first : first + most])
 
     def _generate_together(self, jobs: Sequence[Job]) -> None:
-        """Draw jobs in one call; if that fails each alone, because one must not spoil the others'."""
+        """Generate jobs in one call; if it fails each alone, because one must not fail the others."""
         try:
             images = self.pipe.generate(call_params(jobs)).images
         except Exception as error:
@@ -112,11 +112,11 @@ class Model:
         if isinstance(error, CancelledRequestError):
             return kinds(str(error), kinds.CANCELLED)
         known = isinstance(error, EngineError)
-        return kinds(str(error) if known else f"drawing failed ({type(error).__name__}: {error})", kinds.INTERNAL)
+        return kinds(str(error) if known else f"generation failed ({type(error).__name__}: {error})", kinds.INTERNAL)
 
 
 def _parameters(model_config: str) -> dict[str, str]:
-    """The strings that ``config.pbtxt`` hands to the model."""
+    """The parameters of ``config.pbtxt``."""
     return {name: value["string_value"] for name, value in json.loads(model_config).get("parameters", {}).items()}
 
 

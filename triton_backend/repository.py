@@ -1,4 +1,4 @@
-"""Writes a model repository for Triton Inference Server."""
+"""The model repository for Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERSION = "1"
 CONFIG_NAME = "config.pbtxt"
 MODEL_NAME = "model.py"
 MODEL = '''\
-"""What Triton runs: hypersd's own code, which has to be installed where Triton's Python finds it."""
+"""The model that Triton runs; hypersd must be installed for Triton's Python."""
 
 import triton_python_backend_utils
 
@@ -27,10 +27,10 @@ class TritonPythonModel(Model):
 
 
 def check_repository(folder: Path, bundle: Path | None) -> None:
-    """Refuse a model repository that can't be, before any time is spent; ``bundle`` is None if its place is open.
+    """Reject an impossible model repository early; ``bundle`` is None if its place is not chosen yet.
 
     Raises:
-        RequestError: it is a file, or lies in the bundle, which holds nothing that is executable.
+        RequestError: it is a file, or inside the bundle, which must hold nothing executable.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"--triton {folder} is a file: expected a folder")
@@ -42,22 +42,22 @@ def check_repository(folder: Path, bundle: Path | None) -> None:
 
 
 def write_repository(bundle: Bundle, folder: Path, replace: bool = False) -> Path:
-    """Add a bundle to a model repository, which is made if it is not there.
+    """Add a bundle to a model repository, which is created if it does not exist.
 
-    The model is called as the bundle's folder is. It finds the bundle by a path relative to its own folder: both can be
+    The model has the name of the bundle's folder. It finds the bundle by a path relative to its own folder: both can be
     moved together.
 
     Args:
-        bundle: is read where it is; nothing of it is copied.
-        folder: the repository, in which other models may lie.
-        replace: write over a configuration that says other things.
+        bundle: stays where it is; nothing is copied.
+        folder: the repository, which may contain other models.
+        replace: overwrite a configuration that differs.
 
     Returns:
         The model's folder.
 
     Raises:
-        RequestError: the repository lies in the bundle.
-        UserError: it cannot be written, or has another configuration for a model of this name.
+        RequestError: the repository is inside the bundle.
+        UserError: it cannot be written, or has a different configuration for a model of this name.
     """
     check_repository(folder, bundle.root)
     root = bundle.root.resolve()
@@ -75,6 +75,6 @@ def write_repository(bundle: Bundle, folder: Path, replace: bool = False) -> Pat
 
 
 def _check_same(config: Path, text: str, replace: bool) -> None:
-    """What people have changed in a configuration is theirs."""
+    """Reject overwriting a configuration that a user may have changed."""
     if config.exists() and not replace and config.read_bytes() != text.encode():
-        raise UserError(f"{config} says other things: keep it as it is, or write it anew with --replace")
+        raise UserError(f"{config} differs from the new configuration: keep it, or overwrite it with --replace")

@@ -1,4 +1,4 @@
-"""Reads a Triton request's tensors: every row of its batch asks for one image."""
+"""Tensors of a Triton request as requests: every row of the batch is one image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_PIXELS = ServeSettings().max_control_pixels
 
 
 def read_requests(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[ServiceRequest]:
-    """Read a Triton request: one request for one image from every row.
+    """Read a Triton request: a request for one image from every row.
 
     Args:
         model: the bundle's name.
@@ -29,7 +29,7 @@ def read_requests(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarr
         tensors: the request's inputs by name, with their batch dimension.
 
     Raises:
-        RequestError: a prompt is no text, or a control image is none.
+        RequestError: a prompt is not text, or a control image is not an image.
     """
     return [_read_row(model, manifest, tensors, row) for row in range(len(tensors[PROMPT]))]
 
@@ -57,7 +57,7 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
 
 
 def _number(name: str, value: Any) -> float | int:
-    """The number that was meant: 0.3 in float32 is 0.30000001192092896, and would give another image than 0.3."""
+    """The intended number: float32 0.3 is 0.30000001192092896, which would give another image than 0.3."""
     return int(value) if name in WHOLE else float(str(value))
 
 
@@ -71,5 +71,5 @@ def _text(name: str, value: bytes | str) -> str:
 
 
 def _control_images(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Image.Image]:
-    pairs = zip(names, files, strict=False)  # without images there are no files
+    pairs = zip(names, files, strict=False)  # no files without images
     return {name: read_control_image(bytes(file), MOST_PIXELS) for name, file in pairs if file}

@@ -473,7 +473,7 @@ def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[s
     assert facts["built for"] == f"TensorRT-RTX {target.version}"
     assert facts["GPUs"] == "portable"
     assert facts["images"] == "1 of 64 x 64"
-    assert facts["networks"] == "3 of 3"
+    assert facts["components"] == "3 of 3"
     plans = target.plans.values()
     assert facts["weights"] == f"{sum(plan.weights_memory or 0 for plan in plans) / 1e6:,.1f} MB"
     assert facts["activations"] == f"{max(plan.activation_memory or 0 for plan in plans) / 1e6:,.1f} MB"
@@ -481,7 +481,7 @@ def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[s
     assert facts["runs here"] == "no"
     assert "does not run here: " in out
     assert f"ONNX Runtime, TensorRT-RTX {target.version}" in out
-    assert "SHA-256 of all files are as written" in out
+    assert "SHA-256 of all files match the manifest" in out
 
 
 def test_info_of_a_bundle_without_engines(sd15_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -506,7 +506,7 @@ def test_info_of_damaged_engines(
     path = shorten(bundle, "unet")
     out, _ = run(capsys, "info", bundle)
     assert f"{path.relative_to(bundle)} is missing or shortened: build it again" in out
-    assert "all files but 1 engine are as written" in out
+    assert "all files but 1 engine match the manifest" in out
     path.unlink()
     assert "is missing or shortened" in run(capsys, "info", bundle, "--hashes")[0]
     other = path.with_name("vae_decoder.engine")

@@ -68,7 +68,7 @@ def test_a_bundle_that_is_exported_anew_meanwhile_is_refused(copy_bundle, sd15_b
     """Replicas that start later must not draw with another checkpoint than those before."""
     old = share(copy_bundle(sd15_bundle, "served").root)
     new = BundleShelf([dataclasses.replace(old, folder=copy_bundle(sd15_bundle, "newer", eta=0.5).root)])
-    with pytest.raises(BundleError, match="exported anew"):
+    with pytest.raises(BundleError, match="exported again"):
         find_or_fetch(elsewhere(old), new.read, tmp_path / "cache")
 
 

@@ -51,8 +51,8 @@ def test_a_line_of_json_has_the_last_word(tmp_path: Path, manifest: Manifest) ->
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no request"),
-        ("[1]", "line 2 is no request"),
+        ("{", "line 2 is not a request"),
+        ("[1]", "line 2 is not a request"),
         ("{}", "line 2: prompt"),
         ('{"prompt": "a", "sed": 1}', "line 2: 'sed'"),
         ('{"prompt": "a", "seed": 1.5}', "line 2: seed"),

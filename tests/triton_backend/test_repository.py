@@ -85,7 +85,7 @@ def test_a_changed_configuration_is_kept(sd15_bundle: Path, tmp_path: Path) -> N
     original = config.read_text()
     write(sd15_bundle, tmp_path)  # the same is no change
     config.write_text(original + "# mine\n")
-    with pytest.raises(UserError, match=r"says other things: .* --replace"):
+    with pytest.raises(UserError, match=r"differs from the new configuration: .* --replace"):
         write(sd15_bundle, tmp_path)
     assert config.read_text().endswith("# mine\n")
     write(sd15_bundle, tmp_path, replace=True)
