@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,6 +22,12 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector away from the libraries that the tests have imported: each full run would scan them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +116,16 @@ def export_controlled(bundles_folder: Path, source_options, controlnet_sources) 
 
 
 @pytest.fixture(scope="session")
+def batch_of_three_bundle(bundles_folder: Path, source_options) -> Path:
+    """A tiny SD1.5 in fp32 whose components take three images at a time. Do not write to it."""
+    from hypersd.export import ExportOptions, ShapeOptions, export_bundle
+
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3))
+    return export_bundle(name, bundles_folder / f"{name}-batch3", options).root
+
+
+@pytest.fixture(scope="session")
 def sd15_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SD15-1step-lora")
 
@@ -143,9 +160,9 @@ def demo_canny_bundle(shared_folder: Path) -> Path:
 
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
-    """``copy_bundle(folder, name, **changes)``: a bundle of links to another's files, whose manifest says other things.
+    """``copy_bundle(folder, name, **changes)``: a bundle of links to another's files, with changes in its manifest.
 
-    Changes are the manifest's fields or its sampler's.
+    Changes name fields of the manifest or of its sampler.
     """
     import shutil
 

@@ -53,7 +53,7 @@ def load(export_controlled: Callable[[str], Path]) -> Callable[[str], Pipeline]:
     return lambda name: Pipeline.load(export_controlled(name))
 
 
-def draw_theirs(pipe: Any, **call: Any) -> np.ndarray:
+def generate_theirs(pipe: Any, **call: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(SEED)
     return pipe(PROMPT, **call, guidance_scale=0.0, generator=generator, output_type="np").images
 
@@ -70,7 +70,7 @@ def test_one_controlnet(name: str, scale: float, load, controlled_reference) -> 
     ours = load(name)(
         PROMPT, seed=SEED, control_image={"canny": image}, **control, **ROWS[name], output_type="np"
     ).images
-    theirs = draw_theirs(controlled_reference(name, "canny"), image=image, **control, **ROWS[name])
+    theirs = generate_theirs(controlled_reference(name, "canny"), image=image, **control, **ROWS[name])
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
@@ -95,15 +95,15 @@ def test_two_controlnets(name: str, control: Mapping[str, Any], load, controlled
     images = [photograph(seed=1), photograph(seed=2)]
     call = {**ROWS[name], **control}
     ours = load(name)(PROMPT, seed=SEED, output_type="np", control_image=images, **call).images
-    theirs = draw_theirs(controlled_reference(name, "canny", "scribble"), image=images, **call)
+    theirs = generate_theirs(controlled_reference(name, "canny", "scribble"), image=images, **call)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
 @EACH_ROW
 def test_without_a_image_it_is_the_plain_pipeline(name: str, load, reference) -> None:
-    """The same bundle draws what a bundle without ControlNets draws."""
+    """The same bundle generates the images of a bundle without ControlNets."""
     ours = load(name)(PROMPT, seed=SEED, output_type="np", **ROWS[name]).images
-    assert np.abs(ours - draw_theirs(reference(name), **ROWS[name])).max() < TOLERANCE
+    assert np.abs(ours - generate_theirs(reference(name), **ROWS[name])).max() < TOLERANCE
 
 
 @EACH_ROW
@@ -111,21 +111,21 @@ def test_control_shows(name: str, load) -> None:
     """The tolerance is far below what image, ControlNet, strength and window change: parity above can fail."""
     pipe = load(name)
 
-    def drawn(image: Any, **control: Any) -> np.ndarray:
+    def generated(image: Any, **control: Any) -> np.ndarray:
         call = {**ROWS[name], "num_inference_steps": 2}
         return pipe(PROMPT, seed=SEED, control_image=image, output_type="np", **call, **control).images
 
     one, other = photograph(seed=1), photograph(seed=2)
     sources = [
-        drawn(None),
-        drawn({"canny": one}),
-        drawn({"canny": other}),
-        drawn({"scribble": one}),
-        drawn([one, other]),
-        drawn([other, one]),
-        drawn({"canny": one}, controlnet_conditioning_scale=0.5),
-        drawn({"canny": one}, control_guidance_start=0.5),
-        drawn({"canny": one}, control_guidance_end=0.5),
+        generated(None),
+        generated({"canny": one}),
+        generated({"canny": other}),
+        generated({"scribble": one}),
+        generated([one, other]),
+        generated([other, one]),
+        generated({"canny": one}, controlnet_conditioning_scale=0.5),
+        generated({"canny": one}, control_guidance_start=0.5),
+        generated({"canny": one}, control_guidance_end=0.5),
     ]
     for i, source in enumerate(sources):
         for later in sources[i + 1 :]:
@@ -171,7 +171,7 @@ def as_diffusers_users_do(photo: Path, preprocess: str) -> Image.Image:
 def test_generate_on_a_photograph(
     name: str, preprocess: str, export_controlled, controlled_reference, tmp_path: Path
 ) -> None:
-    """`hypersd generate --control-image` draws what somebody who does all of it by hand with diffusers gets."""
+    """`hypersd generate --control-image` gives the image of the same steps by hand with diffusers."""
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     photograph(150, 100).save(photo, quality=95)
     kind = "scribble" if preprocess == "scribble" else "canny"
@@ -180,7 +180,7 @@ def test_generate_on_a_photograph(
     words += ["--eta", eta, "--preprocess", preprocess, "--control-scale", "0.8", "--seed", SEED, "-o", out]
     assert main([str(word) for word in words]) == 0
     control = {"image": as_diffusers_users_do(photo, preprocess), "controlnet_conditioning_scale": 0.8}
-    theirs = draw_theirs(controlled_reference(name, kind), **control, **ROWS[name])
+    theirs = generate_theirs(controlled_reference(name, kind), **control, **ROWS[name])
     ours = np.asarray(Image.open(out), np.int16)
     assert np.abs(ours - np.round(theirs[0] * 255)).max() <= 1
 
@@ -207,7 +207,7 @@ class Counting:
 def counted(export_controlled, sdxl_dynamic_bundle: Path) -> Callable[..., tuple[Counter[str], dict[str, int]]]:
     """``counted(name, **call)``: how often each network ran in a call, and on how many rows at most."""
 
-    def draw(name: str, **call: Any) -> tuple[Counter[str], dict[str, int]]:
+    def generate(name: str, **call: Any) -> tuple[Counter[str], dict[str, int]]:
         bundle = Bundle.load(sdxl_dynamic_bundle if "CFG" in name else export_controlled(name))
         runs: Counter[str] = Counter()
         rows: dict[str, int] = {}
@@ -216,7 +216,7 @@ def counted(export_controlled, sdxl_dynamic_bundle: Path) -> Callable[..., tuple
         Pipeline(bundle.manifest, engines, tokenizers)(PROMPT, **call)
         return runs, rows
 
-    return draw
+    return generate
 
 
 UNIFIED = "Hyper-SD15-1step-lora"
@@ -256,16 +256,16 @@ def test_rows_are_doubled_for_guidance_alone(guidance_scale: float, rows: int, c
     assert runs[CANNY] == 8
 
 
-def test_a_image_drawn_by_a_callback_leaves_the_call_alone(load) -> None:
+def test_an_image_generated_by_a_callback_leaves_the_call_alone(load) -> None:
     """Engines' buffers hold until the next run: what lasts for all steps is the call's own."""
     pipe, one, other = load(UNIFIED), photograph(seed=1), photograph(seed=2)
     call: dict[str, Any] = {"seed": SEED, "num_inference_steps": 4, "output_type": "np"}
 
-    def draw_another(*_: Any) -> None:
+    def generate_another(*_: Any) -> None:
         pipe("blue dog", control_image={"canny": other}, **call)
 
     images = {"control_image": {"canny": one}, **call}
-    disturbed = pipe(PROMPT, callback_on_step_end=draw_another, **images).images
+    disturbed = pipe(PROMPT, callback_on_step_end=generate_another, **images).images
     assert np.array_equal(disturbed, pipe(PROMPT, **images).images)
 
 
@@ -316,7 +316,7 @@ def test_a_bundle_without_controlnet(export_tiny: Callable[[str], Path]) -> None
     ],
 )
 def test_calls_that_cannot_be(call: Mapping[str, Any], export_controlled) -> None:
-    """What does not fit is refused in one line, before anything is drawn."""
+    """Wrong control arguments are rejected in one line, before anything is generated."""
     pipe = null_pipe(export_controlled(UNIFIED))
     with pytest.raises(RequestError) as error:
         pipe(PROMPT, **call)

@@ -1,4 +1,4 @@
-"""Images that can be judged: the demonstration checkpoints, drawn from bundles and by diffusers.
+"""Images that can be judged: the demonstration checkpoints, generated from bundles and by diffusers.
 
 Parity (test_parity.py) says that an image is diffusers'; here code looks at the image and says whether it shows what
 the prompt asked for.
@@ -36,7 +36,7 @@ PROMPTS = 32
 SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
 UNIFIED = "Hyper-Demo15-1step-lora"
 # Every sampler, and which row of the table of figures is the same checkpoint with the same settings.
-DRAWN = {
+GENERATED = {
     "DDIM, 2 steps": ("Hyper-Demo15-2steps-lora", {}, "2steps-lora, DDIM"),
     "DDIM, 8 steps, guidance": ("Hyper-Demo15-8steps-CFG-lora", {}, "8steps-CFG-lora, DDIM"),
     "TCD, 1 step": (UNIFIED, {"num_inference_steps": 1}, "1step-lora, TCD, 1 step, eta 1"),
@@ -58,7 +58,7 @@ def demo_pipeline(shared_folder: Path) -> Callable[..., Pipeline]:
     return load
 
 
-def drawn_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
+def generated_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
     """One image a prompt, whose place in the list is its seed: uint8 [N, H, W, 3]."""
     made = [pipe(prompt, seed=seed, output_type="np", **call).images for seed, prompt in enumerate(CAPTIONS)]
     return np.round(np.concatenate(made) * 255).astype(np.uint8)
@@ -69,17 +69,17 @@ def row_named(name: str) -> Row:
 
 
 @functools.cache
-def drawn_by_diffusers(name: str) -> np.ndarray:
+def generated_by_diffusers(name: str) -> np.ndarray:
     """The images of a row of the table of figures."""
     row = row_named(name)
     return draw(row.pipeline(DEMO_ROOT), CAPTIONS, **row.call)
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_bundles_draw_what_diffusers_draws_and_what_was_asked(name: str, demo_pipeline) -> None:
+@pytest.mark.parametrize("name", GENERATED)
+def test_bundles_generate_diffusers_images_and_what_was_asked(name: str, demo_pipeline) -> None:
     """Image by image the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
-    checkpoint, call, row = DRAWN[name]
-    ours, theirs = drawn_by_us(demo_pipeline(checkpoint), **call), drawn_by_diffusers(row)
+    checkpoint, call, row = GENERATED[name]
+    ours, theirs = generated_by_us(demo_pipeline(checkpoint), **call), generated_by_diffusers(row)
     pairs = zip(ours, theirs, SCENES, strict=True)
     differ = [CAPTIONS[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)]
     # The judge has thresholds: an image that lies on one may fall to either side by rounding alone.
@@ -89,21 +89,22 @@ def test_bundles_draw_what_diffusers_draws_and_what_was_asked(name: str, demo_pi
 
 @pytest.mark.parametrize("name", ["TCD, 4 steps, eta 1", "LCM"])
 def test_half_precision_loses_nothing(name: str, demo_pipeline) -> None:
-    """float16 graphs draw what was asked as often as float32 ones."""
-    checkpoint, call, _ = DRAWN[name]
+    """float16 graphs follow the prompt as often as float32 graphs."""
+    checkpoint, call, _ = GENERATED[name]
     half, full = (
-        scores_of(drawn_by_us(demo_pipeline(checkpoint, precision), **call), SCENES) for precision in ("fp16", "fp32")
+        scores_of(generated_by_us(demo_pipeline(checkpoint, precision), **call), SCENES)
+        for precision in ("fp16", "fp32")
     )
     assert abs(half.overall - full.overall) <= 0.02, (half, full)
 
 
 @pytest.mark.parametrize("name", ["TCD, 1 step", "TCD, 4 steps, eta 1"])
 def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline) -> None:
-    """OpenVINO's bfloat16 draws what was asked as often as float32; where there is none, it has to say float32."""
-    checkpoint, call, _ = DRAWN[name]
+    """OpenVINO's bfloat16 follows the prompt as often as float32; without bfloat16 it reports float32."""
+    checkpoint, call, _ = GENERATED[name]
     fast, full = demo_pipeline(checkpoint, backend="openvino"), demo_pipeline(checkpoint)
     assert fast.choice.precision == ("bf16" if has_native_bf16() else "fp32")
-    ours, theirs = drawn_by_us(fast, **call), drawn_by_us(full, **call)
+    ours, theirs = generated_by_us(fast, **call), generated_by_us(full, **call)
     assert abs(scores_of(ours, SCENES).overall - scores_of(theirs, SCENES).overall) <= 0.02
     errors = np.mean((ours.astype(float) - theirs) ** 2, axis=(1, 2, 3))
     assert -10 * np.log10(errors.max() / 255**2) > 35, "dB: seen 40 in one step, 51 in four"
@@ -111,7 +112,7 @@ def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline) -> None:
 
 def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
     """``--vae tiny`` costs sharpness, not the image."""
-    tiny, full = (scores_of(drawn_by_us(demo_pipeline(UNIFIED, vae=vae)), SCENES) for vae in ("tiny", None))
+    tiny, full = (scores_of(generated_by_us(demo_pipeline(UNIFIED, vae=vae)), SCENES) for vae in ("tiny", None))
     assert tiny.overall > full.overall - 0.1, (tiny, full)
 
 
@@ -141,14 +142,14 @@ def test_edges_are_followed(name: str, row: str, controlled_pipeline, figures) -
     photos = [Image.fromarray(render(scene, np.random.default_rng(i))) for i, scene in enumerate(scenes)]
     pipe = controlled_pipeline(name)
 
-    def drawn(**control: Any) -> np.ndarray:
+    def generated(**control: Any) -> np.ndarray:
         made = [
             pipe(caption, seed=i, control_image=canny(photo), output_type="np", **control).images
             for i, (caption, photo) in enumerate(zip(captions, photos, strict=True))
         ]
         return np.round(np.concatenate(made) * 255).astype(np.uint8)
 
-    followed, ignored = scores_of(drawn(), scenes), scores_of(drawn(controlnet_conditioning_scale=0.0), scenes)
+    followed, ignored = scores_of(generated(), scenes), scores_of(generated(controlnet_conditioning_scale=0.0), scenes)
     assert followed.overall == pytest.approx(figures[row]["overall"], abs=0.07)
     assert ignored.overall < followed.overall - 0.1
     assert followed.places > ignored.places + 0.5
@@ -218,11 +219,11 @@ def test_a_broken_sampler_loses_its_score(
     name: str, breaks: Callable[[pytest.MonkeyPatch], None], demo_pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judge is strong enough to protect us: each mistake costs 15 points or more."""
-    checkpoint, call, _ = DRAWN[name]
+    checkpoint, call, _ = GENERATED[name]
     pipe = demo_pipeline(checkpoint)
-    right = scores_of(drawn_by_us(pipe, **call), SCENES)
+    right = scores_of(generated_by_us(pipe, **call), SCENES)
     breaks(monkeypatch)
-    broken = scores_of(drawn_by_us(pipe, **call), SCENES)
+    broken = scores_of(generated_by_us(pipe, **call), SCENES)
     assert broken.overall < right.overall - 0.15, (right, broken)
 
 
@@ -241,7 +242,7 @@ def figures() -> Mapping[str, Mapping[str, Any]]:
 
 
 def test_figures_are_complete(figures) -> None:
-    """Every row that can be drawn has its figures, in the table's order."""
+    """Every row that can be generated has its figures, in the table's order."""
     assert list(figures) == [row.name for row in rows()]
 
 

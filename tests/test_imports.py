@@ -136,7 +136,7 @@ def test_public_names_resolve_and_others_do_not() -> None:
 
 
 def test_the_runtime_works_without_what_only_an_export_needs(sd15_bundle: Path) -> None:
-    """Every module of runtime/ and engines/ imports, and an image is drawn, with the export's libraries not there.
+    """Every module of runtime/ and engines/ imports, and an image is generated, without the libraries of the export.
 
     The block is shown to work first.
     """

@@ -36,7 +36,7 @@ def card_calls(name: str) -> list[dict[str, Any]]:
     return [{"num_inference_steps": steps, "guidance_scale": guidance, "eta": 0.0}]
 
 
-def draw_both(pipe: Pipeline, reference: Any, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+def generate_both(pipe: Pipeline, reference: Any, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
     """The bundle's and diffusers' images [B, H, W, 3] in 0..1."""
     ours = pipe(**arguments, seed=SEED, output_type="np").images
     theirs = reference(**arguments, generator=torch.Generator().manual_seed(SEED), output_type="np").images
@@ -44,13 +44,13 @@ def draw_both(pipe: Pipeline, reference: Any, **arguments: Any) -> tuple[np.ndar
 
 
 @pytest.mark.parametrize("name", [checkpoint.name for checkpoint in CHECKPOINTS])
-def test_every_checkpoint_draws_diffusers_image(
+def test_every_checkpoint_generates_diffusers_image(
     name: str, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
 ) -> None:
     """The whole path of every row: LoRA, fusing, tracing, text, sampler and decoder change no image."""
     pipe, judge = Pipeline.load(export_tiny(name)), reference(name)
     for call in card_calls(name):
-        ours, theirs = draw_both(pipe, judge, prompt=PROMPT, **call)
+        ours, theirs = generate_both(pipe, judge, prompt=PROMPT, **call)
         assert np.abs(ours - theirs).max() < TOLERANCE, call
         assert theirs.std() > 0.05, "the reference is a flat image: equality would prove nothing"
 
@@ -85,7 +85,7 @@ def test_guidance_and_negative_prompts(
 ) -> None:
     """Negative prompts condition as in diffusers; without one SDXL's zeros and SD1.5's empty text differ."""
     arguments = {"prompt": PROMPT, "negative_prompt": negative, "num_inference_steps": 8, "guidance_scale": 7.0}
-    ours, theirs = draw_both(Pipeline.load(export_tiny(name)), reference(name), **arguments, eta=0.0)
+    ours, theirs = generate_both(Pipeline.load(export_tiny(name)), reference(name), **arguments, eta=0.0)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
@@ -95,7 +95,7 @@ def test_lists_of_prompts_and_several_images_each(
 ) -> None:
     """Images come in diffusers' order and from its noise, also when a fixed batch of 1 makes it several runs."""
     arguments = {"prompt": [PROMPT, "blue dog"], "num_images_per_prompt": 2, "num_inference_steps": 4}
-    ours, theirs = draw_both(
+    ours, theirs = generate_both(
         Pipeline.load(export_tiny(name)), reference(name), **arguments, guidance_scale=0.0, eta=0.5
     )
     assert ours.shape == (4, 64, 64, 3)

@@ -95,10 +95,10 @@ def test_only_a_shortened_engine_is_built_again(rtx_bundle: Path, copy, capsys: 
     out, err = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")
     assert [line.split(":")[0] for line in err.splitlines() if "build engine" in line] == ["text_encoder"]
     assert others == {other: other.stat().st_mtime_ns for other in others}
-    built, draw = out.splitlines()
+    built, next_command = out.splitlines()
     assert built.startswith(f"engines {target_of(bundle)}: ")
     assert " MB, in " in built
-    assert draw == f'generate with: hypersd generate {bundle} "a photo of a cat"'
+    assert next_command == f'generate with: hypersd generate {bundle} "a photo of a cat"'
     Bundle.load(bundle, hashes=True)
     assert "are there already" in run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[1]
 
@@ -123,8 +123,8 @@ def test_what_is_printed_can_be_pasted(
 ) -> None:
     """Whatever the bundle's name: the shell makes the same path of it, and what looks like an emoji stays."""
     bundle = Path(shutil.copytree(rtx_bundle, tmp_path / "bü ndle [red] :cat: 'a'"))
-    draw = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[0].splitlines()[-1]
-    words = shlex.split(draw.removeprefix("generate with: hypersd "))
+    line = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[0].splitlines()[-1]
+    words = shlex.split(line.removeprefix("generate with: hypersd "))
     assert make_parser().parse_args(words).bundle == bundle
     bare = Path(shutil.copytree(sd15_bundle, tmp_path / "no engines"))
     (line,) = [line for line in run(capsys, "info", bare)[0].splitlines() if "hypersd build" in line]
@@ -553,7 +553,7 @@ def test_info_names_attentions_in_plain_kernels(rtx_bundle: Path, copy, capsys: 
 def test_generate_passes_over_engines_that_cannot_run(
     rtx_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_gpu: None
 ) -> None:
-    """The image is drawn by ONNX Runtime; one line says why, another what runs where."""
+    """ONNX Runtime generates the image; one line gives the reason, another the backend and device."""
     out, err = run(capsys, "generate", rtx_bundle, "a cat", "-o", tmp_path / "cat.png", "--seed", "1")
     passed_over, loaded = err.splitlines()
     assert passed_over.startswith("TensorRT engines passed over: ")

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: results, one-line errors, exit codes."""
+"""The command line as a user sees it: results, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def test_list_names_every_checkpoint(capsys: pytest.CaptureFixture[str]) -> None
     assert "Hyper-SD" not in demo
 
 
-def test_info_tells_what_is_in_a_bundle(sdxl_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings, networks with their tensors, sizes; --hashes reads every file."""
+def test_info_shows_the_contents_of_a_bundle(sdxl_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings, components with their tensors, sizes; --hashes reads every file."""
     assert main(["info", str(sdxl_bundle), "--hashes"]) == 0
     text = capsys.readouterr().out
     for expected in ("Hyper-SDXL-1step-lora", "tcd", "64 x 64", "text_encoder_2", "time_ids float32[1, 6]", "SHA-256"):
         assert expected in text
 
 
-def test_generate_writes_a_image_with_its_settings(
+def test_generate_writes_an_image_with_its_settings(
     sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file is a PNG of the right size; its metadata hold all that is needed to draw it again, in any script."""
+    """The file is a PNG of the right size; its metadata are enough to generate it again, in any script."""
     prompt = 'a "cat" 猫 😀\nin two lines'
     output = tmp_path / "new" / "cat.png"
     assert (
@@ -114,7 +114,7 @@ def no_reader() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("words", [["list"], ["info"], ["--help"]])
-def test_a_reader_that_has_seen_enough(words: list[str], sd15_bundle: Path, hypersd, no_reader: int) -> None:
+def test_a_reader_that_closes_the_pipe(words: list[str], sd15_bundle: Path, hypersd, no_reader: int) -> None:
     """``hypersd info b | head -1`` is no failure."""
     done = hypersd(*words, *([sd15_bundle] if words == ["info"] else []), stdout=no_reader)
     assert (done.returncode, done.stderr) == (0, "")
@@ -123,7 +123,7 @@ def test_a_reader_that_has_seen_enough(words: list[str], sd15_bundle: Path, hype
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("words", [["list"], ["info"], ["--help"]])
 def test_output_that_cannot_be_written(words: list[str], sd15_bundle: Path, hypersd) -> None:
-    """One plain line, and no word of a bug."""
+    """One line on stderr that does not call it a bug."""
     with open("/dev/full", "w") as full:
         done = hypersd(*words, *([sd15_bundle] if words == ["info"] else []), stdout=full.fileno())
     assert done.returncode == 1
@@ -131,7 +131,7 @@ def test_output_that_cannot_be_written(words: list[str], sd15_bundle: Path, hype
 
 
 def test_progress_that_nobody_reads(sd15_bundle: Path, tmp_path: Path, hypersd, no_reader: int) -> None:
-    """The work is done all the same."""
+    """The image is generated although stderr has no reader."""
     done = hypersd("generate", sd15_bundle, "a cat", "-o", tmp_path / "cat.png", stderr=no_reader)
     assert done.returncode == 0
     assert "cat.png" in done.stdout
@@ -140,7 +140,7 @@ def test_progress_that_nobody_reads(sd15_bundle: Path, tmp_path: Path, hypersd, 
 def test_narrow_terminals_cut_no_names(
     sdxl_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They break them; those of checkpoints, which are there to be copied, only where the line ends."""
+    """Long names are broken, not cut; checkpoint names, which users copy, break only at the end of a line."""
     monkeypatch.setattr("hypersd.cli.console.PIPE_WIDTH", 60)
     assert main(["info", str(sdxl_bundle)]) == 0
     assert "…" not in capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_narrow_terminals_cut_no_names(
 
 @pytest.mark.parametrize("command", ["build", "info", "generate", "verify"])
 def test_an_empty_bundle_name(command: str, fails: Callable[..., str]) -> None:
-    """It would mean the current folder."""
+    """An empty name would mean the current folder."""
     assert "the name is empty" in fails(command, "", *(["a cat"] if command == "generate" else []))
 
 
@@ -204,8 +204,8 @@ def test_bad_arguments_of_generate(
     "arguments",
     [["--timesteps", "999", "500"], ["--steps", "4", "--eta", "0.2"], ["--steps", "9", "--force"], []],
 )
-def test_metadata_draw_the_image_again(arguments: list[str], sd15_bundle: Path, tmp_path: Path) -> None:
-    """What the file says of itself, given back to a pipeline, gives the same pixels."""
+def test_metadata_generate_the_image_again(arguments: list[str], sd15_bundle: Path, tmp_path: Path) -> None:
+    """The metadata as arguments of a pipeline give the same pixels."""
     output = tmp_path / "a.png"
     assert main(["generate", str(sd15_bundle), "a cat", *arguments, "--seed", "4", "-o", str(output)]) == 0
     with Image.open(output) as image:
@@ -216,13 +216,13 @@ def test_metadata_draw_the_image_again(arguments: list[str], sd15_bundle: Path, 
     assert Pipeline.load(sd15_bundle)(**settings, force=True).images[0].tobytes() == pixels
 
 
-def test_force_draws_with_other_steps(sd15_bundle: Path, tmp_path: Path) -> None:
-    """--force lets steps through that the checkpoint was not distilled for."""
+def test_force_generates_with_other_steps(sd15_bundle: Path, tmp_path: Path) -> None:
+    """--force allows steps that the checkpoint was not distilled for."""
     assert main(["generate", str(sd15_bundle), "a cat", "--steps", "9", "--force", "-o", str(tmp_path / "a.png")]) == 0
 
 
 def test_empty_and_long_prompts(sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An empty prompt is one; a long one is cut off with a one-line warning that names what was cut."""
+    """An empty prompt is valid; a long one is cut off with a one-line warning that names the lost words."""
     assert main(["generate", str(sd15_bundle), "", "-o", str(tmp_path / "empty.png")]) == 0
     assert "warning" not in capsys.readouterr().err
     assert main(["generate", str(sd15_bundle), "cat " * 80 + "猫", "-o", str(tmp_path / "long.png")]) == 0
@@ -230,7 +230,7 @@ def test_empty_and_long_prompts(sd15_bundle: Path, tmp_path: Path, capsys: pytes
     assert "猫" in warning
 
 
-def test_a_bundle_that_is_none(tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_a_folder_that_is_not_a_bundle(tmp_path: Path, fails: Callable[..., str]) -> None:
     """A missing folder, an empty one and a file are answered with what makes a bundle."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -241,7 +241,7 @@ def test_a_bundle_that_is_none(tmp_path: Path, fails: Callable[..., str]) -> Non
 
 
 def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    """A missing, shortened or altered file and a newer manifest are said before anything is drawn."""
+    """A missing, shortened or altered file and a newer manifest are reported before anything is generated."""
     bundle = tmp_path / "bundle"
     data = bundle / "unet/model.onnx_data"
 
@@ -314,7 +314,7 @@ def test_damaged_lora(damage: str, export_arguments: list[str], tmp_path: Path, 
 def test_lora_of_the_other_family(
     export_arguments: list[str], tiny_repos: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    """It is recognised as what it is, before minutes are spent."""
+    """The LoRA's family is recognised before minutes are spent."""
     lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SDXL-1step-lora.safetensors"
     line = fails(*export_arguments[:-1], lora, "--out", tmp_path / "out")
     assert "LoRA for SDXL" in line
@@ -333,7 +333,7 @@ def test_debug_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_wrong_output_is_said_before_any_download(tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_a_wrong_output_is_reported_before_any_download(tmp_path: Path, fails: Callable[..., str]) -> None:
     """Gigabytes are not fetched for a bundle that has no place: with no network this would be another error."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/todo.txt").write_text("keep")
@@ -342,7 +342,7 @@ def test_a_wrong_output_is_said_before_any_download(tmp_path: Path, fails: Calla
 
 
 def test_a_bug_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is not the user's input is told apart, in one line as well."""
+    """Other errors have another exit code, also in one line."""
     from hypersd.engines.bundle import Bundle
 
     def broken(*_: object, **__: object) -> None:
@@ -364,8 +364,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(capsys.readouterr().out) > 10
 
 
-def test_a_image_that_cannot_be_written(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
-    """A folder where a file stands is said, and nothing stays behind."""
+def test_an_image_that_cannot_be_written(sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]) -> None:
+    """A file in place of a folder is reported, and nothing is left behind."""
     (tmp_path / "file").write_text("")
     assert "cannot be written" in fails("generate", sd15_bundle, "a cat", "-o", tmp_path / "file" / "cat.png")
 
@@ -399,10 +399,10 @@ def test_verify_passes_and_fails(
 
 
 def test_a_demonstration_checkpoint_from_export_to_verify(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shared_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No options but the name; and the bundle is the same from a clone at another place, which verifies it, too."""
-    bundle = tmp_path / "bundle"
+    bundle = shared_folder / "demo" / "command-line"  # beside those of test_demo.py, whose components it takes
     export = ["export", "--ckpt", "Hyper-Demo15-2steps-lora", "--vae", "tiny", "--precision", "fp32"]
     export += ["--backend", "none", "--out", str(bundle)]
     assert main(export) == 0

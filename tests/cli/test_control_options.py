@@ -78,7 +78,7 @@ def test_images_in_the_bundles_order_or_by_name(bundle: Path, photo: Path, tmp_p
 
 
 def test_the_whole_count_follows_one_image(bundle: Path, photo: Path, tmp_path: Path) -> None:
-    """--count draws each seed under the same control, as the pipeline does."""
+    """--count generates each seed under the same control, as the pipeline does."""
     control = ["--control-image", f"canny={photo}", "--resize-mode", "stretch"]
     assert (
         main(
@@ -145,7 +145,7 @@ def test_a_size_that_cannot_be_is_not_the_images_fault(
 def test_what_is_saved_takes_no_place_of_what_is_read(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Saving edges, editing them and drawing again is what one does; the file that was edited is left alone."""
+    """A user saves edges, edits them and generates again; the edited file is not overwritten."""
     edited = tmp_path / "out-control-canny.png"
     Image.new("RGB", (64, 64)).save(edited)
     before = edited.read_bytes()

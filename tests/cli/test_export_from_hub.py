@@ -77,8 +77,8 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     assert "done already" in again.stderr
     Image.effect_noise((80, 60), 90).save(tmp_path / "photo.jpg")
     words = ["--seed", 0, "-o", "cat.png", "--control-image", "photo.jpg"]
-    drawn = hypersd("generate", f"bundles/{NAME}", "a photo of a cat", *words, cwd=tmp_path, env=offline)
-    assert drawn.returncode == 0, drawn.stderr
+    generated = hypersd("generate", f"bundles/{NAME}", "a photo of a cat", *words, cwd=tmp_path, env=offline)
+    assert generated.returncode == 0, generated.stderr
     settings = json.loads(Image.open(tmp_path / "cat.png").info["hypersd"])
     assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
     assert settings["preprocess"] == {"canny": "canny 100 200"}
@@ -88,17 +88,36 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     assert not hub.requests, "offline means offline"
 
 
+def export_errors(*exports: list[str], cwd: Path, env: dict[str, str]) -> list[str]:
+    """The lines with which these exports of NAME end, one after another in one process."""
+    program = """if True:
+        import json, sys
+        from hypersd.cli import main
+        for words in json.loads(sys.argv[1]):
+            print(main(words))
+    """
+    commands = json.dumps([["export", "--ckpt", NAME, *words] for words in exports])
+    merged = {**os.environ, "HF_HUB_OFFLINE": "0", **env}
+    command = [sys.executable, "-c", program, commands]
+    done = subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2"] * len(exports), done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == len(exports), done.stderr
+    return lines
+
+
 def test_the_hub_says_no(hub: LoopbackHub, tiny_repos: Path, tmp_path: Path) -> None:
     """401, 404 of a repository and of a file, no network: each is one clear line."""
     env = hub.environment(tmp_path / "cache")
     hub.gated.add("stabilityai/stable-diffusion-xl-base-1.0")
-    line = one_line(hypersd("export", "--ckpt", NAME, cwd=tmp_path, env=env), 2)
-    assert "401" in line
-    assert "HF_TOKEN" in line
-    line = one_line(hypersd("export", "--ckpt", NAME, "--base", "nobody/nothing", cwd=tmp_path, env=env), 2)
-    assert "nobody/nothing" in line
-    line = one_line(hypersd("export", "--ckpt", NAME, "--base", "madebyollin/taesd", cwd=tmp_path, env=env), 2)
-    assert "model_index.json" in line
+    gated, unknown, incomplete = export_errors(
+        [], ["--base", "nobody/nothing"], ["--base", "madebyollin/taesd"], cwd=tmp_path, env=env
+    )
+    assert "401" in gated
+    assert "HF_TOKEN" in gated
+    assert "nobody/nothing" in unknown
+    assert "model_index.json" in incomplete
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         closed = {**env, "HF_ENDPOINT": f"http://127.0.0.1:{unused.getsockname()[1]}"}

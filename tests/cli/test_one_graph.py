@@ -1,4 +1,4 @@
-"""`hypersd export --one-graph`, and what `info` and `generate` make of it."""
+"""`hypersd export --one-graph`, and its graphs in `info` and `generate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypersd.tools.one_graph import add_one_graph
 def test_export_info_and_generate(
     export_arguments: list[str], sd15_bundle: Path, copy_bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The user's way: a done export gets its one-graphs, info shows them, and generate draws the same image."""
+    """A finished export gets its one-graphs, info shows them, and generate makes the same image."""
     bundle = copy_bundle(sd15_bundle)
     export = [*export_arguments, "--precision", "fp32", "--backend", "none", "--out", str(bundle.root)]
     assert main([*export, "--one-graph", "2", "1", "2"]) == 0
@@ -39,10 +39,10 @@ def test_export_info_and_generate(
     assert Image.open(files[0]).info["hypersd"] == Image.open(files[1]).info["hypersd"]
 
 
-def test_several_are_drawn_with_the_first_graph_if_no_steps_are_given(
+def test_several_images_use_the_first_graph_if_no_steps_are_given(
     sd15_bundle: Path, copy_bundle, tmp_path: Path
 ) -> None:
-    """Without --steps the graph says how many; every image has its own seed."""
+    """Without --steps the graph fixes their number; every image has its own seed."""
     bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
     output = tmp_path / "cat.png"
     assert main(["generate", str(bundle.root), "a cat", "--one-graph", "--count", "2", "-o", str(output)]) == 0
@@ -51,10 +51,10 @@ def test_several_are_drawn_with_the_first_graph_if_no_steps_are_given(
     assert (np.asarray(first) != np.asarray(second)).any()
 
 
-def test_engines_are_built_of_the_separate_networks(
+def test_engines_are_built_of_the_separate_components(
     export_arguments: list[str], sd15_bundle: Path, copy_bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The weights are not built twice: --backend makes a plan for each network, and the one-graph stays as it is."""
+    """The weights are not built twice: --backend makes a plan for each component, and the one-graph stays as it is."""
     pytest.importorskip("tensorrt_rtx")
     bundle = copy_bundle(sd15_bundle)
     export = [*export_arguments, "--precision", "fp32", "--backend", "tensorrt-rtx", "--out", str(bundle.root)]
@@ -69,7 +69,7 @@ def test_engines_are_built_of_the_separate_networks(
     )
 
 
-def test_what_cannot_be_is_refused_before_anything_is_exported(
+def test_impossible_graphs_are_rejected_before_anything_is_exported(
     export_arguments: list[str], tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     """Minutes are not spent on an export whose one-graph then fails."""
@@ -83,8 +83,10 @@ def test_what_cannot_be_is_refused_before_anything_is_exported(
     assert not list(tmp_path.iterdir())
 
 
-def test_generate_refuses_what_the_graph_does_not_do(sd15_bundle: Path, copy_bundle, fails: Callable[..., str]) -> None:
-    """One line each: no such graph, or an option that it has not got."""
+def test_generate_rejects_what_the_graph_does_not_support(
+    sd15_bundle: Path, copy_bundle, fails: Callable[..., str]
+) -> None:
+    """One line each: no such graph, or an unsupported option."""
     bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
     words = ["generate", bundle.root, "a cat", "--one-graph"]
     assert "one-graph-2steps is fixed to steps=2 (asked: 4)" in fails(*words, "--steps", "4")

@@ -15,19 +15,19 @@ from hypersd.engines.openvino import openvino_version, resolve_precision
 HINT = "--backend openvino is faster here"
 
 
-def draw(bundle: Path, output: Path, *options: str) -> np.ndarray:
+def generate(bundle: Path, output: Path, *options: str) -> np.ndarray:
     assert main(["generate", str(bundle), "a cat", "--seed", "1", "-o", str(output), *options]) == 0
     return np.asarray(Image.open(output), np.int16)
 
 
-def test_generate_draws_the_image_and_says_with_what(
+def test_generate_names_the_backend_and_precision(
     sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line of the load names the version and the precision; the image is ONNX Runtime's but for the rounding."""
-    expected = draw(sd15_bundle, tmp_path / "a.png", "--backend", "onnxruntime")
+    expected = generate(sd15_bundle, tmp_path / "a.png", "--backend", "onnxruntime")
     capsys.readouterr()
     for options, precision, most in (((), resolve_precision(None), 16), (("--precision", "fp32"), "fp32", 1)):
-        image = draw(sd15_bundle, tmp_path / "b.png", "--backend", "openvino", *options)
+        image = generate(sd15_bundle, tmp_path / "b.png", "--backend", "openvino", *options)
         assert f"on cpu with OpenVINO {openvino_version()} in {precision}, loaded in" in capsys.readouterr().err
         assert abs(image - expected).max() <= most
 
@@ -40,7 +40,7 @@ def test_generate_says_once_that_openvino_is_faster(
     def told(*options: str, installed: bool = True, native: bool = True) -> int:
         monkeypatch.setattr(openvino, "is_installed", lambda: installed)
         monkeypatch.setattr(openvino, "has_native_bf16", lambda: native)
-        draw(sd15_bundle, tmp_path / "a.png", "--device", "cpu", *options)
+        generate(sd15_bundle, tmp_path / "a.png", "--device", "cpu", *options)
         return capsys.readouterr().err.count(HINT)
 
     assert told() == 1
@@ -58,7 +58,7 @@ def test_generate_says_once_that_openvino_is_faster(
 def test_what_does_not_go_together_is_one_line(
     options: list[str], part: str, sd15_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, and nothing is drawn."""
+    """Exit code 2, and nothing is generated."""
     assert main(["generate", str(sd15_bundle), "a cat", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert part in line

@@ -38,7 +38,7 @@ def random_bundle(bundles_folder: Path, tmp_path_factory: pytest.TempPathFactory
 def test_export_says_what_it_writes_and_what_comes_next(
     random_bundle: Path, small_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Gigabytes appear in a folder that the user did not name: place and size are told, and drawing is not advised."""
+    """Gigabytes appear in a folder that the user did not name: their place and size are printed."""
     assert main([*EXPORT, "--precision", "fp32", "--out", str(random_bundle), "--replace"]) == 0
     captured = capsys.readouterr()
     assert f"random weights for SD1.5 are written to {small_weights / 'hypersd/random-weights'}" in captured.err
@@ -48,7 +48,7 @@ def test_export_says_what_it_writes_and_what_comes_next(
 
 
 def test_info_says_it_first(random_bundle: Path, sd15_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Who is handed a bundle learns at once that it draws nothing; of a real one it is not said."""
+    """The user of a bundle learns at once that its images are noise; real bundles have no such line."""
     assert main(["info", str(random_bundle)]) == 0
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert NAME in first

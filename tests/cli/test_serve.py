@@ -44,7 +44,7 @@ def wait_ready(url: str) -> None:
     wait_until(lambda: httpx.get(url + "/readyz").status_code == 200)
 
 
-def test_it_draws_until_it_is_told_to_end(demo_canny_bundle: Path, tmp_path: Path) -> None:
+def test_it_generates_until_it_is_stopped(demo_canny_bundle: Path, tmp_path: Path) -> None:
     """Requests of the last moment are answered, one way or the other; no prompt comes into the log."""
     (tmp_path / "token").write_text("sesame\n")
     with serving(demo_canny_bundle, "--token-file", tmp_path / "token", "--device", "cpu") as (process, url):

@@ -1,4 +1,4 @@
-"""Bundles that reach a machine once, whole, and unchanged."""
+"""Bundles reach a machine once, complete and unchanged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hypersd.errors import BundleError, UserError
 
 
 def elsewhere(bundle: SharedBundle) -> SharedBundle:
-    """The bundle as a machine sees it that does not share the file system."""
+    """The bundle as seen by a machine without the shared file system."""
     return dataclasses.replace(bundle, folder=Path("/nowhere") / bundle.name)
 
 
-def test_a_bundle_that_lies_here_is_not_copied(sd15_bundle: Path, tmp_path: Path) -> None:
-    """A shared file system, or a cluster of one machine: no byte is moved."""
+def test_a_bundle_on_this_machine_is_not_copied(sd15_bundle: Path, tmp_path: Path) -> None:
+    """A shared file system, or a cluster of one machine: nothing is copied."""
 
     def read(*_: object) -> bytes:
         raise AssertionError("read over the network")
@@ -29,7 +29,7 @@ def test_a_bundle_that_lies_here_is_not_copied(sd15_bundle: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_replicas_that_start_together_fetch_a_bundle_once(
+def test_replicas_that_start_together_copy_a_bundle_once(
     sd15_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight start on one machine: one fetches each byte once, the others wait; the copy is the bundle."""
@@ -64,8 +64,10 @@ def test_a_byte_that_changes_on_the_way_is_noticed(sd15_bundle: Path, tmp_path: 
     assert find_or_fetch(elsewhere(shared), shelf.read, tmp_path).is_dir()  # and it can be tried again
 
 
-def test_a_bundle_that_is_exported_anew_meanwhile_is_refused(copy_bundle, sd15_bundle: Path, tmp_path: Path) -> None:
-    """Replicas that start later must not draw with another checkpoint than those before."""
+def test_a_bundle_that_is_exported_again_during_the_copy_is_rejected(
+    copy_bundle, sd15_bundle: Path, tmp_path: Path
+) -> None:
+    """Replicas that start later must not generate with another checkpoint than earlier ones."""
     old = share(copy_bundle(sd15_bundle, "served").root)
     new = BundleShelf([dataclasses.replace(old, folder=copy_bundle(sd15_bundle, "newer", eta=0.5).root)])
     with pytest.raises(BundleError, match="exported again"):
@@ -73,8 +75,8 @@ def test_a_bundle_that_is_exported_anew_meanwhile_is_refused(copy_bundle, sd15_b
 
 
 @pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "secret.txt"])
-def test_only_files_of_the_bundle_are_handed_out(file: str, copy_bundle, sd15_bundle: Path) -> None:
-    """Whoever can send messages in the cluster can read bundles with them, and nothing else."""
+def test_only_files_of_the_bundle_can_be_read(file: str, copy_bundle, sd15_bundle: Path) -> None:
+    """A sender of messages in the cluster can read bundles, and nothing else."""
     bundle = copy_bundle(sd15_bundle)
     (bundle.root / "secret.txt").write_text("secret")
     (bundle.root.parent / "secret").write_text("secret")
@@ -83,7 +85,7 @@ def test_only_files_of_the_bundle_are_handed_out(file: str, copy_bundle, sd15_bu
         BundleShelf([shared]).read(shared.digest, file, 0)
 
 
-def test_a_full_disk_is_said_in_one_line(sd15_bundle: Path, mount_disk) -> None:
+def test_a_full_disk_is_reported_in_one_line(sd15_bundle: Path, mount_disk) -> None:
     """The cache may be on a small disk: the message says where, and how to move it."""
     shared = share(sd15_bundle)
     with pytest.raises(UserError, match=r"the disk of .* is full: .*XDG_CACHE_HOME"):

@@ -1,4 +1,4 @@
-"""What becomes of a request whose replica is gone, busy or late; with a handle that loses what it is told to lose."""
+"""Requests whose replica is lost, busy or late, with a stand-in for Ray's handle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOSSES = (ActorDiedError(), ActorUnavailableError("unavailable", None), TaskCanc
 
 
 class Response:
-    """Ends as it is told to: a value, an error, or never."""
+    """Ends with a value or an error, or never."""
 
     def __init__(self, outcome: Any) -> None:
         self.outcome, self.cancelled = outcome, False
@@ -38,7 +38,7 @@ class Response:
 
 
 class Handle:
-    """A deployment's handle; call i of ``draw`` has outcome i, ``raising`` those that Ray raises."""
+    """A deployment's handle; call i of ``generate`` has outcome i; ``raising`` makes an error that Ray raises."""
 
     def __init__(self, outcomes: Sequence[Any]) -> None:
         self.responses: list[Response] = []
@@ -79,14 +79,14 @@ def test_a_request_whose_replica_is_lost_is_generated_by_another(loss: BaseExcep
 
 
 def test_a_request_that_kills_replicas_does_not_kill_all() -> None:
-    """One that crashes the driver crashes it everywhere."""
+    """A request that crashes the driver crashes it on every GPU."""
     service, handle = service_of(*[raising(ActorDiedError())] * 10)
     with pytest.raises(EngineError, match="died 3 times"):
         generate(service)
     assert len(handle.responses) == ATTEMPTS
 
 
-def test_a_full_queue_is_told_at_once_with_a_time() -> None:
+def test_a_full_queue_is_reported_at_once_with_a_time() -> None:
     """Ray's refusal is a 503 with Retry-After for clients, and is counted."""
     service, handle = service_of(raising(BackPressureError(64, 64)))
     with pytest.raises(QueueFullError, match="64 requests wait, 64 may") as caught:
@@ -97,8 +97,8 @@ def test_a_full_queue_is_told_at_once_with_a_time() -> None:
 
 
 @pytest.mark.parametrize("error", [RequestError("width 7: expected a multiple of 8"), EngineError("out of memory")])
-def test_what_a_replica_says_is_no_reason_to_try_again(error: Exception) -> None:
-    """A client's mistake is one everywhere."""
+def test_an_error_from_a_replica_is_not_retried(error: Exception) -> None:
+    """Another replica would give the same error."""
     service, handle = service_of(error)
     with pytest.raises(type(error), match=str(error)):
         generate(service)
@@ -116,8 +116,8 @@ def leave_early(service: ClusterService) -> Callable[[], Any]:
     return lambda: asyncio.run(leave())
 
 
-def test_what_nobody_waits_for_is_cancelled_at_the_replica() -> None:
-    """A client that leaves, and a time that is up, free the replica's queue."""
+def test_a_request_that_nobody_waits_for_is_cancelled_at_the_replica() -> None:
+    """A client that leaves, and a timeout, free the replica's queue."""
     service, handle = service_of(None, None)
     with pytest.raises(TimedOutError, match=r"0\.05 s"):
         generate(service, timeout=0.05)

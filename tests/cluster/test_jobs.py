@@ -1,4 +1,4 @@
-"""Files of prompts: what is read from them, and what is known to be drawn already."""
+"""Files of prompts: their jobs, and the detection of finished images."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def write_image(job: PromptJob, folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / job.file, pnginfo=png_info({KEY_NAME: job.key}))
 
 
-def test_a_text_file_is_a_prompt_a_line(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path, manifest: Manifest) -> None:
     """Lines count as editors count them, empty ones too, so that names and seeds are those of the line."""
     jobs = read_jobs(write(tmp_path / "p.txt", "a cat", "", '  {"a": 1} '), manifest, 5, {"steps": 1})
     assert [(job.file, job.body.prompt) for job in jobs] == [("000001-5.png", "a cat"), ("000003-7.png", '{"a": 1}')]
     assert [job.body.steps for job in jobs] == [1, 1]
 
 
-def test_a_line_of_json_has_the_last_word(tmp_path: Path, manifest: Manifest) -> None:
-    """Options of the command are for lines that do not say otherwise; n images are n jobs."""
+def test_a_line_of_json_overrides_options(tmp_path: Path, manifest: Manifest) -> None:
+    """Options of the command apply to lines without their own; n images are n jobs."""
     lines = {"prompt": "a cat", "seed": 40, "n": 2, "eta": 0.5}, {"prompt": "a dog"}
     jobs = read_jobs(write(tmp_path / "p.jsonl", *lines), manifest, 0, {"eta": 0.25})
     assert [(job.line, job.seed, job.body.eta, job.body.n) for job in jobs] == [
@@ -62,7 +62,7 @@ def test_a_line_of_json_has_the_last_word(tmp_path: Path, manifest: Manifest) ->
     ],
 )
 def test_a_line_that_is_no_request_is_named(line: str, message: str, tmp_path: Path, manifest: Manifest) -> None:
-    """Before hours of drawing, not after."""
+    """The error comes before hours of generation."""
     with pytest.raises(RequestError, match=message):
         read_jobs(write(tmp_path / "p.jsonl", {"prompt": "a cat"}, line), manifest, 0, {})
 
@@ -76,7 +76,7 @@ def test_an_option_that_is_wrong_is_not_blamed_on_a_line(
         read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, defaults)
 
 
-def test_what_is_generated_is_known_by_what_it_was_generated_from(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_image_is_known_by_its_prompt_settings_and_bundle(tmp_path: Path, manifest: Manifest) -> None:
     """A prompt, a setting or a bundle that changed makes another image of the same name; new engines do not."""
     line = {"prompt": "a cat", "seed": 3, "steps": 1}
 
@@ -96,7 +96,7 @@ def test_what_is_generated_is_known_by_what_it_was_generated_from(tmp_path: Path
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_image_is_generated_again(content: bytes, tmp_path: Path, manifest: Manifest) -> None:
-    """Someone else's file of that name, or what a crash of the machine left."""
+    """Another program's file of that name, or the remains of a crash."""
     job = read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, {})[0]
     (tmp_path / job.file).write_bytes(content)
     assert not job.is_generated(tmp_path)

@@ -21,8 +21,6 @@ from stand_in_service import LONG, GatedPipeline, StandInService, until
 from hypersd import Pipeline
 from hypersd.engines.manifest import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
-from hypersd.export import ExportOptions, export_bundle
-from hypersd.export.shapes import ShapeOptions
 from hypersd.runtime.params import Params
 from hypersd.serve.calls import images_at_once, make_jobs
 from hypersd.serve.server import run_server
@@ -165,11 +163,8 @@ def test_images_at_once(device: str, expected: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def batch_of_three(shared_folder: Path, source_options) -> Pipeline:
-    """A tiny SD1.5 whose networks take three images at a time."""
-    name = "Hyper-SD15-1step-lora"
-    options = ExportOptions(sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3))
-    return Pipeline.load(export_bundle(name, shared_folder / "serve" / "batch-of-three", options).root, device="cpu")
+def batch_of_three(batch_of_three_bundle: Path) -> Pipeline:
+    return Pipeline.load(batch_of_three_bundle, device="cpu")
 
 
 def test_an_image_does_not_depend_on_its_neighbours(batch_of_three: Pipeline, start_service) -> None:

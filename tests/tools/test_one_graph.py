@@ -94,7 +94,7 @@ def test_half_precision_with_a_float32_decoder(sdxl_mixed_bundle: Path, copy_bun
 
 
 def test_a_size_and_a_number_out_of_the_bundles_ranges(dynamic_bundle: Path, copy_bundle) -> None:
-    """The networks' ranges become the one size of the graph, which draws several images in one run."""
+    """The components' ranges become the one size of the graph, which makes several images per run."""
     bundle = add_one_graph(copy_bundle(dynamic_bundle), 2, height=96, batch=2)
     (name,) = bundle.manifest.one_graphs
     assert name == "one-graph-2steps-64x96-batch2"
@@ -134,7 +134,7 @@ def test_several_images_are_generated_one_by_one(pipe: Pipeline) -> None:
 
 
 def test_the_caller_may_bring_latents_and_generators(pipe: Pipeline) -> None:
-    """A seed is short for what a generator draws: first the latents, then the noise."""
+    """A seed stands for a generator's numbers: first the latents, then the noise."""
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn((1, 4, 8, 8), generator=generator)
     brought = pipe(PROMPT, latents=latents, generator=generator)

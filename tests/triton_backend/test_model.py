@@ -20,7 +20,6 @@ from triton_stand_in import InferenceRequest, InferenceResponse
 from hypersd import Pipeline
 from hypersd.engines import Bundle
 from hypersd.errors import EngineError, RequestError
-from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 from hypersd.runtime.control_images import preprocess
 from hypersd.runtime.image_files import fit
 from hypersd.runtime.params import Params
@@ -31,13 +30,13 @@ from hypersd.triton_backend.rows import read_requests
 
 
 class TritonPythonModel(Model):
-    """As the repository's model.py makes it."""
+    """The class in the repository's model.py."""
 
     utils = triton_stand_in
 
 
 def arguments(folder: Path, parameters: Mapping[str, str], kind: str = "CPU", device: str = "0") -> dict[str, str]:
-    """What Triton tells an instance."""
+    """Triton's arguments of an instance."""
     config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
     return {
         "model_config": json.dumps(config),
@@ -82,8 +81,8 @@ def failure(response: InferenceResponse) -> tuple[str, str]:
     return error.code(), error.message()
 
 
-def drawn(model: Model, prompt: str, **call: Any) -> np.ndarray:
-    """What the pipeline itself draws."""
+def generated(model: Model, prompt: str, **call: Any) -> np.ndarray:
+    """The pipeline's own image."""
     return np.asarray(model.pipe(prompt, **call).images[0])
 
 
@@ -94,25 +93,25 @@ def test_answers_are_the_pipelines_images(model: TritonPythonModel) -> None:
         InferenceRequest(prompt="ein Küken", seed=4, steps=2, eta=0.3, guidance_scale=2.0, negative_prompt="a dog"),
     ]
     first, second = model.execute(requests)
-    assert np.array_equal(image(first), drawn(model, "a cat", seed=3))
+    assert np.array_equal(image(first), generated(model, "a cat", seed=3))
     call = {"num_inference_steps": 2, "eta": 0.3, "guidance_scale": 2.0, "negative_prompt": "a dog"}
-    assert np.array_equal(image(second), drawn(model, "ein Küken", seed=4, **call))
+    assert np.array_equal(image(second), generated(model, "ein Küken", seed=4, **call))
     assert tensors(first)["image"].dtype == np.uint8
     assert (tensors(first)["image"].shape, tensors(first)["seed"].tolist()) == ((1, 64, 64, 3), [[3]])
 
 
-def test_numbers_are_those_that_were_meant(model: TritonPythonModel) -> None:
-    """0.3 in float32 is another number than 0.3, with which the HTTP service would draw."""
+def test_float32_inputs_give_the_intended_numbers(model: TritonPythonModel) -> None:
+    """0.3 in float32 is another number than 0.3, which the HTTP service would use."""
     inputs = {tensor.name(): tensor.as_numpy() for tensor in InferenceRequest(prompt="x", eta=0.3, steps=2).inputs()}
     (request,) = read_requests("demo", model.pipe.manifest, inputs)
     assert (request.params.eta, request.params.num_inference_steps) == (0.3, 2)
 
 
-def test_a_seed_that_was_left_out_is_told(model: TritonPythonModel) -> None:
+def test_a_missing_seed_is_chosen_and_returned(model: TritonPythonModel) -> None:
     first, second = model.execute([InferenceRequest(prompt="a cat"), InferenceRequest(prompt="a cat")])
     seeds = [int(tensors(response)["seed"][0, 0]) for response in (first, second)]
     assert seeds[0] != seeds[1]
-    assert np.array_equal(image(first), drawn(model, "a cat", seed=seeds[0]))
+    assert np.array_equal(image(first), generated(model, "a cat", seed=seeds[0]))
 
 
 def test_a_request_of_several_rows_has_several_images(model: TritonPythonModel) -> None:
@@ -120,7 +119,7 @@ def test_a_request_of_several_rows_has_several_images(model: TritonPythonModel) 
     (response,) = model.execute([InferenceRequest(prompt=prompts, seed=np.array([[5], [6]], np.int64))])
     images = tensors(response)["image"]
     assert images.shape == (2, 64, 64, 3)
-    assert np.array_equal(images[1], drawn(model, "a dog", seed=6))
+    assert np.array_equal(images[1], generated(model, "a dog", seed=6))
     assert tensors(response)["seed"].tolist() == [[5], [6]]
 
 
@@ -143,8 +142,8 @@ def test_a_bad_request_fails_alone(name: str, model: TritonPythonModel) -> None:
     code, words = failure(bad)
     assert code == "INVALID_ARG"
     assert message in words
-    assert np.array_equal(image(good), drawn(model, "a cat", seed=1))
-    assert np.array_equal(image(other), drawn(model, "a dog", seed=2))
+    assert np.array_equal(image(good), generated(model, "a cat", seed=1))
+    assert np.array_equal(image(other), generated(model, "a dog", seed=2))
 
 
 class Counting:
@@ -170,7 +169,7 @@ def counting(model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch) -> Count
     return counting
 
 
-def test_cancelled_requests_are_not_drawn(model: TritonPythonModel, counting: Counting) -> None:
+def test_cancelled_requests_are_not_generated(model: TritonPythonModel, counting: Counting) -> None:
     requests = [InferenceRequest(prompt="a cat", is_cancelled=True), InferenceRequest(prompt="a dog")]
     cancelled, other = model.execute(requests)
     assert failure(cancelled)[0] == "CANCELLED"
@@ -179,31 +178,30 @@ def test_cancelled_requests_are_not_drawn(model: TritonPythonModel, counting: Co
 
 
 @pytest.fixture(scope="session")
-def batched(load, bundles_folder: Path, source_options) -> TritonPythonModel:
-    """A bundle whose networks draw two images at a time."""
-    name = "Hyper-SD15-1step-lora"
-    options = ExportOptions(sources=source_options(name), shapes=ShapeOptions(batch=2), precision="fp32")
-    return load(export_bundle(name, bundles_folder / f"{name}-batch2", options).root)
+def batched(load, batch_of_three_bundle: Path) -> TritonPythonModel:
+    return load(batch_of_three_bundle)
 
 
-def test_requests_are_drawn_together_and_look_as_if_alone(batched: TritonPythonModel, monkeypatch) -> None:
-    """Three alike are two calls, one with other settings is a third; each image is that of its own request."""
+def test_requests_share_calls_and_images_do_not_change(batched: TritonPythonModel, monkeypatch) -> None:
+    """Four alike are two calls, one with other settings is a third; each image is that of its own request."""
     counting = Counting(batched.pipe)
-    asked = [{"prompt": f"a {i}", "seed": i} for i in range(3)]
-    requests = [InferenceRequest(**inputs) for inputs in [*asked[:2], {"prompt": "b", "seed": 9, "steps": 2}, asked[2]]]
+    asked = [{"prompt": f"a {i}", "seed": i} for i in range(4)]
+    requests = [
+        InferenceRequest(**inputs) for inputs in [*asked[:2], {"prompt": "b", "seed": 9, "steps": 2}, *asked[2:]]
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(batched, "pipe", counting)
         responses = batched.execute(requests)
-    assert sorted(counting.calls) == [["a 0", "a 1"], ["a 2"], ["b"]]
+    assert sorted(counting.calls) == [["a 0", "a 1", "a 2"], ["a 3"], ["b"]]
     alone = [image(batched.execute([request])[0]) for request in requests]
     assert all(np.array_equal(image(one), other) for one, other in zip(responses, alone, strict=True))
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("fail", "the engine failed"), ("break", "KeyError")])
-def test_an_engine_that_fails_spoils_one_answer(
+def test_an_engine_that_fails_fails_one_request(
     prompt: str, words: str, batched: TritonPythonModel, monkeypatch
 ) -> None:
-    """The two are drawn together, and one by one when that fails."""
+    """Both share a call, and get one each when it fails."""
     counting = Counting(batched.pipe)
     monkeypatch.setattr(batched, "pipe", counting)
     good, bad = batched.execute([InferenceRequest(prompt="a cat", seed=1), InferenceRequest(prompt=prompt)])
@@ -214,18 +212,18 @@ def test_an_engine_that_fails_spoils_one_answer(
     assert counting.calls == [["a cat", prompt], ["a cat"], [prompt]]
 
 
-def drawing_of_a_ring() -> Image.Image:
+def sketch_of_a_ring() -> Image.Image:
     image = Image.new("RGB", (80, 100), "white")
     ImageDraw.Draw(image).ellipse((10, 20, 60, 70), outline="black", width=6)
     return image
 
 
 def test_control_images(load, export_controlled) -> None:
-    """One for each ControlNet in the bundle's order, an empty one for none; they are prepared as it wants them."""
+    """One for each ControlNet in the bundle's order, an empty one for none; each is preprocessed for its ControlNet."""
     model = load(export_controlled("Hyper-SD15-1step-lora"))
     names = list(model.pipe.manifest.controlnets)
     file = io.BytesIO()
-    drawing_of_a_ring().save(file, "PNG")
+    sketch_of_a_ring().save(file, "PNG")
     files = [file.getvalue() if name == "scribble" else b"" for name in names]
     requests = [
         InferenceRequest(prompt="a ring", seed=1, control_image=files, control_scale=0.5),
@@ -234,8 +232,8 @@ def test_control_images(load, export_controlled) -> None:
     ]
     followed, bad, plain = model.execute(requests)
     kind = model.pipe.manifest.controlnets["scribble"].preprocess
-    control = {"scribble": preprocess(fit(drawing_of_a_ring(), 64, 64), kind)}
-    expected = drawn(model, "a ring", seed=1, control_image=control, controlnet_conditioning_scale=0.5)
+    control = {"scribble": preprocess(fit(sketch_of_a_ring(), 64, 64), kind)}
+    expected = generated(model, "a ring", seed=1, control_image=control, controlnet_conditioning_scale=0.5)
     assert np.array_equal(image(followed), expected)
     assert failure(bad)[0] == "INVALID_ARG"
     assert not np.array_equal(image(plain), image(followed))
@@ -268,7 +266,7 @@ def test_an_instance_is_loaded_on_its_own_device(monkeypatch: pytest.MonkeyPatch
     assert loaded == [(tmp_path / "b", "tensorrt", "cuda:1"), (tmp_path / "b", "tensorrt", "cpu")]
 
 
-def test_a_configuration_without_a_bundle_is_said(tmp_path: Path) -> None:
+def test_a_configuration_without_a_bundle_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no parameter `bundle`"):
         TritonPythonModel().initialize(arguments(tmp_path, {}))
 

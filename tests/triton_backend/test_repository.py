@@ -1,4 +1,4 @@
-"""What `hypersd export --triton` writes, read with the protobuf that Triton itself reads it with."""
+"""The output of `hypersd export --triton`, read with Triton's own protobuf."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_batches_queue_and_instances(sdxl_dynamic_bundle: Path, tmp_path: Path) 
     assert {"control_scale", "control_start", "control_end"} <= types.keys()
 
 
-def test_names_and_paths_need_no_luck(sd15_bundle: Path, copy_bundle, tmp_path: Path) -> None:
-    r"""A folder may be called nearly anything: what is written is what is read, and leads to the bundle."""
+def test_any_name_and_path_can_be_written(sd15_bundle: Path, copy_bundle, tmp_path: Path) -> None:
+    r"""A folder may have nearly any name: the configuration is read back unchanged and leads to the bundle."""
     bundle = copy_bundle(sd15_bundle, 'a "b" \\n é {').root
     model = write(bundle, tmp_path / "models")
     config = read_config(model)

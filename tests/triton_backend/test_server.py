@@ -116,7 +116,7 @@ def outputs(response: httpx.Response) -> dict[str, np.ndarray]:
     return {each["name"]: np.array(each["data"]).reshape(each["shape"]) for each in response.json()["outputs"]}
 
 
-def test_images_are_the_pipelines_whoever_asks_meanwhile(server: httpx.Client, sd15_bundle: Path) -> None:
+def test_concurrent_requests_get_the_pipelines_images(server: httpx.Client, sd15_bundle: Path) -> None:
     """Every one of many requests at once gets the image of its own prompt and seed, or its own error."""
     pipe, name = Pipeline.load(sd15_bundle), sd15_bundle.name
     asked = [{"prompt": f"a {i}", "seed": i, **({"steps": 2, "eta": 0.3} if i % 2 else {})} for i in range(6)]

@@ -23,7 +23,7 @@ SECONDS = st.floats(min_value=1e-6, max_value=1e4)
 
 
 def test_rounds_go_forth_and_back() -> None:
-    """Whoever draws first in one round draws last in the next: a machine that slows down favours none."""
+    """The first contender of a round is the last of the next: a machine that slows down favours none."""
     assert [round_order("abc", i) for i in range(3)] == [["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"]]
     places = [round_order("abcd", i).index(name) for name in "abcd" for i in range(2)]
     assert [sum(places[i : i + 2]) for i in range(0, 8, 2)] == [3, 3, 3, 3]
@@ -41,7 +41,7 @@ def test_a_ratio_of_pairs_is_not_moved_by_what_hits_both(ours: list[float], fact
     assert median_ratio(ours, [seconds * factor for seconds in ours]) == pytest.approx(factor)
 
 
-def test_ratios_pair_what_was_drawn_in_the_same_round() -> None:
+def test_ratios_pair_images_of_the_same_round() -> None:
     """A contender that died after two rounds is compared by those; without a pair there is no ratio."""
     assert median_ratio([1.0, 2.0, 100.0], [3.0, 4.0]) == pytest.approx(2.5)
     assert median_ratio([], [1.0]) is None

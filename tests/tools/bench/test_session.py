@@ -135,7 +135,7 @@ def test_processes_are_gone_afterwards(bench, stand_in, monkeypatch: pytest.Monk
 
     def interrupted(self: contender_process.ContenderProcess, command: str, **arguments):
         started.append(self._process)
-        if next(turns) == 7:  # both have said hello, loaded and drawn one
+        if next(turns) == 7:  # both have said hello, loaded and generated one image
             raise KeyboardInterrupt
         return ask(self, command, **arguments)
 
