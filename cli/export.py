@@ -168,11 +168,14 @@ def _add_one_graphs(bundle: Bundle, steps: list[int], progress: StageLines) -> B
     """The bundle with a graph of the whole image for each number of steps, and a line for each."""
     if not steps:
         return bundle
+    from ..runtime.params import Params
     from ..tools.one_graph import add_one_graph
     from .console import out
 
+    batch = bundle.manifest.shapes.batch.opt
     for number in dict.fromkeys(steps):
-        bundle = add_one_graph(bundle, number, progress=progress)
+        params = Params(prompt="", num_inference_steps=number, num_images_per_prompt=batch)
+        bundle = add_one_graph(bundle, params, progress)
     for name, one_graph in bundle.manifest.one_graphs.items():
         size = bundle.manifest.files[one_graph.network.onnx].size
         line = f"{name}: {size / 1e6:,.1f} MB, it shares the weights of the components"

@@ -1,4 +1,4 @@
-"""ONNX graphs put together from graphs that are there and from arithmetic that is recorded as it runs."""
+"""ONNX graphs put together from existing graphs and from arithmetic that is recorded as it runs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from ..export.trace import OPSET
 
 
 class Recorder:
-    """A graph that grows: nodes in the order in which they were asked for, and the weights that they read."""
+    """A growing graph: nodes in their order of creation, and their weights."""
 
     def __init__(self, root: Path) -> None:
-        """``root`` is the folder that the graph's file will lie in, or one that holds it."""
+        """``root``: the folder of the graph's file, or a parent of it."""
         self.root = root
         self.inputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
 
     def input(self, name: str, spec: TensorSpec) -> ir.Value:
-        """A new input of the graph."""
+        """Add an input."""
         value = ir.Value(name=name, type=_type(spec.dtype), shape=ir.Shape(spec.shape_at({})))
         self.inputs.append(value)
         return value
 
     def constant(self, array: np.ndarray) -> ir.Value:
-        """A small array, held in the graph itself."""
+        """Add a small array, stored in the graph itself."""
         return self._initializer(f"constant_{len(self._initializers)}", ir.Tensor(array))
 
     def node(self, operator: str, *inputs: ir.Value, dtype: ir.DataType | None = None, **attributes: Any) -> ir.Value:
-        """The one output of a new node, of the first input's type if no other ``dtype`` is named."""
+        """Add a node with one output, of the first input's type unless ``dtype`` is given; return the output."""
         name = f"{operator.lower()}_{len(self._nodes)}"
         output = ir.Value(name=name, type=ir.TensorType(dtype or _dtype(inputs[0])))
         attributed = ir.convenience.convert_attributes(attributes)
@@ -43,17 +43,17 @@ class Recorder:
         return output
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The value in another type, itself if it has that one already."""
+        """The value in another type; itself if it has that type."""
         return value if _dtype(value) == dtype else self.node("Cast", value, dtype=dtype, to=dtype.value)
 
     def inline(self, component: str, call: str, graph: ir.Graph, feeds: Mapping[str, ir.Value]) -> list[ir.Value]:
-        """A copy of a network's nodes on other inputs: its outputs.
+        """Copy a component's nodes onto other inputs; return the copy's outputs.
 
         Args:
-            component: the network's name; all its copies share the initializers.
-            call: the copy's name, which its nodes' names begin with.
-            graph: the network, loaded from the file ``root/component/...``.
-            feeds: what takes the place of its inputs, by name.
+            component: the component's name; all its copies share the initializers.
+            call: the copy's name, a prefix of its nodes' names.
+            graph: the component, loaded from the file ``root/component/...``.
+            feeds: the values of its inputs, by name.
         """
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
         values |= {value: feeds[str(value.name)] for value in graph.inputs}
@@ -61,7 +61,7 @@ class Recorder:
             values[value] = self._shared(component, value)
         for node in graph:
             for value in node.outputs:
-                values[value] = ir.Value(name=f"{call}/{value.name}", type=value.type)  # shapes may be others here
+                values[value] = ir.Value(name=f"{call}/{value.name}", type=value.type)  # shapes may differ here
             inputs, outputs = [values[value] for value in node.inputs], [values[value] for value in node.outputs]
             attributes = list(node.attributes.values())
             self._nodes.append(
@@ -70,7 +70,7 @@ class Recorder:
         return [values[value] for value in graph.outputs]  # type: ignore[misc]
 
     def model(self, outputs: Mapping[str, tuple[ir.Value, TensorSpec]], producer: str) -> ir.Model:
-        """The finished graph; ``outputs`` gives its ends their names, types and shapes."""
+        """The finished graph; ``outputs`` gives its outputs their names, types and shapes."""
         for name, (value, spec) in outputs.items():
             value.name, value.type, value.shape = name, _type(spec.dtype), ir.Shape(spec.shape_at({}))
         graph = ir.Graph(
@@ -84,7 +84,7 @@ class Recorder:
         return ir.Model(graph, ir_version=10, producer_name=producer)
 
     def _shared(self, component: str, value: ir.Value) -> ir.Value:
-        """A network's weight in this graph: not a copy, but a pointer into the network's own file."""
+        """A component's weight in this graph: a reference to the component's own file, not a copy."""
         name, tensor = f"{component}/{value.name}", value.const_value
         if name in self._initializers:
             return self._initializers[name]
@@ -104,10 +104,10 @@ class Recorder:
 
 
 class Recorded:
-    """A tensor of the graph in torch's clothes: what is computed with it becomes nodes.
+    """A value of the graph with a torch tensor's operators: computations with it become nodes.
 
-    It knows what the samplers' steps use. As in torch a 0-dim float32 tensor is a plain number: the operation is done
-    in float32 and rounded once, to the type of the image.
+    It supports the operators that the samplers' steps use. As in torch a 0-dim float32 tensor is a plain number: the
+    operation is done in float32 and rounded once, to the type of the image.
     """
 
     def __init__(self, recorder: Recorder, value: ir.Value) -> None:
@@ -127,7 +127,7 @@ class Recorded:
         return self._with_number("Div", number)
 
     def clamp(self, least: float, most: float) -> Recorded:
-        """Values inside bounds."""
+        """Limit the values to a range."""
         bounds = [self._constant(bound) for bound in (least, most)]
         return self._new(self.recorder.node("Clip", self.value, *bounds))
 
@@ -148,5 +148,5 @@ def _type(dtype: str) -> ir.TensorType:
 
 
 def _dtype(value: ir.Value) -> ir.DataType:
-    assert value.dtype is not None  # the exporter's graphs and our own nodes say it of every value
+    assert value.dtype is not None  # the exporter's graphs and our own nodes give every value a type
     return value.dtype

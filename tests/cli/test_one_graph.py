@@ -12,6 +12,7 @@ from PIL import Image
 
 from hypersd.cli import main
 from hypersd.engines import Bundle
+from hypersd.runtime.params import Params
 from hypersd.tools.one_graph import add_one_graph
 
 
@@ -43,7 +44,7 @@ def test_several_images_use_the_first_graph_if_no_steps_are_given(
     sd15_bundle: Path, copy_bundle, tmp_path: Path
 ) -> None:
     """Without --steps the graph fixes their number; every image has its own seed."""
-    bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
+    bundle = add_one_graph(copy_bundle(sd15_bundle), Params(prompt="", num_inference_steps=2))
     output = tmp_path / "cat.png"
     assert main(["generate", str(bundle.root), "a cat", "--one-graph", "--count", "2", "-o", str(output)]) == 0
     first, second = (Image.open(tmp_path / f"cat-{i}.png") for i in (0, 1))
@@ -77,9 +78,9 @@ def test_impossible_graphs_are_rejected_before_anything_is_exported(
     said = fails(*export_arguments, *out, "--one-graph", "9")
     assert "--one-graph 9: Hyper-SD15-1step-lora was distilled for 1, 2, 3, 4, 5, 6, 7, 8 steps" in said
     said = fails("export", "--ckpt", "Hyper-SD15-8steps-CFG-lora", *out, "--one-graph", "8")
-    assert "guidance 5, which a one-graph does not do" in said
+    assert "guidance 5, which a one-graph does not support" in said
     said = fails(*export_arguments, *out, "--one-graph", "1", "--controlnet", "canny=some/where")
-    assert "takes no ControlNet" in said
+    assert "supports no ControlNet" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -87,7 +88,7 @@ def test_generate_rejects_what_the_graph_does_not_support(
     sd15_bundle: Path, copy_bundle, fails: Callable[..., str]
 ) -> None:
     """One line each: no such graph, or an unsupported option."""
-    bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
+    bundle = add_one_graph(copy_bundle(sd15_bundle), Params(prompt="", num_inference_steps=2))
     words = ["generate", bundle.root, "a cat", "--one-graph"]
     assert "one-graph-2steps is fixed to steps=2 (asked: 4)" in fails(*words, "--steps", "4")
     assert "one-graph-2steps is fixed to eta=1.0 (asked: 0.5)" in fails(*words, "--eta", "0.5")

@@ -74,7 +74,7 @@ def test_sd15_pixels_are_those_of_the_separate_components(
     kind: str, steps: int, eta: float, sd15_bundle: Path, copy_bundle
 ) -> None:
     """One graph generates the same image from the same seed, but for pixels that round to the other side."""
-    bundle = add_one_graph(copy_bundle(sd15_bundle, kind=kind), steps, eta=eta)
+    bundle = add_one_graph(copy_bundle(sd15_bundle, kind=kind), Params(prompt="", num_inference_steps=steps, eta=eta))
     largest, share = difference(bundle, seed=3)
     assert largest <= 1
     assert share < MOST_ROUNDED
@@ -82,20 +82,26 @@ def test_sd15_pixels_are_those_of_the_separate_components(
 
 def test_sdxl_pixels_are_those_of_the_separate_components(sdxl_bundle: Path, copy_bundle) -> None:
     """Both encoders, the pooled text and the size conditioning are in the graph."""
-    largest, share = difference(add_one_graph(copy_bundle(sdxl_bundle), 2, eta=0.5), seed=3)
+    largest, share = difference(
+        add_one_graph(copy_bundle(sdxl_bundle), Params(prompt="", num_inference_steps=2, eta=0.5)), seed=3
+    )
     assert largest <= 1
     assert share < MOST_ROUNDED
 
 
 def test_half_precision_with_a_float32_decoder(sdxl_mixed_bundle: Path, copy_bundle) -> None:
     """Casts between the networks; the roundings of float16 are others where all is one graph."""
-    largest, _ = difference(add_one_graph(copy_bundle(sdxl_mixed_bundle), 2, eta=0.5), seed=3)
+    largest, _ = difference(
+        add_one_graph(copy_bundle(sdxl_mixed_bundle), Params(prompt="", num_inference_steps=2, eta=0.5)), seed=3
+    )
     assert largest <= 3
 
 
 def test_a_size_and_a_number_out_of_the_bundles_ranges(dynamic_bundle: Path, copy_bundle) -> None:
     """The components' ranges become the one size of the graph, which makes several images per run."""
-    bundle = add_one_graph(copy_bundle(dynamic_bundle), 2, height=96, batch=2)
+    bundle = add_one_graph(
+        copy_bundle(dynamic_bundle), Params(prompt="", num_inference_steps=2, height=96, num_images_per_prompt=2)
+    )
     (name,) = bundle.manifest.one_graphs
     assert name == "one-graph-2steps-64x96-batch2"
     assert bundle.manifest.one_graphs[name].network.inputs["latents"].shape == (2, 4, 12, 8)
@@ -114,7 +120,7 @@ def two_steps(sd15_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("one-graph") / "bundle"
     shutil.copytree(sd15_bundle, root, copy_function=link_or_copy, ignore=shutil.ignore_patterns("bundle.json"))
     shutil.copyfile(sd15_bundle / "bundle.json", root / "bundle.json")
-    return add_one_graph(root, 2).root
+    return add_one_graph(root, Params(prompt="", num_inference_steps=2)).root
 
 
 @pytest.fixture(scope="module")

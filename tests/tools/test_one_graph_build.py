@@ -1,4 +1,4 @@
-"""A one-graph: the sampler's arithmetic as nodes, the networks' own weights, and its place in the bundle."""
+"""A one-graph: the sampler's arithmetic as nodes, the components' own weights, and its place in the bundle."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from hypersd.engines.onnx_runtime import make_plain_session
 from hypersd.engines.progress import Silent
 from hypersd.errors import BundleError, RequestError
 from hypersd.export import ExportOptions, export_bundle
+from hypersd.runtime.params import Params
 from hypersd.samplers import make_sampler
 from hypersd.samplers.loop import draw_noise, sample
 from hypersd.tools.graph_recorder import Recorded, Recorder
@@ -32,7 +33,7 @@ SHAPE = (1, 4, 8, 8)
 
 
 class Notes(Silent):
-    """What a user is told."""
+    """Messages to the user."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -43,11 +44,11 @@ class Notes(Silent):
 
 def denoise(sample: Any, t: int) -> Any:
     """Stands in for the UNet: the arithmetic sees other numbers at every timestep."""
-    return torch.tensor(t / 2000.0) * sample  # half of it at most: what is left of a difference is no rounding error
+    return torch.tensor(t / 2000.0) * sample  # at most half of it: the remaining difference is no rounding error
 
 
 def run_recorded(path: Path, sample: Callable[..., Any], latents: Tensor, noises: list[Tensor | None]) -> Tensor:
-    """What ONNX Runtime makes of the nodes that ``sample`` recorded, node for node."""
+    """The result of ONNX Runtime for the nodes that ``sample`` recorded."""
     dtype = str(latents.dtype).removeprefix("torch.")
     recorder, spec = Recorder(path.parent), TensorSpec(dtype=dtype, shape=SHAPE)  # type: ignore[arg-type]
     tensors = {"latents": latents, **{f"noise_{i}": noise for i, noise in enumerate(noises) if noise is not None}}
@@ -61,7 +62,7 @@ def run_recorded(path: Path, sample: Callable[..., Any], latents: Tensor, noises
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("kind", ["ddim", "tcd", "lcm"])
-def test_the_recorded_sampler_computes_what_the_sampler_does(
+def test_the_recorded_sampler_computes_the_samplers_latents(
     kind: str, prediction_type: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """The graph's arithmetic is the runtime's, to the last bits, for every number of steps, eta, and with clipping."""
@@ -85,11 +86,11 @@ def operators(path: Path) -> Counter[str]:
 
 
 def test_weights_are_shared_and_only_the_steps_add_nodes(sd15_bundle: Path, copy_bundle) -> None:
-    """A one-graph costs kilobytes: its weights are the networks' files, however many steps there are."""
+    """A one-graph takes kilobytes: its weights are in the components' files, for any number of steps."""
     bundle = copy_bundle(sd15_bundle)
     before = {path for path in bundle.root.rglob("*") if path.is_file()}
     for steps in (1, 2, 4):
-        bundle = add_one_graph(bundle, steps)
+        bundle = add_one_graph(bundle, Params(prompt="", num_inference_steps=steps))
     graphs = {steps: bundle.manifest.one_graphs[f"one-graph-{steps}step{'s' * (steps > 1)}"] for steps in (1, 2, 4)}
     new = {path for path in bundle.root.rglob("*") if path.is_file()} - before
     assert new == {bundle.path(graph.network.onnx) for graph in graphs.values()}
@@ -112,18 +113,18 @@ def test_weights_are_shared_and_only_the_steps_add_nodes(sd15_bundle: Path, copy
     assert external[0] == external[1] == external[2]
 
 
-def test_a_graph_that_is_there_is_kept_and_an_altered_one_is_made_again(sd15_bundle: Path, copy_bundle) -> None:
-    """The same command twice costs nothing and says so; a damaged file is never taken for the graph."""
-    bundle, notes = add_one_graph(copy_bundle(sd15_bundle), 2), Notes()
+def test_an_existing_graph_is_kept_and_an_altered_one_is_composed_again(sd15_bundle: Path, copy_bundle) -> None:
+    """The second call does nothing and reports it; a damaged file is never taken for the graph."""
+    bundle, notes = add_one_graph(copy_bundle(sd15_bundle), Params(prompt="", num_inference_steps=2)), Notes()
     path = bundle.root / "one-graph-2steps.onnx"
     content, written = path.read_bytes(), path.stat().st_mtime_ns
-    assert add_one_graph(bundle, 2, progress=notes) == bundle
+    assert add_one_graph(bundle, Params(prompt="", num_inference_steps=2), notes) == bundle
     assert path.stat().st_mtime_ns == written
-    assert ["there already" in note for note in notes.notes] == [True]
+    assert ["exists already" in note for note in notes.notes] == [True]
     path.write_bytes(content[:-1] + b"?")  # of the same size, which opening a bundle does not see
     with pytest.raises(BundleError, match="altered"):
         Bundle.load(bundle.root, hashes=True)
-    assert add_one_graph(bundle, 2) == bundle
+    assert add_one_graph(bundle, Params(prompt="", num_inference_steps=2)) == bundle
     assert path.read_bytes() == content
     assert Bundle.load(bundle.root, hashes=True) == bundle
     path.unlink()
@@ -132,10 +133,10 @@ def test_a_graph_that_is_there_is_kept_and_an_altered_one_is_made_again(sd15_bun
 
 
 def test_other_settings_are_other_graphs(sd15_bundle: Path, copy_bundle) -> None:
-    """Graphs of several settings lie side by side, and their names say what differs from the usual."""
+    """Graphs of several settings are side by side; their names show the settings that are not the defaults."""
     bundle = copy_bundle(sd15_bundle)
     for eta in (None, 0.25):
-        bundle = add_one_graph(bundle, 2, eta=eta)
+        bundle = add_one_graph(bundle, Params(prompt="", num_inference_steps=2, eta=eta))
     graphs = bundle.manifest.one_graphs
     assert list(graphs) == ["one-graph-2steps", "one-graph-2steps-eta0.25"]
     assert [graph.eta for graph in graphs.values()] == [1.0, 0.25]
@@ -143,42 +144,42 @@ def test_other_settings_are_other_graphs(sd15_bundle: Path, copy_bundle) -> None
     assert list(graphs["one-graph-2steps"].network.inputs) == ["input_ids", "latents", "noise_0"]
 
 
-def test_an_export_that_is_done_keeps_its_one_graphs(
+def test_a_finished_export_keeps_its_one_graphs(
     tiny_repos: Path, sd15_bundle: Path, copy_bundle, source_options
 ) -> None:
-    """They are added to a finished bundle: the same export again finds it done, and does not take them away."""
+    """They are added to a finished bundle: the same export again finds it finished, and keeps them."""
     name = "Hyper-SD15-1step-lora"
-    bundle = add_one_graph(copy_bundle(sd15_bundle), 1)
+    bundle = add_one_graph(copy_bundle(sd15_bundle), Params(prompt="", num_inference_steps=1))
     options = ExportOptions(sources=source_options(name), precision="fp32")
     assert export_bundle(name, bundle.root, options) == bundle
     assert list(bundle.manifest.one_graphs) == ["one-graph-1step"]
 
 
-def test_what_a_one_graph_cannot_do_is_refused(sd15_bundle: Path, copy_bundle) -> None:
+def test_unsupported_settings_are_rejected(sd15_bundle: Path, copy_bundle) -> None:
     """Guidance, ControlNets, other steps and other sizes: one line each, and nothing is written."""
-    with pytest.raises(RequestError, match=r"guidance 5, which a one-graph does not do"):
-        add_one_graph(copy_bundle(sd15_bundle, "guided", guidance_scale=5.0), 1)
-    with pytest.raises(RequestError, match=r"takes no ControlNet, the bundle has canny, depth"):
+    with pytest.raises(RequestError, match=r"guidance 5, which a one-graph does not support"):
+        add_one_graph(copy_bundle(sd15_bundle, "guided", guidance_scale=5.0), Params(prompt="", num_inference_steps=1))
+    with pytest.raises(RequestError, match=r"supports no ControlNet, the bundle has canny, depth"):
         check_can_compose("Hyper-SD15-1step-lora", 0.0, ["canny", "depth"])
     bundle = copy_bundle(sd15_bundle)
     with pytest.raises(RequestError, match="not distilled for 9 steps"):
-        add_one_graph(bundle, 9)
+        add_one_graph(bundle, Params(prompt="", num_inference_steps=9))
     with pytest.raises(RequestError, match="outside this bundle's"):
-        add_one_graph(bundle, 1, height=4096)
+        add_one_graph(bundle, Params(prompt="", num_inference_steps=1, height=4096))
     with pytest.raises(RequestError, match="batch 2 is outside this bundle's 1"):
-        add_one_graph(bundle, 1, batch=2)
+        add_one_graph(bundle, Params(prompt="", num_inference_steps=1, num_images_per_prompt=2))
     with pytest.raises(RequestError, match="eta"):
-        add_one_graph(bundle, 1, eta=1.5)
+        add_one_graph(bundle, Params(prompt="", num_inference_steps=1, eta=1.5))
     assert not list(bundle.root.glob("*one-graph*"))
     assert Bundle.load(bundle.root) == bundle
 
 
 def test_tensorrt_rtx_builds_it(sd15_bundle: Path, copy_bundle, tmp_path: Path) -> None:
-    """The file is one that TensorRT-RTX takes whole, uint8 output included; 1.7 crashes where attentions share keys."""
+    """TensorRT-RTX builds the whole file, with the uint8 output; 1.7 crashes if attentions share keys."""
     pytest.importorskip("tensorrt_rtx")
     from hypersd.engines.tensorrt.build_process import BuildJob, run_build
 
-    bundle = add_one_graph(copy_bundle(sd15_bundle), 2)
+    bundle = add_one_graph(copy_bundle(sd15_bundle), Params(prompt="", num_inference_steps=2))
     network, plan = bundle.manifest.one_graphs["one-graph-2steps"].network, tmp_path / "one-graph.engine"
     job = BuildJob(
         backend="tensorrt-rtx",

@@ -14,6 +14,7 @@ import torch
 
 from hypersd.engines import Bundle
 from hypersd.errors import RequestError
+from hypersd.runtime.params import Params
 from hypersd.tools.bench import diffusers_contender, hypersd_contender
 from hypersd.tools.bench.contenders import CONTENDERS, Context, find_contender
 from hypersd.tools.bench.figures import compare_images
@@ -150,7 +151,7 @@ def test_a_one_graph_has_its_own_steps(sd15_bundle: Path, copy_bundle: Callable[
     assert "--one-graph" in why
     root = copy_bundle(sd15_bundle).root
     for steps in (1, 2):
-        bundle = add_one_graph(root, steps)
+        bundle = add_one_graph(root, Params(prompt="", num_inference_steps=steps))
     assert contender.why_not_here(Context(bundle, "cpu", tmp_path), has_own_python=False) is None
     runner = hypersd_contender.Runner(str(root), True, device="cpu")
     runner.load()
