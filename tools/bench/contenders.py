@@ -20,7 +20,7 @@ OURS = "hypersd"  # the baseline of all comparisons
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Bundle, device and folder that contenders are made for.
+    """Bundle, device and folder of a contender.
 
     Attributes:
         bundle: the bundle whose images they generate.
@@ -43,9 +43,9 @@ class Contender:
         module: name of the module with its class ``Runner`` (:class:`hypersd.tools.bench.protocol.Runner`).
         options: makes the arguments of ``Runner``, in JSON's types; called once, right before its process starts.
         libraries: modules that it requires.
-        holds_halves: it keeps its weights in two bytes each, whatever the bundle does.
-        why_not: gives the reason why it cannot run here although its libraries are there; None if it can.
-        why_not_usual: gives the reason why it is left out unless it is named; None if it is not.
+        holds_halves: it keeps its weights in two bytes each, for any bundle.
+        why_not: the reason why it cannot run here although its libraries are installed; None if it can.
+        why_not_usual: the reason why it is left out unless it is named; None if it takes part.
     """
 
     name: str
@@ -65,15 +65,25 @@ class Contender:
         return self.why_not(context)
 
 
-def _ours(name: str, summary: str, libraries: tuple[str, ...] = (), **arguments: str) -> Contender:
+def _of_bundle(name: str, summary: str, module: str, libraries: tuple[str, ...] = (), **arguments: Any) -> Contender:
+    """A contender that reads the bundle; ``arguments`` are further ones of its ``Runner``."""
+
     def options(context: Context) -> dict[str, Any]:
         return {"bundle": str(context.bundle.root), "device": context.device, **arguments}
 
-    module = f"{__package__}.hypersd_contender"
-    usual = _is_the_automatic_choice if arguments == {"backend": "onnxruntime"} else lambda _: None
     return Contender(
-        name=name, summary=summary, module=module, options=options, libraries=libraries, why_not_usual=usual
+        name=name,
+        summary=summary,
+        module=f"{__package__}.{module}",
+        options=options,
+        libraries=libraries,
+        holds_halves=arguments.get("precision") == "bf16",
+        why_not=_why_no_compiler if arguments.get("mode") == "compiled" else _no_reason,
     )
+
+
+def _no_reason(_: Context) -> None:
+    """Nothing speaks against it."""
 
 
 def _is_the_automatic_choice(context: Context) -> str | None:
@@ -83,29 +93,9 @@ def _is_the_automatic_choice(context: Context) -> str | None:
     return f"{OURS} chooses the same backend" if chosen == "onnxruntime" else None
 
 
-def _one_graph_options(context: Context) -> dict[str, Any]:
-    return {"bundle": str(context.bundle.root), "device": context.device, "is_one_graph": True}
-
-
 def _why_no_one_graph(context: Context) -> str | None:
     has = context.bundle.manifest.one_graphs
     return None if has else "the bundle has no graph of the whole image: export it with --one-graph"
-
-
-def _diffusers(name: str, summary: str, precision: str, mode: str) -> Contender:
-    def options(context: Context) -> dict[str, Any]:
-        bundle = str(context.bundle.root)
-        return {"bundle": bundle, "device": context.device, "precision": precision, "mode": mode}
-
-    return Contender(
-        name=name,
-        summary=summary,
-        module=f"{__package__}.diffusers_contender",
-        options=options,
-        libraries=("diffusers", "transformers", "peft"),
-        holds_halves=precision == "bf16",
-        why_not=_why_no_compiler if mode == "compiled" else lambda _: None,
-    )
 
 
 def _why_no_compiler(_: Context) -> str | None:
@@ -113,6 +103,11 @@ def _why_no_compiler(_: Context) -> str | None:
     if any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++")):
         return None
     return "torch.compile needs a C++ compiler: install g++"
+
+
+def _why_not_optimum(context: Context) -> str | None:
+    has = context.bundle.manifest.controlnets
+    return "the bundle's UNet has inputs for ControlNets, which optimum does not feed" if has else None
 
 
 def _optimum_options(context: Context) -> dict[str, Any]:
@@ -128,52 +123,47 @@ def _optimum_options(context: Context) -> dict[str, Any]:
     }
 
 
-def _why_not_optimum(context: Context) -> str | None:
-    from .optimum_folder import why_not_optimum
-
-    return why_not_optimum(context.bundle.manifest)
-
-
+_US, _ORT, _OPENVINO = "hypersd_contender", ("onnxruntime",), ("openvino",)
+_DIFFUSERS = ("diffusers", "transformers", "peft")
+_OPENVINO_SUMMARY = "hypersd on OpenVINO, in bfloat16 if the processor supports it"
+_FP32 = {"backend": "openvino", "precision": "fp32"}
 CONTENDERS = (
-    _ours(OURS, "hypersd on the backend that it chooses"),
-    _ours("hypersd-onnxruntime", "hypersd on ONNX Runtime", ("onnxruntime",), backend="onnxruntime"),
-    _ours(
-        "hypersd-openvino",
-        "hypersd on OpenVINO, in bfloat16 if the processor has it",
-        ("openvino",),
-        backend="openvino",
+    _of_bundle(OURS, "hypersd on the backend that it chooses", _US),
+    dataclasses.replace(
+        _of_bundle("hypersd-onnxruntime", "hypersd on ONNX Runtime", _US, _ORT, backend="onnxruntime"),
+        why_not_usual=_is_the_automatic_choice,
     ),
-    _ours(
-        "hypersd-openvino-fp32", "hypersd on OpenVINO in float32", ("openvino",), backend="openvino", precision="fp32"
-    ),
-    Contender(
-        name="hypersd-one-graph",
-        summary="hypersd's graph of the whole image on ONNX Runtime",
-        module=f"{__package__}.hypersd_contender",
-        options=_one_graph_options,
-        libraries=("onnxruntime",),
+    _of_bundle("hypersd-openvino", _OPENVINO_SUMMARY, _US, _OPENVINO, backend="openvino"),
+    _of_bundle("hypersd-openvino-fp32", "hypersd on OpenVINO in float32", _US, _OPENVINO, **_FP32),
+    dataclasses.replace(
+        _of_bundle("hypersd-one-graph", "hypersd's graph of the whole image", _US, _ORT, is_one_graph=True),
         why_not=_why_no_one_graph,
     ),
-    _diffusers("diffusers", "diffusers, eager (on a CPU in float32)", "bundle", "eager"),
-    _diffusers("diffusers-bf16", "diffusers, eager, in bfloat16", "bf16", "eager"),
-    _diffusers("diffusers-compiled", "diffusers, UNet and decoder through torch.compile", "bundle", "compiled"),
-    _diffusers("diffusers-compiled-bf16", "the same in bfloat16", "bf16", "compiled"),
+    *(
+        _of_bundle(name, summary, "diffusers_contender", _DIFFUSERS, precision=precision, mode=mode)
+        for name, summary, precision, mode in (
+            ("diffusers", "diffusers, eager (on a CPU in float32)", "bundle", "eager"),
+            ("diffusers-bf16", "diffusers, eager, in bfloat16", "bf16", "eager"),
+            ("diffusers-compiled", "diffusers, UNet and decoder through torch.compile", "bundle", "compiled"),
+            ("diffusers-compiled-bf16", "the same in bfloat16", "bf16", "compiled"),
+        )
+    ),
     Contender(
         name="optimum",
         summary="optimum-onnx on the bundle's own ONNX files",
         module=f"{__package__}.optimum_contender",
         options=_optimum_options,
-        libraries=("optimum", "onnxruntime"),
+        libraries=("optimum", *_ORT),
         why_not=_why_not_optimum,
     ),
 )
 
 
 def find_contender(name: str) -> Contender:
-    """A contender by its name.
+    """Find a contender by its name.
 
     Raises:
-        RequestError: there is none of that name; the message lists all.
+        RequestError: the name is not known; the message lists all.
     """
     for contender in CONTENDERS:
         if contender.name == name:
@@ -184,12 +174,12 @@ def find_contender(name: str) -> Contender:
 def choose_contenders(
     bundle: Bundle, device: str, named: Sequence[str], pythons: Mapping[str, str]
 ) -> tuple[list[Contender], list[str]]:
-    """Choose the contenders, the baseline first, and say in one line each why some are left out.
+    """Choose the contenders, the baseline first, with a line for each that is left out.
 
     The baseline is hypersd; if only some of hypersd's backends are named, it is the first of them.
 
     Raises:
-        RequestError: one that was named is not known or cannot run here, or an interpreter does not run.
+        RequestError: a named contender is not known or cannot run here, or an interpreter does not run.
     """
     from .contender_process import check_python  # the command line reads this registry: it waits for no library
 

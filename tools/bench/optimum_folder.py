@@ -1,7 +1,7 @@
-"""A bundle in the layout of optimum's exports: links to its graphs and tokenizers, beside the configurations it lacks.
+"""A bundle in the layout of optimum's exports: links to its graphs and tokenizers, and the missing configurations.
 
-The graphs' names, inputs and outputs are optimum's already. Its pipelines also want to know the classes of the parts,
-and a few numbers of each.
+The graphs have optimum's names, inputs and outputs. Its pipelines also read the classes of the components, and a few
+numbers of each.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ from ...families import find_family
 from ...samplers import find_sampler
 
 LONGEST_PROMPT = 77  # tokens
-DIFFUSERS_VERSION = "0.30.0"  # of the layout: optimum wants one to be named
-
-
-def why_not_optimum(manifest: Manifest) -> str | None:
-    """Why optimum's pipelines cannot take a bundle's networks; None if they can."""
-    if manifest.controlnets:
-        return "the bundle's UNet takes residuals of ControlNets, which optimum's does not feed"
-    return None
+DIFFUSERS_VERSION = "0.30.0"  # of the layout: optimum requires one
 
 
 def write_optimum_folder(bundle: Bundle, folder: Path) -> None:
-    """Write the layout into ``folder``, which holds nothing yet. Nothing is copied: keep the bundle meanwhile."""
+    """Write the layout into the empty ``folder``. It consists of links: keep the bundle."""
     for name, component in bundle.manifest.components.items():
         (folder / name).mkdir(parents=True)
         for file in component.files:
@@ -58,7 +51,7 @@ def _configs(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _model_index(manifest: Manifest, scheduler: str) -> dict[str, Any]:
-    """The classes that the pipeline is put together from; optimum has its own for the networks."""
+    """The classes of the pipeline's parts; optimum has its own for the components."""
     family = find_family(manifest.family)
     index: dict[str, Any] = {
         "_class_name": family.pipeline_class,
@@ -80,7 +73,7 @@ def _tokenizers(manifest: Manifest) -> list[str]:
 
 
 def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
-    """What ``tokenizer.json`` says of padding, where transformers looks for it."""
+    """The padding of ``tokenizer.json``, in the file where transformers reads it."""
     padding = json.loads(tokenizer.read_text(encoding="utf-8"))["padding"]
     return {
         "tokenizer_class": "CLIPTokenizer",
@@ -93,7 +86,7 @@ def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
 
 
 def _unet_config(manifest: Manifest) -> dict[str, Any]:
-    """What the pipelines read of a UNet."""
+    """The fields of a UNet that the pipelines read."""
     return {
         "in_channels": manifest.vae.latent_channels,
         "out_channels": manifest.vae.latent_channels,
@@ -103,7 +96,7 @@ def _unet_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _vae_config(manifest: Manifest) -> dict[str, Any]:
-    """What the pipelines read of a decoder; the number of blocks says how many pixels a latent is wide."""
+    """The fields of a decoder that the pipelines read; the number of blocks gives the pixels per latent."""
     return {
         "block_out_channels": [1] * manifest.vae.spatial.bit_length(),
         "latent_channels": manifest.vae.latent_channels,
@@ -113,7 +106,7 @@ def _vae_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _text_encoder_config(outputs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """A bundle's text encoder gives no layers but the one that is used."""
+    """A bundle's text encoder returns only the layer in use."""
     config: dict[str, Any] = {"num_hidden_layers": 0}
     if "text_embeds" in outputs:
         config["projection_dim"] = outputs["text_embeds"].shape[-1]

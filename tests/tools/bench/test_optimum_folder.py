@@ -1,4 +1,4 @@
-"""A bundle is read by optimum through a folder of links: what its pipelines look for there is there, and is right."""
+"""Optimum reads a bundle through a folder of links, which has all files that its pipelines need."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hypersd.engines import Bundle
+from hypersd.engines.manifest import ControlNetSettings
 from hypersd.engines.progress import Silent
 from hypersd.runtime.text import ClipTokenizer
-from hypersd.tools.bench.optimum_folder import why_not_optimum, write_optimum_folder
+from hypersd.tools.bench.contenders import Context, find_contender
+from hypersd.tools.bench.optimum_folder import write_optimum_folder
 from hypersd.tools.bench.session import BenchOptions, run_bench
 
 CHECKPOINTS = ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora", "Hyper-SD15-2steps-lora", "Hyper-SDXL-1step-Unet"]
@@ -36,7 +39,7 @@ def read(file: Path) -> dict:
 
 
 def test_weights_are_linked_and_not_copied(bundle: Bundle, folder: Path) -> None:
-    """Every file of every network is there under optimum's name, and no byte of it twice."""
+    """The folder has every file of every component under optimum's name, as a link."""
     for component in bundle.manifest.components.values():
         for file in component.files:
             assert (folder / file).is_symlink()
@@ -46,7 +49,7 @@ def test_weights_are_linked_and_not_copied(bundle: Bundle, folder: Path) -> None
 
 
 def test_the_index_names_every_component_with_its_class(bundle: Bundle, folder: Path) -> None:
-    """The classes can be imported, the scheduler is the sampler's, and every folder that is named is there."""
+    """The classes can be imported, the scheduler is the sampler's, and every named folder exists."""
     import diffusers
     import transformers
 
@@ -62,7 +65,7 @@ def test_the_index_names_every_component_with_its_class(bundle: Bundle, folder: 
 
 
 def test_the_scheduler_is_the_bundles(bundle: Bundle, folder: Path) -> None:
-    """diffusers reads the configuration, and its constants are those that the runtime samples with."""
+    """diffusers reads the configuration; its constants are the runtime's."""
     import diffusers
 
     kind = getattr(diffusers, read(folder / "model_index.json")["scheduler"][1])
@@ -71,7 +74,7 @@ def test_the_scheduler_is_the_bundles(bundle: Bundle, folder: Path) -> None:
 
 
 def test_the_tokenizers_give_the_bundles_tokens(bundle: Bundle, folder: Path) -> None:
-    """transformers reads them and pads and cuts as the pipelines ask: token for token what the runtime's own give."""
+    """transformers reads them, and pads and cuts to the runtime's own tokens."""
     from transformers import CLIPTokenizerFast
 
     for file in folder.glob("tokenizer*/tokenizer.json"):
@@ -81,22 +84,25 @@ def test_the_tokenizers_give_the_bundles_tokens(bundle: Bundle, folder: Path) ->
         assert theirs == ours.tolist()
 
 
-def test_the_decoder_says_how_wide_a_latent_is(bundle: Bundle, folder: Path) -> None:
-    """Pipelines count the blocks for that."""
+def test_the_decoder_gives_the_pixels_per_latent(bundle: Bundle, folder: Path) -> None:
+    """Pipelines count its blocks."""
     config = read(folder / "vae_decoder/config.json")
     assert 2 ** (len(config["block_out_channels"]) - 1) == bundle.manifest.vae.spatial
     assert config["scaling_factor"] == bundle.manifest.vae.scaling_factor
 
 
-def test_a_bundle_with_controlnets_is_not_for_optimum(export_controlled: Callable[[str], Path]) -> None:
-    """Its UNet takes inputs that optimum feeds nothing."""
-    manifest = Bundle.load(export_controlled("Hyper-SD15-1step-lora")).manifest
-    assert "ControlNet" in (why_not_optimum(manifest) or "")
+def test_a_bundle_with_controlnets_is_not_for_optimum(sd15_bundle: Path) -> None:
+    """Its UNet has inputs that optimum does not feed."""
+    canny = ControlNetSettings(preprocess="canny")
+    for controlnets, is_for_optimum in (({}, True), ({"canny": canny}, False)):
+        manifest = msgspec.structs.replace(Bundle.load(sd15_bundle).manifest, controlnets=controlnets)
+        why_not = find_contender("optimum").why_not(Context(Bundle(sd15_bundle, manifest), "cpu", sd15_bundle))
+        assert ("ControlNets" in (why_not or "")) is not is_for_optimum
 
 
 @pytest.mark.skipif("HYPERSD_OPTIMUM_PYTHON" not in os.environ, reason="HYPERSD_OPTIMUM_PYTHON names no interpreter")
 def test_optimum_generates_the_same_image(bundle: Bundle) -> None:
-    """The whole way, with the optimum-onnx of another environment: pixel for pixel."""
+    """A run with optimum-onnx in another environment gives equal pixels."""
     pythons = {"optimum": os.environ["HYPERSD_OPTIMUM_PYTHON"]}
     options = BenchOptions(contenders=["optimum"], rounds=1, pythons=pythons)
     report = run_bench(bundle, options, "", Silent())
