@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from small_manifests import HASH, shapes, small_manifest
 
 from hypersd.engines.manifest import (
     SCHEMA_VERSION,
@@ -23,48 +24,26 @@ from hypersd.engines.manifest import (
 from hypersd.errors import BundleError
 
 WHERE = "some/bundle.json"
-HASH = "0123456789abcdef" * 4
-MANIFEST: dict[str, Any] = {
-    "schema_version": 2,
-    "checkpoint": "Hyper-SD15-1step-lora",
-    "family": "sd15",
-    "precision": "fp32",
-    "opset": 23,
-    "shapes": {
-        "batch": {"name": "batch", "min": 1, "opt": 1, "max": 2},
-        "height": {"name": "height", "min": 64, "opt": 64, "max": 128},
-        "width": {"name": "width", "min": 64, "opt": 64, "max": 64},
-    },
-    "sampler": {
-        "kind": "tcd",
-        "num_inference_steps": 1,
-        "allowed_steps": [1, 2, 4],
-        "timesteps": None,
-        "eta": 1.0,
-        "guidance_scale": 0.0,
-    },
-    "scheduler": {"beta_start": 0.00085, "trained_betas": None},
-    "vae": {"scaling_factor": 0.18215, "spatial": 8, "latent_channels": 4, "tiny": False},
-    "force_zeros_for_empty_prompt": False,
-    "controlnets": {},
-    "components": {
+MANIFEST: dict[str, Any] = small_manifest(
+    shapes(batch=(1, 1, 2), height=(64, 64, 128), width=(64, 64, 64)),
+    scheduler={"beta_start": 0.00085, "trained_betas": None},
+    vae={"scaling_factor": 0.18215, "spatial": 8, "latent_channels": 4, "tiny": False},
+    controlnets={},
+    components={
         "unet": {
             "inputs": {
-                "sample": {
-                    "dtype": "float32",
-                    "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8],
-                }
+                "sample": {"dtype": "float32", "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8]}
             },
             "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8]}},
             "files": ["unet/model.onnx", "unet/model.onnx_data"],
             "key": HASH,
         }
     },
-    "files": {
+    files={
         "unet/model.onnx": {"size": 3, "sha256": HASH},
         "unet/model.onnx_data": {"size": 0, "sha256": HASH},
     },
-    "origin": {
+    origin={
         "base": "a/b",
         "revision": None,
         "variant": None,
@@ -78,8 +57,8 @@ MANIFEST: dict[str, Any] = {
             ]
         },
     },
-    "versions": {"hypersd": "0.1.0"},
-}
+    versions={"hypersd": "0.1.0"},
+)
 PLAN = "engines/some-target/unet.engine"
 TARGET: dict[str, Any] = {
     "backend": "tensorrt-rtx",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -14,20 +13,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_manifests import small_manifest
 
 from hypersd.engines import Manifest
 from hypersd.engines.manifest import decode
 from hypersd.runtime.controls import LARGEST_SCALE, Control, images_by_name, make_conditions, make_controls
 
 from .test_control_images import refusal
-from .test_params import BASE, SPEC
+from .test_params import SHAPES, SPEC
 
 KINDS = ("controlnet", "controlnet_cond_embedding")
 
 
 def manifest(**scales: float | None) -> Manifest:
     """A bundle with ControlNets in this order; None leaves the recommended scale at the schema's default."""
-    changed = copy.deepcopy(BASE)
+    changed = small_manifest(SHAPES)
     changed["controlnets"] = {
         name: {} if scale is None else {"conditioning_scale": scale} for name, scale in scales.items()
     }
@@ -209,7 +209,7 @@ def test_names_that_the_bundle_has_not_got_are_refused(number: str, unknown: Any
 def test_without_a_controlnet_an_image_is_refused(image: Any) -> None:
     """Most bundles have none: the message says how to get one."""
     message = refusal(images_by_name, NONE, image)
-    assert "Hyper-SD15-test" in message
+    assert "Hyper-SD15-1step-lora" in message
     assert "--controlnet" in message
 
 

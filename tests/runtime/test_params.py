@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_manifests import shapes, small_manifest
 
 from hypersd.engines import Manifest
 from hypersd.engines.manifest import decode
@@ -17,33 +17,8 @@ from hypersd.runtime.params import LARGEST_GUIDANCE, LARGEST_SEED, Params, decid
 from hypersd.runtime.request import Request
 
 SPEC = {"dtype": "float32", "shape": [1]}
-BASE: dict[str, Any] = {
-    "schema_version": 2,
-    "checkpoint": "Hyper-SD15-test",
-    "family": "sd15",
-    "precision": "fp32",
-    "opset": 23,
-    "shapes": {
-        "batch": {"name": "batch", "min": 1, "opt": 1, "max": 2},
-        "height": {"name": "height", "min": 512, "opt": 768, "max": 1024},
-        "width": {"name": "width", "min": 640, "opt": 640, "max": 640},
-    },
-    "sampler": {
-        "kind": "tcd",
-        "num_inference_steps": 2,
-        "allowed_steps": [1, 2, 3, 4, 5, 6, 7, 8],
-        "timesteps": None,
-        "eta": 0.5,
-        "guidance_scale": 3.0,
-    },
-    "scheduler": {},
-    "vae": {"scaling_factor": 0.18215},
-    "force_zeros_for_empty_prompt": False,
-    "components": {},
-    "files": {},
-    "origin": {"base": "a/b", "weights": {}},
-    "versions": {},
-}
+SHAPES = shapes(batch=(1, 1, 2), height=(512, 768, 1024), width=(640, 640, 640))
+SAMPLER = {"num_inference_steps": 2, "allowed_steps": [1, 2, 3, 4, 5, 6, 7, 8], "eta": 0.5, "guidance_scale": 3.0}
 LEFT_OUT: dict[str, Any] = {
     "negative_prompt": None,
     "num_inference_steps": None,
@@ -59,9 +34,7 @@ LEFT_OUT: dict[str, Any] = {
 
 
 def manifest(**sampler: Any) -> Manifest:
-    changed = copy.deepcopy(BASE)
-    changed["sampler"].update(sampler)
-    return decode(json.dumps(changed).encode(), "test")
+    return decode(json.dumps(small_manifest(SHAPES, sampler={**SAMPLER, **sampler})).encode(), "test")
 
 
 MANIFEST = manifest()
@@ -133,7 +106,7 @@ def test_the_checkpoints_own_timesteps_serve_its_own_step_count_only() -> None:
 def test_steps_not_distilled_for_are_refused_with_those_allowed(steps: int) -> None:
     """The usual mistake, diffusers' 50 steps: the message names the checkpoint, its steps and the way through."""
     message = refusal(num_inference_steps=steps)
-    for part in ("Hyper-SD15-test", f"for {steps} steps", "1 to 8", "force=True"):
+    for part in ("Hyper-SD15-1step-lora", f"for {steps} steps", "1 to 8", "force=True"):
         assert part in message
     assert make(num_inference_steps=steps, force=True).num_inference_steps == steps
     assert f"for {steps} steps" in refusal(timesteps=list(range(steps, 0, -1)))
