@@ -1,15 +1,13 @@
-"""Contenders that take part: each generates in a process of its own, in turns, while the others sleep."""
+"""Contenders of a run: each generates in a process of its own while the others sleep."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...engines.progress import Stage
 from ...errors import HyperSDError
 from .contender_process import ContenderError, ContenderProcess
 from .contenders import Contender, Context
@@ -19,7 +17,7 @@ from .report import Entry, Sample, Start
 
 
 class Entrant:
-    """A contender's process and its results so far. After a failure it generates no more; ``failure`` says why."""
+    """A contender's process and its results so far. After a failure it generates nothing; ``failure`` is the reason."""
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
@@ -41,7 +39,7 @@ class Entrant:
         return self._facts.get("device")
 
     def begin(self, program: Path, python: str, context: Context, first: Settings) -> None:
-        """Start the process, load, and generate the first image, each of which is timed."""
+        """Start the process, load, and generate the first image; each is timed."""
         log = program.with_name(f"{self.name}.log")
         try:
             options = self.contender.options(context)
@@ -63,8 +61,18 @@ class Entrant:
         answer = self._ask("generate", settings=dataclasses.asdict(settings), save=None if save is None else str(save))
         return make_sample(answer["seconds"], answer["stages"]) if answer else None
 
+    def warm_up(self, settings: Settings, taken: Taken, folder: Path) -> None:
+        """Generate an image that does not count; the first one's pixels are kept, on their way in ``folder``."""
+        file = folder / f"{self.name}.npy" if taken.pixels is None else None
+        if (sample := self.generate(settings, file)) is None:
+            return
+        taken.warmup.append(sample.seconds)
+        if file is not None:
+            taken.pixels = np.load(file)
+            file.unlink()
+
     def fail(self, reason: str) -> None:
-        """Stop for this reason."""
+        """End the process for this reason."""
         self.failure = reason
         self.close()
 
@@ -91,7 +99,7 @@ class Entrant:
         )
 
     def _ask(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """The process' answer; empty if there is none."""
+        """The process' answer; empty after a failure."""
         if self._process is None:
             return {}
         try:
@@ -112,58 +120,9 @@ class Taken:
     Attributes:
         warmup: seconds of the images that do not count.
         samples: one a round.
-        pixels: of the first image, uint8 [H, W, 3]; None if there is none.
+        pixels: the first image, uint8 [H, W, 3]; None after a failure.
     """
 
     warmup: list[float] = dataclasses.field(default_factory=list)
     samples: list[Sample] = dataclasses.field(default_factory=list)
     pixels: np.ndarray | None = None
-
-
-def round_order(names: Sequence[str], i: int) -> list[str]:
-    """The order of round ``i``: A B C, then C B A, so that a drift of the machine does not favour any."""
-    return list(names) if i % 2 == 0 else list(reversed(names))
-
-
-def take_turns(
-    entrants: Sequence[Entrant],
-    image: Callable[[int], Settings],
-    rounds: int,
-    warmup: int,
-    folder: Path,
-    stage: Stage,
-) -> dict[str, Taken]:
-    """Generate ``warmup`` images and then ``rounds`` images with each, all the same ones.
-
-    Args:
-        entrants: the started ones; one that fails is left out from then on.
-        image: the image of a number, from 0 on.
-        rounds: images that count.
-        warmup: images before them, one or more; the first is kept.
-        folder: for that image's pixels, on their way here.
-        stage: told which round of how many runs.
-    """
-    taken = {entrant.name: Taken() for entrant in entrants}
-    by_name = {entrant.name: entrant for entrant in entrants}
-    for i in range(warmup):
-        for entrant in entrants:
-            stage.progress.update(i / (warmup + rounds), f"warm-up: {entrant.name}")
-            _warm_up(entrant, image(i), taken[entrant.name], folder)
-    for i in range(rounds):
-        for name in round_order(list(by_name), i):
-            stage.progress.update((warmup + i) / (warmup + rounds), f"round {i + 1} of {rounds}: {name}")
-            if (sample := by_name[name].generate(image(warmup + i))) is not None:
-                taken[name].samples.append(sample)
-    return taken
-
-
-def _warm_up(entrant: Entrant, settings: Settings, taken: Taken, folder: Path) -> None:
-    """Generate an image that does not count; the first one's pixels are kept."""
-    file = folder / f"{entrant.name}.npy" if taken.pixels is None else None
-    sample = entrant.generate(settings, file)
-    if sample is None:
-        return
-    taken.warmup.append(sample.seconds)
-    if file is not None:
-        taken.pixels = np.load(file)
-        file.unlink()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ... import __version__
 from ...engines import Bundle, Manifest
@@ -18,18 +18,20 @@ from ...runtime.params import Params, decide
 from ...runtime.request import Request
 from .contender_process import ContenderError, write_start
 from .contenders import Context, choose_contenders
-from .entrant import Entrant, Taken, take_turns
+from .entrant import Entrant, Taken
 from .figures import compare_images, summarize
 from .host import available_memory, this_host
 from .protocol import Settings
 from .report import ImageFacts, Report, Row, Sameness, StepsTable
 
+T = TypeVar("T")
 CPU_WARMUP, CUDA_WARMUP = 1, 3  # images; hypersd records its CUDA graph at the third call of a kind
+RANDOM_WEIGHTS = "the bundle's weights are random: its images show noise, its timings are those of real weights"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure; None stands for the bundle's own.
+    """Contenders and images of a run; None stands for the bundle's own.
 
     Attributes:
         contenders: their names; empty for all that can run here.
@@ -61,8 +63,8 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Bui
 
     Args:
         bundle: the bundle whose images are generated.
-        options: how many of them, by which contenders.
-        command: the command line that the report names.
+        options: the contenders and their images.
+        command: the command line for the report.
         progress: told of every contender's start and of every round.
 
     Raises:
@@ -77,10 +79,12 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Bui
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hypersd-bench-")))
         for entrant in entrants:
             stack.callback(entrant.close)
-        start_all(entrants, bundle, options, image(requests[0], options.seed, 0), folder, progress)
-        warmup = options.warmup or (CUDA_WARMUP if _any_on_cuda(entrants) else CPU_WARMUP)
-        taken = _take_all(entrants, requests, options, warmup, folder, progress)
-        _check_any_sample(entrants, taken)
+        session = _Session(bundle, options, entrants, folder, progress)
+        session.start(image(requests[0], options.seed, 0))
+        warmup = session.warmup()
+        taken = [session.take(request, i, warmup) for i, request in enumerate(requests)]
+    if not any(each.samples for by_name in taken for each in by_name.values()):
+        raise ContenderError("; ".join(f"{entrant.name} failed: {entrant.failure}" for entrant in entrants))
     return Report(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
@@ -92,7 +96,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Bui
         host=this_host(),
         contenders=[entrant.entry() for entrant in entrants],
         comparisons=[_compare(entrants, *pair) for pair in zip(requests, taken, strict=True)],
-        notes=[*_bundle_notes(bundle), *left_out],
+        notes=[*([RANDOM_WEIGHTS] if bundle.manifest.random_weights else []), *left_out],
     )
 
 
@@ -111,7 +115,7 @@ def make_requests(manifest: Manifest, options: BenchOptions) -> list[Request]:
 
 
 def image(request: Request, seed: int, number: int) -> Settings:
-    """The image of that number, from 0 on, with its own seed, and a prompt that no cache of text embeddings holds."""
+    """The image of a number, from 0 on: its own seed, and a prompt that is in no cache of text embeddings."""
     prompt = request.prompts[0]
     return Settings(
         prompt=f"{prompt}, {number + 1}" if number else prompt,
@@ -125,30 +129,61 @@ def image(request: Request, seed: int, number: int) -> Settings:
     )
 
 
-def start_all(
-    entrants: Sequence[Entrant],
-    bundle: Bundle,
-    options: BenchOptions,
-    first: Settings,
-    folder: Path,
-    progress: BuildProgress,
-) -> None:
-    """Start every contender's process and generate its first image, while no other one runs."""
-    program = write_start(folder / "program")
-    for entrant in entrants:
-        with Stage(progress, f"start {entrant.name}") as stage:
-            if reason := why_no_room(bundle, available_memory(), entrant.contender.holds_halves):
-                entrant.fail(reason)
-            else:
-                own = folder / entrant.name
-                own.mkdir()
-                python = options.pythons.get(entrant.name, sys.executable)
-                entrant.begin(program, python, Context(bundle, options.device, own), first)
-            stage.note = entrant.failure or ""
+@dataclasses.dataclass(frozen=True)
+class _Session:
+    """The contenders of a run and their working folder."""
+
+    bundle: Bundle
+    options: BenchOptions
+    entrants: Sequence[Entrant]
+    folder: Path
+    progress: BuildProgress
+
+    def start(self, first: Settings) -> None:
+        """Start every contender's process and generate its first image, while no other one runs."""
+        program = write_start(self.folder / "program")
+        for entrant in self.entrants:
+            with Stage(self.progress, f"start {entrant.name}") as stage:
+                if reason := why_no_room(self.bundle, available_memory(), entrant.contender.holds_halves):
+                    entrant.fail(reason)
+                else:
+                    own = self.folder / entrant.name
+                    own.mkdir()
+                    python = self.options.pythons.get(entrant.name, sys.executable)
+                    entrant.begin(program, python, Context(self.bundle, self.options.device, own), first)
+                stage.note = entrant.failure or ""
+
+    def warmup(self) -> int:
+        """Images of each contender that do not count."""
+        is_cuda = any((entrant.device or "").startswith("cuda") for entrant in self.entrants)
+        return self.options.warmup or (CUDA_WARMUP if is_cuda else CPU_WARMUP)
+
+    def take(self, request: Request, i: int, warmup: int) -> dict[str, Taken]:
+        """Generate the warm-up images and then all rounds of the ``i``-th number of steps, the same with each."""
+        taken, rounds = {entrant.name: Taken() for entrant in self.entrants}, self.options.rounds
+        first = 1 + i * (warmup + rounds)  # number 0 is the image of the start
+        settings = [image(request, self.options.seed, first + j) for j in range(warmup + rounds)]
+        with Stage(self.progress, f"rounds of {request.steps} step(s)") as stage:
+            for j, each in enumerate(settings[:warmup]):
+                for entrant in self.entrants:
+                    stage.progress.update(j / len(settings), f"warm-up: {entrant.name}")
+                    entrant.warm_up(each, taken[entrant.name], self.folder)
+            for j, each in enumerate(settings[warmup:]):
+                for entrant in round_order(self.entrants, j):
+                    part = (warmup + j) / len(settings)
+                    stage.progress.update(part, f"round {j + 1} of {rounds}: {entrant.name}")
+                    if (sample := entrant.generate(each)) is not None:
+                        taken[entrant.name].samples.append(sample)
+        return taken
+
+
+def round_order(entrants: Sequence[T], i: int) -> list[T]:
+    """The order of round ``i``: A B C, then C B A, so that a drift of the machine favours none."""
+    return list(entrants) if i % 2 == 0 else list(reversed(entrants))
 
 
 def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) -> str | None:
-    """The reason why one more process does not fit into the ``free`` bytes of memory; None if it does.
+    """The reason why one more process does not fit into the ``free`` bytes of memory; None if it fits.
 
     ``holds_halves``: it keeps two bytes of every weight.
     """
@@ -161,37 +196,6 @@ def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) ->
     return (
         f"{free / 1e9:.1f} GB of memory are free and its weights take {weights / 1e9:.1f} GB: name fewer --contenders"
     )
-
-
-def _take_all(
-    entrants: Sequence[Entrant],
-    requests: Sequence[Request],
-    options: BenchOptions,
-    warmup: int,
-    folder: Path,
-    progress: BuildProgress,
-) -> list[dict[str, Taken]]:
-    """All rounds of every number of steps."""
-    taken = []
-    for i, request in enumerate(requests):
-        first = 1 + i * (warmup + options.rounds)  # number 0 is the image of the start
-        with Stage(progress, f"rounds of {request.steps} step(s)") as stage:
-            images = functools.partial(_numbered, request, options.seed, first)
-            taken.append(take_turns(entrants, images, options.rounds, warmup, folder, stage))
-    return taken
-
-
-def _check_any_sample(entrants: Sequence[Entrant], taken: Sequence[Mapping[str, Taken]]) -> None:
-    if not any(each.samples for by_name in taken for each in by_name.values()):
-        raise ContenderError("; ".join(f"{entrant.name} failed: {entrant.failure}" for entrant in entrants))
-
-
-def _numbered(request: Request, seed: int, first: int, i: int) -> Settings:
-    return image(request, seed, first + i)
-
-
-def _any_on_cuda(entrants: Sequence[Entrant]) -> bool:
-    return any((entrant.device or "").startswith("cuda") for entrant in entrants)
 
 
 def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken]) -> StepsTable:
@@ -229,9 +233,3 @@ def _image_facts(requests: Sequence[Request], options: BenchOptions, warmup: int
         rounds=options.rounds,
         warmup=warmup,
     )
-
-
-def _bundle_notes(bundle: Bundle) -> list[str]:
-    if bundle.manifest.random_weights:
-        return ["the bundle's weights are random: its images show noise, its timings are those of real weights"]
-    return []

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypersd.tools.bench.entrant import round_order
 from hypersd.tools.bench.figures import (
     compare_images,
     make_sample,
@@ -18,6 +17,7 @@ from hypersd.tools.bench.figures import (
     stage_medians,
     summarize,
 )
+from hypersd.tools.bench.session import round_order
 
 SECONDS = st.floats(min_value=1e-6, max_value=1e4)
 
