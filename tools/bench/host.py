@@ -1,4 +1,4 @@
-"""The machine that figures are measured on, and memory of a process, in bytes."""
+"""Facts about the machine of a measurement, and memory of a process in bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """A machine. ``cores`` are the ones that the process may use; ``memory`` is None if it is not known."""
+    """A machine. ``cores`` is the number that the process may use; ``memory`` is None if not known."""
 
     processor: str
     extensions: list[str]
@@ -26,7 +26,7 @@ class Host:
 
 
 def this_host(cpuinfo: Path = CPUINFO) -> Host:
-    """The machine that this process runs on."""
+    """The machine of this process."""
     facts = _first_processor(cpuinfo)
     flags = facts.get("flags", "").split()
     return Host(
@@ -49,7 +49,7 @@ def available_memory(meminfo: Path = MEMINFO) -> int | None:
 
 
 def _first_processor(cpuinfo: Path) -> dict[str, str]:
-    """The kernel's facts about the first processor; empty if it gives none."""
+    """The kernel's facts about the first processor; empty without any."""
     try:
         first = cpuinfo.read_text().split("\n\n")[0]
     except OSError:
@@ -59,7 +59,7 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
 
 
 def _kibibytes(file: Path, name: str) -> int | None:
-    """A line such as ``VmHWM:  1234 kB``."""
+    """The value of a line such as ``VmHWM:  1234 kB``, in bytes."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -68,9 +68,9 @@ def _kibibytes(file: Path, name: str) -> int | None:
 
 
 class DeviceMemory:
-    """Memory that a process takes of its CUDA device, including memory that libraries allocate without torch.
+    """Memory of a CUDA device that this process takes, also through libraries that allocate without torch.
 
-    It is measured by the device's free memory: no other process may allocate there meanwhile.
+    It is measured by the device's free memory: no other process may allocate there at the same time.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class DeviceMemory:
             self._free = torch.cuda.mem_get_info()[0]
 
     def peak(self) -> int | None:
-        """The largest amount so far, torch's memory that was freed between two calls included; None without device."""
+        """The largest amount so far, with memory that torch freed between two calls; None without device."""
         if self._free is None:
             return None
         torch: Any = sys.modules["torch"]

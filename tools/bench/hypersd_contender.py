@@ -1,4 +1,4 @@
-"""This package itself."""
+"""The contenders that are this package itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "
 class Runner:
     """A bundle; ``arguments`` are those of :meth:`hypersd.Pipeline.load`.
 
-    ``is_one_graph``: it runs the bundle's one-graphs, of which only the one in use is loaded.
+    ``is_one_graph``: run the bundle's one-graphs; only the one in use is loaded.
     """
 
     def __init__(self, bundle: str, is_one_graph: bool = False, **arguments: Any) -> None:
@@ -81,7 +81,7 @@ class Runner:
 
 
 def _stages(timings: dict[str, float]) -> dict[str, float]:
-    """A call's timings under the names that all contenders share."""
+    """A call's timings under the shared names of stages."""
     steps = [seconds for key, seconds in timings.items() if key.startswith("step_")]
     named = {STAGES[key]: seconds for key, seconds in timings.items() if key in STAGES}
     return named | {step_name(i): seconds for i, seconds in enumerate(steps, start=1)}

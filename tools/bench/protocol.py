@@ -1,4 +1,4 @@
-"""Values that pass between the bench and a contender's process. Without imports: it loads in any environment."""
+"""Values that pass between the bench and a contender's process. It imports nothing: any environment can load it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_step(stage: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """One image, everything decided; names and meaning are diffusers'.
+    """One image with every decision made; names and meaning are diffusers'.
 
     Attributes:
         num_inference_steps: None with ``timesteps``, and the other way round.
@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The one of diffusers' two arguments that gives the number of steps."""
+        """Diffusers' argument for the steps: their number or custom timesteps."""
         if self.timesteps is not None:
             return {"timesteps": list(self.timesteps)}
         return {"num_inference_steps": self.num_inference_steps}
@@ -73,7 +73,7 @@ class Facts:
         precision: of the components' computations: ``fp32``, ``fp16`` or ``bf16``.
         device: ``cpu``, or a CUDA device with its name.
         how: the backend, in a few words.
-        packages: the distributions whose versions matter.
+        packages: the distributions whose versions are reported.
     """
 
     precision: str
@@ -83,10 +83,10 @@ class Facts:
 
 
 class Runner(Protocol):
-    """A contender in its own process. Work to find its files belongs in ``__init__``, which is not timed."""
+    """A contender in its own process. ``__init__`` finds its files and is not timed."""
 
     def load(self) -> Facts:
-        """Prepare everything that generation needs."""
+        """Prepare everything for generation."""
         ...
 
     def generate(self, settings: Settings) -> TimedImage:
@@ -95,7 +95,7 @@ class Runner(Protocol):
 
 
 def resolve_device(device: str) -> Any:
-    """The ``torch.device`` of that name; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
+    """The ``torch.device`` of a name; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
     import torch
 
     if device != "auto":

@@ -1,4 +1,4 @@
-"""The report of `hypersd bench`, as it is written to JSON. Seconds and bytes throughout."""
+"""The report of `hypersd bench`, as in its JSON file. All times are in seconds, all sizes in bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Verdict = Literal["same", "close", "other"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image: the whole, and its stages, ``other`` included."""
+    """Seconds of one image and of its stages, ``other`` included."""
 
     seconds: float
     stages: dict[str, float]
@@ -28,7 +28,7 @@ class Sameness:
     Attributes:
         psnr: in dB; None for equal images.
         largest: the largest error, in parts of full scale.
-        verdict: ``same`` within what the precision explains, ``close`` in bfloat16, ``other`` for another image.
+        verdict: ``same`` within the threshold of the precision, ``close`` in bfloat16, ``other`` beyond it.
     """
 
     psnr: float | None
@@ -58,7 +58,7 @@ class Row:
 
     Attributes:
         warmup: seconds of the images that do not count.
-        samples: one a round, in the rounds' order; fewer if it failed.
+        samples: one per round, in order; fewer after a failure.
         sameness: None for hypersd itself, and for a contender without an image.
         summary: None without samples.
     """
@@ -137,7 +137,7 @@ class ImageFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """One run of `hypersd bench`. ``notes`` hold what a reader of the figures has to know."""
+    """One run of `hypersd bench`; ``notes`` are facts that a reader of the figures needs."""
 
     report_version: Literal[2] = REPORT_VERSION
     date: str
@@ -168,9 +168,9 @@ def encode(report: Report) -> bytes:
 
 
 def decode(text: bytes) -> Report:
-    """The report in such a JSON.
+    """Read such a JSON.
 
     Raises:
-        msgspec.DecodeError: the text is no report of this version.
+        msgspec.DecodeError: the text is not a report of this version.
     """
     return msgspec.json.decode(text, type=Report)

@@ -28,7 +28,7 @@ def print_report(report: Report, console: Console) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TimeUnit:
-    """The unit that seconds are shown in."""
+    """A unit for seconds."""
 
     name: str
     scale: float
@@ -47,7 +47,7 @@ def time_unit(seconds: Sequence[float]) -> TimeUnit:
 
 
 def comparison_unit(comparison: StepsTable) -> TimeUnit:
-    """The unit of all medians at one number of steps."""
+    """The unit for all medians at one number of steps."""
     return time_unit([row.summary.median for row in comparison.rows if row.summary is not None])
 
 
@@ -61,7 +61,7 @@ class _Column:
 
 
 def steps_seconds(stages: Mapping[str, float]) -> float | None:
-    """All steps together; None if they were not timed by themselves."""
+    """All steps together; None if they were not timed separately."""
     steps = [seconds for stage, seconds in stages.items() if is_step(stage)]
     return sum(steps) if steps else None
 
@@ -116,7 +116,7 @@ def _empty_table(first: str) -> Table:
 
 
 def _latency_table(report: Report, comparison: StepsTable, width: int) -> Table:
-    """A row for each contender, the fastest first, failed ones last."""
+    """A row for each contender, the fastest first and failures last."""
     unit, table = comparison_unit(comparison), _empty_table("contender")
     columns = [column for column in COLUMNS if width >= column.from_width]
     for column in columns:

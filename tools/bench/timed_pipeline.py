@@ -16,7 +16,7 @@ from .protocol import CONVERSION, DECODE, TEXT_ENCODERS, TOKENS, Settings, Timed
 
 
 class StageClock:
-    """Seconds by stage of one image. On a CUDA device marks are events: no stage is waited for."""
+    """Seconds by stage of one image. On a CUDA device marks are events: the host waits for no stage."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -54,7 +54,7 @@ class StageClock:
         """Seconds by stage, once the image is finished."""
         is_cuda = self._device.type == "cuda"
         if is_cuda:
-            torch.cuda.synchronize(self._device)  # the last mark; the image itself is on the host already
+            torch.cuda.synchronize(self._device)  # for the last mark; the image itself is on the host already
         stages: dict[str, float] = {}
         for name, began, ended in self._spans:
             seconds = began.elapsed_time(ended) / 1000 if is_cuda else ended - began
@@ -71,7 +71,7 @@ class StageClock:
 
 
 class _Timed:
-    """A part of a pipeline with ``around`` around every call; everything else is the part's own."""
+    """A part of a pipeline that enters ``around`` for every call; all else is the part's own."""
 
     def __init__(self, part: Any, around: Callable[[], AbstractContextManager[None]]) -> None:
         self._part = part
@@ -86,7 +86,7 @@ class _Timed:
 
 
 def _timed(function: Callable[..., Any], around: Callable[[], AbstractContextManager[None]]) -> Callable[..., Any]:
-    """The same for a method, whose signature pipelines inspect."""
+    """The same for a method, whose signature the pipelines inspect."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def _timed(function: Callable[..., Any], around: Callable[[], AbstractContextMan
 
 
 class TimedPipeline:
-    """Generates with a pipeline of diffusers' kind; noise is drawn in ``noise_dtype``, whatever it computes in."""
+    """Generates with a pipeline of diffusers' kind; noise is drawn in ``noise_dtype``, for any compute type."""
 
     def __init__(self, pipe: Any, device: torch.device, noise_dtype: torch.dtype) -> None:
         self._pipe = pipe
@@ -136,7 +136,7 @@ class TimedPipeline:
 
 
 def _draw_noise_in(pipe: Any, noise_dtype: torch.dtype) -> None:
-    """Draw all noise in one dtype: the same seed gives other noise, and so another image, in another dtype."""
+    """Draw all noise in one dtype: the same seed gives different noise, and so another image, in another dtype."""
     for function in (type(pipe).prepare_latents, type(pipe.scheduler).step):
         names = inspect.unwrap(function).__globals__
         names["randn_tensor"] = _noise_in(names["randn_tensor"], noise_dtype)
