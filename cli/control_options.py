@@ -202,14 +202,14 @@ def _by_name(option: str, given: Sequence[Given[T]], names: Sequence[str], sprea
     """Values by the ControlNet's name: named, one for each, or with ``spread`` one for all."""
     from ..errors import RequestError
 
-    said = [name for name, _ in given if name is not None]
-    if unknown := [name for name in said if name not in names]:
+    named = [name for name, _ in given if name is not None]
+    if unknown := [name for name in named if name not in names]:
         raise RequestError(f"{option} {unknown[0]}=: the bundle has no such ControlNet, it has {', '.join(names)}")
-    if len(said) != len(set(said)):
+    if len(named) != len(set(named)):
         raise RequestError(f"{option}: two values for the same ControlNet, expected one")
-    if len(said) == len(given):
+    if len(named) == len(given):
         return {name: value for name in names for given_name, value in given if name == given_name}
-    if said:
+    if named:
         raise RequestError(f"{option}: some values with NAME= and some without: expected all or none")
     values = [value for _, value in given]
     if len(values) == 1 and spread:

@@ -1,4 +1,4 @@
-"""`hypersd bench` end to end, and what it refuses."""
+"""`hypersd bench` end to end, and its rejections."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def test_hypersd_beside_diffusers(sd15_bundle: Path, tmp_path: Path, capsys: pyt
         (["--json", "."], "expected a file name in an existing folder"),
     ],
 )
-def test_what_is_refused(words: list[str], message: str, sd15_bundle: Path, fails: Callable[..., str]) -> None:
+def test_bad_arguments_are_rejected(
+    words: list[str], message: str, sd15_bundle: Path, fails: Callable[..., str]
+) -> None:
     """Each in one line that names what was expected, before any process is started."""
     assert message in fails("bench", sd15_bundle, *words)

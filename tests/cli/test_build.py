@@ -252,7 +252,7 @@ def test_a_bundle_after_an_option_of_several_values(option: list[str], fails: Ca
 
 
 def test_plans_without_weights_need_a_gpu(sd15_bundle: Path, fails: Callable[..., str], without_gpu: None) -> None:
-    """It is refused at once without one."""
+    """It is rejected at once without a GPU."""
     assert "need a GPU to build" in fails("build", sd15_bundle, "--backend", "tensorrt-rtx", "--strip-weights")
 
 
@@ -408,7 +408,7 @@ def test_export_without_engines(exported: list[object], capsys: pytest.CaptureFi
         (["--backend", "tensorrt-rtx"], "[tensorrt-rtx]"),
     ],
 )
-def test_export_refuses_engines_that_cannot_be(
+def test_export_rejects_impossible_engines(
     arguments: list[str],
     expected: str,
     export_arguments: list[str],

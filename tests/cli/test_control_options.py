@@ -136,7 +136,7 @@ def test_what_cannot_be(
 def test_a_size_that_cannot_be_is_not_the_images_fault(
     size: str, bundle: Path, photo: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
-    """The size is refused as without an image, before anything is fitted or written."""
+    """The size is rejected as without an image, before anything is fitted or written."""
     words = ["--size", size, "--control-image", f"canny={photo}", "--save-control", "-o", tmp_path / "out.png"]
     assert "outside this bundle's 64" in fails("generate", bundle, "a cat", *words)
     assert not list(tmp_path.glob("out*"))

@@ -68,7 +68,7 @@ def test_what_does_not_go_together_is_one_line(
 def test_verify_judges_openvino_by_its_precision(
     precision: str | None, decibels: int, sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """float32 is held to float32's bound; bfloat16 to half precision's, which float32's would refuse."""
+    """float32 is held to float32's bound; bfloat16 to half precision's, which float32's would reject."""
     options = ["--precision", precision] if precision else []
     command = ["verify", str(sd15_bundle), "--backend", "openvino", *options, "--out", str(tmp_path / "pairs")]
     assert main([*command, "--prompt", "a cat"]) == 0

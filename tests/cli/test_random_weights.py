@@ -58,7 +58,7 @@ def test_info_says_it_first(random_bundle: Path, sd15_bundle: Path, capsys: pyte
     assert "random weights" not in capsys.readouterr().out
 
 
-def test_generate_refuses_and_can_be_allowed(
+def test_generate_rejects_it_unless_it_is_allowed(
     random_bundle: Path, sd15_bundle: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     """Nobody waits for noise by accident, and an image of noise says what it is."""

@@ -87,7 +87,7 @@ def test_a_request_that_kills_replicas_does_not_kill_all() -> None:
 
 
 def test_a_full_queue_is_reported_at_once_with_a_time() -> None:
-    """Ray's refusal is a 503 with Retry-After for clients, and is counted."""
+    """Ray's rejection is a 503 with Retry-After for clients, and is counted."""
     service, handle = service_of(raising(BackPressureError(64, 64)))
     with pytest.raises(QueueFullError, match="64 requests wait, 64 may") as caught:
         generate(service)

@@ -181,9 +181,9 @@ def test_a_full_queue_rejects_at_once(cluster: Cluster) -> None:
     by_status = Counter(response.status_code for response in responses)
     assert set(by_status) == {200, 503}
     assert by_status[200] >= QUEUE
-    refused = next(response for response in responses if response.status_code == 503)
-    assert refused.json()["error"]["code"] == "queue_full"
-    assert int(refused.headers["retry-after"]) >= 1
+    rejected = next(response for response in responses if response.status_code == 503)
+    assert rejected.json()["error"]["code"] == "queue_full"
+    assert int(rejected.headers["retry-after"]) >= 1
     assert max(i for i, status in ended if status == 503) < max(i for i, status in ended if status == 200)
     assert cluster.generate(seed=1).status_code == 200
 

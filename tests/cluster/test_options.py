@@ -43,7 +43,7 @@ def test_a_wrong_argument_is_one_line(changes: dict[str, Any], message: str, sd1
     assert "\n" not in caught.value.message
 
 
-def test_two_bundles_of_one_name_are_refused(sd15_bundle: Path, copy_bundle) -> None:
+def test_two_bundles_of_one_name_are_rejected(sd15_bundle: Path, copy_bundle) -> None:
     """Requests could not say which they mean."""
     twin = copy_bundle(sd15_bundle, sd15_bundle.name).root
     with pytest.raises(click.ClickException, match="two bundles are named"):

@@ -40,7 +40,7 @@ def test_the_image_that_is_off_is_named(psnr: float, largest: float) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_source_that_changed_is_refused(
+def test_a_changed_source_is_rejected(
     export_tiny: Callable[[str], Path], tiny_repos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Comparing with other weights than the bundle's would judge nothing."""

@@ -128,7 +128,7 @@ def test_a_compiled_contender_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) 
     assert find_contender("diffusers").why_not_here(context, False) is None
 
 
-def test_an_unknown_contender_is_refused_with_all_names() -> None:
+def test_an_unknown_contender_is_rejected_with_all_names() -> None:
     """A misspelt name is answered with those that there are."""
     with pytest.raises(RequestError, match=r"hypersd, .*optimum") as error:
         find_contender("difusers")
