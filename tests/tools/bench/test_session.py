@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,20 +131,24 @@ def test_processes_are_gone_afterwards(bench, stand_in, monkeypatch: pytest.Monk
     """Ctrl-C in a round, and every worker has ended when it arrives."""
     from hypersd.tools.bench import contender_process
 
-    started, turns = [], itertools.count()
+    pids, turns = [], itertools.count()
     ask = contender_process.ContenderProcess.ask
 
     def interrupted(self: contender_process.ContenderProcess, command: str, **arguments):
-        started.append(self._process)
         if next(turns) == 7:  # both have said hello, loaded and generated one image
             raise KeyboardInterrupt
-        return ask(self, command, **arguments)
+        answer = ask(self, command, **arguments)
+        if command == "hello":
+            pids.append(answer["pid"])
+        return answer
 
     monkeypatch.setattr(contender_process.ContenderProcess, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench(stand_in(), stand_in("b"))
-    assert len(set(started)) == 2
-    assert all(worker.poll() is not None for worker in started)
+    assert len(set(pids)) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_hypersd_always_takes_part(bench, stand_in) -> None:
