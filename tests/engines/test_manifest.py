@@ -392,7 +392,7 @@ def test_missing_keys_are_rejected_by_name(keys: tuple[str | int, ...]) -> None:
         (("files", "unet/model.onnx", "sha256"), HASH[1:]),
         (("files",), []),
         (("precision",), "int8"),
-        (("sampler", "kind"), "euler"),
+        (("sampler", "kind"), 7),
         (("sampler", "eta"), "1"),
         (("sampler", "eta"), True),
         (("sampler", "allowed_steps"), [0]),

@@ -27,7 +27,7 @@ from hypersd.engines.engine import NullEngine
 from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.load import Choice
 from hypersd.engines.manifest import ImageShapes, Range, TensorSpec
-from hypersd.errors import EngineError, RequestError
+from hypersd.errors import BundleError, EngineError, RequestError
 from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows
 
@@ -616,3 +616,11 @@ def test_any_number_of_rows_comes_out_right(least: int, more: int, rows: int) ->
     """Every row is that of its input, whatever the range, in the smallest number of runs."""
     most = least + more
     assert len(run_fake(least, most, rows).batches) == -(-rows // most)
+
+
+def test_a_bundle_of_an_unknown_sampler_is_rejected(sd15_bundle: Path, copy_bundle) -> None:
+    """The message names the samplers that there are."""
+    with pytest.raises(
+        BundleError, match=r"'euler' is not known: expected ddim or tcd or lcm; export the bundle again"
+    ):
+        Pipeline.load(copy_bundle(sd15_bundle, kind="euler").root)
