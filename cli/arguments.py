@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from ..engines.vocabulary import BACKENDS, OPTIMIZATION_LEVELS
+
 BUNDLE_HELP = "the folder that `hypersd export` wrote"
-LEVELS = range(6)
 
 
 def folder(text: str) -> Path:
@@ -47,7 +48,7 @@ def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        choices=["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"],
+        choices=BACKENDS,
         help=words,
     )
     parser.add_argument(
@@ -90,7 +91,7 @@ def add_engine_options(parser: argparse.ArgumentParser, hint: str = "") -> None:
     group.add_argument(
         "--optimization-level",
         type=int,
-        choices=LEVELS,
+        choices=OPTIMIZATION_LEVELS,
         metavar="0..5",
         help="0 builds quickest, 5 makes the fastest engines (default: TensorRT's own)",
     )

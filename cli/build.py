@@ -12,6 +12,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
+from ..engines.vocabulary import TENSORRT_BACKENDS
 from .arguments import BUNDLE_HELP, add_engine_options, folder, option_words, quoted, size, span_type
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=folder, metavar="BUNDLE", help=BUNDLE_HELP)
     parser.add_argument(
         "--backend",
-        choices=["auto", "tensorrt", "tensorrt-rtx"],
+        choices=["auto", *TENSORRT_BACKENDS],
         default="auto",
         help="auto: TensorRT if it is installed and there is a GPU, else TensorRT-RTX (default: auto)",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engines.component_names import split_named
+from ..engines.vocabulary import PREPROCESSES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Given = tuple[str | None, T]  # the ControlNet's name, if one was given
 PER_CONTROLNET = ("preprocess", "control_scale", "control_start", "control_end")
-PREPROCESSES: tuple[Preprocess, ...] = ("canny", "scribble", "none")
 
 
 def add_control_options(parser: argparse.ArgumentParser) -> None:

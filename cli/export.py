@@ -15,6 +15,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from ..engines.vocabulary import TENSORRT_BACKENDS
 from .arguments import add_engine_options, build_command, folder, option_words, quoted, size, span_type
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _add_extras(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--backend",
-        choices=["auto", "none", "tensorrt", "tensorrt-rtx"],
+        choices=["auto", "none", *TENSORRT_BACKENDS],
         default="auto",
         help="build TensorRT engines too; auto: with the TensorRT that is installed, if any (default: auto)",
     )

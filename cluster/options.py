@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..engines import Bundle
+from ..engines.vocabulary import Backend
 from ..errors import RequestError, validation_in_words
 from ..serve.settings import ServeSettings, read_token
 
@@ -39,7 +40,7 @@ class ClusterOptions(BaseModel):
     max_replicas: int = Field(8, ge=1, le=10_000)
     target_ongoing_requests: float = Field(2.0, gt=0, le=2048)
     ingresses: int = Field(1, ge=1, le=1000)
-    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"] = "auto"
+    backend: Literal["auto", Backend] = "auto"
     precision: Literal["fp32", "bf16"] | None = None
     queue: int = Field(64, ge=1, le=1_000_000)
     max_batch: int = Field(8, ge=1, le=1024)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..engines.vocabulary import Preprocess
 from ..runtime.params import LARGEST_GUIDANCE, LARGEST_SEED
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -41,7 +42,7 @@ class GenerationRequest(BaseModel):
         None, ge=0, le=1, description="fraction of the steps before which they do not act"
     )
     control_end: float | None = Field(None, ge=0, le=1, description="fraction of the steps after which they do not act")
-    preprocess: Literal["canny", "scribble", "none"] | None = Field(
+    preprocess: Preprocess | None = Field(
         None, description="preprocessing of control images; the ControlNet's own if left out"
     )
     resize_mode: Literal["crop", "stretch"] | None = Field(None, description="how they are fitted (default: crop)")
