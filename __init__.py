@@ -1,4 +1,4 @@
-"""hypersd: draw with Hyper-SD in one to eight steps, from a bundle of ONNX networks.
+"""hypersd: generate images with Hyper-SD in one to eight steps, from a bundle of ONNX components.
 
 >>> from hypersd import Pipeline
 >>> pipe = Pipeline.load("bundles/Hyper-SDXL-1step-lora")

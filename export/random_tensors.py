@@ -90,7 +90,7 @@ def lora_file(path: str, unet: nn.Module, rank: int) -> RandomFile:
 
 
 def _seed_of(path: str, seed: int) -> int:
-    """A file's own seed: what is resumed draws the same numbers, whatever was written before."""
+    """A file's own seed: what is resumed gives the same numbers, whatever was written before."""
     return int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:7], "big")
 
 
