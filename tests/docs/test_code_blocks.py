@@ -21,6 +21,7 @@ from PIL import Image
 from stand_in_service import RunningServer
 
 from hypersd.cli import main, make_parser
+from hypersd.engines import Bundle
 from hypersd.serve.service import LocalService
 from hypersd.serve.settings import ServeSettings
 
@@ -145,6 +146,8 @@ def test_block_runs(block: Block, clone: Path, monkeypatch: pytest.MonkeyPatch, 
         address = request.getfixturevalue("service_address")
         code = block.code.replace(SERVICE, address).replace("localhost:8000", address)
         block = block._replace(code=code)
+    (controlnet,) = Bundle.load(clone / "bundles" / "xl-canny").manifest.controlnets  # the stand-in's own name
+    block = block._replace(code=block.code.replace('"canny":', f'"{controlnet}":'))
     if block.language == "bash":
         run_bash(block)
     else:
