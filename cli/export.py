@@ -15,6 +15,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
+from ..engines.precision import PRECISIONS
 from ..engines.vocabulary import TENSORRT_BACKENDS
 from .arguments import add_engine_options, build_command, folder, option_words, quoted, size, span_type
 
@@ -76,9 +77,7 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_form(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--precision", choices=["fp16", "fp32"], default="fp16", help="of all components (default: fp16)"
-    )
+    group.add_argument("--precision", choices=[*PRECISIONS], default="fp16", help="of all components (default: fp16)")
     group.add_argument(
         "--size", type=size, metavar="WxH", help="width and height in pixels (default: the base's training size)"
     )
@@ -217,7 +216,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
             base=args.base,
             revision=args.revision,
             variant=args.variant,
-            lora=args.lora,
+            checkpoint_file=args.lora,
             vae=args.vae,
             controlnets=tuple(map(ControlNetSource.parse, args.controlnet)),
         ),

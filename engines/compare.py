@@ -12,12 +12,10 @@ from torch import Tensor
 
 from .engine import TORCH_DTYPES
 from .manifest import TensorSpec
+from .precision import PRECISIONS
 
-# Largest error allowed, as a part of the reference's largest value, and its root mean square as a part of the
-# reference's. float16 has 11 bits: each of a deep network's sums is off by up to 5e-4 of its size, in another order in
-# each library. float32's second number is what ONNX Runtime's GroupNormalization costs at 1024x1024: it adds up a
-# group's four million values one by one (1.7e-4 from float64, torch 1e-7).
-TOLERANCES = {"float32": (1e-3, 3e-4), "float16": (2e-2, 5e-3)}
+# By the type that is computed in.
+TOLERANCES = {precision.compute: precision.tolerance for precision in PRECISIONS.values()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,29 +64,29 @@ def narrowed(manifest: Manifest, shapes: ImageShapes) -> Manifest:
     components = {
         name: msgspec.structs.replace(
             component,
-            inputs=_narrowed_specs(component.inputs, manifest.shapes, extents),
-            outputs=_narrowed_specs(component.outputs, manifest.shapes, extents),
+            inputs=_narrowed_specs(component.inputs, extents),
+            outputs=_narrowed_specs(component.outputs, extents),
         )
         for name, component in manifest.components.items()
     }
     return msgspec.structs.replace(manifest, shapes=shapes, components=components, one_graphs=one_graphs, engines={})
 
 
-def _narrowed_specs(
-    specs: Mapping[str, TensorSpec], wide: ImageShapes, extents: Mapping[str, Range]
-) -> dict[str, TensorSpec]:
+def _narrowed_specs(specs: Mapping[str, TensorSpec], extents: Mapping[str, Range]) -> dict[str, TensorSpec]:
     return {
-        name: msgspec.structs.replace(spec, shape=tuple(_narrowed_dim(dim, wide, extents) for dim in spec.shape))
+        name: msgspec.structs.replace(
+            spec, shape=tuple(_narrowed_dim(dim, spec.rows_per_image, extents) for dim in spec.shape)
+        )
         for name, spec in specs.items()
     }
 
 
-def _narrowed_dim(dim: int | Range, wide: ImageShapes, extents: Mapping[str, Range]) -> int | Range:
+def _narrowed_dim(dim: int | Range, rows: int, extents: Mapping[str, Range]) -> int | Range:
     if isinstance(dim, int):
         return dim
     extent = extents.get(dim.name, dim)
-    if dim.name == "batch" and (copies := dim.max // wide.batch.max) > 1:  # guidance doubles the UNet's rows
-        extent = Range(name=dim.name, min=extent.min, opt=copies * extent.opt, max=copies * extent.max)
+    if dim.name == "batch":
+        extent = Range(name=dim.name, min=extent.min, opt=rows * extent.opt, max=rows * extent.max)
     return extent.opt if extent.min == extent.max else extent
 
 

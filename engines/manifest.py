@@ -19,6 +19,7 @@ from .component_names import (
     one_graph_file,
     residual_input,
 )
+from .precision import PrecisionName
 from .vocabulary import OPTIMIZATION_LEVELS, SHA256, Preprocess, TensorRTBackend
 
 SCHEMA_VERSION = 2
@@ -88,10 +89,14 @@ def dim_range(dim: int | Range) -> Range:
 
 
 class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name apart, all that an engine promises of one input or output."""
+    """Name apart, all that an engine promises of one input or output.
+
+    ``rows_per_image`` is how many rows of a first axis named ``batch`` an image may take: 2 under guidance.
+    """
 
     dtype: DType
     shape: tuple[Dim, ...]
+    rows_per_image: Positive = 1
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
@@ -311,7 +316,7 @@ class EngineTarget(_Record, frozen=True, kw_only=True):
     version: str
     compute_capabilities: tuple[str, ...]
     platform: str
-    precision: Literal["fp16", "fp32"]
+    precision: PrecisionName
     shapes: ImageShapes
     optimization_level: OptimizationLevel | None = None
     stripped: bool = False
@@ -328,7 +333,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     checkpoint: str
     random_weights: bool = False
     family: str
-    precision: Literal["fp16", "fp32"]
+    precision: PrecisionName
     opset: Positive
     shapes: ImageShapes
     sampler: SamplerSettings

@@ -1,4 +1,4 @@
-"""From a Hyper-SD checkpoint to a bundle: checkpoint table, weights, LoRA fusing, tracing, checks."""
+"""Exports a Hyper-SD checkpoint to a bundle: checkpoint table, sources, LoRA fusing, tracing, checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Load on first use: the checkpoint tables are wanted without torch and diffusers."""
+    """Import on first use: the checkpoint tables need neither torch nor diffusers."""
     if name in ("CHECKPOINTS", "DEMO_CHECKPOINTS"):
         from . import checkpoints
 

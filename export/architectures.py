@@ -20,15 +20,15 @@ class Architecture:
     """Everything but the weights of a base, of its TAESD and of the LoRAs for it.
 
     Attributes:
-        pipeline: the class of diffusers that the base is for.
+        pipeline: diffusers' class of pipeline.
         text_encoders: arguments of ``CLIPTextConfig``, by folder (``text_encoder``, ``text_encoder_2``).
-        pad_tokens: of each text encoder's tokenizer.
+        pad_tokens: padding token of each text encoder's tokenizer.
         unet: arguments of ``UNet2DConditionModel``.
         vae: arguments of ``AutoencoderKL``.
         tiny_vae: arguments of ``AutoencoderTiny``.
-        scheduler: what ``scheduler_config.json`` says.
-        pipeline_settings: what ``model_index.json`` says besides the networks.
-        lora_rank: of Hyper-SD's LoRAs.
+        scheduler: the contents of ``scheduler_config.json``.
+        pipeline_settings: the entries of ``model_index.json`` besides the networks.
+        lora_rank: rank of Hyper-SD's LoRAs.
     """
 
     pipeline: str
@@ -42,7 +42,7 @@ class Architecture:
     lora_rank: int = 64
 
 
-# eos_token_id=2 is what the published files say; it makes CLIP pool at the largest id, which is the end token's.
+# eos_token_id=2 as in the published files; it makes CLIP pool at the largest id, which is the end token's.
 CLIP = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 CLIP_L = {
     **CLIP,

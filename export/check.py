@@ -1,4 +1,4 @@
-"""Is an exported file the network that it was traced from?"""
+"""Checks that an exported file computes what the module computes that it was traced from."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engines.compare import TOLERANCES, differences
+from ..engines.compare import differences, excess
 from ..engines.onnx_runtime import make_plain_session
+from ..engines.precision import Precision
 from ..errors import BundleError, ExportError, one_line
-from .networks import Network
+from .components import ComponentModule
 
 CHECK_SEED = 1  # not the inputs that were traced
 LARGE_CONSTANT = 4096
@@ -22,43 +23,43 @@ LARGE_CONSTANT = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Inputs, and what the torch module makes of them."""
+    """Inputs, and the torch module's outputs."""
 
     extents: dict[str, int]
     inputs: dict[str, Tensor]
     expected: list[Tensor]
 
 
-def reference_cases(network: Network) -> list[Case]:
+def reference_cases(component: ComponentModule) -> list[Case]:
     """Run the torch module at both ends of every range (once if nothing varies).
 
-    They are run before the graph is, so that module and graph need not be in memory together.
+    The module runs before the graph does, so that both need not be in memory together.
     """
     cases = []
-    for seed, extents in enumerate(_ends(network), start=CHECK_SEED):
-        inputs = dict(zip(network.inputs, network.random_inputs(extents, seed), strict=True))
+    for seed, extents in enumerate(_ends(component), start=CHECK_SEED):
+        inputs = dict(zip(component.inputs, component.random_inputs(extents, seed), strict=True))
         with torch.no_grad():
-            outputs = network.module(*inputs.values())
+            outputs = component.module(*inputs.values())
         expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         cases.append(Case(extents, inputs, expected))
     return cases
 
 
-def _ends(network: Network) -> Iterator[dict[str, int]]:
-    yield {name: extent.min for name, extent in network.ranges.items()}
-    if network.ranges:
-        yield {name: extent.max for name, extent in network.ranges.items()}
+def _ends(component: ComponentModule) -> Iterator[dict[str, int]]:
+    yield {name: extent.min for name, extent in component.ranges.items()}
+    if component.ranges:
+        yield {name: extent.max for name, extent in component.ranges.items()}
 
 
 def check_graph(path: Path, weight_bytes: int) -> None:
-    """Run ONNX's own checker, and see that every node's types agree and no weight kept a wider type.
+    """Run ONNX's own checker; check that every node's types agree and that no weight kept a wider type.
 
     Args:
         path: the ONNX file.
         weight_bytes: 2 for a float16 graph, 4 for a float32 one.
 
     Raises:
-        ExportError: what is wrong with the file.
+        ExportError: the file fails a check.
     """
     import onnx
 
@@ -81,10 +82,10 @@ def check_graph(path: Path, weight_bytes: int) -> None:
 
 
 def check_types(model: Any, path: Path) -> None:
-    """See that every node of an ``onnx.ModelProto`` gets the types and shapes that it takes.
+    """Check that every node of an ``onnx.ModelProto`` receives the types and shapes that it takes.
 
     Raises:
-        ExportError: what is wrong with the file ``path``.
+        ExportError: a node does not; the message names ``path``.
     """
     import onnx
 
@@ -94,11 +95,16 @@ def check_types(model: Any, path: Path) -> None:
         raise ExportError(f"{path} is not valid ONNX: {one_line(error)}") from error
 
 
-def check_outputs(path: Path, cases: list[Case]) -> float:
+def check_outputs(path: Path, cases: list[Case], precision: Precision) -> float:
     """Run the file on ONNX Runtime's CPU provider and compare it with the torch module.
 
+    Args:
+        path: the ONNX file.
+        cases: inputs, and the module's outputs.
+        precision: of the component; its tolerance decides.
+
     Returns:
-        The largest error over all cases and outputs, as a part of the reference's largest value.
+        The largest error over all cases and outputs, as a fraction of the reference's largest value.
 
     Raises:
         ExportError: an output differs, or ONNX Runtime cannot run the file.
@@ -116,12 +122,11 @@ def check_outputs(path: Path, cases: list[Case]) -> float:
             raise ExportError(f"{path} does not run at {case.extents}: {one_line(error)}") from error
         names = [output.name for output in session.get_outputs()]
         for name, array, expected in zip(names, actual, case.expected, strict=True):
-            worst = max(worst, _compare(f"{path}: {name} at {case.extents or 'its shape'}", array, expected))
+            worst = max(worst, _compare(f"{path}: {name} at {case.extents or 'its shape'}", array, expected, precision))
     return worst
 
 
-def _compare(what: str, array: Any, expected: Tensor) -> float:
-    largest_allowed, rms_allowed = TOLERANCES[str(expected.dtype).removeprefix("torch.")]
+def _compare(what: str, array: Any, expected: Tensor, precision: Precision) -> float:
     reference = expected.float().numpy()
     if not np.isfinite(reference).all():
         raise ExportError(f"{what} is not finite in torch: try --precision fp32")
@@ -131,9 +136,6 @@ def _compare(what: str, array: Any, expected: Tensor) -> float:
     if not np.isfinite(actual).all():
         raise ExportError(f"{what} is not finite: try --precision fp32")
     largest, rms = differences(actual, reference)
-    if largest > largest_allowed or rms > rms_allowed:
-        raise ExportError(
-            f"{what} differs from torch by {largest:.1e} at most and {rms:.1e} in the mean, "
-            f"allowed are {largest_allowed:.0e} and {rms_allowed:.0e}"
-        )
+    if words := excess(largest, rms, precision.tolerance):
+        raise ExportError(f"{what} differs from torch {words}")
     return largest

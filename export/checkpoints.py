@@ -1,4 +1,4 @@
-"""The Hyper-SD checkpoints, published ones and the clone's own, and how each wants to be sampled.
+"""The table of Hyper-SD checkpoints, published ones and the clone's own, with their recommended settings.
 
 Source: the model card of ``ByteDance/Hyper-SD`` (and Ren et al., "Hyper-SD: Trajectory Segmented Consistency Model for
 Efficient Image Synthesis", https://arxiv.org/abs/2404.13686).
@@ -17,12 +17,12 @@ HYPER_SD_REPO = "ByteDance/Hyper-SD"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-    """Checkpoints distilled from one base, and where they and what goes with them lie.
+    """Checkpoints distilled from one base, and the places of their files.
 
     Every place is a Hub repository, or a demonstration folder of the clone (``DEMO_FOLDERS``).
 
     Attributes:
-        name: what the checkpoints' names begin with.
+        name: the beginning of the checkpoints' names.
         family: name of the base's.
         files: the place of the checkpoints themselves.
         base: the place of the base.
@@ -68,10 +68,10 @@ class Checkpoint:
 
     Attributes:
         name: the file's name without ``.safetensors``.
-        series: where it, its base and its VAEs are.
+        series: the places of the file, its base and its VAEs.
         kind: a LoRA for the base's UNet, or a whole UNet in its place.
         sampler: ``ddim`` (trailing), ``tcd`` or ``lcm``.
-        allowed_steps: numbers of steps that it was distilled for, the default first.
+        allowed_steps: the numbers of steps that it was distilled for, the default first.
         timesteps: the timesteps to use with the default number of steps, where they are not the sampler's own.
         eta: stochasticity (DDIM's eta, TCD's gamma).
         guidance_scale: classifier-free guidance; 1 or less means none.
@@ -143,7 +143,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     *_loras(SDXL, guided_steps=(8, 12), guidance_scale=5.0),
     _whole_unet(SDXL),
 )
-# Small ones of our own, made to try everything without a download (scripts/train_demo).
+# Small checkpoints of this repository, to try everything without a download (scripts/train_demo).
 DEMO_CHECKPOINTS: tuple[Checkpoint, ...] = (
     *_loras(DEMO15, guided_steps=(8,), guidance_scale=2.0),
     _whole_unet(DEMOXL),
@@ -154,7 +154,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     """Look a checkpoint up by name, with or without ``.safetensors``; letter case does not matter.
 
     Raises:
-        CheckpointError: there is none of that name; the nearest ones are offered.
+        CheckpointError: the name is not known; the message offers the nearest ones.
     """
     by_name = {checkpoint.name.lower(): checkpoint for checkpoint in (*CHECKPOINTS, *DEMO_CHECKPOINTS)}
     wanted = name.strip().lower().removesuffix(".safetensors")
@@ -170,6 +170,6 @@ def find_checkpoint(name: str) -> Checkpoint:
 
 
 def example_prompt(name: str) -> str:
-    """A prompt of something that the checkpoint of that name knows."""
+    """A prompt that the checkpoint of that name was trained for."""
     is_demo = any(checkpoint.name == name for checkpoint in DEMO_CHECKPOINTS)
     return "a red star on a blue background" if is_demo else "a photo of a cat"

@@ -1,4 +1,4 @@
-"""ControlNets: which are known, how they want to be used, and whether one fits a UNet.
+"""ControlNets: the known ones with their recommended settings, and the check that one fits a UNet.
 
 Source of the architecture: Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models",
 https://arxiv.org/abs/2302.05543; of the settings: the model cards, Hyper-SD's for SDXL's canny.
@@ -48,7 +48,7 @@ KNOWN_CONTROLNETS: tuple[KnownControlNet, ...] = (
 
 
 def settings_of(location: str) -> ControlNetSettings:
-    """How the ControlNet of that place wants to be used: diffusers' defaults where that is not known."""
+    """The recommended settings of the ControlNet at that location; diffusers' defaults if it is not known."""
     return next((known.settings for known in KNOWN_CONTROLNETS if known.location == location), ControlNetSettings())
 
 
@@ -58,7 +58,7 @@ class ControlNetSource:
 
     Attributes:
         location: a Hub repository, a folder, or a demonstration folder's name.
-        name: what it is called in the bundle; by default the last part of ``location``.
+        name: its name in the bundle; by default the last part of ``location``.
         revision: branch, tag or commit on the Hub.
     """
 
@@ -71,24 +71,24 @@ class ControlNetSource:
         """``WHERE`` or ``NAME=WHERE``.
 
         Raises:
-            RequestError: NAME is not one.
+            RequestError: NAME cannot be a ControlNet's name.
         """
         name, location = (None, text) if os.path.isdir(text) else split_named(text)
         return cls(location=location, name="" if name is None else _checked(name, text))
 
 
 def named(sources: Iterable[ControlNetSource]) -> dict[str, ControlNetSource]:
-    """The ControlNets by what they are called in the bundle, in the order given.
+    """The ControlNets by their names in the bundle, in the order given.
 
     Raises:
-        RequestError: two have the same name, or one has none that can be used.
+        RequestError: two have the same name, or one has no usable name.
     """
     by_name: dict[str, ControlNetSource] = {}
     for source in sources:
         name = _checked(source.name or PurePath(source.location).name, source.location)
         if name.casefold() in map(str.casefold, by_name):  # one folder to some systems
             raise RequestError(
-                f"--controlnet {source.location}: there are two of the name {name!r}: give one another, NAME=WHERE"
+                f"--controlnet {source.location}: two ControlNets are named {name!r}: rename one with NAME=WHERE"
             )
         by_name[name] = source
     return by_name
@@ -105,10 +105,10 @@ def _checked(name: str, text: str) -> str:
 def check_fits(
     location: str, config: dict[str, Any], unet: dict[str, Any], family: str, base: str, latent_scale: int
 ) -> None:
-    """See from the configurations that a ControlNet's residuals are what a UNet can take.
+    """Compare the configurations: a ControlNet's residuals must have the shapes that the UNet takes.
 
     Args:
-        location: where the ControlNet is, for messages.
+        location: the ControlNet's, for messages.
         config: its configuration.
         unet: the UNet's.
         family: the checkpoint's.
@@ -116,7 +116,7 @@ def check_fits(
         latent_scale: pixels per latent.
 
     Raises:
-        WeightsError: it is none, is for another family or another UNet, or is of a kind that is not supported.
+        WeightsError: it is not a ControlNet, is for another family or UNet, or is of a kind that is not supported.
     """
     kind = config.get("_class_name", "no class")
     if kind != "ControlNetModel":
@@ -146,19 +146,24 @@ def check_fits(
             f"--controlnet {location} makes residuals of {_words(ours)}, the UNet of {base} takes {_words(theirs)}: "
             "take one that was made for this base"
         )
-    unusual = {
+    unusual = _unusual(config, wanted.latent_channels, 2 ** (len(embedding) - 1) != latent_scale)
+    if used := [f"{key} {config.get(key)}" for key, is_used in unusual.items() if is_used]:
+        raise WeightsError(f"--controlnet {location} with {', '.join(used)} is not supported: take another")
+
+
+def _unusual(config: dict[str, Any], latent_channels: int, is_other_scale: bool) -> dict[str, bool]:
+    """The settings that not every ControlNet has and that are not supported, each with whether this one has it."""
+    order = config.get("controlnet_conditioning_channel_order", "rgb")
+    return {
         "global_pool_conditions": bool(config.get("global_pool_conditions")),
         "class_embed_type": config.get("class_embed_type") is not None,
         "num_class_embeds": config.get("num_class_embeds") is not None,
         "encoder_hid_dim_type": config.get("encoder_hid_dim_type") is not None,
         "conditioning_channels": config.get("conditioning_channels", 3) != 3,
-        "in_channels": config.get("in_channels", 4) != 4,
-        "conditioning_embedding_out_channels": 2 ** (len(embedding) - 1) != latent_scale,
-        "controlnet_conditioning_channel_order": config.get("controlnet_conditioning_channel_order", "rgb")
-        not in ("rgb", "bgr"),
+        "in_channels": config.get("in_channels", latent_channels) != latent_channels,
+        "conditioning_embedding_out_channels": is_other_scale,
+        "controlnet_conditioning_channel_order": order not in ("rgb", "bgr"),
     }
-    if used := [f"{key} {config.get(key)}" for key, is_used in unusual.items() if is_used]:
-        raise WeightsError(f"--controlnet {location} with {', '.join(used)} is not supported: take another")
 
 
 def _embedding_channels(config: dict[str, Any]) -> tuple[int, ...]:
@@ -167,7 +172,7 @@ def _embedding_channels(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def residual_shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
-    """Of every residual on a UNet's way down, and then of the middle one: channels, and how often it was halved.
+    """Channels and number of halvings of every residual on a UNet's way down, and then of the middle one.
 
     There is one after the first convolution, after every layer of every block, and after every downsampler.
     """

@@ -3,55 +3,40 @@
 `huggingface_hub` does the work, so its settings hold: HF_TOKEN and `hf auth login`, HF_ENDPOINT, HF_HOME, HF_HUB_CACHE,
 HF_HUB_OFFLINE. It reads them when it is imported, which is why it is imported inside functions here.
 
-On top of it:
-- A download over plain HTTP that was cut, or whose process was killed, goes on where it stopped, also in the next
-  process: what has arrived lies beside the finished blobs as `<sha256>.partial`, and the finished file is checked
-  against its SHA-256. Files that come through `hf_xet` are left to `huggingface_hub` (HF_HUB_DISABLE_XET=1 turns them
-  into plain HTTP).
-- Every failure is one line that says what to do.
+`hf_hub_download` starts over in every process. Large files that come over plain HTTP are therefore downloaded here, to
+the place in the cache where it looks for them: a download that was cut or killed resumes, also in the next process.
+Files that come through `hf_xet` are left to it (HF_HUB_DISABLE_XET=1 turns them into plain HTTP).
 """
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-from ..engines.files import sha256_file
+from ..engines.files import lock_file, partial_path, sha256_file
+from ..engines.vocabulary import SHA256
 from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, disk_full, is_disk_full, one_line
+from .progress import DownloadProgress
 
-if TYPE_CHECKING:
-    from huggingface_hub.file_download import HfFileMetadata
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 OTHER_DISK = "set HF_HOME to a folder on another disk"
-_LOCAL_HINT = "point --base / --lora at local files"
-
-
-class DownloadProgress(Protocol):
-    """Told about one file at a time; nothing is told about a file that is in the cache already."""
-
-    def start(self, filename: str, total: int | None) -> None:
-        """A download begins at zero bytes of `total`; called again for the same file after a lost connection."""
-
-    def advance(self, n: int) -> None:
-        """`n` more bytes are here, also those kept from an earlier run; negative if the server starts over."""
-
-    def finish(self) -> None:
-        """The download ended, well or not."""
+LOCAL_HINT = "point --base / --lora at local files"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubFile:
+    """A file in the Hub's cache; `revision` is the commit that the requested revision stood for."""
+
     path: Path
     repo_id: str
     filename: str
-    revision: str  # the commit that the asked revision stood for
+    revision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +52,19 @@ class _Wanted:
 def fetch(
     repo_id: str, filename: str, *, revision: str | None = None, progress: DownloadProgress | None = None
 ) -> HubFile:
-    """Download one file of a model repository, or find it in the cache. `revision` is a branch, tag or commit."""
+    """Download one file of a model repository, or find it in the cache.
+
+    Args:
+        repo_id: OWNER/NAME.
+        filename: the file's path in the repository.
+        revision: branch, tag or commit; `main` by default.
+        progress: told about the download.
+
+    Raises:
+        DownloadError: the Hub refused the request, has no such file, or the file cannot be stored.
+        NetworkError: the Hub could not be reached.
+        DiskFullError: the cache's disk has no room for the file.
+    """
     wanted = _Wanted(repo_id=repo_id, filename=filename, revision=revision or "main")
     with _explained(wanted):
         return _fetch(wanted, progress)
@@ -79,7 +76,7 @@ def fetch_optional(
     """As `fetch`, but None if the repository has no such file.
 
     Without network a file counts as missing if the Hub said so before, and with HF_HUB_OFFLINE also if the cache holds
-    other files of that revision; otherwise nobody knows, and that is a NetworkError.
+    other files of that revision; otherwise it is a NetworkError.
     """
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -96,28 +93,24 @@ def fetch_optional(
 def _fetch(wanted: _Wanted, progress: DownloadProgress | None) -> HubFile:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(wanted.repo_id, wanted.filename, revision=wanted.revision)
-    if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE:
-        _fetch_blob(wanted, progress)
-    path = hf_hub_download(
-        wanted.repo_id,
-        wanted.filename,
-        revision=wanted.revision,
-        tqdm_class=_bar_class(wanted.filename, progress),
-    )
-    snapshot = Path(path).parents[wanted.filename.count("/")]  # <cache>/models--<owner>--<name>/snapshots/<commit>
-    return HubFile(path=Path(path), repo_id=wanted.repo_id, filename=wanted.filename, revision=snapshot.name)
+    bar, name, revision = _bar_class(wanted.filename, progress), wanted.filename, wanted.revision
+    is_cached = isinstance(try_to_load_from_cache(wanted.repo_id, name, revision=revision), str)
+    if not is_cached and not constants.HF_HUB_OFFLINE:
+        _fetch_blob(wanted, bar)
+    path = Path(hf_hub_download(wanted.repo_id, name, revision=revision, tqdm_class=bar))
+    snapshot = path.parents[name.count("/")]  # <cache>/models--<owner>--<name>/snapshots/<commit>
+    return HubFile(path=path, repo_id=wanted.repo_id, filename=name, revision=snapshot.name)
 
 
 def _repo_folder(repo_id: str) -> Path:
+    """A repository's folder in the cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
     from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
 
 
 def _is_absent(wanted: _Wanted, error: Exception) -> bool:
-    """Whether it is known that the repository lacks the file, as opposed to nobody knowing."""
+    """Whether the repository is known to lack the file."""
     from huggingface_hub import _CACHED_NO_EXIST, constants, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -131,75 +124,74 @@ def _is_absent(wanted: _Wanted, error: Exception) -> bool:
     return constants.HF_HUB_OFFLINE and (folder / "snapshots" / commit).is_dir()
 
 
-def _fetch_blob(wanted: _Wanted, progress: DownloadProgress | None) -> None:
-    """Put a large file's content where `hf_hub_download` looks for it; leave all else to `hf_hub_download`.
-
-    Its own downloads start over in every process. The lock is the one it takes, so that it waits for this download.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+def _fetch_blob(wanted: _Wanted, bar: type[Any]) -> None:
+    """Put a large file's content where `hf_hub_download` looks for it. Small files and errors are left to it."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import WeakFileLock
-    from huggingface_hub.utils._runtime import is_xet_available
 
+    url = hf_hub_url(wanted.repo_id, wanted.filename, revision=wanted.revision)
     try:
-        metadata = get_hf_file_metadata(hf_hub_url(wanted.repo_id, wanted.filename, revision=wanted.revision))
+        metadata = get_hf_file_metadata(url)
     except HfHubHTTPError:
-        return  # hf_hub_download meets the same answer: it tries again, remembers or raises, as the answer requires
-    if not (metadata.etag and _SHA256.fullmatch(metadata.etag) and metadata.size and metadata.commit_hash):
-        return  # a small file, which lies in git itself
-    if metadata.xet_file_data is not None and is_xet_available():
         return
-    folder = _repo_folder(wanted.repo_id)
-    blob = folder / "blobs" / metadata.etag
-    lock = folder.parent / ".locks" / folder.name / f"{metadata.etag}.lock"
+    etag, size = metadata.etag or "", metadata.size
+    has_xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    if not (re.fullmatch(SHA256, etag) and size and metadata.commit_hash) or (metadata.xet_file_data and has_xet):
+        return
+    blob = _repo_folder(wanted.repo_id) / "blobs" / etag
     blob.parent.mkdir(parents=True, exist_ok=True)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if not blob.exists():
-            _download_blob(wanted, metadata, blob, progress)
-
-
-def _download_blob(wanted: _Wanted, metadata: HfFileMetadata, blob: Path, progress: DownloadProgress | None) -> None:
-    from huggingface_hub import hf_hub_url
-
-    assert metadata.size is not None
-    partial = blob.with_name(f"{blob.name}.partial")
-    url = hf_hub_url(wanted.repo_id, wanted.filename, revision=metadata.commit_hash)
-    with partial.open("ab") as file:
-        missing, free = metadata.size - file.tell(), shutil.disk_usage(blob.parent).free
-        if missing > free:
-            raise DiskFullError(
-                f"the download of {wanted} needs {_gigabytes(missing)}, {blob.parent} has {_gigabytes(free)} free: "
-                f"free some space or {OTHER_DISK}"
+    with lock_file(blob.parents[2] / ".locks" / blob.parents[1].name / etag, lambda: None):
+        if blob.exists():
+            return
+        partial = partial_path(blob)
+        with partial.open("ab") as file:
+            missing, free = size - file.tell(), shutil.disk_usage(blob.parent).free
+            if missing > free:
+                raise DiskFullError(
+                    f"the download of {wanted} needs {missing / 1e9:.1f} GB, {blob.parent} has {free / 1e9:.1f} GB "
+                    f"free: free some space or {OTHER_DISK}"
+                )
+            _append(url, file, size, bar)
+        if (digest := sha256_file(partial)) != etag:
+            partial.unlink()
+            raise DownloadError(
+                f"the download of {wanted} is damaged (SHA-256 {digest}, expected {etag}) and was deleted: "
+                "run the command again to download it anew"
             )
-        _download(url, file, metadata.size, _bar_class(wanted.filename, progress))
-    digest = sha256_file(partial)
-    if digest != metadata.etag:
-        partial.unlink()
-        raise DownloadError(
-            f"the download of {wanted} is damaged (SHA-256 {digest}, expected {metadata.etag}) and was deleted: "
-            "run the command again to download it anew"
-        )
-    os.replace(partial, blob)
+        partial.replace(blob)
 
 
-def _download(url: str, file: BinaryIO, size: int, bar: type[Any]) -> None:
-    """Append what is missing of `size` bytes. A redirect to another host (the CDN) goes without the token."""
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-    from huggingface_hub.file_download import http_get
+def _append(url: str, file: BinaryIO, size: int, bar_class: type[Any]) -> None:
+    """Append the missing bytes of a file; a connection that is lost is made again as long as bytes arrive."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
     from huggingface_hub.utils import build_hf_headers
 
     headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # ranges of the file, not of its compression
-    while (have := file.tell()) < size:
-        try:
-            http_get(url, file, resume_size=have, headers=headers, expected_size=size, tqdm_class=bar)
-        except HTTPError:  # http_get resumes by itself when a connection ends, but not when it is reset
-            if file.tell() <= have:
-                raise
+    options = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "follow_redirects": True}
+    if file.tell() >= size:
+        return
+    with bar_class(total=size, initial=file.tell()) as bar:
+        while (have := file.tell()) < size:
+            ranges = {"Range": f"bytes={have}-"} if have else {}
+            try:
+                # A redirect to another host (the CDN) goes without the token.
+                with get_session().stream("GET", url, headers=headers | ranges, **options) as response:
+                    hf_raise_for_status(response)
+                    if have and response.status_code != 206:  # the server sends the whole file
+                        file.truncate(0)
+                        bar.update(-have)
+                    for chunk in response.iter_raw():
+                        file.write(chunk)
+                        bar.update(len(chunk))
+            except HTTPError as error:
+                if file.tell() <= have or isinstance(error, HfHubHTTPError):
+                    raise
+                time.sleep(1)
 
 
 def _bar_class(filename: str, progress: DownloadProgress | None) -> type[Any]:
-    """What `huggingface_hub` takes for a tqdm class: tells `progress`, never draws anything itself."""
+    """A class for `huggingface_hub` to use in the place of tqdm: it tells `progress` and prints nothing."""
 
     class Bar:
         def __init__(self, *_: object, total: int | None = None, initial: int = 0, **__: object) -> None:
@@ -223,7 +215,7 @@ def _bar_class(filename: str, progress: DownloadProgress | None) -> type[Any]:
             self.close()
 
         def ignore(self, *_: object, **__: object) -> None:
-            """The rest of the protocol: that `update_transfer` exists makes hf_xet use one bar and not two."""
+            """The rest of tqdm's protocol. Because `update_transfer` exists, hf_xet uses one bar, not two."""
 
         update_transfer = set_transfer_postfix_str = set_postfix_str = refresh = ignore
 
@@ -241,86 +233,54 @@ def _explained(wanted: _Wanted) -> Iterator[None]:
 
 
 def _explain(error: Exception, wanted: _Wanted) -> HyperSDError:
+    """The library's error in one line that says what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        FileMetadataError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import errors as hf
 
-    endpoint = constants.ENDPOINT
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+    endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    if isinstance(error, hf.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # "not in the cache either": the cause is why the Hub was no help
-    if isinstance(error, HFValidationError):
-        return DownloadError(
-            f"{wanted.repo_id!r} is neither a Hub repository (owner/name) nor a local path that exists: check the name"
-        )
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, hf.HFValidationError):
+        name = f"{wanted.repo_id!r} is neither a Hub repository (owner/name) nor a local path that exists"
+        return DownloadError(f"{name}: check the name")
+    if isinstance(error, hf.HfHubHTTPError):
         return _explain_status(error, wanted, endpoint)
-    if isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return NetworkError(
-            f"HF_HUB_OFFLINE is set and {wanted} is not in the cache {constants.HF_HUB_CACHE}: "
-            f"unset HF_HUB_OFFLINE to download it, or {_LOCAL_HINT}"
-        )
-    if isinstance(error, FileMetadataError):
-        return DownloadError(
-            f"{endpoint} does not answer as a Hub does when asked for {wanted}: check HF_ENDPOINT and any proxy"
-        )
+    if isinstance(error, (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError)):
+        remedy = f"unset HF_HUB_OFFLINE to download it, or {LOCAL_HINT}"
+        return NetworkError(f"HF_HUB_OFFLINE is set and {wanted} is not in the cache {cache}: {remedy}")
+    if isinstance(error, hf.FileMetadataError):
+        no_hub = f"{endpoint} does not answer as a Hub does when asked for {wanted}"
+        return DownloadError(f"{no_hub}: check HF_ENDPOINT and any proxy")
     if isinstance(error, OSError) and is_disk_full(error):
-        return DiskFullError(f"cannot store {wanted}: {disk_full(constants.HF_HUB_CACHE, OTHER_DISK)}")
+        return DiskFullError(f"cannot store {wanted}: {disk_full(cache, OTHER_DISK)}")
     if isinstance(error, OSError) and error.errno is not None:
-        return DownloadError(
-            f"cannot store {wanted} in the cache {constants.HF_HUB_CACHE} ({one_line(error)}): "
-            "set HF_HOME to a folder that you can write to"
-        )
+        failure = f"cannot store {wanted} in the cache {cache} ({one_line(error)})"
+        return DownloadError(f"{failure}: set HF_HOME to a folder that you can write to")
     if isinstance(error, ValueError):
         return DownloadError(f"cannot download {wanted}: {one_line(error)}")
-    return NetworkError(
-        f"could not download {wanted} from {endpoint} ({one_line(error)}): "
-        f"check the connection, or set HF_ENDPOINT to a mirror, or {_LOCAL_HINT}"
-    )
+    remedy = f"check the connection, or set HF_ENDPOINT to a mirror, or {LOCAL_HINT}"
+    return NetworkError(f"could not download {wanted} from {endpoint} ({one_line(error)}): {remedy}")
 
 
 def _explain_status(error: Any, wanted: _Wanted, endpoint: str) -> HyperSDError:
-    """The Hub answered, with an error status. `error` is an HfHubHTTPError."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The Hub's answer with an error status, in words. `error` is an HfHubHTTPError."""
+    from huggingface_hub import errors as hf
 
-    status, repo_id = error.response.status_code, wanted.repo_id
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, EntryNotFoundError):
-        return DownloadError(
-            f"{repo_id} has no file {wanted.filename!r} at revision {wanted.revision!r}: check the name"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return DownloadError(
-            f"{repo_id} has no revision {wanted.revision!r}: give a branch, a tag or a full commit hash"
-        )
-    if isinstance(error, GatedRepoError):
-        return DownloadError(
-            f"the Hub refused access to {repo_id} ({status}): "
-            f"accept the licence on the model page {endpoint}/{repo_id} and {log_in}"
-        )
-    if status in (401, 403):  # the Hub says 401, too, of a repository that does not exist, to who is not logged in
-        return DownloadError(
-            f"the Hub refused access to {repo_id} ({status}): "
-            f"check the name; if it is private or gated, {log_in} with an account that may read it"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return DownloadError(f"{endpoint} has no repository {repo_id} ({status}): check the name, or {_LOCAL_HINT}")
+    status, repo_id, revision = error.response.status_code, wanted.repo_id, wanted.revision
+    refused, log_in = f"the Hub refused access to {repo_id} ({status})", "log in with `hf auth login` or set HF_TOKEN"
+    answer = f"{endpoint} answered {status} when asked for {wanted}"
+    if isinstance(error, hf.EntryNotFoundError):
+        return DownloadError(f"{repo_id} has no file {wanted.filename!r} at revision {revision!r}: check the name")
+    if isinstance(error, hf.RevisionNotFoundError):
+        return DownloadError(f"{repo_id} has no revision {revision!r}: give a branch, a tag or a full commit hash")
+    if isinstance(error, hf.GatedRepoError):
+        page = f"{endpoint}/{repo_id}"
+        return DownloadError(f"{refused}: accept the licence on the model page {page} and {log_in}")
+    if status in (401, 403):  # to a caller who is not logged in, the Hub says 401 of a missing repository too
+        may_read = "with an account that may read it"
+        return DownloadError(f"{refused}: check the name; if it is private or gated, {log_in} {may_read}")
+    if isinstance(error, hf.RepositoryNotFoundError):
+        return DownloadError(f"{endpoint} has no repository {repo_id} ({status}): check the name, or {LOCAL_HINT}")
     if status in (408, 429) or status >= 500:
-        return NetworkError(
-            f"{endpoint} answered {status} when asked for {wanted}: "
-            f"try again later, or set HF_ENDPOINT to a mirror, or {_LOCAL_HINT}"
-        )
-    return DownloadError(f"{endpoint} answered {status} when asked for {wanted}: check the names and HF_ENDPOINT")
-
-
-def _gigabytes(n: int) -> str:
-    return f"{n / 1e9:.1f} GB"
+        return NetworkError(f"{answer}: try again later, or set HF_ENDPOINT to a mirror, or {LOCAL_HINT}")
+    return DownloadError(f"{answer}: check the names and HF_ENDPOINT")

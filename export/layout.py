@@ -1,4 +1,4 @@
-"""Models in diffusers layout, wherever they lie: on the Hub, in a folder, in the clone, or in one file."""
+"""Opens models in diffusers layout: on the Hub, in a folder, in the clone, or in one file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from ..engines.files import sha256_file
 from ..engines.manifest import SourceFile
+from ..engines.vocabulary import SHA256
 from ..errors import WeightsError
 from .checkpoints import DEMO_FOLDERS
-from .hub import DownloadProgress, fetch, fetch_optional
+from .hub import fetch, fetch_optional
+from .progress import DownloadProgress
 
 DEMO_ROOT = Path(__file__).parents[1] / "tests/assets/demo"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt files can run code): convert them"
 
@@ -26,8 +27,11 @@ SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt f
 class Found:
     """A file on this machine.
 
-    ``repo`` is the Hub repository or the demonstration folder that it came from, if it did; ``revision`` the former's
-    commit.
+    Attributes:
+        path: the file.
+        filename: its path in the repository or folder.
+        repo: the Hub repository or demonstration folder that it came from, if any.
+        revision: the repository's commit.
     """
 
     path: Path
@@ -36,7 +40,7 @@ class Found:
     revision: str | None = None
 
     def record(self) -> SourceFile:
-        """What the manifest says of it, with the SHA-256 of its contents."""
+        """The manifest's record of the file, with the SHA-256 of its contents."""
         return SourceFile(
             filename=self.filename,
             size=self.path.stat().st_size,
@@ -47,13 +51,13 @@ class Found:
         )
 
     def _sha256(self) -> str:
-        # The Hub's cache names a large file by its SHA-256, which was checked when it came.
+        # The Hub's cache names a large file by its SHA-256, which was checked after the download.
         blob = self.path.resolve().name
-        return blob if self.repo and SHA256.fullmatch(blob) else sha256_file(self.path)
+        return blob if self.repo and re.fullmatch(SHA256, blob) else sha256_file(self.path)
 
 
 class Files(Protocol):
-    """The files of a model in diffusers layout, wherever they are."""
+    """The files of a model in diffusers layout."""
 
     @property
     def name(self) -> str: ...
@@ -82,7 +86,7 @@ class HubRepo:
         return Found(file.path, filename, self.name, file.revision)
 
     def get(self, filename: str) -> Found:
-        """The file, which must be there: if it is not, the Hub's reason is the error."""
+        """The file; if it is missing, the Hub's reason is the error."""
         file = fetch(self.name, filename, revision=self.revision, progress=self.progress)
         return Found(file.path, filename, self.name, file.revision)
 
@@ -105,7 +109,7 @@ class LocalFolder:
 
 @dataclasses.dataclass
 class DemoFolder:
-    """A folder of demonstration weights, which is known by its name alone: a bundle is the same from every clone."""
+    """A folder of demonstration weights. Bundles record its name alone, so that every clone makes the same bundle."""
 
     name: str
     revision: str | None = None
@@ -120,7 +124,7 @@ class DemoFolder:
         return Found(path, filename, self.name) if path.is_file() else None
 
     def get(self, filename: str) -> Found:
-        """The file, which must be there."""
+        """The file; a WeightsError if it is missing."""
         if (found := self.find(filename)) is None:
             raise WeightsError(f"there is no {DEMO_ROOT / self.name / filename}: restore it from git")
         return found
@@ -128,12 +132,12 @@ class DemoFolder:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One network before it is loaded.
+    """The sources of one component, before it is loaded.
 
     Attributes:
         name: the component's folder in diffusers layout (``unet``, ``text_encoder_2``).
         folder: a local folder that holds its ``config.json``.
-        config: that configuration.
+        config: its configuration.
         weights: its weight files; more than one if they are sharded.
         variant: ``"fp16"`` if these are the half-precision files.
         single_file: whether the weights are a whole model in one file, in the original Stable Diffusion's key names.
@@ -148,7 +152,7 @@ class Part:
 
 
 class Base(Protocol):
-    """A whole model whose parts can be asked for by name.
+    """A whole model, which finds its parts by name.
 
     ``files`` holds its configuration and tokenizer.
     """
@@ -158,17 +162,17 @@ class Base(Protocol):
 
     @property
     def location(self) -> str:
-        """What to give to ``--base`` to get the same model again."""
+        """The value of ``--base`` that finds the same model again."""
         ...
 
     def part(self, name: str, variant: str | None = None) -> Part:
-        """The named network; ``variant="fp16"`` asks for its half-precision weight files."""
+        """The part of that name; ``variant="fp16"`` selects its half-precision weight files."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusersBase:
-    """A repository or folder with one folder a network."""
+    """A repository or folder with a folder for each part."""
 
     files: Files
 
@@ -180,7 +184,7 @@ class DiffusersBase:
         return self.part_in(f"{name}/", name, variant)
 
     def part_in(self, folder: str, name: str, variant: str | None = None) -> Part:
-        """The network in a folder, which ends with a slash; an empty one is the top."""
+        """The part in ``folder``, which ends with a slash, or is empty for the top folder."""
         config = get_file(self.files, f"{folder}config.json")
         stem = folder + ("model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
         for candidate in (variant,) if variant else (None, "fp16"):
@@ -198,9 +202,9 @@ class DiffusersBase:
 
 @dataclasses.dataclass(frozen=True)
 class SingleFileBase:
-    """One file that holds every network, in the original Stable Diffusion's key names.
+    """One file with the weights of every part, in the original Stable Diffusion's key names.
 
-    It brings weights only; ``files`` is a repository of the same family, for configuration and tokenizer.
+    ``files`` is a repository of the same family, for configurations and tokenizers.
     """
 
     file: Found
@@ -218,7 +222,11 @@ class SingleFileBase:
 
 
 def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
-    """A demonstration folder or another if there is one of that name, else a Hub repository."""
+    """Open a demonstration folder, a local folder, or else a Hub repository.
+
+    Raises:
+        WeightsError: the location is none of these, or is a folder with a revision; the message names ``option``.
+    """
     if location in DEMO_FOLDERS:
         folder = DemoFolder(location)
     elif location and Path(location).is_dir():
@@ -235,7 +243,7 @@ def open_files(location: str, revision: str | None, progress: DownloadProgress |
 
 
 def open_known(place: str, revision: str | None, progress: DownloadProgress | None) -> HubRepo | DemoFolder:
-    """A place from the table of checkpoints, whatever else lies in the current folder under that name."""
+    """Open a place from the table of checkpoints, even if the current folder holds something of that name."""
     if place not in DEMO_FOLDERS:
         return HubRepo(place, revision, progress)
     if revision:
@@ -244,7 +252,7 @@ def open_known(place: str, revision: str | None, progress: DownloadProgress | No
 
 
 def get_file(files: Files, filename: str) -> Found:
-    """The named file, which must be there."""
+    """The file of that name; a WeightsError if it is missing."""
     if (found := files.find(filename)) is None:
         raise WeightsError(f"{files.name} has no {filename}: expected a model in diffusers layout")
     return found
@@ -262,7 +270,7 @@ def read_json(found: Found) -> dict[str, Any]:
 
 
 def tokenizer_folder(files: Files, name: str) -> Path:
-    """The local folder of a CLIP tokenizer, all its files fetched."""
+    """Fetch a CLIP tokenizer's files; returns their local folder."""
     found = [file for filename in TOKENIZER_FILES if (file := files.find(f"{name}/{filename}"))]
     if not {"vocab.json", "tokenizer.json"} & {file.path.name for file in found}:
         raise WeightsError(f"{files.name} has no {name}/vocab.json: expected a model in diffusers layout")

@@ -1,10 +1,13 @@
-"""Loading networks in the bundle's precision, one at a time, with no second copy of their weights in memory."""
+"""Loads components in the bundle's precision, one at a time, with one copy of their weights in memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +15,51 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError, one_line
-from ..weights.lora import Lora, describe_keys, open_lora
+from ..families import Family, find_family, lora_title
+from ..weights.lora import Lora
+from ..weights.lora_keys import describe_keys, match_kohya
 from ..weights.safetensors_file import SafetensorsFile
 from .layout import Found, Part
-from .libraries import quiet
-
-TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def load_unet(part: Part, lora: Found | None, family: str, lora_scale: float, dtype: torch.dtype) -> nn.Module:
-    """A UNet with the LoRA fused into it.
+def load_unet(part: Part, dtype: torch.dtype, lora: Lora | None = None, lora_scale: float = 1.0) -> nn.Module:
+    """A UNet, with a LoRA fused into it.
 
     The weights are read one at a time, fused in float32 and rounded once to ``dtype``, so that memory holds one copy of
     the UNet in ``dtype`` and little besides.
+
+    Args:
+        part: the UNet's configuration and weight files.
+        dtype: type of the weights.
+        lora: as :func:`check_unet_sources` opened it.
+        lora_scale: factor on top of the LoRA's own alpha/rank.
 
     Returns:
         A ``diffusers.UNet2DConditionModel`` in evaluation mode.
 
     Raises:
-        WeightsError: keys are left over or missing in the weights or in the LoRA.
+        WeightsError: keys are left over or missing in the weights, or a layer of the LoRA does not fit.
     """
     unet = _empty_unet(part)
-    opened = open_lora(lora.path, layer_names(unet), family, lora_scale) if lora else None
-    _fill(unet, _unet_tensors(part, unet), opened, dtype, part)
+    _fill(unet, _unet_tensors(part, unet), lora, lora_scale, dtype, part)
     return unet.eval().requires_grad_(False)
 
 
-def check_unet_sources(part: Part, lora: Found | None, family: str) -> None:
-    """See from the files' headers alone that UNet and LoRA fit each other, before any time is spent.
+def check_unet_sources(part: Part, lora: Found | None, family: str) -> Lora | None:
+    """Compare the files' headers with the UNet's configuration, before any time is spent.
+
+    Returns:
+        The LoRA, open, its keys matched with the UNet's layers; None if there is none to fuse.
 
     Raises:
-        WeightsError: as :func:`load_unet`, but for single files, whose key names are only known after conversion.
+        WeightsError: UNet, weights and LoRA do not fit each other. The key names of single files are only known after
+            conversion: :func:`load_unet` checks those.
     """
-    unet = _empty_unet(part)
-    if lora is not None:
-        opened = open_lora(lora.path, layer_names(unet), family)
+    unet, channels = _empty_unet(part), find_family(family).latent_channels
+    if (found := unet.config.in_channels) != channels:
+        raise WeightsError(f"{part.folder}: the UNet takes {found} channels, expected {channels} (no inpainting)")
+    opened = open_lora(lora.path, layer_names(unet), find_family(family)) if lora else None
+    if opened is not None:
         for module in opened.keys:
             opened.check_shapes(module, tuple(unet.get_submodule(module).weight.shape))
     if not part.single_file:
@@ -55,10 +68,31 @@ def check_unet_sources(part: Part, lora: Found | None, family: str) -> None:
         for file in files:
             for name in file.names:
                 _check_shape(file.path, name, file.shape(name), tuple(unet.get_parameter(name).shape))
+    return opened
+
+
+def open_lora(path: Path, modules: Iterable[str], family: Family) -> Lora:
+    """Open a Hyper-SD LoRA, a ``.safetensors`` file with kohya keys.
+
+    Args:
+        path: the file.
+        modules: paths of the UNet's linear and convolution layers (:func:`layer_names`).
+        family: of the base.
+
+    Raises:
+        WeightsError: the file is damaged or of another family, or keys are left over or missing, which are listed.
+    """
+    file = SafetensorsFile(path)
+    found = lora_title(file.names) or family.title
+    if found != family.title:
+        raise WeightsError(
+            f"{path} is a LoRA for {found}, the base is {family.title}: take one for {family.title}, or its own --base"
+        )
+    return Lora(file, match_kohya(path, file.names, modules, family.lora_prefix))
 
 
 def layer_names(unet: nn.Module) -> list[str]:
-    """Paths of the layers that a LoRA can change."""
+    """Paths of the layers that a LoRA can change: linear layers and convolutions."""
     return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
@@ -79,8 +113,6 @@ def _empty_unet(part: Part) -> Any:
     }
     if used := sorted(name for name, value in unsupported.items() if value is not None):
         raise WeightsError(f"{part.folder}: a UNet with {', '.join(used)} is not a Stable Diffusion base: take another")
-    if config.in_channels != 4:
-        raise WeightsError(f"{part.folder}: the UNet takes {config.in_channels} channels, expected 4 (no inpainting)")
     return unet
 
 
@@ -99,7 +131,12 @@ def _unet_tensors(part: Part, unet: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fill(
-    unet: nn.Module, tensors: Iterator[tuple[str, Tensor]], lora: Lora | None, dtype: torch.dtype, part: Part
+    unet: nn.Module,
+    tensors: Iterator[tuple[str, Tensor]],
+    lora: Lora | None,
+    lora_scale: float,
+    dtype: torch.dtype,
+    part: Part,
 ) -> None:
     """Replace every parameter on the meta device by its weight."""
     expected = dict(unet.named_parameters())
@@ -109,7 +146,7 @@ def _fill(
         if name not in expected:
             continue
         _check_shape(part.weights[0].path, name, tuple(tensor.shape), tuple(expected[name].shape))
-        weight = lora.fuse(name, tensor) if lora else tensor
+        weight = lora.fuse(name, tensor, lora_scale) if lora else tensor
         module, _, leaf = name.rpartition(".")
         setattr(unet.get_submodule(module), leaf, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
     _check_keys(part, seen, unet)
@@ -184,10 +221,10 @@ def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
 
 
 def check_controlnet_sources(part: Part) -> None:
-    """See from the files' headers that all weights of a ControlNet are there, before any time is spent.
+    """Compare the files' headers with a ControlNet's configuration, before any time is spent.
 
     Raises:
-        WeightsError: some are missing, or of another shape than its configuration says.
+        WeightsError: weights are missing, or have another shape than the configuration says.
     """
     from diffusers import ControlNetModel
 
@@ -209,7 +246,7 @@ def is_tiny(part: Part) -> bool:
 
 @contextlib.contextmanager
 def _explained(part: Part, kind: str) -> Iterator[None]:
-    """A library's error in one line: what it raises for configurations and weights that do not fit shares no base."""
+    """Say a library's error in one line; its errors for weights that do not fit share no base class."""
     try:
         yield
     except Exception as error:
@@ -218,7 +255,7 @@ def _explained(part: Part, kind: str) -> Iterator[None]:
 
 
 def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
-    """Load from the part's folder; weights that are missing would be random, so they are an error."""
+    """Load from the part's folder; missing weights are an error, because they would be random."""
     with quiet(), _explained(part, cls.__name__):
         model, info = cls.from_pretrained(
             str(part.folder),
@@ -232,3 +269,35 @@ def _from_pretrained(cls: Any, part: Part, **dtype: torch.dtype) -> Any:
     if missing:
         raise WeightsError(f"{part.weights[0].path} lacks weights of a {cls.__name__}: {json.dumps(missing[:30])}")
     return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and log messages of diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for module, _ in levels:
+        module.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps freed blocks of less than 32 MB, which most weights are, for later: 5 GB after SDXL's UNet.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; musl has none
+        if trim is not None:
+            trim(0)

@@ -1,4 +1,4 @@
-"""Weight files full of random numbers, made and written a tensor at a time, whatever the network's size."""
+"""Weight files of random numbers, made and written one tensor at a time, so that networks of any size fit in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.files import whole_file
-from ..weights.lora import COVERED_BLOCKS, PREFIX
+from ..weights.lora_keys import kohya_keys
 from ..weights.safetensors_file import write_safetensors
 from .models import layer_names
 
@@ -24,7 +24,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class RandomFile:
-    """A float16 weight file that is to be written.
+    """A float16 weight file to write.
 
     Attributes:
         path: relative to the folder of all files; with the seed it decides the contents.
@@ -38,7 +38,7 @@ class RandomFile:
 
     @property
     def name(self) -> str:
-        """The network's, which is the folder's; a file in no folder has one of its own."""
+        """The folder's name, which is the network's; without a folder the file's own."""
         path = PurePosixPath(self.path)
         return path.parent.name or path.stem
 
@@ -53,7 +53,7 @@ class RandomFile:
         Args:
             root: the folder of all files.
             seed: equal seeds make equal files.
-            on_tensor: told which part of the tensors is done, 0 to 1.
+            on_tensor: called with the fraction of the tensors that is written, 0 to 1.
         """
         path = root / self.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,34 +68,32 @@ class RandomFile:
 
 
 def network_file(path: str, network: nn.Module) -> RandomFile:
-    """The weights of a network on the meta device, as torch initialises layers of their kinds.
+    """The weights of a network on the meta device, initialised as torch initialises such layers.
 
-    That keeps activations finite and alive in float16 through networks as deep as SDXL's.
+    This keeps activations finite and alive in float16 through networks as deep as SDXL's.
     """
     shapes = {_published_name(network, name): tuple(weight.shape) for name, weight in network.named_parameters()}
     return RandomFile(path, shapes, lambda: _initialised(network))
 
 
-def lora_file(path: str, unet: nn.Module, rank: int) -> RandomFile:
-    """A LoRA over the layers that Hyper-SD's cover, with kohya keys."""
+def lora_file(path: str, unet: nn.Module, prefix: str, rank: int) -> RandomFile:
+    """A LoRA over the layers that Hyper-SD's cover, with kohya keys that begin with ``prefix``."""
     shapes: Shapes = {}
-    for name in layer_names(unet):
-        if name.startswith(COVERED_BLOCKS):
-            rows, *columns = unet.get_parameter(f"{name}.weight").shape
-            key = PREFIX + name.replace(".", "_")
-            shapes[f"{key}.lora_down.weight"] = (rank, *columns)
-            shapes[f"{key}.lora_up.weight"] = (rows, rank, *[1] * (len(columns) - 1))
-            shapes[f"{key}.alpha"] = ()
+    for name, key in kohya_keys(layer_names(unet), prefix).items():
+        rows, *columns = unet.get_parameter(f"{name}.weight").shape
+        shapes[f"{key}.lora_down.weight"] = (rank, *columns)
+        shapes[f"{key}.lora_up.weight"] = (rows, rank, *[1] * (len(columns) - 1))
+        shapes[f"{key}.alpha"] = ()
     return RandomFile(path, shapes, lambda: _lora_tensors(shapes, rank))
 
 
 def _seed_of(path: str, seed: int) -> int:
-    """A file's own seed: what is resumed gives the same numbers, whatever was written before."""
+    """A file's own seed: a resumed run draws the same numbers, whatever was written before."""
     return int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:7], "big")
 
 
 def _initialised(network: nn.Module) -> Iterator[Tensor]:
-    """The weights in the order of ``named_parameters``; a layer's memory is let go when its last one was taken."""
+    """The weights in the order of ``named_parameters``; a layer's memory is released after its last one."""
     for module in network.modules():
         if any(True for _ in module.parameters(recurse=False)):
             module.to_empty(device="cpu", recurse=False)

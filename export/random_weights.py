@@ -1,9 +1,8 @@
-"""Random weights in the place of trained ones, so that a checkpoint is measured at full size with no download.
+"""Writes random weights in the place of trained ones, to measure a checkpoint at full size without a download.
 
-The architecture is the published one, and what is written is what an export reads: a base in diffusers layout, TAESD
-and a LoRA. All that comes after is the usual export, LoRA fusion included, and ``hypersd verify`` finds the weights
-where they were written. The LoRA is random, too: without one, exporting and verifying would need a case that no real
-checkpoint has.
+The architecture is the published one. The files are those that an export reads: a base in diffusers layout, TAESD and
+a LoRA. The usual export follows, LoRA fusion included, and ``hypersd verify`` reads the same files. The LoRA is random
+too: without one, export and verify would need a case that no real checkpoint has.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from ..engines.progress import Stage
 from ..errors import DiskFullError, RequestError, disk_errors
 from ..families import find_family
 from .architectures import PUBLISHED, Architecture, empty_networks
-from .byte_tokenizer import write_byte_tokenizer
 from .checkpoints import DEMO_CHECKPOINTS, Checkpoint
 from .progress import ExportProgress
 from .random_tensors import RandomFile, lora_file, network_file
 from .sources import SourceOptions
+from .tokenizer import write_byte_tokenizer
 from .workspace import check_space
 
 LAYOUT_VERSION = 1  # raise it when the same seed and architecture make other files
@@ -36,11 +35,11 @@ CACHE_REMEDY = "point XDG_CACHE_HOME at another disk"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomWeights:
-    """Which random weights.
+    """The choice of random weights.
 
     Attributes:
         seed: equal seeds make equal weights.
-        folder: where they are kept for later exports; None for this package's folder of caches.
+        folder: a folder that keeps them for later exports; None for this package's cache.
         architectures: by family.
     """
 
@@ -56,7 +55,7 @@ class RandomWeights:
 
 
 def check_random_weights(checkpoint: Checkpoint, options: SourceOptions, lora_scale: float) -> None:
-    """Refuse what random weights cannot be combined with, before anything is written.
+    """Check the options that random weights cannot be combined with, before anything is written.
 
     Raises:
         RequestError: the message names the option.
@@ -64,17 +63,17 @@ def check_random_weights(checkpoint: Checkpoint, options: SourceOptions, lora_sc
     if checkpoint in DEMO_CHECKPOINTS:
         raise RequestError(f"{checkpoint.name} has weights, small ones in the clone: leave --random-weights out")
     if options.vae not in (None, "tiny"):
-        raise RequestError(f"--random-weights goes with no --vae but tiny, got {options.vae!r}: leave one of them out")
+        raise RequestError(f"--random-weights takes no --vae but tiny, got {options.vae!r}: leave one of them out")
     given = {
         "--base": options.base,
-        "--revision": options.revision or options.lora_revision or options.vae_revision,
+        "--revision": options.revision or options.checkpoint_revision or options.vae_revision,
         "--variant": options.variant,
-        "--lora": options.lora,
+        "--lora": options.checkpoint_file,
         "--lora-scale": None if lora_scale == 1.0 else lora_scale,
     }
     for option, value in given.items():
         if value is not None:
-            raise RequestError(f"--random-weights goes with no {option}, got {value!r}: leave one of them out")
+            raise RequestError(f"--random-weights cannot be combined with {option} {value!r}: leave one of them out")
 
 
 def random_sources(
@@ -83,20 +82,22 @@ def random_sources(
     """The sources with all weights but those of ControlNets replaced by random ones, written unless they are there.
 
     Raises:
-        DiskFullError: they do not fit; nothing was written, or nothing was kept.
+        DiskFullError: the weights do not fit on the disk; nothing was written, or nothing was kept.
         UserError: their folder cannot be written.
     """
     root = random_base(checkpoint.family, random, progress)
-    hyper_file = LORA if checkpoint.kind == "lora" else f"{BASE}/unet/{DIFFUSERS_WEIGHTS}"
+    checkpoint_file = LORA if checkpoint.kind == "lora" else f"{BASE}/unet/{DIFFUSERS_WEIGHTS}"
     vae = TINY_VAE if options.vae == "tiny" else f"{BASE}/vae"
-    return dataclasses.replace(options, base=str(root / BASE), lora=str(root / hyper_file), vae=str(root / vae))
+    return dataclasses.replace(
+        options, base=str(root / BASE), checkpoint_file=str(root / checkpoint_file), vae=str(root / vae)
+    )
 
 
 def random_base(family: str, random: RandomWeights, progress: ExportProgress) -> Path:
-    """The folder of a family's random weights: ``base``, ``taesd`` and ``lora.safetensors``; raises as
-    :func:`random_sources`.
+    """The folder of a family's random weights: ``base``, ``taesd`` and ``lora.safetensors``.
 
-    It is renamed to its name when it is whole; a run that was killed is gone on with, file by file.
+    The folder is renamed into place when it is whole; an interrupted run resumes file by file. Raises as
+    :func:`random_sources`.
     """
     root = random.place(family)
     with lock_file(root, lambda: progress.note(f"waiting for another process to write {root}")):
@@ -110,7 +111,7 @@ def random_base(family: str, random: RandomWeights, progress: ExportProgress) ->
 def _write_all(root: Path, family: str, random: RandomWeights, progress: ExportProgress) -> None:
     architecture, partial = random.architectures[family], partial_path(root)
     networks = empty_networks(architecture)
-    missing = [file for file in _files(networks, architecture) if not (partial / file.path).exists()]
+    missing = [file for file in _files(family, networks, architecture) if not (partial / file.path).exists()]
     size = sum(file.size for file in missing)
     check_space(root.parent, size, "the random weights need", CACHE_REMEDY)
     progress.note(f"random weights for {find_family(family).title} are written to {root}: {size / 1e6:,.0f} MB, once")
@@ -131,9 +132,9 @@ def _network_folder(name: str) -> str:
     return TINY_VAE if name == "tiny_vae" else f"{BASE}/{name}"
 
 
-def _files(networks: Mapping[str, Any], architecture: Architecture) -> list[RandomFile]:
+def _files(family: str, networks: Mapping[str, Any], architecture: Architecture) -> list[RandomFile]:
     """Every weight file, smallest networks first."""
-    lora = lora_file(LORA, networks["unet"], architecture.lora_rank)
+    lora = lora_file(LORA, networks["unet"], find_family(family).lora_prefix, architecture.lora_rank)
     files = [lora]
     for name, network in networks.items():
         filename = "model.safetensors" if name in architecture.text_encoders else DIFFUSERS_WEIGHTS
@@ -154,7 +155,7 @@ def _write_small_files(root: Path, networks: Mapping[str, Any], architecture: Ar
 
 
 def _model_index(networks: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """What tells diffusers' pipelines which classes the folders are for."""
+    """The classes of the folders, for diffusers' pipelines."""
     encoders = {name: ["transformers", type(networks[name]).__name__] for name in architecture.text_encoders}
     return {
         "_class_name": architecture.pipeline,

@@ -1,21 +1,21 @@
-"""Which image sizes and batches a bundle is made for."""
+"""The image sizes and batches that a bundle is made for."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ..engines.manifest import ImageShapes, Range
+from ..engines.vocabulary import DIMS
 from ..errors import RequestError
 
 SMALLEST, LARGEST = 64, 4096  # pixels of a side
 MULTIPLE = 8  # pixels per latent
 LARGEST_BATCH = 64
-DIMS = ("batch", "height", "width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """What the user says of the shapes; None takes the base's own size, and one image.
+    """The user's choice of shapes; None takes the base's own size, and one image.
 
     Attributes:
         dynamic: dimensions that may vary, as (min, opt, max). ``{}`` lets all vary over the default ranges.
@@ -31,7 +31,7 @@ def image_shapes(options: ShapeOptions, default_size: int) -> ImageShapes:
     """The bundle's shapes.
 
     Args:
-        options: what the user said.
+        options: the user's choice.
         default_size: the side of the square that the base was trained for, in pixels.
 
     Raises:
@@ -64,7 +64,7 @@ def parse_dynamic(text: str) -> tuple[str, tuple[int, int, int]]:
     """``height=512:768:1024`` as a name and (min, opt, max).
 
     Raises:
-        RequestError: it is not of that form.
+        RequestError: the text does not have that form.
     """
     name, _, span = text.partition("=")
     parts = span.split(":")

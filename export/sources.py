@@ -1,4 +1,4 @@
-"""Finding all that one export reads."""
+"""Finds every file that an export reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..families import FAMILIES, find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import Checkpoint
 from .controlnet_sources import ControlNetSource, check_fits, named
-from .hub import DownloadProgress
 from .layout import (
     SAFETENSORS_HINT,
     Base,
@@ -27,19 +26,20 @@ from .layout import (
     read_json,
     tokenizer_folder,
 )
+from .progress import DownloadProgress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """What the user says of the sources; None takes the checkpoint's own.
+    """The user's choice of sources; None takes the checkpoint's own.
 
     Attributes:
         base: a Hub repository, a folder in diffusers layout, a demonstration folder's name, or a single
             ``.safetensors`` file.
         revision: branch, tag or commit of ``base``.
         variant: ``"fp16"`` for the base's half-precision weight files.
-        lora: a local file in place of the Hyper-SD file.
-        lora_revision: branch, tag or commit of that file on the Hub.
+        checkpoint_file: a local file in place of the published Hyper-SD file, LoRA or whole UNet.
+        checkpoint_revision: branch, tag or commit of the published file on the Hub.
         vae: a Hub repository or folder, or ``"tiny"`` for TAESD.
         vae_revision: branch, tag or commit of ``vae``.
         controlnets: ControlNets for the bundle.
@@ -48,8 +48,8 @@ class SourceOptions:
     base: str | None = None
     revision: str | None = None
     variant: str | None = None
-    lora: str | None = None
-    lora_revision: str | None = None
+    checkpoint_file: str | None = None
+    checkpoint_revision: str | None = None
     vae: str | None = None
     vae_revision: str | None = None
     controlnets: tuple[ControlNetSource, ...] = ()
@@ -57,16 +57,17 @@ class SourceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sources:
-    """All that one export reads, on this machine.
+    """Every file that an export reads, on this machine.
 
     Attributes:
-        base: where the base model is, as ``--base`` takes it.
+        base: the base model's location, as ``--base`` takes it.
         base_revision: its commit, if it is on the Hub.
         tokenizers: folders by name (``tokenizer``, ``tokenizer_2``).
-        parts: networks by name (``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``, ``controlnet/NAME``).
-        vae: where the VAE was taken from if not from the base.
+        parts: the components' sources by name (``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``,
+            ``controlnet/NAME``).
+        vae: the VAE's location, if it is not the base's.
         lora: the LoRA to fuse, if the checkpoint is one.
-        controlnets: where the ControlNets were taken from, by name.
+        controlnets: the ControlNets' locations, by name.
     """
 
     base: str
@@ -82,7 +83,7 @@ class Sources:
 
     @property
     def weights(self) -> dict[str, tuple[Found, ...]]:
-        """Every weight file by what it is for."""
+        """Every weight file, by the part that it is for."""
         files = {name: part.weights for name, part in self.parts.items()}
         return files | ({"lora": (self.lora,)} if self.lora else {})
 
@@ -90,7 +91,7 @@ class Sources:
 def find_sources(
     checkpoint: Checkpoint, options: SourceOptions, precision: str, progress: DownloadProgress | None = None
 ) -> Sources:
-    """Find every file that the export needs, downloading what is not here yet.
+    """Find every file that the export needs, and download the missing ones.
 
     Args:
         checkpoint: which of the Hyper-SD files.
@@ -100,12 +101,12 @@ def find_sources(
 
     Raises:
         WeightsError: a file is missing, damaged or of another family of models.
-        DownloadError: the Hub could not give a file.
+        DownloadError: a file could not be downloaded.
     """
-    # What is small or wrong comes first, and gigabytes last.
+    # Small files and checks come first, and gigabytes last.
     wanted = named(options.controlnets)
-    if options.lora is not None:
-        _local_lora(options.lora)
+    if options.checkpoint_file is not None:
+        _local_file(options.checkpoint_file)
     base = _open_base(checkpoint, options, progress)
     vae = _open_vae(checkpoint, options, precision, progress)
     model_index = read_json(get_file(base.files, "model_index.json"))
@@ -118,15 +119,15 @@ def find_sources(
         for name, source in wanted.items()
     }
     _check_controlnets(controlnets, checkpoint, base, vae)
-    hyper_file = _hyper_file(checkpoint, options, progress)
-    parts = _find_parts(checkpoint, base, vae, hyper_file, options.variant)
+    checkpoint_file = _find_checkpoint_file(checkpoint, options, progress)
+    parts = _find_parts(checkpoint, base, vae, checkpoint_file, options.variant)
     parts |= {
         controlnet(name): _controlnet_part(place, controlnet(name), options.variant)
         for name, place in controlnets.items()
     }
     for part in parts.values():
         for file in part.weights:
-            SafetensorsFile(file.path)  # refuse a damaged file now, not after minutes of work
+            SafetensorsFile(file.path)  # reject a damaged file now, not after minutes of work
     return Sources(
         base=base.location,
         base_revision=base.files.revision if isinstance(base, DiffusersBase) else None,
@@ -136,7 +137,7 @@ def find_sources(
         parts=parts,
         vae=vae.location if vae else None,
         vae_revision=vae.files.revision if vae else None,
-        lora=hyper_file if checkpoint.kind == "lora" else None,
+        lora=checkpoint_file if checkpoint.kind == "lora" else None,
         controlnets={
             name: ControlNetOrigin(location=place.location, revision=place.files.revision)
             for name, place in controlnets.items()
@@ -145,13 +146,15 @@ def find_sources(
 
 
 def _find_parts(
-    checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None, hyper_file: Found, variant: str | None
+    checkpoint: Checkpoint, base: Base, vae: DiffusersBase | None, checkpoint_file: Found, variant: str | None
 ) -> dict[str, Part]:
-    """Every network's configuration and weight files."""
+    """Every component's configuration and weight files."""
     parts = {name: base.part(name, variant) for name in find_family(checkpoint.family).encoder_names}
     if checkpoint.kind == "unet":
         config = get_file(base.files, "unet/config.json")
-        parts["unet"] = Part(name="unet", folder=config.path.parent, config=read_json(config), weights=(hyper_file,))
+        parts["unet"] = Part(
+            name="unet", folder=config.path.parent, config=read_json(config), weights=(checkpoint_file,)
+        )
     else:
         parts["unet"] = base.part("unet", variant)
     parts["vae"] = vae.part_in(_folder(vae, "vae"), "vae") if vae else base.part("vae", variant)
@@ -184,27 +187,27 @@ def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _hyper_file(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Found:
-    """The Hyper-SD file itself: the published one, or the local one that ``--lora`` names."""
-    if options.lora is None:
-        return open_known(checkpoint.series.files, options.lora_revision, progress).get(checkpoint.filename)
-    return _local_lora(options.lora)
+def _find_checkpoint_file(checkpoint: Checkpoint, options: SourceOptions, progress: DownloadProgress | None) -> Found:
+    """The Hyper-SD file: the published one, or the local one that ``--lora`` names."""
+    if options.checkpoint_file is None:
+        return open_known(checkpoint.series.files, options.checkpoint_revision, progress).get(checkpoint.filename)
+    return _local_file(options.checkpoint_file)
 
 
-def _local_lora(location: str) -> Found:
+def _local_file(location: str) -> Found:
     path = Path(location)
     if not path.is_file():
         raise WeightsError(
             f"--lora {location!r} is not a file: expected a .safetensors file in place of the checkpoint's own"
         )
-    SafetensorsFile(path)  # refuses what is damaged
+    SafetensorsFile(path)  # rejects a damaged file
     return Found(path, path.name)
 
 
 def _open_vae(
     checkpoint: Checkpoint, options: SourceOptions, precision: str, progress: DownloadProgress | None
 ) -> DiffusersBase | None:
-    """The VAE that replaces the base's, if any does."""
+    """The VAE that replaces the base's, if any."""
     location = options.vae
     if location == "tiny":
         location = checkpoint.series.tiny_vae
@@ -230,7 +233,7 @@ def _check_controlnets(
 
 
 def _controlnet_part(place: DiffusersBase, component: str, variant: str | None) -> Part:
-    """Half-size files where they are wanted and there are some: not every ControlNet has them."""
+    """The ControlNet's files, of half precision if they are wanted and exist: not every ControlNet has them."""
     folder = _folder(place, "controlnet")
     has_variant = variant and place.files.find(f"{folder}diffusion_pytorch_model.{variant}.safetensors")
     return place.part_in(folder, component, variant if has_variant else None)
@@ -243,7 +246,7 @@ def pixels_per_latent(vae: dict[str, Any]) -> int:
 
 
 def _folder(place: DiffusersBase, name: str) -> str:
-    """A repository of one network has its files at the top; of a whole model, in a folder of the network's name."""
+    """The part's folder: the top of a repository of one component, a folder of its name in a whole model."""
     is_inside = not place.files.find("config.json") and place.files.find(f"{name}/config.json")
     return f"{name}/" if is_inside else ""
 

@@ -1,7 +1,7 @@
-"""Writing a bundle so that a kill at any moment leaves either no bundle or a whole one.
+"""Writes a bundle so that a kill at any moment leaves either no bundle or a whole one.
 
 Everything is written to a hidden sibling of the output, ``.NAME.partial``, which is renamed when it is whole. Finished
-components are noted there, so that a second run goes on where the first one stopped; and a component that a bundle
+components are recorded there, so that a second run resumes where the first one stopped. A component that a bundle
 beside the output already has, made from the same inputs, is linked instead of made again.
 """
 
@@ -24,7 +24,7 @@ PROGRESS_NAME = "progress.json"
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """The components of an unfinished bundle that are whole, and their files' hashes."""
+    """The finished components of an unfinished bundle, and their files' hashes."""
 
     components: dict[str, Component]
     files: dict[str, FileRecord]
@@ -45,8 +45,8 @@ class Workspace:
         """Take the output's lock, waiting for another export of it to end (``on_wait`` is told).
 
         Raises:
-            DiskFullError: the disk filled up; what was written is deleted, so that it is not full because of us.
-            UserError: the output's place cannot be written.
+            DiskFullError: the disk filled up; everything that was written is deleted, to give the space back.
+            UserError: the output's folder cannot be written.
         """
         workspace = cls(out)
         with lock_file(out, on_wait):
@@ -61,7 +61,7 @@ class Workspace:
                 raise
 
     def resume(self) -> dict[str, Component]:
-        """Keep the finished components of an earlier run, delete what it left unfinished, and return them."""
+        """Keep the finished components of an earlier run, delete the unfinished ones, and return the finished ones."""
         self.root.mkdir(exist_ok=True)
         self._resumed = True
         with contextlib.suppress(OSError, msgspec.MsgspecError):
@@ -72,7 +72,7 @@ class Workspace:
         return dict(self._finished.components)
 
     def _sweep(self, folder: Path) -> None:
-        """Delete what is no finished component. A component's folder may lie in one of its kind's."""
+        """Delete everything but finished components, whose folders may be nested (``controlnet/canny``)."""
         for path in folder.iterdir():
             name = path.relative_to(self.root).as_posix()
             if not path.is_dir():
@@ -84,7 +84,7 @@ class Workspace:
                 shutil.rmtree(path)
 
     def _remove(self, name: str) -> None:
-        """Delete a component's folder, and that of its kind with the last of them."""
+        """Delete a component's folder, and the folder around it if it is then empty."""
         folder = self.root / name
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent != self.root:
@@ -96,7 +96,7 @@ class Workspace:
         return path.is_file() and path.stat().st_size == record.size and sha256_file(path) == record.sha256
 
     def discard(self, name: str) -> None:
-        """Delete a finished component that this run has no use for."""
+        """Delete a finished component that this run does not need."""
         finished = self._finished
         component = finished.components[name]
         self._finished = Finished(
@@ -119,7 +119,7 @@ class Workspace:
             raise
 
     def finish_component(self, name: str, component: Component) -> None:
-        """Note that a component's files are whole."""
+        """Record that a component's files are whole."""
         self._note(name, component, {file: self._record(file) for file in component.files})
 
     def reuse(self, name: str, key: str) -> Component | None:
@@ -173,7 +173,7 @@ class Workspace:
 
 
 def check_place(out: Path) -> None:
-    """Refuse an output that can't become a bundle, before any time is spent on it.
+    """Check that the output can become a bundle, before the slow work starts.
 
     Raises:
         UserError: something else is there, or its folder cannot be written.
@@ -189,13 +189,13 @@ def check_place(out: Path) -> None:
 def check_space(
     folder: Path, needed: int, what: str = "the bundle needs", remedy: str = "choose another --out"
 ) -> None:
-    """Say that the disk is too small before anything is written to it.
+    """Check the free space before anything is written.
 
     Args:
-        folder: where it will be written; need not be there yet.
+        folder: the folder to write to; need not exist yet.
         needed: bytes.
         what: the beginning of the error, up to the number.
-        remedy: what helps besides freeing space.
+        remedy: another remedy besides freeing space.
 
     Raises:
         DiskFullError: less than ``needed`` bytes are free.

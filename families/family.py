@@ -1,6 +1,6 @@
 """A family of models as one value: everything that differs between SD1.5 and SDXL.
 
-Names of classes are strings here, so that a service that embeds the runtime needs neither diffusers nor transformers.
+Classes are given by name, so that a service that embeds the runtime needs neither diffusers nor transformers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """A text encoder, by its component.
+    """A text encoder of a family.
 
     Attributes:
-        component: its name in a bundle and its folder in diffusers layout.
+        component: the component's name in a bundle, which is its folder in diffusers layout.
         tokenizer: the tokenizer's folder, in both.
         class_name: its class in transformers.
         hidden_layer: index of the hidden state that conditions the denoiser; None for the last, after the final norm.
@@ -37,7 +37,7 @@ class Family:
         name: its name in a manifest.
         title: its name in messages.
         text_encoders: in the order of the denoiser's conditioning.
-        size_conditioning: height and width in pixels to a row of ``time_ids``; None if sizes condition nothing.
+        size_conditioning: makes a row of ``time_ids`` from height and width in pixels; None if the denoiser takes none.
         addition_embed_type: the embedding of ``text_embeds`` and ``time_ids`` in diffusers' configurations.
         latent_channels: channels of the latents.
         scaling_factor: diffusers' factor of the latents, where a VAE's configuration has none.

@@ -29,9 +29,13 @@ from hypersd.engines.manifest import Component
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.export.architectures import SD15_UNET, SDXL_UNET
-from hypersd.export.controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network
+from hypersd.export.components import ComponentModule, unet_component
+from hypersd.export.controlnet_components import (
+    cond_embedding_component,
+    controlled_unet_component,
+    controlnet_component,
+)
 from hypersd.export.controlnet_sources import EMBEDDING_CHANNELS
-from hypersd.export.networks import Network, unet_network
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.trace import trace
 
@@ -48,17 +52,17 @@ def controlnet(family: str) -> Any:
     return make_tiny_repos.controlnet(unet(family), EMBEDDING_CHANNELS).eval().requires_grad_(False)
 
 
-def networks(family: str, size: int) -> dict[str, Callable[[], Network]]:
+def networks(family: str, size: int) -> dict[str, Callable[[], ComponentModule]]:
     shapes = image_shapes(ShapeOptions(), size)
     return {
-        "plain UNet": lambda: unet_network(unet(family), shapes, False, SCALE),
-        "UNet with residuals": lambda: controlled_unet_network(unet(family), shapes, False, SCALE),
-        "ControlNet": lambda: controlnet_network(controlnet(family), shapes, False, SCALE),
-        "embedding of the image": lambda: cond_embedding_network(controlnet(family), shapes, SCALE),
+        "plain UNet": lambda: unet_component(unet(family), shapes, False, SCALE),
+        "UNet with residuals": lambda: controlled_unet_component(unet(family), shapes, False, SCALE),
+        "ControlNet": lambda: controlnet_component(controlnet(family), shapes, False, SCALE),
+        "embedding of the image": lambda: cond_embedding_component(controlnet(family), shapes, SCALE),
     }
 
 
-def export(name: str, make: Callable[[], Network], folder: Path) -> Component:
+def export(name: str, make: Callable[[], ComponentModule], folder: Path) -> Component:
     """The network's graph in a folder of its own; written last is what says that it is whole."""
     place = folder / name.replace(" ", "-")
     record = place / "component.json"

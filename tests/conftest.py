@@ -60,7 +60,7 @@ def source_options(tiny_repos: Path) -> Callable[..., object]:
     def options(name: str, **changes: Any) -> SourceOptions:
         checkpoint = find_checkpoint(name)
         lora = tiny_repos / HYPER_SD_REPO / checkpoint.filename
-        return SourceOptions(**{"base": str(tiny_repos / checkpoint.base), "lora": str(lora), **changes})
+        return SourceOptions(**{"base": str(tiny_repos / checkpoint.base), "checkpoint_file": str(lora), **changes})
 
     return options
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # DESIGN's directions: a room and the rooms below it that it may
     "export": BELOW_RUNTIME,
     "runtime": BELOW_RUNTIME,
     "samplers": {"errors"},
-    "weights": {"families", "errors"},
+    "weights": {"errors"},
     "families": {"errors"},
     "engines": {"errors"},
     "errors": set[str](),

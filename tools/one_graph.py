@@ -19,7 +19,7 @@ from ..engines.manifest import Component, FileRecord, OneGraph
 from ..engines.progress import BuildProgress, Silent, Stage
 from ..errors import BundleError, RequestError
 from ..export.check import check_types
-from ..export.recipes import tool_versions
+from ..export.component_exports import tool_versions
 from ..runtime.params import Params, decide
 from ..runtime.request import Request
 from .one_graph_build import compose

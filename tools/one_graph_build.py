@@ -13,7 +13,6 @@ from ..engines.bundle import Bundle
 from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.image_shapes import narrowed
 from ..engines.manifest import ImageShapes, Range, TensorSpec
-from ..export.networks import spec
 from ..families import find_family
 from ..runtime.request import Request
 from ..samplers import make_sampler
@@ -77,7 +76,7 @@ class _Composer:
         denoise: Any = self._denoiser(self._conditions(values))
         finished: Any = sample(denoise, tensors[LATENTS], self.plan, noises=noises)
         batch, channels, height, width = self.components["vae_decoder"].outputs["sample"].shape
-        outputs = {IMAGES: spec("uint8", batch, height, width, channels)}
+        outputs = {IMAGES: TensorSpec(dtype="uint8", shape=(batch, height, width, channels))}
         model = self.recorder.model({IMAGES: (self._pixels(self._decode(finished.value)), outputs[IMAGES])}, "hypersd")
         return Composed(model, inputs, outputs)
 

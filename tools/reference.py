@@ -17,12 +17,12 @@ from PIL import Image
 from ..engines import Manifest
 from ..engines.component_names import controlnet
 from ..engines.manifest import SourceFile
+from ..engines.precision import PRECISIONS
 from ..errors import WeightsError
 from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
-from ..export.hub import DownloadProgress
-from ..export.libraries import quiet
-from ..export.models import TORCH_DTYPES, load_controlnet, load_text_encoder, load_unet, load_vae
+from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae, quiet
+from ..export.progress import DownloadProgress
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
@@ -64,7 +64,7 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
     if not manifest.controlnets:
         return Reference(pipe)
     with quiet():
-        dtype = TORCH_DTYPES[manifest.precision]
+        dtype = PRECISIONS[manifest.precision].dtype
         nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
         controlled = _with_controlnets(manifest, pipe, nets)
     controlled.set_progress_bar_config(disable=True)
@@ -89,14 +89,14 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         import diffusers
         from transformers import CLIPTokenizer
 
-        family, dtype = find_family(manifest.family), TORCH_DTYPES[manifest.precision]
+        family, dtype = find_family(manifest.family), PRECISIONS[manifest.precision].dtype
         modules: dict[str, Any] = {
             encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, dtype)
             for encoder in family.text_encoders
         }
         modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
         # The base without the LoRA, for diffusers to fuse; in float32, because it must be rounded once.
-        modules["unet"] = load_unet(sources.parts["unet"], None, manifest.family, 1.0, torch.float32)
+        modules["unet"] = load_unet(sources.parts["unet"], torch.float32)
         modules["vae"] = load_vae(sources.parts["vae"], dtype)
         modules["scheduler"] = _scheduler(manifest, sources)
         settings = _pipeline_settings(manifest)
@@ -128,13 +128,13 @@ def _with_controlnets(manifest: Manifest, pipe: Any, nets: Sequence[Any]) -> Any
 
 def _source_options(manifest: Manifest) -> SourceOptions:
     origin = manifest.origin
-    hyper_file = origin.weights["lora" if "lora" in origin.weights else "unet"][0]
+    published = origin.weights["lora" if "lora" in origin.weights else "unet"][0]
     return SourceOptions(
         base=origin.base,
         revision=origin.revision,
         variant=origin.variant,
-        lora=hyper_file.path,
-        lora_revision=hyper_file.revision,
+        checkpoint_file=published.path,
+        checkpoint_revision=published.revision,
         vae=origin.vae,
         vae_revision=origin.vae_revision,
         controlnets=tuple(

@@ -1,4 +1,4 @@
-"""Reading and writing big safetensors files tensor by tensor, keeping none of them in memory."""
+"""Reads and writes big safetensors files tensor by tensor, and keeps none of them in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SafetensorsFile:
             ) from error
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as stored. It is a view of the file: convert or clone it before long."""
+        """One tensor, as stored: a view of the file, to be converted or cloned at once."""
         if self._bytes_read > REMAP_BYTES:
             self._open()
             self._bytes_read = 0
@@ -64,8 +64,8 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors
 
     Args:
         path: the file; replaced if it is there.
-        shapes: of every tensor, by name.
-        tensors: in that order, on the CPU; rounded to float16.
+        shapes: the shape of every tensor, by name.
+        tensors: the tensors in that order, on the CPU; they are rounded to float16.
 
     Raises:
         OSError: the file cannot be written.
@@ -78,7 +78,7 @@ def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """What stands before the tensors (https://github.com/huggingface/safetensors#format)."""
+    """The file's beginning, before the tensors (https://github.com/huggingface/safetensors#format)."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name, shape in shapes.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from hypersd.export.byte_tokenizer import write_byte_tokenizer
+from hypersd.export.tokenizer import write_byte_tokenizer
 
 from . import networks
 from .data import SCENES, load_captions, scene_of

@@ -76,12 +76,12 @@ def test_generate_rejects_it_unless_it_is_allowed(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--base", "a/b"], "goes with no --base"),
-        (["--revision", "main"], "goes with no --revision"),
-        (["--variant", "fp16"], "goes with no --variant"),
-        (["--lora", "x.safetensors"], "goes with no --lora,"),
-        (["--lora-scale", "0.5"], "goes with no --lora-scale"),
-        (["--vae", "a/b"], "goes with no --vae but tiny"),
+        (["--base", "a/b"], "cannot be combined with --base"),
+        (["--revision", "main"], "cannot be combined with --revision"),
+        (["--variant", "fp16"], "cannot be combined with --variant"),
+        (["--lora", "x.safetensors"], "cannot be combined with --lora '"),
+        (["--lora-scale", "0.5"], "cannot be combined with --lora-scale"),
+        (["--vae", "a/b"], "cannot be combined with --vae but tiny"),
         (["--ckpt", "Hyper-Demo15-1step-lora"], "has weights, small ones in the clone"),
     ],
 )

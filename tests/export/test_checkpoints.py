@@ -45,14 +45,14 @@ def rows(table: Iterable[Checkpoint]) -> dict[str, tuple[object, ...]]:
     }
 
 
-def test_every_row_says_what_the_model_card_says() -> None:
+def test_every_row_agrees_with_the_model_card() -> None:
     """The table holds exactly the 13 published SD1.5 and SDXL files, each with the card's settings, once."""
     assert rows(CHECKPOINTS) == CARD
     assert len(CHECKPOINTS) == len(CARD) == 13
 
 
 def test_the_demonstration_checkpoints() -> None:
-    """Those of the clone stand in a table of their own, sampled as the published ones of the same ending."""
+    """The clone's checkpoints have a table of their own; names with equal endings are sampled alike."""
     assert rows(DEMO_CHECKPOINTS) == DEMO
     assert len(DEMO_CHECKPOINTS) == len(DEMO)
 
@@ -106,7 +106,7 @@ def test_a_name_like_no_other_points_to_the_list(wrong: str) -> None:
     assert error.value.exit_code == 2
 
 
-def test_the_example_prompt_is_of_what_a_checkpoint_knows() -> None:
+def test_the_example_prompt_suits_the_checkpoint() -> None:
     """The command that an export proposes draws something that can be recognised."""
     assert example_prompt("Hyper-SDXL-1step-lora") == "a photo of a cat"
     assert {example_prompt(checkpoint.name) for checkpoint in DEMO_CHECKPOINTS} == {"a red star on a blue background"}

@@ -1,4 +1,4 @@
-"""ControlNets of an export: how they are named, which fit, and that the networks exported are diffusers' own."""
+"""ControlNets of an export: names, fitting ones, and exported components that compute the same as diffusers'."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from hypersd.engines.manifest import ControlNetOrigin, ControlNetSettings, dim_range
 from hypersd.errors import RequestError, WeightsError
 from hypersd.export.checkpoints import DEMO_CONTROLNET
-from hypersd.export.controlnet_networks import cond_embedding_network, controlled_unet_network, controlnet_network
+from hypersd.export.components import ComponentModule, unet_component
+from hypersd.export.controlnet_components import (
+    cond_embedding_component,
+    controlled_unet_component,
+    controlnet_component,
+)
 from hypersd.export.controlnet_sources import KNOWN_CONTROLNETS, ControlNetSource, named, residual_shapes, settings_of
 from hypersd.export.models import load_controlnet
-from hypersd.export.networks import Network, unet_network
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 
@@ -76,7 +80,7 @@ def find_with(tiny_repos: Path) -> Callable[..., Sources]:
         ("", "", ""),
     ],
 )
-def test_what_the_option_says(text: str, name: str, location: str) -> None:
+def test_the_option_is_parsed(text: str, name: str, location: str) -> None:
     """WHERE or NAME=WHERE; a folder may have the sign in its name."""
     assert ControlNetSource.parse(text) == ControlNetSource(location=location, name=name)
 
@@ -110,13 +114,13 @@ def test_places_whose_name_cannot_be_used(location: str) -> None:
     assert named([source]) == {"canny": source}
 
 
-def test_two_of_one_name() -> None:
-    """The second would replace the first; another name mends it, and the same network may be there twice."""
+def test_two_of_the_same_name() -> None:
+    """The second would replace the first; another name mends it, and the same component may be there twice."""
     first, second = ControlNetSource(location="a/canny"), ControlNetSource(location="b/canny")
     for twice in ([first, second], [first, first], [first, ControlNetSource.parse("canny=b/other")]):
         with pytest.raises(RequestError) as error:
             named(twice)
-        one_line(error, twice[1].location, "two of the name 'canny'", "NAME=WHERE")
+        one_line(error, twice[1].location, "two ControlNets are named 'canny'", "NAME=WHERE")
     assert list(named([first, ControlNetSource.parse("other=b/canny")])) == ["canny", "other"]
     assert list(named([first, ControlNetSource.parse("again=a/canny")])) == ["canny", "again"]
 
@@ -132,7 +136,7 @@ def test_two_of_one_name() -> None:
         ("somebody/controlnet-canny-sdxl-1.0", ControlNetSettings()),
     ],
 )
-def test_how_a_place_wants_to_be_used(location: str, settings: ControlNetSettings) -> None:
+def test_settings_of_known_locations(location: str, settings: ControlNetSettings) -> None:
     """The model cards' settings for the repositories that are known; nothing is guessed from a name."""
     assert settings_of(location) == settings
 
@@ -190,7 +194,7 @@ def test_a_folder(
 def test_shards_and_variants(
     variant: str | None, sharded: bool, copied: Callable[..., Path], find_with: Callable[..., Sources]
 ) -> None:
-    """As diffusers writes them: all are found, recorded, and loaded in the precision that is asked for."""
+    """Files as diffusers writes them are found, recorded, and loaded in the requested precision."""
     folder = copied("sd15")
     model = ControlNetModel.from_pretrained(str(folder))
     (folder / WEIGHTS).unlink()
@@ -223,7 +227,7 @@ def test_the_demonstrations_own() -> None:
     ],
     ids=["word", "nothing", "path", "revision"],
 )
-def test_places_that_are_none(source: ControlNetSource, words: list[str], tiny_repos: Path) -> None:
+def test_locations_that_do_not_exist(source: ControlNetSource, words: list[str], tiny_repos: Path) -> None:
     """A mistyped place is quoted, with what was expected."""
     with pytest.raises(WeightsError) as error:
         find("sd15", tiny_repos, controlnets=(source,))
@@ -306,7 +310,7 @@ def test_the_other_family(
 
 
 def test_configurations_come_before_weights(hub: FakeHub, tiny_repos: Path, tmp_path: Path) -> None:
-    """What does not fit costs no download: no weights are asked for, and none need be there."""
+    """A ControlNet that does not fit costs no download: its weights are not requested and need not exist."""
     source = ControlNetSource(location=CANNY["sdxl"])
     with pytest.raises(WeightsError, match=r"is for SDXL"):
         find_sources(ENTRIES["sd15"], SourceOptions(controlnets=(source,)), "fp32")
@@ -458,7 +462,7 @@ def expected_residuals(config: dict[str, Any], height: int, width: int) -> list[
 
 
 def conditions(model: Any, rows: int, seed: int = 0) -> dict[str, Any]:
-    """What a UNet and a ControlNet take besides latents and control image, in diffusers' names."""
+    """The inputs of a UNet and a ControlNet besides latents and control image, in diffusers' names."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 77, model.config.cross_attention_dim, generator=generator)
     if model.config.addition_embed_type is None:
@@ -500,21 +504,21 @@ def test_residuals_that_a_unet_takes(layers: int | tuple[int, ...]) -> None:
     assert [tuple(skip.shape[1:]) for skip in skips] == expected_residuals(unet.config, 10, 9)
 
 
-# --- the networks ----------------------------------------------------------------------------------------------------
+# --- the components --------------------------------------------------------------------------------------------------
 
 SCALE = 0.3
 SHAPES = image_shapes(ShapeOptions(batch=1, height=72, width=64), 64)  # 9 and 8 latents, 5 and 4 halved
 
 
-def run(network: Network, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The network's outputs by name; the feeds have to be what its inputs are said to be."""
-    for name, spec in network.inputs.items():
+def run(component: ComponentModule, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The component's outputs by name; the feeds have to be what its inputs are said to be."""
+    for name, spec in component.inputs.items():
         assert spec.accepts(tuple(feeds[name].shape)), name
         assert str(feeds[name].dtype) == f"torch.{spec.dtype}", name
     with torch.no_grad():
-        outputs = network.module(*(feeds[name] for name in network.inputs))
+        outputs = component.module(*(feeds[name] for name in component.inputs))
     tensors = [outputs] if isinstance(outputs, Tensor) else outputs
-    return dict(zip(network.outputs, tensors, strict=True))
+    return dict(zip(component.outputs, tensors, strict=True))
 
 
 def assert_close(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
@@ -524,8 +528,8 @@ def assert_close(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance)
 
 
-def feeds_of(network: Network, seed: int = 0) -> dict[str, Tensor]:
-    return dict(zip(network.inputs, network.random_inputs({}, seed), strict=True))
+def feeds_of(component: ComponentModule, seed: int = 0) -> dict[str, Tensor]:
+    return dict(zip(component.inputs, component.random_inputs({}, seed), strict=True))
 
 
 def in_diffusers_names(feeds: dict[str, Tensor]) -> dict[str, Any]:
@@ -547,14 +551,14 @@ def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
         ("sdxl", "rgb", False, torch.float16),
     ],
 )
-def test_the_two_networks_are_diffusers_controlnet(family: str, order: str, guided: bool, dtype: torch.dtype) -> None:
+def test_the_two_components_are_diffusers_controlnet(family: str, order: str, guided: bool, dtype: torch.dtype) -> None:
     """Embedding and rest after each other give diffusers' residuals, under its names, in the shapes promised."""
     torch.manual_seed(3)
     model = tiny_controlnet(UNETS[family]())
     model.register_to_config(controlnet_conditioning_channel_order=order)
     theirs = frozen(model, dtype)
-    embedding = cond_embedding_network(frozen(model, dtype), SHAPES, 8)
-    rest = controlnet_network(frozen(model, dtype), SHAPES, guided, 8)
+    embedding = cond_embedding_component(frozen(model, dtype), SHAPES, 8)
+    rest = controlnet_component(frozen(model, dtype), SHAPES, guided, 8)
     image = torch.rand(1, 3, 72, 64).to(dtype)
     embedded = run(embedding, {"controlnet_cond": image})["cond_embedding"]
     copies = 2 if guided else 1
@@ -583,8 +587,8 @@ def test_the_unet_takes_residuals_as_diffusers_does(family: str, dtype: torch.dt
     """Each goes to its own skip connection; and with zeros it is the plain UNet, bit by bit."""
     torch.manual_seed(4)
     unet = UNETS[family]()
-    controlled = controlled_unet_network(frozen(unet, dtype), SHAPES, False, 8)
-    plain = unet_network(frozen(unet, dtype), SHAPES, False, 8)
+    controlled = controlled_unet_component(frozen(unet, dtype), SHAPES, False, 8)
+    plain = unet_component(frozen(unet, dtype), SHAPES, False, 8)
     feeds = feeds_of(controlled, seed=5)
     *down, mid = [tensor for name, tensor in feeds.items() if "residual" in name]
     assert [name for name in controlled.inputs if name not in plain.inputs] == [
@@ -605,10 +609,10 @@ def test_dimensions_that_vary() -> None:
     """Residuals of a bundle with ranges have dimensions that follow from the latents', and hold at every size."""
     shapes = image_shapes(ShapeOptions(dynamic={"height": (72, 72, 104), "batch": (1, 1, 3)}), 64)
     model = tiny_controlnet(sd15_unet())
-    network = controlnet_network(frozen(model, torch.float32), shapes, True, 8)
-    assert set(network.ranges) == {"batch", "latent_height"}
+    component = controlnet_component(frozen(model, torch.float32), shapes, True, 8)
+    assert set(component.ranges) == {"batch", "latent_height"}
     for rows, height in [(1, 9), (4, 12)]:
         extents = {"batch": rows, "latent_height": height}
-        feeds = dict(zip(network.inputs, network.random_inputs(extents, 0), strict=True))
-        for name, residual in run(network, feeds).items():
-            assert tuple(residual.shape) == network.outputs[name].shape_at(extents), name
+        feeds = dict(zip(component.inputs, component.random_inputs(extents, 0), strict=True))
+        for name, residual in run(component, feeds).items():
+            assert tuple(residual.shape) == component.outputs[name].shape_at(extents), name

@@ -1,4 +1,4 @@
-"""Whole exports: kills, resuming, two at once, other inputs, full disks, reuse, and what the manifest says.
+"""Whole exports: kills, resuming, two at once, other inputs, full disks, reuse, and the manifest.
 
 Where tracing is not what is tested it is replaced by a file with a few bytes; loading and fusing always run.
 """
@@ -29,8 +29,8 @@ from hypersd.engines.bundle import Bundle
 from hypersd.errors import DiskFullError, ExportError, RequestError, UserError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import HYPER_SD_REPO, find_checkpoint
-from hypersd.export.networks import Network
-from hypersd.export.recipes import make_recipes, tool_versions
+from hypersd.export.component_exports import component_exports, tool_versions
+from hypersd.export.components import ComponentModule
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, find_sources
 
@@ -43,7 +43,7 @@ import sys, time
 from pathlib import Path
 from hypersd.export import exporter
 log, seconds = Path(sys.argv.pop(1)), float(sys.argv.pop(1))
-def trace(network, path):
+def trace(component, path):
     with log.open("a") as file:
         file.write(path.parent.name + "\\n")
     path.write_bytes(b"half")
@@ -51,7 +51,7 @@ def trace(network, path):
     path.write_bytes(b"whole" + path.parent.name.encode())
     return [path]
 exporter.trace = trace
-exporter.reference_cases = lambda network: []
+exporter.reference_cases = lambda component: []
 exporter.check_graph = lambda *_: None
 exporter.check_outputs = lambda *_: 0.0
 from hypersd.cli import main
@@ -90,15 +90,15 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], object]]
     """Tracing and checks replaced. ``cheap(action)``: ``action(name)`` runs in the middle of each trace."""
     action: list[Callable[[str], object]] = [lambda name: None]
 
-    def trace(network: Network, path: Path) -> list[Path]:
+    def trace(component: ComponentModule, path: Path) -> list[Path]:
         data = path.with_name("model.onnx_data")
         path.write_bytes(b"graph of " + path.parent.name.encode())
         action[0](path.parent.name)
-        data.write_bytes(torch.cat([p.flatten()[:4].float() for p in network.module.parameters()]).numpy().tobytes())
+        data.write_bytes(torch.cat([p.flatten()[:4].float() for p in component.module.parameters()]).numpy().tobytes())
         return [path, data]
 
     monkeypatch.setattr("hypersd.export.exporter.trace", trace)
-    monkeypatch.setattr("hypersd.export.exporter.reference_cases", lambda network: [])
+    monkeypatch.setattr("hypersd.export.exporter.reference_cases", lambda component: [])
     monkeypatch.setattr("hypersd.export.exporter.check_graph", lambda *_: None)
     monkeypatch.setattr("hypersd.export.exporter.check_outputs", lambda *_: 0.0)
     return lambda new: action.__setitem__(0, new)
@@ -113,7 +113,7 @@ def run(source_options: Callable[..., SourceOptions], tmp_path: Path) -> Run:
 
     def export(name: str = ONE, out: str = "out", lora: str | None = None, **options: Any) -> tuple[Bundle, Recorder]:
         changes = {key: options.pop(key) for key in ("base", "vae", "variant") if key in options}
-        sources = source_options(name, **changes, **({"lora": lora} if lora else {}))
+        sources = source_options(name, **changes, **({"checkpoint_file": lora} if lora else {}))
         recorder = Recorder()
         settings = ExportOptions(**{"precision": "fp32", "sources": sources, **options})
         return export_bundle(name, tmp_path / out, settings, recorder), recorder
@@ -138,7 +138,7 @@ def start(*command: str) -> subprocess.Popen[str]:
 
 @contextlib.contextmanager
 def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever happens inside, these processes do not outlive it."""
+    """Processes that end with the block, also after an error."""
     try:
         yield
     finally:
@@ -157,7 +157,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
 
 
 def left_in(folder: Path) -> list[str]:
-    """What lies in the folder besides locks' empty files."""
+    """The folder's contents besides locks' empty files."""
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
 
 
@@ -171,7 +171,7 @@ def state(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def test_kill_resume_and_done(tiny_repos: Path, tmp_path: Path, run: Run) -> None:
-    """For real: kill -9 after the first network leaves no bundle; the second run does not trace that network again
+    """For real: kill -9 after the first component leaves no bundle; the second run does not trace that one again
     and ends with a whole bundle; the third says that it is done, and touches nothing."""
     out = tmp_path / "out"
     process = start("-m", "hypersd.cli", *cli_arguments(tiny_repos, ONE, out))
@@ -196,7 +196,7 @@ def test_kill_resume_and_done(tiny_repos: Path, tmp_path: Path, run: Run) -> Non
 def test_signals_in_the_middle_of_a_trace(
     number: signal.Signals, tiny_repos: Path, tmp_path: Path, run: Run, cheap: Any
 ) -> None:
-    """Stopped while the first network is half written: no bundle, after Ctrl-C nothing; the next run is whole."""
+    """Stopped while the first component is half written: no bundle, after Ctrl-C nothing; the next run is whole."""
     out, log = tmp_path / "out", tmp_path / "log"
     process = start("-c", SLOW_CLI, str(log), "30", *cli_arguments(tiny_repos, ONE, out))
     with ended(process):
@@ -218,7 +218,7 @@ def test_signals_in_the_middle_of_a_trace(
 
 
 def test_two_at_once(tiny_repos: Path, tmp_path: Path) -> None:
-    """Two processes on one output: both end well, one says that it waits, and each network is traced once."""
+    """Two processes on one output: both end well, one says that it waits, and each component is traced once."""
     out, log = tmp_path / "out", tmp_path / "log"
     command = ("-c", SLOW_CLI, str(log), "1.5", *cli_arguments(tiny_repos, ONE, out))
     processes = [start(*command), start(*command)]
@@ -235,7 +235,7 @@ def test_two_at_once(tiny_repos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ExportError, MemoryError])
 @pytest.mark.parametrize("at", PARTS)
 def test_an_error_in_the_middle(at: str, error: type[BaseException], run: Run, cheap: Any, tmp_path: Path) -> None:
-    """Ctrl-C or a failure while a network is written: only what is whole stays, and the next run begins with that."""
+    """After Ctrl-C or a failure while a component is written only whole ones stay; the next run begins with them."""
 
     def fail(name: str) -> None:
         if name == at:
@@ -256,12 +256,12 @@ def test_an_error_in_the_middle(at: str, error: type[BaseException], run: Run, c
     assert left_in(tmp_path) == ["out"]
 
 
-def test_a_network_that_fails_its_check_is_not_kept(
+def test_a_component_that_fails_its_check_is_not_kept(
     source_options: Callable[..., SourceOptions], cheap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The export fails if ONNX Runtime's output differs: no bundle, nothing of that network, and it is told."""
+    """The export fails if ONNX Runtime's output differs: no bundle, no file of that component, and a message."""
 
-    def differs(path: Path, cases: object) -> float:
+    def differs(path: Path, cases: object, precision: object) -> float:
         raise ExportError(f"{path}: differs")
 
     monkeypatch.setattr("hypersd.export.exporter.check_outputs", differs)
@@ -273,10 +273,10 @@ def test_a_network_that_fails_its_check_is_not_kept(
 
 
 @pytest.mark.parametrize("earlier", [{"name": "Hyper-SDXL-1step-lora"}, {"precision": "fp16"}], ids=["sdxl", "fp16"])
-def test_what_an_earlier_run_of_other_inputs_finished_is_left_out(
+def test_components_of_an_earlier_run_with_other_inputs_are_left_out(
     earlier: dict[str, Any], run: Run, cheap: Any, tmp_path: Path
 ) -> None:
-    """A run was stopped, then the command was changed: none of the first one's networks gets into the bundle."""
+    """A run was stopped, then the command was changed: none of the first one's components gets into the bundle."""
 
     def stop(name: str) -> None:
         if name == "vae_decoder":
@@ -325,7 +325,7 @@ def test_other_inputs_need_replace(what: str, run: Run, cheap: Any, tmp_path: Pa
 
 
 def test_replace_of_the_same_inputs_changes_nothing(run: Run, cheap: Any, tmp_path: Path) -> None:
-    """--replace replaces what differs; a bundle that is right already stays."""
+    """--replace replaces a bundle of other inputs; one that is right already stays."""
     run()
     before = state(tmp_path / "out")
     _, again = run(replace=True)
@@ -354,7 +354,9 @@ def test_changed_source_files_are_seen(weights: str, run: Run, cheap: Any, tiny_
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_is_no_bundle_is_not_touched(kind: str, replace: bool, run: Run, cheap: Any, tmp_path: Path) -> None:
+def test_other_folders_and_files_are_not_touched(
+    kind: str, replace: bool, run: Run, cheap: Any, tmp_path: Path
+) -> None:
     """A folder with someone's files, or a file: refused in one line, --replace or not, and left as it was."""
     out = tmp_path / "out"
     if kind == "folder":
@@ -391,7 +393,7 @@ def test_the_current_folder_may_be_the_output(
 
 @pytest.mark.parametrize("damage", ["shortened", "missing", "manifest"])
 def test_a_damaged_bundle_is_not_taken_for_done(damage: str, run: Run, cheap: Any, tmp_path: Path) -> None:
-    """It is refused with what is wrong with it, and --replace makes it anew."""
+    """It is refused with the reason, and --replace makes it anew."""
     run()
     if damage == "manifest":
         (tmp_path / "out/bundle.json").write_text("{")
@@ -418,7 +420,7 @@ def test_the_default_output_is_named_after_the_checkpoint(
 
 
 def test_components_of_a_neighbour_are_linked(run: Run, cheap: Any, tmp_path: Path) -> None:
-    """Another checkpoint of the same base beside it: only the UNet differs, the rest is linked, and it is told."""
+    """Beside another checkpoint of the same base only the UNet differs: the rest is linked, with a message."""
     run(ONE, "one")
     _, second = run(TWO, "two")
     assert second.traced == ["unet"]
@@ -429,8 +431,8 @@ def test_components_of_a_neighbour_are_linked(run: Run, cheap: Any, tmp_path: Pa
     Bundle.load(tmp_path / "two", hashes=True)
 
 
-def test_an_interrupted_export_shares_what_it_has(run: Run, cheap: Any, tmp_path: Path) -> None:
-    """Reuse and resume together: what is half done here is completed with what is done beside."""
+def test_an_interrupted_export_takes_components_of_a_neighbour(run: Run, cheap: Any, tmp_path: Path) -> None:
+    """Reuse and resume together: a half-finished bundle is completed with components of its neighbour."""
 
     def fail(name: str) -> None:
         if name == "vae_decoder":
@@ -469,8 +471,8 @@ NOT_REUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", NOT_REUSED)
-def test_what_differs_is_not_reused(what: str, run: Run, cheap: Any) -> None:
-    """Just the networks that depend on what differs are made again."""
+def test_components_of_other_inputs_are_not_reused(what: str, run: Run, cheap: Any) -> None:
+    """Only the components that depend on the difference are made again."""
     changes, remade = NOT_REUSED[what]
     run(out="first")
     _, second = run(out="second", **changes)
@@ -495,7 +497,7 @@ def test_other_tools_are_not_reused(run: Run, cheap: Any, monkeypatch: pytest.Mo
     """Another version of torch may make another graph: everything is made again."""
     run(out="first")
     versions = tool_versions() | {"torch": "99.0"}
-    monkeypatch.setattr("hypersd.export.recipes.tool_versions", lambda: versions)
+    monkeypatch.setattr("hypersd.export.component_exports.tool_versions", lambda: versions)
     monkeypatch.setattr("hypersd.export.exporter.tool_versions", lambda: versions)
     with pytest.raises(UserError, match="--replace"):
         run(out="first")
@@ -511,8 +513,8 @@ def test_the_unets_key_holds_its_latent_size(tiny_repos: Path, tmp_path: Path, s
         sources = find_sources(find_checkpoint(ONE), source_options(ONE, base=str(base)), "fp32")
         records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
         shapes = image_shapes(ShapeOptions(height=64, width=64), 64)
-        recipes = make_recipes(find_checkpoint(ONE), sources, records, shapes, "fp32", 1.0)
-        keys.append(next(recipe.key for recipe in recipes if recipe.name == "unet"))
+        exports = component_exports(find_checkpoint(ONE), sources, records, shapes, "fp32")
+        keys.append(next(export.key for export in exports if export.name == "unet"))
         config = base / "vae/config.json"
         values = json.loads(config.read_text())
         for name in ("block_out_channels", "up_block_types", "down_block_types"):
@@ -524,10 +526,10 @@ def test_the_unets_key_holds_its_latent_size(tiny_repos: Path, tmp_path: Path, s
 # --- full disks ------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_too_small_is_said_first(
+def test_a_too_small_disk_is_reported_first(
     run: Run, cheap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before anything is loaded: what is needed, what is free, what to do; and nothing is written."""
+    """Before anything is loaded, the message says the space needed, the space free and a remedy; nothing is written."""
     free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr("hypersd.export.workspace.shutil.disk_usage", lambda path: free)
     with pytest.raises(DiskFullError, match=r"needs about 4 MB, .* has 1 MB free: .*--out") as error:
@@ -537,8 +539,8 @@ def test_a_disk_that_is_too_small_is_said_first(
     assert left_in(tmp_path) == []
 
 
-def test_what_is_done_needs_no_space(run: Run, cheap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is still missing is counted: a neighbour's networks, or a finished bundle, cost nothing."""
+def test_finished_ones_need_no_space(run: Run, cheap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only missing components are counted: a neighbour's components and a finished bundle cost nothing."""
     run(ONE, "one")
     free = shutil.disk_usage(tmp_path)._replace(free=1)
     monkeypatch.setattr("hypersd.export.workspace.shutil.disk_usage", lambda path: free)
@@ -571,7 +573,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_the_disk_fills_up_for_real(
     kilobytes: int, mount: Callable[[int], Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real tracing onto a tmpfs that fills up at the first or the second network: one line, and nothing is left."""
+    """Real tracing onto a tmpfs that fills up at the first or the second component: one line, and nothing is left."""
     disk = mount(kilobytes)
     monkeypatch.setattr("hypersd.export.exporter.check_space", lambda *_: None)
     with pytest.raises(DiskFullError) as error:
@@ -588,7 +590,7 @@ def test_the_disk_fills_up_for_real(
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e9, 10.5, -10.5])
 def test_lora_scales_out_of_range(scale: float, run: Run, tmp_path: Path) -> None:
-    """Refused with the range, before anything is looked for."""
+    """Rejected with the range, before any source is opened."""
     with pytest.raises(RequestError, match="expected -10 to 10") as error:
         run(base="no/such/place", lora_scale=scale)
     assert "\n" not in str(error.value)
@@ -603,12 +605,12 @@ def test_a_whole_unet_has_no_lora_scale(scale: float, run: Run, tmp_path: Path) 
 
 
 def test_unknown_precision(run: Run) -> None:
-    """From Python, where no argparse stands before it."""
+    """From Python no argparse checks the precision first."""
     with pytest.raises(RequestError, match="expected fp16 or fp32"):
         run(precision="bf16")
 
 
-def test_wrong_family_is_said_before_any_network_is_made(run: Run, tiny_repos: Path, tmp_path: Path) -> None:
+def test_the_wrong_family_is_reported_before_any_component_is_made(run: Run, tiny_repos: Path, tmp_path: Path) -> None:
     """A LoRA of the other family, a base of the other family: no stage begins, nothing is written."""
     wrong = str(tiny_repos / HYPER_SD_REPO / "Hyper-SDXL-1step-lora.safetensors")
     for changes in ({"lora": wrong}, {"base": str(tiny_repos / SDXL_REPO)}):
@@ -668,7 +670,7 @@ def test_sources_are_recorded(which: str, request: pytest.FixtureRequest, tiny_r
 
 @pytest.mark.parametrize("which", ["sd15_bundle", "sdxl_bundle"])
 def test_versions_are_recorded(which: str, request: pytest.FixtureRequest) -> None:
-    """What it was written with, as the packages themselves say."""
+    """The versions of the packages that wrote the bundle, as the packages themselves say."""
     import diffusers
     import onnx
     import onnxruntime
@@ -719,7 +721,7 @@ def test_whole_unet_manifest(run: Run, cheap: Any, tiny_repos: Path) -> None:
 
 
 def test_lora_scale_reaches_weights_and_manifest(run: Run, cheap: Any, tmp_path: Path) -> None:
-    """The option is not only written down: the fused weights differ with it."""
+    """The option is recorded, and the fused weights differ with it."""
     manifest = run(out="full")[0].manifest
     assert manifest.origin.lora_scale == 1.0
     scaled = run(out="scaled", lora_scale=0.75)[0].manifest

@@ -122,7 +122,7 @@ class Client:
 
     @property
     def partial(self) -> Path:
-        return self.blobs / f"{hashlib.sha256(weights()).hexdigest()}.partial"
+        return self.blobs / f".{hashlib.sha256(weights()).hexdigest()}.partial"
 
 
 def weights() -> bytes:
@@ -173,7 +173,7 @@ def test_download_lies_in_the_cache_as_other_tools_expect_it(client: Client, hub
 
 
 def test_second_fetch_downloads_nothing(client: Client, hub: LoopbackHub) -> None:
-    """A second export costs one question per file, and none at all where the commit is given."""
+    """A second export costs one request per file, and none if the commit is given."""
     first = client.fetch()
     hub.forget_requests()
     assert client.fetch().path == first.path
@@ -214,7 +214,7 @@ def test_fetch_optional_tells_a_missing_file_from_a_missing_repository(client: C
 
 @pytest.mark.parametrize("reset", [False, True], ids=["ended", "reset"])
 def test_lost_connection_is_resumed_in_the_same_process(client: Client, hub: LoopbackHub, reset: bool) -> None:
-    """A hiccup of the network costs what was under way, not what had arrived."""
+    """A short loss of the network costs the bytes under way, not the bytes that had arrived."""
     hub.cut_after(WEIGHTS, SIZE // 2, reset=reset)
     outcome = client.fetch(with_progress=True)
     assert outcome.path.read_bytes() == weights()
@@ -265,7 +265,7 @@ def test_xet_reports_progress_as_one_bar() -> None:
     assert events == [("start", "x.bin", 8), ("advance", 3), ("advance", 5), ("finish",)]
 
 
-def test_killed_download_goes_on_in_the_next_process(client: Client, hub: LoopbackHub) -> None:
+def test_killed_download_resumes_in_the_next_process(client: Client, hub: LoopbackHub) -> None:
     """Ctrl-C, a kill or a power cut in the middle of 10 GB must not cost the whole of it again."""
     hub.stall_after(WEIGHTS, SIZE // 2)
     process = client.start()
@@ -296,7 +296,7 @@ def test_two_processes_share_one_download(client: Client, hub: LoopbackHub) -> N
 
 @pytest.mark.parametrize("size", [SIZE // 2, SIZE, SIZE + 1], ids=["half", "whole", "too long"])
 def test_damaged_partial_is_found_out(client: Client, hub: LoopbackHub, size: int) -> None:
-    """What a crash left on the disk may be garbage: weights must not be made of it, and the next run must recover."""
+    """A crash may leave garbage on the disk: it must not become weights, and the next run must recover."""
     client.partial.parent.mkdir(parents=True)
     client.partial.write_bytes(b"\0" * size)
     client.fetch().fails("DownloadError", WEIGHTS, "SHA-256", "run the command again")
@@ -311,15 +311,19 @@ def test_no_room_on_the_disk(client: Client, hub: LoopbackHub) -> None:
     assert file_requests(hub) == []
     before = """
 import errno
-def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
-import huggingface_hub.file_download
-huggingface_hub.file_download.http_get = full
+from pathlib import Path
+real = Path.open
+def full(path, mode="r", *arguments, **options):
+    if "a" in mode:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return real(path, mode, *arguments, **options)
+Path.open = full
 """
     client.fetch(before=before).fails("DiskFullError", WEIGHTS, "is full", "HF_HOME")
 
 
 def test_gated_repository(client: Client, hub: LoopbackHub) -> None:
-    """Who has not accepted a licence is told where to; the token goes to the Hub and to nobody else."""
+    """A user who has not accepted a licence is told where to; the token goes to the Hub and to no other host."""
     hub.gated.add(REPO)
     error = client.fetch().fails("DownloadError", REPO, "401", "licence", f"{hub.url}/{REPO}", "HF_TOKEN")
     assert error["exit_code"] == 2
@@ -374,7 +378,7 @@ def test_no_network(client: Client) -> None:
 
 
 def test_no_network_with_a_cache(client: Client) -> None:
-    """What was downloaded, and what the Hub said is missing, is enough to work without it."""
+    """Downloaded files, and the Hub's earlier answers about missing ones, are enough to work without it."""
     here = client.fetch("config.json")
     client.fetch("other.json", call="fetch_optional")
     endpoint = closed_port()

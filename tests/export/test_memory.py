@@ -1,4 +1,4 @@
-"""Peak memory of an export stays near one copy of the network: nothing keeps a second one alive."""
+"""Peak memory of an export stays near one copy of the component: nothing keeps a second one alive."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from hypersd.engines.manifest import ImageShapes, Range
 from hypersd.export.checkpoints import find_checkpoint
-from hypersd.export.models import load_unet
-from hypersd.export.networks import unet_network
+from hypersd.export.components import unet_component
+from hypersd.export.models import check_unet_sources, load_unet
 from hypersd.export.sources import SourceOptions, find_sources
 from hypersd.export.trace import trace
 from hypersd.weights.safetensors_file import SafetensorsFile
@@ -29,21 +29,22 @@ def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOption
         name: Range(name=name, min=extent, opt=extent, max=extent)
         for name, extent in (("batch", 1), ("height", 64), ("width", 64))
     }
-    unet = load_unet(sources.parts["unet"], sources.lora, "sd15", 1.0, torch.float16)
-    network = unet_network(unet, ImageShapes(**one), guided=False, latent_scale=8)
+    lora = check_unet_sources(sources.parts["unet"], sources.lora, "sd15")
+    unet = load_unet(sources.parts["unet"], torch.float16, lora)
+    component = unet_component(unet, ImageShapes(**one), guided=False, latent_scale=8)
     weights = [weakref.ref(parameter) for parameter in unet.parameters()]
-    trace(network, tmp_path / "model.onnx")
+    trace(component, tmp_path / "model.onnx")
     assert all(weight() is not None for weight in weights), "the test's own references count"
-    del unet, network
+    del unet, component, lora
     gc.collect()
     assert not [weight for weight in weights if weight() is not None]
 
 
 def test_released_memory_is_the_systems_again() -> None:
-    """What a dropped network took is free for the check of its graph, in blocks below glibc's threshold too."""
+    """The memory of a deleted component is free for the check of its graph, in blocks below glibc's threshold too."""
     code = """
 import numpy as np
-from hypersd.export.memory import release_memory
+from hypersd.export.models import release_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = resident()
@@ -61,7 +62,7 @@ print(resident() - before)
     assert int(done.stdout) < 50 << 20
 
 
-def test_what_was_read_from_a_file_is_unmapped(tiny_repos: Path, monkeypatch) -> None:
+def test_pages_read_from_a_file_are_unmapped(tiny_repos: Path, monkeypatch) -> None:
     """A big file is opened again and again, so that its pages do not add up in this process."""
     path = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5/unet/diffusion_pytorch_model.safetensors"
     opened = []

@@ -76,7 +76,7 @@ def hashes(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this file's random weights are kept."""
+    """The folder of this file's random weights."""
     return tmp_path_factory.mktemp("random-weights")
 
 
@@ -95,7 +95,7 @@ def export_random(folder: Path, bundles_folder: Path) -> Callable[..., Bundle]:
 
 @pytest.mark.parametrize("family", sorted(PUBLISHED))
 def test_the_architectures_are_the_published_ones(family: str) -> None:
-    """What is measured is a model of the real size: the counts are those of the published weight files."""
+    """Measurements need a model of the real size: the counts are those of the published weight files."""
     networks = empty_networks(PUBLISHED[family])
     found = {name: sum(weight.numel() for weight in network.parameters()) for name, network in networks.items()}
     assert found == PUBLISHED_PARAMETERS[family]
@@ -167,7 +167,7 @@ def test_weights_are_written_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [root.name]
 
 
-def test_a_killed_run_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed(folder: Path, tmp_path: Path) -> None:
     """A kill in the middle of a file leaves no weights that are taken for whole; what was whole is not made again."""
     program = f"""if True:
         import os, signal, sys
@@ -233,7 +233,7 @@ def test_the_default_folder_is_not_a_real_bundles(
     export_random, folder: Path, bundles_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real bundle is never shadowed or replaced."""
-    export_random(NAME)  # its networks are taken
+    export_random(NAME)  # its components are reused
     monkeypatch.chdir(bundles_folder.parent)
     bundle = export_bundle(NAME, options=ExportOptions(precision="fp32", random_weights=small(folder)))
     assert bundle.root == Path(f"bundles/{NAME}-random")
@@ -244,7 +244,7 @@ def test_the_default_folder_is_not_a_real_bundles(
     ("name", "changes"),
     [(NAME, {}), (NAME, {"vae": "tiny"}), ("Hyper-SDXL-1step-Unet", {})],
 )
-def test_diffusers_draws_the_same_images(name: str, changes: dict[str, str], export_random) -> None:
+def test_diffusers_generates_the_same_images(name: str, changes: dict[str, str], export_random) -> None:
     """Verifying finds the weights that were exported, also TAESD's and those of a whole UNet."""
     bundle = export_random(name, **changes)
     pipe = Pipeline.load(bundle.root)
@@ -253,7 +253,7 @@ def test_diffusers_draws_the_same_images(name: str, changes: dict[str, str], exp
     check_thresholds([comparison], find_threshold(pipe))
 
 
-def test_weights_that_are_gone_are_said_to_be(export_random, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(export_random, tmp_path: Path) -> None:
     """Emptying a folder of caches is allowed: who verifies learns what writes the same weights again."""
     import msgspec
 
@@ -266,11 +266,11 @@ def test_weights_that_are_gone_are_said_to_be(export_random, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "sources", "more", "expected"),
     [
-        (NAME, {"base": "a/b"}, {}, "no --base, got 'a/b'"),
-        (NAME, {"revision": "main"}, {}, "no --revision"),
-        (NAME, {"variant": "fp16"}, {}, "no --variant"),
-        (NAME, {"lora": "x.safetensors"}, {}, "no --lora, got"),
-        (NAME, {}, {"lora_scale": 0.5}, "no --lora-scale, got 0.5"),
+        (NAME, {"base": "a/b"}, {}, "combined with --base 'a/b'"),
+        (NAME, {"revision": "main"}, {}, "combined with --revision"),
+        (NAME, {"variant": "fp16"}, {}, "combined with --variant"),
+        (NAME, {"checkpoint_file": "x.safetensors"}, {}, "cannot be combined with --lora"),
+        (NAME, {}, {"lora_scale": 0.5}, "combined with --lora-scale 0.5"),
         (NAME, {"vae": "a/b"}, {}, "no --vae but tiny"),
         ("Hyper-Demo15-1step-lora", {}, {}, "has weights, small ones in the clone: leave --random-weights out"),
     ],
@@ -285,7 +285,7 @@ def test_clashes_are_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_architecture_or_seed_has_a_place_of_its_own(tmp_path: Path) -> None:
+def test_another_architecture_or_seed_has_its_own_folder(tmp_path: Path) -> None:
     """A later version of this package never takes weights of another shape from the folder of caches."""
     random = small(tmp_path)
     wider = dataclasses.replace(random.architectures["sd15"], lora_rank=8)
@@ -293,7 +293,7 @@ def test_another_architecture_or_seed_has_a_place_of_its_own(tmp_path: Path) -> 
     assert len({one.place("sd15") for one in (random, *others)}) == 3
 
 
-def test_the_folder_of_caches_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of every program that keeps to the freedesktop rules."""
+def test_the_cache_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XDG_CACHE_HOME moves it, as the freedesktop rules say."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert RandomWeights().place("sd15").parent == tmp_path / "hypersd/random-weights"

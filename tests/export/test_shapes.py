@@ -40,7 +40,7 @@ def is_valid_batch(span: tuple[int, int, int]) -> bool:
 
 @given(options(), sides)
 def test_shapes_are_valid_or_refused(given_options: ShapeOptions, default: int) -> None:
-    """Whatever is asked for: just what was said comes back if it is valid, else one line says what is wrong."""
+    """Valid options come back unchanged; invalid ones are rejected in one line."""
     said = {
         "batch": given_options.batch if given_options.batch is not None else 1,
         "height": given_options.height if given_options.height is not None else default,
@@ -106,7 +106,7 @@ def test_default_ranges_hold_the_usual_size(
         (ShapeOptions(height=128, dynamic={"height": (64, 64, 512)}), ["height 128", "one of the two"]),
     ],
 )
-def test_what_is_wrong_is_named(given_options: ShapeOptions, words: list[str]) -> None:
+def test_errors_name_the_wrong_dimension(given_options: ShapeOptions, words: list[str]) -> None:
     """The refusal names the dimension and the number given, and says what was expected."""
     with pytest.raises(RequestError) as error:
         image_shapes(given_options, 512)
@@ -145,7 +145,7 @@ def test_any_text_is_a_range_or_refused_in_one_line(text: str) -> None:
      "height=1.5:2:3", "Height=1:2:3", "height=512:768:1024 ", "height=²:2:3", "batch=1::4"],
 )  # fmt: skip
 def test_malformed_ranges(text: str) -> None:
-    """What is not of the form is refused, and repeated."""
+    """Text of another form is rejected, and repeated in the message."""
     with pytest.raises(RequestError, match="NAME=MIN:OPT:MAX") as error:
         parse_dynamic(text)
     assert repr(text) in str(error.value)

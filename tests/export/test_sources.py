@@ -1,4 +1,4 @@
-"""Where weights come from: Hub names, folders, shards, variants, single files; and how what is wrong is answered."""
+"""The sources of weights (Hub names, folders, shards, variants, single files), and the errors of wrong ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from hypersd import families
 from hypersd.errors import HyperSDError, RequestError, WeightsError
 from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, Checkpoint, find_checkpoint
+from hypersd.export.component_exports import component_exports
 from hypersd.export.hub import HubFile
 from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
 from hypersd.export.models import check_unet_sources, load_text_encoder, load_unet, load_vae
-from hypersd.export.recipes import make_recipes
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 from hypersd.export.tokenizer import write_tokenizer
@@ -78,7 +78,10 @@ def copy_base(tiny_repos: Path, tmp_path: Path) -> Callable[[str], Path]:
 def find(family: str, tiny_repos: Path, precision: str = "fp32", **changes: str | None) -> Sources:
     """The sources of a checkpoint whose LoRA and base are local."""
     entry = ENTRIES[family]
-    local = {"base": str(tiny_repos / BASES[family]), "lora": str(tiny_repos / "ByteDance/Hyper-SD" / entry.filename)}
+    local = {
+        "base": str(tiny_repos / BASES[family]),
+        "checkpoint_file": str(tiny_repos / "ByteDance/Hyper-SD" / entry.filename),
+    }
     return find_sources(entry, SourceOptions(**{**local, **changes}), precision)
 
 
@@ -87,7 +90,7 @@ ENCODER_CLASSES = {encoder.component: encoder.class_name for encoder in families
 
 def load(part: Part, family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     if part.name == "unet":
-        return load_unet(part, None, family, 1.0, dtype)
+        return load_unet(part, dtype)
     return load_vae(part, dtype) if part.name == "vae" else load_text_encoder(part, ENCODER_CLASSES[part.name], dtype)
 
 
@@ -153,10 +156,10 @@ def test_revision_is_the_bases_and_stays_pinned(hub: FakeHub) -> None:
     assert (sources.base_revision, sources.vae_revision) == (COMMIT, COMMIT)
 
 
-def test_a_missing_lora_is_said_before_gigabytes_are_downloaded(hub: FakeHub) -> None:
+def test_a_missing_lora_is_reported_before_gigabytes_are_downloaded(hub: FakeHub) -> None:
     """A mistyped --lora must not cost a download of the base's weights first."""
     with pytest.raises(WeightsError, match=r"nowhere\.safetensors"):
-        find_sources(SDXL, SourceOptions(lora="nowhere.safetensors"), "fp16")
+        find_sources(SDXL, SourceOptions(checkpoint_file="nowhere.safetensors"), "fp16")
     assert not [file for _, file, _ in hub.asked if file.endswith(".safetensors")]
 
 
@@ -196,8 +199,8 @@ def test_given_vae_wins_over_the_fixed_one(tiny_repos: Path, hub: FakeHub) -> No
     assert sources.parts["vae"].weights[0].path == tiny_repos / SDXL_REPO / "vae/diffusion_pytorch_model.safetensors"
     records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
     shapes = image_shapes(ShapeOptions(), 64)
-    recipes = make_recipes(SDXL, sources, records, shapes, "fp16", 1.0)
-    assert {recipe.name: recipe.precision for recipe in recipes} == {
+    exports = component_exports(SDXL, sources, records, shapes, "fp16")
+    assert {export.name: export.precision.name for export in exports} == {
         "text_encoder": "fp16", "text_encoder_2": "fp16", "vae_decoder": "fp32", "unet": "fp16",
     }  # fmt: skip
 
@@ -205,7 +208,7 @@ def test_given_vae_wins_over_the_fixed_one(tiny_repos: Path, hub: FakeHub) -> No
 def test_whole_unet_takes_the_place_of_the_bases(tiny_repos: Path) -> None:
     """Hyper-SDXL-1step-Unet: --lora is that UNet's file; its weights, the base's configuration, nothing fused."""
     file = tiny_repos / "ByteDance/Hyper-SD/Hyper-SDXL-1step-Unet.safetensors"
-    options = SourceOptions(base=str(tiny_repos / SDXL_REPO), lora=str(file))
+    options = SourceOptions(base=str(tiny_repos / SDXL_REPO), checkpoint_file=str(file))
     sources = find_sources(WHOLE_UNET, options, "fp32")
     assert sources.lora is None
     check_unet_sources(sources.parts["unet"], None, "sdxl")
@@ -221,7 +224,7 @@ def test_whole_unet_takes_the_place_of_the_bases(tiny_repos: Path) -> None:
 def test_a_lora_in_place_of_the_whole_unet(name: str, tiny_repos: Path) -> None:
     """A LoRA given where a whole UNet is wanted is refused from its header, keys listed."""
     options = SourceOptions(
-        base=str(tiny_repos / SDXL_REPO), lora=str(tiny_repos / f"ByteDance/Hyper-SD/{name}.safetensors")
+        base=str(tiny_repos / SDXL_REPO), checkpoint_file=str(tiny_repos / f"ByteDance/Hyper-SD/{name}.safetensors")
     )
     sources = find_sources(WHOLE_UNET, options, "fp32")
     with pytest.raises(WeightsError) as error:
@@ -268,7 +271,7 @@ def test_shards_and_variants_as_the_libraries_write_them(
     ],
 )
 @pytest.mark.parametrize("name", ["unet", "text_encoder", "vae"])
-def test_which_variant_is_taken(
+def test_the_variant_that_is_taken(
     name: str, there: set[str | None], asked: str | None, expected: str | None, tiny_repos: Path, tmp_path: Path
 ) -> None:
     """The full files unless --variant fp16 is given or there are none; a variant asked for is never replaced."""
@@ -324,10 +327,10 @@ def test_vae_with_the_published_key_names(tiny_repos: Path, copy_base: Callable[
 
 
 def precisions(checkpoint: Checkpoint, sources: Sources) -> set[str]:
-    """The types of an fp16 bundle's networks."""
+    """The types of an fp16 bundle's components."""
     records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
-    recipes = make_recipes(checkpoint, sources, records, image_shapes(ShapeOptions(), 64), "fp16", 1.0)
-    return {recipe.precision for recipe in recipes}
+    exports = component_exports(checkpoint, sources, records, image_shapes(ShapeOptions(), 64), "fp16")
+    return {export.precision.name for export in exports}
 
 
 @pytest.mark.parametrize("checkpoint", DEMO_CHECKPOINTS, ids=lambda c: c.name)
@@ -365,7 +368,7 @@ def test_tiny_vae_of_the_demonstration(checkpoint: Checkpoint, hub: FakeHub) -> 
 def test_options_replace_what_the_demonstration_has(hub: FakeHub, tiny_repos: Path) -> None:
     """--base, --lora and --vae hold for these checkpoints as for others."""
     lora = tiny_repos / "ByteDance/Hyper-SD" / SD15.filename
-    options = SourceOptions(base=str(tiny_repos / SD15_REPO), lora=str(lora), vae="madebyollin/taesd")
+    options = SourceOptions(base=str(tiny_repos / SD15_REPO), checkpoint_file=str(lora), vae="madebyollin/taesd")
     sources = find_sources(DEMO15, options, "fp32")
     assert sources.base == str((tiny_repos / SD15_REPO).resolve())
     assert sources.lora is not None
@@ -404,8 +407,8 @@ def test_a_single_file_base_of_the_demonstration(hub: FakeHub, tiny_repos: Path,
     ],
     ids=["family", "revision", "name"],
 )
-def test_what_the_demonstration_does_not_take(options: SourceOptions, words: list[str]) -> None:
-    """What is proposed instead is of the demonstration, not a repository that its LoRAs do not fit."""
+def test_options_that_the_demonstration_rejects(options: SourceOptions, words: list[str]) -> None:
+    """The proposed base is the demonstration's, not a repository that its LoRAs do not fit."""
     with pytest.raises(WeightsError) as error:
         find_sources(DEMO15, options, "fp32")
     one_line(error, *words)
@@ -589,7 +592,7 @@ def wide_hub(hub: FakeHub, wide_repos: Path) -> FakeHub:
 def test_a_single_file_holds_the_same_model(
     family: str, single_files: dict[str, Path], tiny_repos: Path, wide_hub: FakeHub
 ) -> None:
-    """--base FILE: every network gets the weights that the same model has in diffusers layout, in both precisions.
+    """--base FILE: every component gets the weights that the same model has in diffusers layout, in both precisions.
 
     Configuration and tokenizers come from the family's base repository, weights do not.
     """
@@ -612,7 +615,9 @@ def test_a_lora_is_fused_into_a_single_file(
     """The converted UNet takes the LoRA like any other."""
     folder = wide_hub.root / BASES[family]
     single, plain = (find(family, tiny_repos, base=str(base)) for base in (single_files[family], folder))
-    assert_same(*(load_unet(s.parts["unet"], s.lora, family, 0.75, torch.float16) for s in (single, plain)))
+    loras = [check_unet_sources(s.parts["unet"], s.lora, family) for s in (single, plain)]
+    unets = [s.parts["unet"] for s in (single, plain)]
+    assert_same(*(load_unet(part, torch.float16, lora, 0.75) for part, lora in zip(unets, loras, strict=True)))
 
 
 def load_all(family: str, base: Path, tiny_repos: Path) -> None:
@@ -624,7 +629,7 @@ def load_all(family: str, base: Path, tiny_repos: Path) -> None:
 
 
 def single_file_refusal(family: str, base: Path, tiny_repos: Path) -> str:
-    """The one line that a single file is refused with, while it is opened or when its networks are loaded."""
+    """The one line that a single file is refused with, while it is opened or when its components are loaded."""
     with pytest.raises(WeightsError) as error:
         load_all(family, base, tiny_repos)
     return one_line(error, base.name)
@@ -665,7 +670,7 @@ def test_a_lora_given_as_a_single_file_base(family: str, tiny_repos: Path, wide_
 def test_a_single_file_that_lacks_a_weight(
     family: str, lost: str, single_files: dict[str, Path], tiny_repos: Path, tmp_path: Path, wide_hub: FakeHub
 ) -> None:
-    """A weight that is not there is never made up: the network it belongs to is refused."""
+    """A weight that is not there is never made up: the component it belongs to is refused."""
     tensors = load_file(single_files[family])
     del tensors[lost]
     save_file(tensors, tmp_path / "base.safetensors")
@@ -738,7 +743,7 @@ def test_damaged_weight_files(
     changes = {}
     if which == "lora":
         path = Path(shutil.copy(tiny_repos / "ByteDance/Hyper-SD" / SDXL.filename, tmp_path / "lora.safetensors"))
-        changes["lora"] = str(path)
+        changes["checkpoint_file"] = str(path)
     elif which == "single":
         path = tmp_path / "base.safetensors"
         save_file({"model.diffusion_model.out.0.weight": torch.ones(1000)}, path)
@@ -759,7 +764,7 @@ def test_damaged_weight_files(
      "vae", "vae/config.json", "tokenizer", "tokenizer_2/vocab.json", "scheduler/scheduler_config.json"],
 )  # fmt: skip
 def test_a_base_that_lacks_a_part(missing: str, copy_base: Callable[[str], Path], tiny_repos: Path) -> None:
-    """What is not there is named, with the folder it was looked for in."""
+    """A missing file is named, with its folder."""
     folder = copy_base("sdxl")
     path = folder / missing
     if path.is_dir():
@@ -791,7 +796,7 @@ def test_configurations_that_are_not_json_objects(
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": []}', "["])
-def test_an_index_of_shards_that_is_none(index: str, copy_base: Callable[[str], Path], tiny_repos: Path) -> None:
+def test_a_broken_index_of_shards(index: str, copy_base: Callable[[str], Path], tiny_repos: Path) -> None:
     """A damaged index of shards ends like any other damaged configuration."""
     folder = copy_base("sd15")
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
@@ -853,10 +858,10 @@ def test_weights_are_never_made_up(name: str, change: str, copy_base: Callable[[
         ("vae", {"up_block_types": ["NoSuchBlock"] * 4}),
     ],
 )
-def test_configurations_that_make_no_such_network(
+def test_configurations_of_other_components(
     which: str, changes: dict[str, Any], copy_base: Callable[[str], Path], tiny_repos: Path
 ) -> None:
-    """A configuration that fits no network or other weights ends in one line, not in a library's traceback."""
+    """A configuration that fits no component or other weights ends in one line, not in a library's traceback."""
     folder = copy_base("sd15")
     path = folder / which / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -907,7 +912,7 @@ def test_a_base_of_no_family(class_name: object, copy_base: Callable[[str], Path
 
 @pytest.mark.parametrize("location", ["no/such/folder", "./missing", "missing", "", "/nowhere/model", "a b/c", "über"])
 @pytest.mark.parametrize("option", ["base", "vae"])
-def test_places_that_are_none(option: str, location: str, tiny_repos: Path) -> None:
+def test_locations_that_do_not_exist(option: str, location: str, tiny_repos: Path) -> None:
     """Neither a folder nor a repository's name: the option and what was given are repeated."""
     with pytest.raises(WeightsError) as error:
         find("sd15", tiny_repos, **{option: location})
@@ -921,7 +926,7 @@ def test_a_lora_that_is_no_file(kind: str, tiny_repos: Path, tmp_path: Path) -> 
     if kind == "folder":
         path.mkdir()
     with pytest.raises(WeightsError) as error:
-        find("sd15", tiny_repos, lora=str(path))
+        find("sd15", tiny_repos, checkpoint_file=str(path))
     one_line(error, str(path), ".safetensors file")
 
 
@@ -935,7 +940,7 @@ def test_a_lora_that_is_no_file(kind: str, tiny_repos: Path, tmp_path: Path) -> 
         ("tokenizer_config.json", "garbage"),
     ],
 )
-def test_tokenizers_that_are_none(
+def test_broken_tokenizers(
     file: str, content: str, copy_base: Callable[[str], Path], tiny_repos: Path, tmp_path: Path
 ) -> None:
     """A damaged tokenizer ends in one line that names its folder."""
@@ -947,8 +952,8 @@ def test_tokenizers_that_are_none(
     one_line(error, str(folder / "tokenizer"))
 
 
-def test_a_bad_size_is_said_before_gigabytes_are_downloaded(hub: FakeHub, tmp_path: Path) -> None:
-    """What is wrong with the command itself is answered before any weights are asked for."""
+def test_a_bad_size_is_reported_before_gigabytes_are_downloaded(hub: FakeHub, tmp_path: Path) -> None:
+    """Errors of the command itself are reported before any weights are requested."""
     from hypersd.export import ExportOptions, export_bundle
 
     for shapes in (ShapeOptions(height=100), ShapeOptions(batch=0), ShapeOptions(dynamic={"width": (8, 8, 8)})):

@@ -22,15 +22,17 @@ from torch import Tensor, nn
 
 from hypersd.engines.bundle import Bundle
 from hypersd.engines.manifest import Range, TensorSpec
+from hypersd.engines.precision import PRECISIONS
 from hypersd.errors import ExportError
 from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, reference_cases
+from hypersd.export.components import ComponentModule, vae_decoder_component
 from hypersd.export.layout import DiffusersBase, LocalFolder
 from hypersd.export.models import load_vae
-from hypersd.export.networks import Network, vae_decoder_network
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.trace import TRACE_SEED, _trace_extent, trace
 
 BUNDLES = pytest.mark.parametrize("which", ["sd15_bundle", "sdxl_bundle", "sdxl_dynamic_bundle"])
+FP32 = PRECISIONS["fp32"]
 ONNX_TYPES = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT64: "int64"}
 H, W = "latent_height", "latent_width"
 
@@ -143,7 +145,7 @@ def test_contract_of_files_and_manifest(which: str, bundle: Bundle) -> None:
 
 
 def test_ranges_of_a_guided_bundle(sdxl_dynamic_bundle: Path) -> None:
-    """Sizes are the images' by 8; the UNet's batch holds each image twice, the other networks' does not."""
+    """Sizes are the images' by 8; the UNet's batch holds each image twice and says so; the others hold it once."""
     components = Bundle.load(sdxl_dynamic_bundle).manifest.components
     unet, vae = components["unet"].inputs["sample"].shape, components["vae_decoder"]
     latents = (Range(name=H, min=8, opt=8, max=13), Range(name=W, min=8, opt=8, max=12))
@@ -154,6 +156,9 @@ def test_ranges_of_a_guided_bundle(sdxl_dynamic_bundle: Path) -> None:
         Range(name="height", min=64, opt=64, max=104), Range(name="width", min=64, opt=64, max=96),
     )  # fmt: skip
     assert components["text_encoder"].inputs["input_ids"].shape[0] == batch
+    rows = {name: {spec.rows_per_image for spec in part.outputs.values()} for name, part in components.items()}
+    assert {name for name, counts in rows.items() if counts == {2}} == {"unet", "controlnet/canny"}
+    assert {name for name, counts in rows.items() if counts != {2}} == {name for name, c in rows.items() if c == {1}}
 
 
 @BUNDLES
@@ -241,30 +246,32 @@ def test_half_precision_graph_has_no_wider_weights(sdxl_dynamic_bundle: Path, sd
     assert sizes[0] < 0.55 * sizes[1]
 
 
-# --- the networks of a base ------------------------------------------------------------------------------------------
+# --- the components of a base ----------------------------------------------------------------------------------------
 
 
 def test_sdxls_own_vae_stays_float32_in_a_half_precision_bundle(tiny_repos: Path, tmp_path: Path) -> None:
     """A VAE whose configuration says force_upcast is loaded, traced and described in float32 (it overflows in fp16)."""
-    from hypersd.export import ExportOptions
     from hypersd.export.checkpoints import find_checkpoint
-    from hypersd.export.exporter import _Export
-    from hypersd.export.progress import Silent
+    from hypersd.export.component_exports import component_exports
+    from hypersd.export.manifest_parts import source_records
     from hypersd.export.sources import SourceOptions, find_sources
 
     entry = find_checkpoint("Hyper-SDXL-1step-lora")
     base = str(tiny_repos / SDXL_REPO)
-    options = SourceOptions(base=base, vae=base, lora=str(tiny_repos / "ByteDance/Hyper-SD" / entry.filename))
-    export = _Export(entry, find_sources(entry, options, "fp16"), ExportOptions(sources=options), Silent())
-    recipe = next(recipe for recipe in export.recipes if recipe.name == "vae_decoder")
-    network = recipe.load()
-    assert recipe.precision == "fp32"
-    assert {p.dtype for p in network.module.parameters()} == {torch.float32}
-    assert {spec.dtype for spec in (*network.inputs.values(), *network.outputs.values())} == {"float32"}
-    cases = reference_cases(network)
-    files = trace(network, tmp_path / "model.onnx")
+    options = SourceOptions(
+        base=base, vae=base, checkpoint_file=str(tiny_repos / "ByteDance/Hyper-SD" / entry.filename)
+    )
+    sources = find_sources(entry, options, "fp16")
+    exports = component_exports(entry, sources, source_records(sources), image_shapes(ShapeOptions(), 64), "fp16")
+    export = next(export for export in exports if export.name == "vae_decoder")
+    component = export.load()
+    assert export.precision == FP32
+    assert {p.dtype for p in component.module.parameters()} == {torch.float32}
+    assert {spec.dtype for spec in (*component.inputs.values(), *component.outputs.values())} == {"float32"}
+    cases = reference_cases(component)
+    files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], 4)
-    assert check_outputs(files[0], cases) < 1e-4
+    assert check_outputs(files[0], cases, FP32) < 1e-4
     types = {t.data_type for t in onnx.load(str(files[0]), load_external_data=False).graph.initializer}
     assert TensorProto.FLOAT16 not in types
 
@@ -274,15 +281,15 @@ def test_tiny_decoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> N
     """TAESD is traced like any VAE, over ranges, and equals torch."""
     part = DiffusersBase(LocalFolder(tiny_repos / "madebyollin/taesd")).part_in("", "vae")
     shapes = image_shapes(ShapeOptions(dynamic={"height": (64, 64, 96), "batch": (1, 1, 3)}), 64)
-    network = vae_decoder_network(load_vae(part, dtype), shapes, 8)
-    cases = reference_cases(network)
-    files = trace(network, tmp_path / "model.onnx")
+    component = vae_decoder_component(load_vae(part, dtype), shapes, 8)
+    cases = reference_cases(component)
+    files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], dtype.itemsize)
-    check_outputs(files[0], cases)
+    check_outputs(files[0], cases, FP32 if dtype == torch.float32 else PRECISIONS["fp16"])
     assert [tuple(case.expected[0].shape) for case in cases] == [(1, 3, 64, 64), (3, 3, 96, 64)]
 
 
-# --- a small network, to see the checks fail -------------------------------------------------------------------------
+# --- a small component, to see the checks fail -----------------------------------------------------------------------
 
 WIDTH = 96
 
@@ -301,11 +308,11 @@ class Small(nn.Module):
         return self.layer(flat).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def small_network(*dims: int | Range, dtype: str = "float32") -> Network:
+def small_component(*dims: int | Range, dtype: str = "float32") -> ComponentModule:
     batch, height, width = dims
     spec = TensorSpec(dtype=dtype, shape=(batch, WIDTH, height, width))  # type: ignore[arg-type]
     module = Small().eval().requires_grad_(False).to(getattr(torch, dtype))
-    return Network(module, {"sample": spec}, {"out_sample": spec})
+    return ComponentModule(module, {"sample": spec}, {"out_sample": spec})
 
 
 def span(name: str, low: int, high: int) -> Range:
@@ -313,27 +320,27 @@ def span(name: str, low: int, high: int) -> Range:
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Path]:
-    """A small network of fixed shape and its ONNX file. Copy the folder before changing anything in it."""
-    network = small_network(1, 5, 4)
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[ComponentModule, Path]:
+    """A small component of fixed shape and its ONNX file. Copy the folder before changing anything in it."""
+    component = small_component(1, 5, 4)
     path = tmp_path_factory.mktemp("small") / "model.onnx"
-    assert trace(network, path) == [path, path.with_name("model.onnx_data")]
-    return network, path
+    assert trace(component, path) == [path, path.with_name("model.onnx_data")]
+    return component, path
 
 
 @pytest.fixture
-def copied(traced: tuple[Network, Path], tmp_path: Path) -> tuple[list[Case], Path]:
-    """The small network's cases, and a copy of its file."""
-    network, path = traced
+def copied(traced: tuple[ComponentModule, Path], tmp_path: Path) -> tuple[list[Case], Path]:
+    """The small component's cases, and a copy of its file."""
+    component, path = traced
     shutil.copytree(path.parent, tmp_path / "copy")
-    return reference_cases(network), tmp_path / "copy" / path.name
+    return reference_cases(component), tmp_path / "copy" / path.name
 
 
 def test_an_honest_file_passes(copied: tuple[list[Case], Path]) -> None:
-    """What follows would prove nothing if the checks refused everything."""
+    """The tests below would prove nothing if the checks rejected everything."""
     cases, path = copied
     check_graph(path, 4)
-    assert check_outputs(path, cases) < 1e-5
+    assert check_outputs(path, cases, FP32) < 1e-5
 
 
 def test_a_changed_weight_is_found(copied: tuple[list[Case], Path]) -> None:
@@ -343,7 +350,7 @@ def test_a_changed_weight_is_found(copied: tuple[list[Case], Path]) -> None:
     weights[1000] += 0.1
     weights.tofile(path.with_name("model.onnx_data"))
     with pytest.raises(ExportError, match=r"model\.onnx: out_sample .* differs from torch by") as error:
-        check_outputs(path, cases)
+        check_outputs(path, cases, FP32)
     assert "\n" not in str(error.value)
 
 
@@ -355,40 +362,40 @@ def test_outputs_that_are_not_finite(value: float, copied: tuple[list[Case], Pat
     weights[7] = value
     weights.tofile(path.with_name("model.onnx_data"))
     with pytest.raises(ExportError, match="not finite: try --precision fp32"):
-        check_outputs(path, cases)
+        check_outputs(path, cases, FP32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_reference_that_is_not_finite(value: float, dtype: torch.dtype, copied: tuple[list[Case], Path]) -> None:
-    """Where torch overflows and ONNX Runtime does not, nothing was compared: that must not pass for equality."""
+    """If torch overflows and ONNX Runtime does not, nothing was compared: this must not pass for equality."""
     (case,), path = copied
     expected = case.expected[0].clone().to(dtype)
     expected[0, 0, 0, 0] = value
     with pytest.raises(ExportError, match="finite"):
-        check_outputs(path, [Case(case.extents, case.inputs, [expected])])
+        check_outputs(path, [Case(case.extents, case.inputs, [expected])], FP32)
 
 
 def test_an_output_of_another_shape(copied: tuple[list[Case], Path]) -> None:
     """Shapes are compared, not broadcast."""
     (case,), path = copied
     with pytest.raises(ExportError, match=r"has the shape \(1, 96, 5, 4\), torch gave \(1, 96, 5, 1\)"):
-        check_outputs(path, [Case(case.extents, case.inputs, [case.expected[0][..., :1]])])
+        check_outputs(path, [Case(case.extents, case.inputs, [case.expected[0][..., :1]])], FP32)
 
 
 def test_outputs_in_another_order(copied: tuple[list[Case], Path]) -> None:
     """A file whose output is another one than the module's is found out, though shape and size agree."""
     (case,), path = copied
     with pytest.raises(ExportError, match="differs from torch"):
-        check_outputs(path, [Case(case.extents, case.inputs, [case.expected[0].flip(1)])])
+        check_outputs(path, [Case(case.extents, case.inputs, [case.expected[0].flip(1)])], FP32)
 
 
 def test_a_size_that_the_file_does_not_take(copied: tuple[list[Case], Path]) -> None:
     """ONNX Runtime's refusal becomes one line that says at which extents."""
     _, path = copied
-    case = reference_cases(small_network(1, span(H, 7, 9), 4))[0]
+    case = reference_cases(small_component(1, span(H, 7, 9), 4))[0]
     with pytest.raises(ExportError, match=r"does not run at .*latent_height") as error:
-        check_outputs(path, [case])
+        check_outputs(path, [case], FP32)
     assert "\n" not in str(error.value)
 
 
@@ -404,7 +411,7 @@ def test_damaged_external_data(damage: str, copied: tuple[list[Case], Path]) -> 
 
     def check() -> None:
         check_graph(path, 4)
-        check_outputs(path, cases)
+        check_outputs(path, cases, FP32)
 
     with pytest.raises(ExportError) as error:
         check()
@@ -416,7 +423,7 @@ def test_a_file_that_is_no_onnx(content: bytes | None, copied: tuple[list[Case],
     """Empty, something else, cut in half: both checks say so in one line."""
     cases, path = copied
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
-    for check in (lambda: check_graph(path, 4), lambda: check_outputs(path, cases)):
+    for check in (lambda: check_graph(path, 4), lambda: check_outputs(path, cases, FP32)):
         with pytest.raises(ExportError) as error:
             check()
         assert "\n" not in str(error.value)
@@ -427,40 +434,40 @@ def test_a_file_that_is_no_onnx(content: bytes | None, copied: tuple[list[Case],
 
 def test_cases_are_both_ends_of_every_range() -> None:
     """All dimensions at their smallest, all at their largest; one case if nothing varies."""
-    ranged = reference_cases(small_network(span("batch", 1, 3), span(H, 2, 5), 4))
+    ranged = reference_cases(small_component(span("batch", 1, 3), span(H, 2, 5), 4))
     assert [case.extents for case in ranged] == [{"batch": 1, H: 2}, {"batch": 3, H: 5}]
     assert [tuple(case.inputs["sample"].shape) for case in ranged] == [(1, WIDTH, 2, 4), (3, WIDTH, 5, 4)]
     assert [tuple(case.expected[0].shape) for case in ranged] == [(1, WIDTH, 2, 4), (3, WIDTH, 5, 4)]
-    assert len(reference_cases(small_network(1, 5, 4))) == 1
+    assert len(reference_cases(small_component(1, 5, 4))) == 1
 
 
 def test_cases_are_not_the_traced_inputs() -> None:
     """A constant that tracing folded in by mistake would agree with the traced inputs: others are compared."""
-    network = small_network(1, 5, 4)
-    (traced_input,) = network.random_inputs({}, TRACE_SEED)
-    case = reference_cases(network)[0]
+    component = small_component(1, 5, 4)
+    (traced_input,) = component.random_inputs({}, TRACE_SEED)
+    case = reference_cases(component)[0]
     assert CHECK_SEED != TRACE_SEED
     assert not torch.isclose(case.inputs["sample"], traced_input).any()
-    ranged = reference_cases(small_network(span("batch", 1, 2), 5, 4))
+    ranged = reference_cases(small_component(span("batch", 1, 2), 5, 4))
     assert not torch.equal(ranged[0].inputs["sample"][0], ranged[1].inputs["sample"][0])
 
 
 def test_a_frozen_input_is_found(tmp_path: Path) -> None:
-    """A network that remembers its traced input in place of reading it does not pass."""
+    """A component that remembers its traced input in place of reading it does not pass."""
 
     class Frozen(nn.Module):
         def forward(self, sample: Tensor) -> Tensor:
             return sample * 0 + self.kept if torch.compiler.is_compiling() else sample * 2
 
-    network = small_network(1, 5, 4)
+    component = small_component(1, 5, 4)
     module = Frozen()
-    module.register_buffer("kept", network.random_inputs({}, TRACE_SEED)[0] * 2)
-    network = Network(module.eval(), network.inputs, network.outputs)
-    cases = reference_cases(network)
-    files = trace(network, tmp_path / "model.onnx")
+    module.register_buffer("kept", component.random_inputs({}, TRACE_SEED)[0] * 2)
+    component = ComponentModule(module.eval(), component.inputs, component.outputs)
+    cases = reference_cases(component)
+    files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], 4)
     with pytest.raises(ExportError, match="differs from torch"):
-        check_outputs(files[0], cases)
+        check_outputs(files[0], cases, FP32)
 
 
 @pytest.mark.parametrize(
@@ -468,21 +475,21 @@ def test_a_frozen_input_is_found(tmp_path: Path) -> None:
 )
 def test_height_and_width_stay_apart(height: tuple[int, int], width: tuple[int, int], tmp_path: Path) -> None:
     """Two ranges over the same sizes are two dimensions: every corner runs, also the ones that are not square."""
-    network = small_network(1, span(H, *height), span(W, *width))
-    files = trace(network, tmp_path / "model.onnx")
+    component = small_component(1, span(H, *height), span(W, *width))
+    files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], 4)
-    check_outputs(files[0], reference_cases(network))
+    check_outputs(files[0], reference_cases(component), FP32)
     session = ort.InferenceSession(str(files[0]), providers=["CPUExecutionProvider"])
     for h in range(height[0], height[1] + 1):
         for w in range(width[0], width[1] + 1):
-            (sample,) = network.random_inputs({H: h, W: w}, 5)
+            (sample,) = component.random_inputs({H: h, W: w}, 5)
             (output,) = session.run(None, {"sample": sample.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), network.module(sample), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(output), component.module(sample), rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 512), st.integers(1, 512), st.integers(0, 3))
 def test_traced_extents_lie_in_the_range(low: int, more: int, index: int) -> None:
-    """Tracing never happens at a size that the network was not asked for."""
+    """Tracing never happens at a size that the component was not asked for."""
     extent = span("x", low, low + more)
     assert extent.min <= _trace_extent(extent, index) <= extent.max
 

@@ -194,7 +194,7 @@ def interrupted(out: Path, after: int, parts: Parts = PARTS, error: type[BaseExc
 
 @pytest.mark.parametrize("error", [Stop, ExportError, UserError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_an_error_leaves_no_half_written_component(error: type[BaseException], tmp_path: Path) -> None:
-    """Whatever the error, Ctrl-C included: the finished component stays for the next run, the other one is gone."""
+    """After any error, Ctrl-C included, the finished component stays for the next run and the other one is gone."""
     partial = interrupted(tmp_path / "out", 1, error=error)
     assert sorted(path.name for path in partial.iterdir()) == [PROGRESS_NAME, "text_encoder"]
     assert not (tmp_path / "out").exists()
@@ -212,7 +212,7 @@ def test_an_error_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("progress", [b"", b"{", b"[]", b'{"components": 3}', b"\xff\xfe", None])
 def test_a_damaged_note_starts_over(progress: bytes | None, tmp_path: Path) -> None:
-    """What cannot be read is not trusted: everything is made again, and the bundle is right."""
+    """An unreadable file is not trusted: everything is made again, and the bundle is right."""
     partial = interrupted(tmp_path / "out", 1)
     if progress is None:
         (partial / PROGRESS_NAME).unlink()
@@ -246,7 +246,7 @@ def test_a_finished_component_of_another_key_is_made_again(tmp_path: Path) -> No
     assert_whole(tmp_path / "out", PARTS)
 
 
-def test_a_refusal_keeps_what_an_earlier_run_finished(tmp_path: Path) -> None:
+def test_a_rejected_run_keeps_components_of_an_earlier_run(tmp_path: Path) -> None:
     """A run that is refused before it starts (another bundle is there) does not throw away hours of another one."""
     interrupted(tmp_path / "out", 1)
     with pytest.raises(UserError):
@@ -287,7 +287,7 @@ def test_outputs_side_by_side_do_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
-def test_the_lock_is_let_go_after_an_error(error: type[BaseException], tmp_path: Path) -> None:
+def test_the_lock_is_released_after_an_error(error: type[BaseException], tmp_path: Path) -> None:
     """In the same process, too."""
     interrupted(tmp_path / "out", 0, error=error)
     with Workspace.open(tmp_path / "out", pytest.fail):
@@ -389,7 +389,7 @@ def _as_text() -> BaseException:
 
 @pytest.mark.parametrize("cause", [_enospc, _quota, _wrapped, _as_text], ids=lambda f: f.__name__)
 def test_a_disk_that_fills_up(cause: Callable[[], BaseException], tmp_path: Path) -> None:
-    """However the libraries say it: one line with what to do, exit code 2, and all space given back."""
+    """Every library's error becomes one line with a remedy, exit code 2, and all space is given back."""
     interrupted(tmp_path / "out", 1)
     with pytest.raises(DiskFullError) as error, Workspace.open(tmp_path / "out", lambda: None) as workspace:
         _write_until(workspace, 0, {"unet": PARTS["unet"]}, cause())

@@ -49,7 +49,7 @@ def test_a_bundle_with_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", range(len(PARTS)), ids=NAMES)
-def test_an_error_leaves_what_was_finished(after: int, tmp_path: Path) -> None:
+def test_an_error_leaves_finished_components(after: int, tmp_path: Path) -> None:
     """Nothing of the component that failed, not even the folder of its kind if it was the first; the rest stays."""
     partial = interrupted(tmp_path / "out", after, PARTS)
     if after == 0:
@@ -77,7 +77,7 @@ STRANGERS = [
 
 
 @pytest.mark.parametrize("after", [1, 2, 3], ids=["no kind", "one kind", "both kinds"])
-def test_resuming_deletes_all_else(after: int, tmp_path: Path) -> None:
+def test_resuming_deletes_everything_else(after: int, tmp_path: Path) -> None:
     """Half-written components and strangers, beside finished ones and above them, whose names begin alike."""
     partial = interrupted(tmp_path / "out", after, PARTS)
     for name in STRANGERS:

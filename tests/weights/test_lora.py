@@ -1,4 +1,4 @@
-"""LoRA files and what fusing them makes of a UNet's weights: against diffusers, and against float64 arithmetic."""
+"""LoRA files, and weights with LoRAs fused into them: against diffusers, and against float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from hypersd.errors import WeightsError
 from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
-from hypersd.export.models import check_unet_sources, layer_names, load_unet
-from hypersd.weights.lora import Lora, open_lora
+from hypersd.export.models import check_unet_sources, layer_names, load_unet, open_lora
+from hypersd.families import find_family
+from hypersd.weights.lora import Lora
 from hypersd.weights.safetensors_file import SafetensorsFile
 
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
@@ -60,8 +61,9 @@ def unet_part(tiny_repos: Path, family: str) -> Part:
 
 
 def load(tiny_repos: Path, family: str, lora: Path | None, scale: float = 1.0, dtype: torch.dtype = torch.float32):
-    found = Found(lora, lora.name) if lora else None
-    return load_unet(unet_part(tiny_repos, family), found, family, scale, dtype)
+    part = unet_part(tiny_repos, family)
+    opened = check_unet_sources(part, Found(lora, lora.name) if lora else None, family)
+    return load_unet(part, dtype, opened, scale)
 
 
 def exact_weights(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -88,7 +90,7 @@ def test_covered_modules_of_the_real_architecture(family: str, tmp_path: Path) -
     keys = ["lora_unet_" + name.replace(".", "_") for name in covered(unet)]
     parts = ("lora_down.weight", "lora_up.weight", "alpha")
     save_file({f"{key}.{part}": torch.ones(1) for key in keys for part in parts}, tmp_path / "lora.safetensors")
-    lora = open_lora(tmp_path / "lora.safetensors", layer_names(unet), family)
+    lora = open_lora(tmp_path / "lora.safetensors", layer_names(unet), find_family(family))
     assert len(lora.keys) == count
     assert dict(sorted(lora.keys.items())) == dict(sorted(zip(covered(unet), keys, strict=True)))
 
@@ -169,7 +171,8 @@ def test_half_precision_base_is_fused_in_float32(tiny_repos: Path, tmp_path: Pat
     save_file(base, tmp_path / "unet/diffusion_pytorch_model.safetensors")
     part = DiffusersBase(LocalFolder(tmp_path)).part("unet")
     lora = tiny_repos / LORAS["sd15"]
-    fused = load_unet(part, Found(lora, lora.name), "sd15", 1.0, torch.float32).state_dict()
+    opened = check_unet_sources(part, Found(lora, lora.name), "sd15")
+    fused = load_unet(part, torch.float32, opened).state_dict()
     for name, weight in exact_weights(base, load_file(lora), 1.0).items():
         torch.testing.assert_close(fused[name].double(), weight, rtol=1e-6, atol=1e-6)
 
@@ -202,7 +205,7 @@ def test_fuse_is_the_formula(tmp_path_factory: pytest.TempPathFactory, layer: di
     parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
     path.unlink(missing_ok=True)
     save_file({f"{key}.{part}": tensor for part, tensor in parts.items()}, path)
-    fused = Lora(SafetensorsFile(path), {"mid_block.x": key}, layer["scale"]).fuse("mid_block.x.weight", weight)
+    fused = Lora(SafetensorsFile(path), {"mid_block.x": key}).fuse("mid_block.x.weight", weight, layer["scale"])
     assert fused.dtype == torch.float32
     assert fused.shape == weight.shape
     factor = layer["scale"] * alpha.double().item() / down.shape[0]
@@ -212,10 +215,10 @@ def test_fuse_is_the_formula(tmp_path_factory: pytest.TempPathFactory, layer: di
     assert (error <= 2.0**-23 * (down.shape[0] + 4) * (size + weight.double().abs())).all()
 
 
-def test_what_the_lora_does_not_cover_stays(tiny_repos: Path) -> None:
+def test_parameters_outside_the_lora_stay(tiny_repos: Path) -> None:
     """Biases, norms and layers outside the blocks come back as the very tensors that were given."""
     unet = load(tiny_repos, "sd15", None)
-    lora = open_lora(tiny_repos / LORAS["sd15"], layer_names(unet), "sd15")
+    lora = open_lora(tiny_repos / LORAS["sd15"], layer_names(unet), find_family("sd15"))
     untouched = [name for name, _ in unet.named_parameters() if name.removesuffix(".weight") not in lora.keys]
     assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight", "mid_block.resnets.0.norm1.weight",
             "mid_block.resnets.0.conv1.bias"} <= set(untouched)  # fmt: skip
@@ -230,7 +233,7 @@ def test_what_the_lora_does_not_cover_stays(tiny_repos: Path) -> None:
 def refused(tiny_repos: Path, path: Path, family: str = "sd15") -> str:
     """The one line that a LoRA is refused with, already from the headers."""
     with pytest.raises(WeightsError) as error:
-        open_lora(path, layer_names(load(tiny_repos, family, None)), family)
+        open_lora(path, layer_names(load(tiny_repos, family, None)), find_family(family))
     message = str(error.value)
     assert "\n" not in message
     assert path.name in message
@@ -284,7 +287,7 @@ def test_a_long_list_is_cut_and_counted(tiny_repos: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("family", "other", "name"), [("sd15", "sdxl", "SDXL"), ("sdxl", "sd15", "SD1.5")])
 def test_a_lora_of_the_other_family_is_recognised(family: str, other: str, name: str, tiny_repos: Path) -> None:
-    """Said so by name, both ways, in place of hundreds of keys."""
+    """The message names both families, in place of hundreds of keys."""
     message = refused(tiny_repos, tiny_repos / LORAS[other], family)
     expected = {"sd15": "SD1.5", "sdxl": "SDXL"}[family]
     assert f"a LoRA for {name}, the base is {expected}" in message
@@ -299,7 +302,7 @@ def test_the_other_family_is_recognised_on_real_architectures(
     keys = ["lora_unet_" + layer.replace(".", "_") for layer in covered(real_unet(other))]
     save_file({f"{key}.alpha": torch.ones(()) for key in keys}, tmp_path / "lora.safetensors")
     with pytest.raises(WeightsError, match=f"a LoRA for {re.escape(name)}"):
-        open_lora(tmp_path / "lora.safetensors", layer_names(real_unet(family)), family)
+        open_lora(tmp_path / "lora.safetensors", layer_names(real_unet(family)), find_family(family))
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -327,7 +330,7 @@ def test_flux_and_sd3_are_recognised(family: str, key: str, name: str, tiny_repo
         "model.diffusion_model.out.0.weight",
     ],
 )
-def test_a_file_without_kohya_keys_is_told_apart(key: str, tiny_repos: Path, tmp_path: Path) -> None:
+def test_a_file_without_kohya_keys_is_recognised(key: str, tiny_repos: Path, tmp_path: Path) -> None:
     """PEFT files, text encoder LoRAs, whole checkpoints: the message says which keys were expected and shows one."""
     save_file({key: torch.ones(4, 4)}, tmp_path / "lora.safetensors")
     message = refused(tiny_repos, tmp_path / "lora.safetensors")

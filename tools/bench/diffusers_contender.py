@@ -11,7 +11,7 @@ import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401  # diffusers imports classes on first use
 
 from ...engines import Bundle
-from ...export.models import TORCH_DTYPES
+from ...engines.precision import PRECISIONS
 from ..reference import find_reference_sources, load_pipeline
 from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
 from .timed_pipeline import TimedPipeline
@@ -51,7 +51,7 @@ class Runner:
             pipe.unet.to(memory_format=torch.channels_last)
             pipe.vae.to(memory_format=torch.channels_last)
         self._compile(pipe)
-        self._timed = TimedPipeline(pipe, self._device, TORCH_DTYPES[self._manifest.precision])
+        self._timed = TimedPipeline(pipe, self._device, PRECISIONS[self._manifest.precision].dtype)
         layout = ", channels_last" if is_half else ""
         return Facts(
             precision=self._precision,

@@ -77,7 +77,12 @@ def manifest(wide: ImageShapes = WIDE, guided: bool = True, weights: str = "a") 
         vae=VaeSettings(scaling_factor=0.18215),
         force_zeros_for_empty_prompt=False,
         components={
-            name: Component(inputs=_specs(ins), outputs=_specs(outs), files=(f"{name}/model.onnx",), key="0" * 64)
+            name: Component(
+                inputs=_specs(ins, name == "unet" and guided),
+                outputs=_specs(outs, name == "unet" and guided),
+                files=(f"{name}/model.onnx",),
+                key="0" * 64,
+            )
             for name, (ins, outs) in networks.items()
         },
         files={f"{name}/model.onnx": FileRecord(size=1, sha256=weights * 64) for name in networks},
@@ -90,8 +95,11 @@ def _dim(extent: Range) -> int | Range:
     return extent.opt if extent.min == extent.max else extent
 
 
-def _specs(tensors: dict[str, tuple[Any, ...]]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(dtype=dtype, shape=tuple(shape)) for name, (dtype, *shape) in tensors.items()}
+def _specs(tensors: dict[str, tuple[Any, ...]], guided: bool) -> dict[str, TensorSpec]:
+    return {
+        name: TensorSpec(dtype=dtype, shape=tuple(shape), rows_per_image=2 if guided and name != "timestep" else 1)
+        for name, (dtype, *shape) in tensors.items()
+    }
 
 
 def target(**changes: Any) -> EngineTarget:

@@ -48,16 +48,18 @@ def controlled(wide: ImageShapes = WIDE, guided: bool = True, weights: str = "a"
     unet = bundle.components["unet"]
     latents = [getattr(wide, side).divided(8, f"latent_{side}") for side in ("height", "width")]
 
-    def tensor(rows: int | Range, channels: int, *sides: Range) -> TensorSpec:
-        return TensorSpec(dtype="float16", shape=(rows, channels, *map(fixed_or, sides)))
+    def tensor(rows: int | Range, channels: int, *sides: Range, rows_per_image: int = 1) -> TensorSpec:
+        shape = (rows, channels, *map(fixed_or, sides))
+        return TensorSpec(dtype="float16", shape=shape, rows_per_image=rows_per_image)
 
-    rows, batch = unet.inputs["sample"].shape[0], fixed_or(wide.batch)
+    sample = unet.inputs["sample"]
+    rows, most, batch = sample.shape[0], sample.rows_per_image, fixed_or(wide.batch)
     residuals = {
-        name: tensor(rows, channels, *(side.halved(times) for side in latents))
+        name: tensor(rows, channels, *(side.halved(times) for side in latents), rows_per_image=most)
         for name, (channels, times) in RESIDUALS.items()
     }
     scale = TensorSpec(dtype="float32", shape=(1,))
-    own = {"cond_embedding": tensor(rows, 320, *latents), "conditioning_scale": scale}
+    own = {"cond_embedding": tensor(rows, 320, *latents, rows_per_image=most), "conditioning_scale": scale}
     networks = {
         controlnet("canny"): ({**unet.inputs, **own}, residuals),
         cond_embedding("canny"): (

@@ -1,0 +1,187 @@
+"""The components of a bundle before they are exported: what each is made from, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ..engines.component_names import cond_embedding, controlnet
+from ..engines.manifest import ImageShapes, SourceFile
+from ..engines.precision import PRECISIONS, Precision
+from ..families import TextEncoder, find_family
+from ..weights.lora import Lora
+from .checkpoints import Checkpoint
+from .components import ComponentModule, text_encoder_component, unet_component, vae_decoder_component
+from .controlnet_components import cond_embedding_component, controlled_unet_component, controlnet_component
+from .layout import Part
+from .models import is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
+from .sources import Sources, pixels_per_latent
+from .trace import OPSET
+
+EXPORTER_VERSION = 3  # raise it when the exporter makes another graph or other specs from the same inputs
+TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentExport:
+    """One component to export.
+
+    Attributes:
+        name: its name in the bundle.
+        part: the part of the sources that it is made from.
+        key: hash of everything that its ONNX file depends on.
+        precision: of its weights.
+        load: loads the weights; called only if the component is not there yet.
+    """
+
+    name: str
+    part: str
+    key: str
+    precision: Precision
+    load: Callable[[], ComponentModule]
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that write a bundle."""
+    from .. import __version__
+    from ..engines.onnx_runtime import ort_version  # its distribution has another name for GPUs
+
+    tools = {tool: importlib.metadata.version(tool) for tool in TOOLS}
+    return {"hypersd": __version__, **tools, "onnxruntime": ort_version()}
+
+
+def component_exports(
+    checkpoint: Checkpoint,
+    sources: Sources,
+    records: dict[str, tuple[SourceFile, ...]],
+    shapes: ImageShapes,
+    precision: str,
+    lora: Lora | None = None,
+    lora_scale: float = 1.0,
+) -> list[ComponentExport]:
+    """The bundle's components, smallest first, so that errors show early.
+
+    Args:
+        checkpoint: which Hyper-SD file.
+        sources: where the weights are.
+        records: the weight files' hashes, by part.
+        shapes: image sizes and batch.
+        precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
+        lora: the opened LoRA, if the checkpoint is one.
+        lora_scale: factor on top of the LoRA's own alpha/rank.
+    """
+    exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], lora, lora_scale)
+    return [
+        *map(exports.text_encoder, find_family(checkpoint.family).text_encoders),
+        exports.vae_decoder(),
+        *map(exports.cond_embedding, sources.controlnets),
+        *map(exports.controlnet, sources.controlnets),
+        exports.unet(),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exports:
+    """The inputs of :func:`component_exports`, and a method for each kind of component."""
+
+    checkpoint: Checkpoint
+    sources: Sources
+    records: dict[str, tuple[SourceFile, ...]]
+    shapes: ImageShapes
+    precision: Precision
+    lora: Lora | None
+    lora_scale: float
+
+    def text_encoder(self, kind: TextEncoder) -> ComponentExport:
+        name, dtype = kind.component, self.precision.dtype
+        part = self.sources.parts[name]
+
+        def load() -> ComponentModule:
+            return text_encoder_component(kind, load_text_encoder(part, kind.class_name, dtype), self.shapes)
+
+        return self._export(name, name, load, batch=str(self.shapes.batch), family=self.checkpoint.family)
+
+    def vae_decoder(self) -> ComponentExport:
+        part = self.sources.parts["vae"]
+        precision = PRECISIONS["fp32"] if needs_float32(part, self.checkpoint.family) else self.precision
+
+        def load() -> ComponentModule:
+            return vae_decoder_component(load_vae(part, precision.dtype), self.shapes, self._scale)
+
+        return self._export("vae_decoder", "vae", load, precision=precision, shapes=self._sizes)
+
+    def cond_embedding(self, name: str) -> ComponentExport:
+        part = controlnet(name)
+
+        def load() -> ComponentModule:
+            return cond_embedding_component(self._load_controlnet(part), self.shapes, self._scale)
+
+        return self._export(cond_embedding(name), part, load, shapes=self._sizes, latent_scale=self._scale)
+
+    def controlnet(self, name: str) -> ComponentExport:
+        part, guided = controlnet(name), self.checkpoint.is_guided
+
+        def load() -> ComponentModule:
+            return controlnet_component(self._load_controlnet(part), self.shapes, guided, self._scale)
+
+        return self._export(part, part, load, shapes=self._sizes, guided=guided, latent_scale=self._scale)
+
+    def unet(self) -> ComponentExport:
+        make = controlled_unet_component if self.sources.controlnets else unet_component
+        part, guided = self.sources.parts["unet"], self.checkpoint.is_guided
+
+        def load() -> ComponentModule:
+            loaded = load_unet(part, self.precision.dtype, self.lora, self.lora_scale)
+            return make(loaded, self.shapes, guided, self._scale)
+
+        lora = [record.sha256 for record in self.records.get("lora", ())]
+        more = {"lora": lora, "lora_scale": self.lora_scale, "residuals": bool(self.sources.controlnets)}
+        return self._export("unet", "unet", load, shapes=self._sizes, guided=guided, latent_scale=self._scale, **more)
+
+    def _load_controlnet(self, part: str) -> Any:
+        return load_controlnet(self.sources.parts[part], self.precision.dtype)
+
+    @property
+    def _scale(self) -> int:
+        return latent_scale(self.sources)
+
+    @property
+    def _sizes(self) -> list[str]:
+        return [f"{r.name}={r.min}:{r.opt}:{r.max}" for r in self.shapes.extents]
+
+    def _export(
+        self,
+        name: str,
+        part: str,
+        load: Callable[[], ComponentModule],
+        *,
+        precision: Precision | None = None,
+        **more: Any,
+    ) -> ComponentExport:
+        config, precision = self.sources.parts[part].config, precision or self.precision
+        inputs = {
+            "name": name,
+            "exporter": EXPORTER_VERSION,
+            "tools": tool_versions(),
+            "opset": OPSET,
+            "precision": precision.name,
+            "weights": [record.sha256 for record in self.records[part]],
+            "config": {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"},
+            **more,
+        }
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        return ComponentExport(name, part, key, precision, load)
+
+
+def latent_scale(sources: Sources) -> int:
+    """Pixels per latent."""
+    return pixels_per_latent(sources.parts["vae"].config)
+
+
+def needs_float32(vae: Part, family: str) -> bool:
+    """Whether the VAE overflows in float16, in which case diffusers decodes in float32 too."""
+    return find_family(family).is_vae_upcast and not is_tiny(vae) and bool(vae.config.get("force_upcast", True))

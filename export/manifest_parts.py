@@ -1,0 +1,115 @@
+"""The parts of a bundle's manifest that follow from the sources: sampler, scheduler, VAE, origin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..engines.manifest import Origin, SamplerSettings, SourceFile, VaeSettings
+from ..errors import WeightsError, one_line
+from ..families import find_family
+from ..samplers import find_sampler
+from .checkpoints import Checkpoint
+from .component_exports import latent_scale
+from .layout import Found
+from .models import is_tiny
+from .sources import Sources
+
+# The constants that change a step; diffusers' configurations hold more.
+CONSTANTS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "clip_sample",
+    "clip_sample_range",
+    "set_alpha_to_one",
+    "steps_offset",
+    "prediction_type",
+    "thresholding",
+    "timestep_spacing",
+    "rescale_betas_zero_snr",
+    "original_inference_steps",
+    "timestep_scaling",
+)
+
+
+def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that ``SCHEDULER.from_config(base)`` gives, as Hyper-SD's model card makes it.
+
+    Args:
+        kind: the sampler's name, ``"ddim"``, ``"tcd"`` or ``"lcm"``.
+        base_config: the base's ``scheduler_config.json``.
+
+    Raises:
+        WeightsError: diffusers makes no scheduler of it.
+    """
+    import diffusers
+
+    sampler = find_sampler(kind)
+    scheduler_class = getattr(diffusers, sampler.scheduler_class)
+    try:
+        config = scheduler_class.from_config(dict(base_config), **sampler.scheduler_settings).config
+    except Exception as error:  # whatever the constructor stumbles over
+        raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {one_line(error)}") from error
+    return {key: config[key] for key in CONSTANTS if key in config}
+
+
+def sampler_settings(checkpoint: Checkpoint) -> SamplerSettings:
+    """The checkpoint's recommended settings."""
+    return SamplerSettings(
+        kind=checkpoint.sampler,
+        num_inference_steps=checkpoint.allowed_steps[0],
+        allowed_steps=checkpoint.allowed_steps,
+        timesteps=checkpoint.timesteps,
+        eta=checkpoint.eta,
+        guidance_scale=checkpoint.guidance_scale,
+    )
+
+
+def vae_settings(sources: Sources, family: str) -> VaeSettings:
+    """The VAE's constants, from its configuration."""
+    vae = sources.parts["vae"]
+    default = 1.0 if is_tiny(vae) else find_family(family).scaling_factor
+    return VaeSettings(
+        scaling_factor=float(vae.config.get("scaling_factor", default)),
+        spatial=latent_scale(sources),
+        latent_channels=find_family(family).latent_channels,
+        tiny=is_tiny(vae),
+    )
+
+
+def origin(
+    sources: Sources, records: dict[str, tuple[SourceFile, ...]], variant: str | None, lora_scale: float
+) -> Origin:
+    """The locations and hashes of everything that the bundle was made from."""
+    return Origin(
+        base=sources.base,
+        revision=sources.base_revision,
+        variant=variant,
+        vae=sources.vae,
+        vae_revision=sources.vae_revision,
+        lora_scale=lora_scale if sources.lora else None,
+        controlnets=sources.controlnets,
+        weights=records,
+    )
+
+
+def source_records(sources: Sources) -> dict[str, tuple[SourceFile, ...]]:
+    """The manifest's records of all weight files; each file is hashed once."""
+    cache: dict[Found, SourceFile] = {}
+
+    def record(found: Found) -> SourceFile:
+        if found not in cache:
+            cache[found] = found.record()
+        return cache[found]
+
+    return {name: tuple(map(record, files)) for name, files in sources.weights.items()}
+
+
+def default_size(sources: Sources, family: str) -> int:
+    """Pixels of a side that the base was trained for: the UNet's ``sample_size``, as in diffusers, or the family's."""
+    size = sources.parts["unet"].config.get("sample_size")
+    if not size:
+        return find_family(family).default_size
+    return (size if isinstance(size, int) else size[0]) * latent_scale(sources)
