@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..engines import Bundle
-    from ..engines.manifest import EngineTarget, TensorSpec
+    from ..engines.specs import EngineTarget, TensorSpec
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
 SHOWN_NAMES = 3  # of a component's attentions

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import BundleError, RequestError
 from .files import sha256_file, write_whole
-from .manifest import MANIFEST_NAME, Component, Manifest, Plan, decode, encode
+from .manifest import MANIFEST_NAME, Manifest, decode, encode
+from .specs import Component, Plan
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .engine import TORCH_DTYPES
-from .manifest import TensorSpec
 from .precision import PRECISIONS
+from .specs import TensorSpec
 
 # By the type that is computed in.
 TOLERANCES = {precision.compute: precision.tolerance for precision in PRECISIONS.values()}

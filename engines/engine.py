@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError, EngineError
-from .manifest import Component, TensorSpec
+from .specs import Component, TensorSpec
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "uint8": torch.uint8}
 

@@ -1,4 +1,4 @@
-"""Shapes of a bundle's images, parts of them, and the tensors' shapes that follow."""
+"""Parts of the shapes of a bundle's images, and the shapes of tensors that follow from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import msgspec
 
 from ..errors import RequestError
-from .manifest import ImageShapes, Manifest, Range, TensorSpec, dim_range
+from .manifest import Manifest
+from .specs import ImageShapes, Range, TensorSpec, dim_range
 from .vocabulary import DIMS
 
 MOST_HALVINGS = 5  # of a latent's sides, on the way down a UNet: three in SD1.5's, two in SDXL's
@@ -18,7 +19,7 @@ def choose_shapes(manifest: Manifest, spans: Mapping[str, tuple[int, int, int]])
 
     Args:
         manifest: the bundle's.
-        spans: ``batch``, ``height`` and ``width`` as (min, opt, max); what is not named keeps the bundle's range.
+        spans: ``batch``, ``height`` and ``width`` as (min, opt, max); others keep the bundle's range.
 
     Raises:
         RequestError: a span is out of order or outside the bundle's, or a side is not a multiple of 8.
@@ -44,7 +45,7 @@ def _part(wide: Range, span: tuple[int, int, int], manifest: Manifest) -> Range:
 
 
 def narrowed(manifest: Manifest, shapes: ImageShapes) -> Manifest:
-    """The manifest of a bundle that is made for ``shapes`` alone; a smaller one has no engines.
+    """The manifest narrowed to ``shapes``; the result has no engines unless the shapes are the bundle's.
 
     Raises:
         RequestError: the shapes reach outside the bundle's, or a side is not a multiple of 8.

@@ -11,8 +11,9 @@ from ..errors import BundleError, DeviceError, RequestError
 from .bundle import Bundle
 from .engine import Engine
 from .image_shapes import narrowed
-from .manifest import EngineTarget, Manifest
+from .manifest import Manifest
 from .progress import BuildProgress, Silent
+from .specs import EngineTarget
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
 from .tensorrt.targets import target_name

@@ -1,10 +1,9 @@
-"""What a bundle says of itself: the schema of ``bundle.json``, its reading and its writing."""
+"""The manifest of a bundle: the schema of ``bundle.json``, its checks, reading and writing."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -20,135 +19,34 @@ from .component_names import (
     residual_input,
 )
 from .precision import PrecisionName
-from .vocabulary import OPTIMIZATION_LEVELS, SHA256, Preprocess, TensorRTBackend
+from .specs import (
+    Component,
+    EngineTarget,
+    ImageShapes,
+    OneGraph,
+    Positive,
+    Record,
+    Sha256,
+    Size,
+)
+from .vocabulary import Preprocess
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
-HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: what it is a part of, and the divisor
 
-DType = Literal["float32", "float16", "int64", "uint8"]
-Sha256 = Annotated[str, msgspec.Meta(pattern=rf"^{SHA256}\Z")]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Size = Annotated[int, msgspec.Meta(ge=0)]
 LARGEST_SCALE = 10.0  # of a ControlNet's residuals; diffusers has no limit, people use up to 2
 ConditioningScale = Annotated[float, msgspec.Meta(ge=0, le=LARGEST_SCALE)]
-OptimizationLevel = Annotated[int, msgspec.Meta(ge=OPTIMIZATION_LEVELS[0], le=OPTIMIZATION_LEVELS[-1])]
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Immutable, and nothing in the file that the schema does not know."""
-
-
-class Range(_Record, frozen=True, kw_only=True):
-    """A dimension that may vary: its smallest, its usual and its largest extent."""
-
-    name: str
-    min: Positive
-    opt: Positive
-    max: Positive
-
-    def __post_init__(self) -> None:
-        if not self.min <= self.opt <= self.max:
-            raise ValueError(f"{self.name}: expected min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
-
-    def __str__(self) -> str:
-        return str(self.opt) if self.min == self.max else f"{self.min}..{self.max}"
-
-    def divided(self, factor: int, name: str) -> Range:
-        """The range of a dimension that is a ``factor``-th of this one, as latents are of pixels."""
-        return Range(name=name, min=self.min // factor, opt=self.opt // factor, max=self.max // factor)
-
-    def halved(self, times: int) -> Range:
-        """This dimension after so many convolutions of stride 2, each of which rounds up: ``latent_height_div4``."""
-        divisor = 2**times
-        name = f"{self.name}_div{divisor}" if times else self.name
-        return Range(name=name, min=-(-self.min // divisor), opt=-(-self.opt // divisor), max=-(-self.max // divisor))
-
-    @property
-    def is_halved(self) -> bool:
-        """Whether it follows from another dimension, as :meth:`halved` makes it."""
-        return HALVED.fullmatch(self.name) is not None
-
-    def extent(self, extents: Mapping[str, int]) -> int | None:
-        """What it is where some dimensions' extents are known by name; None if it does not follow from them."""
-        if self.name in extents:
-            return extents[self.name]
-        halved = HALVED.fullmatch(self.name)
-        if halved is None or halved[1] not in extents:
-            return None
-        return -(-extents[halved[1]] // int(halved[2]))
-
-
-Dim = Positive | Range
-
-
-def dim_range(dim: int | Range) -> Range:
-    """Any dimension as a range; a fixed one has three equal ends."""
-    return dim if isinstance(dim, Range) else Range(name="fixed", min=dim, opt=dim, max=dim)
-
-
-class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name apart, all that an engine promises of one input or output.
-
-    ``rows_per_image`` is how many rows of a first axis named ``batch`` an image may take: 2 under guidance.
-    """
-
-    dtype: DType
-    shape: tuple[Dim, ...]
-    rows_per_image: Positive = 1
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(str(dim) for dim in self.shape)}]"
-
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of ``shape`` lies inside every range."""
-        if len(shape) != len(self.shape):
-            return False
-        for dim, extent in zip(self.shape, shape, strict=True):  # at every run of an engine: nothing is made here
-            if not (dim == extent if isinstance(dim, int) else dim.min <= extent <= dim.max):
-                return False
-        return True
-
-    def extents(self, shape: Sequence[int]) -> dict[str, int]:
-        """What the dimensions that vary are in a tensor of ``shape``, by name."""
-        pairs = zip(self.shape, shape, strict=False)  # a tensor that does not fit, the engine refuses
-        return {dim.name: extent for dim, extent in pairs if not isinstance(dim, int)}
-
-    def shape_at(self, extents: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape where these dimensions are known; others have their usual extent."""
-        return tuple(dim if isinstance(dim, int) else dim.extent(extents) or dim.opt for dim in self.shape)
-
-
-class Component(_Record, frozen=True, kw_only=True):
-    """One network of the bundle.
-
-    ``key`` is the hash of all that its ONNX file was made from: two components of one key are interchangeable.
-    """
-
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
-    files: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    key: Sha256
-
-    def __post_init__(self) -> None:
-        if len(set(self.files)) != len(self.files):
-            raise ValueError(f"files named twice: {', '.join(self.files)}")
-
-    @property
-    def onnx(self) -> str:
-        """The ONNX file, relative to the bundle; the other files are its external data."""
-        return self.files[0]
-
-
-class FileRecord(_Record, frozen=True, kw_only=True):
-    """A file of the bundle, as it was written."""
+class FileRecord(Record, frozen=True, kw_only=True):
+    """Size and hash of a file of the bundle."""
 
     size: Size
     sha256: Sha256
 
 
-class SourceFile(_Record, frozen=True, kw_only=True):
+class SourceFile(Record, frozen=True, kw_only=True):
     """A weight file that the bundle was made from.
 
     ``repo`` is its Hub repository or demonstration folder, ``path`` its place on the exporting machine if it has none.
@@ -162,24 +60,24 @@ class SourceFile(_Record, frozen=True, kw_only=True):
     path: str | None = None
 
 
-class ControlNetOrigin(_Record, frozen=True, kw_only=True):
-    """Where a ControlNet came from: a Hub repository, a folder or a demonstration folder; ``revision`` its commit."""
+class ControlNetOrigin(Record, frozen=True, kw_only=True):
+    """Source of a ControlNet: a Hub repository, a folder or a demonstration folder; ``revision`` is its commit."""
 
     location: str
     revision: str | None = None
 
 
-class Origin(_Record, frozen=True, kw_only=True):
-    """Where the parts came from, enough to load them again with diffusers (``hypersd verify``).
+class Origin(Record, frozen=True, kw_only=True):
+    """Sources of the components, sufficient to load them again with diffusers (``hypersd verify``).
 
     Attributes:
         base: a Hub repository, a folder in diffusers layout, a demonstration folder or a single-file checkpoint.
         revision: the commit of ``base`` if it is on the Hub.
-        variant: ``"fp16"`` if the half-precision weight files were taken.
-        vae: where the VAE was taken from if not from ``base``.
-        lora_scale: what the LoRA was scaled with before it was fused; None without a LoRA.
-        controlnets: where each ControlNet came from, by its name.
-        weights: for each component the files that its weights came from.
+        variant: ``"fp16"`` if the half-precision weight files were used.
+        vae: source of the VAE if it is not ``base``.
+        lora_scale: factor of the LoRA before it was fused; None without a LoRA.
+        controlnets: source of each ControlNet, by its name.
+        weights: the weight files of each component.
     """
 
     base: str
@@ -192,7 +90,7 @@ class Origin(_Record, frozen=True, kw_only=True):
     weights: dict[str, tuple[SourceFile, ...]]
 
 
-class SamplerSettings(_Record, frozen=True, kw_only=True):
+class SamplerSettings(Record, frozen=True, kw_only=True):
     """The sampler and its recommended settings, the defaults of a call; ``kind`` is the sampler's name."""
 
     kind: str
@@ -203,7 +101,7 @@ class SamplerSettings(_Record, frozen=True, kw_only=True):
     guidance_scale: float
 
 
-class VaeSettings(_Record, frozen=True, kw_only=True):
+class VaeSettings(Record, frozen=True, kw_only=True):
     """``scaling_factor`` divides the latents before they are decoded; ``spatial`` is pixels per latent."""
 
     scaling_factor: float
@@ -212,121 +110,20 @@ class VaeSettings(_Record, frozen=True, kw_only=True):
     tiny: bool = False
 
 
-class ControlNetSettings(_Record, frozen=True, kw_only=True):
-    """How a ControlNet wants to be used; what a call leaves out comes from here.
+class ControlNetSettings(Record, frozen=True, kw_only=True):
+    """Recommended settings of a ControlNet, the defaults of a call.
 
-    ``preprocess`` is what makes its control image from a photograph or a drawing.
+    ``preprocess`` names the filter that makes its control image from a photograph or a drawing.
     """
 
     conditioning_scale: ConditioningScale = 1.0
     preprocess: Preprocess = "none"
 
 
-class ImageShapes(_Record, frozen=True, kw_only=True):
-    """Images per call of a network, and their size in pixels."""
-
-    batch: Range
-    height: Range
-    width: Range
-
-    @property
-    def extents(self) -> tuple[Range, Range, Range]:
-        return self.batch, self.height, self.width
-
-
-class OneGraph(_Record, frozen=True, kw_only=True):
-    """The whole image as one network, for settings that are fixed: tokens and noise in, finished pixels out.
-
-    Attributes:
-        network: its tensors and files: its graph, and then the files of the components' weights, which it reads.
-        num_inference_steps: None with ``timesteps``, and the other way round.
-        timesteps: custom ones.
-        eta: 0..1, stochasticity (DDIM's eta, TCD's gamma).
-        batch: images per run.
-        height: in pixels.
-        width: in pixels.
-    """
-
-    network: Component
-    num_inference_steps: Positive | None = None
-    timesteps: tuple[Size, ...] | None = None
-    eta: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    batch: Positive
-    height: Positive
-    width: Positive
-
-    def __post_init__(self) -> None:
-        if (self.num_inference_steps is None) == (not self.timesteps):
-            raise ValueError("a one-graph has either num_inference_steps or timesteps")
-
-    @property
-    def steps(self) -> int:
-        """How often the UNet is in it."""
-        return len(self.timesteps) if self.timesteps else self.num_inference_steps or 0
-
-    @property
-    def extents(self) -> tuple[int, int, int]:
-        """As those of :class:`ImageShapes`: images, height and width."""
-        return self.batch, self.height, self.width
-
-
-class Plan(_Record, frozen=True, kw_only=True):
-    """One component as TensorRT built it.
-
-    Attributes:
-        file: the plan, relative to the bundle.
-        onnx: hash of the component's files that it was built from.
-        key: hash of all that it was built from, options included: plans of one key are interchangeable.
-        seconds: what the build took.
-        host_memory: largest resident size of the building process, in bytes.
-        weights_memory: device memory that the weights take, in bytes, as TensorRT reported it.
-        activation_memory: device memory that a run takes besides, in bytes, at the largest shapes.
-        decomposed_attention: attention nodes for which TensorRT has no fused kernel and that became plain ones.
-        error: largest difference from ONNX Runtime, as a part of its largest value; None where the plan was built
-            on a machine that cannot run it.
-    """
-
-    file: str
-    onnx: Sha256
-    key: Sha256
-    seconds: float
-    host_memory: Size
-    weights_memory: Size | None = None
-    activation_memory: Size | None = None
-    decomposed_attention: tuple[str, ...] = ()
-    error: float | None = None
-
-
-class EngineTarget(_Record, frozen=True, kw_only=True):
-    """Plans that run on the same machines, and all that decides which those are.
-
-    Attributes:
-        backend: ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        version: its version; a plan runs on no other.
-        compute_capabilities: GPUs such as ``"8.9"``; none for a portable target, which RTX compiles when it is loaded.
-        platform: operating system and processor, such as ``"linux-x86_64"``; the processor alone for RTX.
-        precision: the bundle's.
-        shapes: images that the plans are built for, the bundle's or a part of them.
-        optimization_level: TensorRT's, 0 to 5; None for its default.
-        stripped: the plans hold no weights; they are taken from the ONNX files when a plan is loaded.
-        plans: by component.
-    """
-
-    backend: TensorRTBackend
-    version: str
-    compute_capabilities: tuple[str, ...]
-    platform: str
-    precision: PrecisionName
-    shapes: ImageShapes
-    optimization_level: OptimizationLevel | None = None
-    stripped: bool = False
-    plans: dict[str, Plan]
-
-
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """The whole of ``bundle.json``.
 
-    ``random_weights`` says that the weights are not the checkpoint's: such a bundle is for measurements.
+    ``random_weights`` means that the weights are not the checkpoint's: such a bundle is for measurements.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -362,17 +159,17 @@ class Manifest(_Record, frozen=True, kw_only=True):
             self._check_target(name, target)
 
     def _check_controlnet(self, name: str) -> None:
-        """A ControlNet is two networks, and a UNet that takes what they make."""
+        """A ControlNet is two components, and a UNet that accepts its residuals."""
         check_controlnet_name(name)
         needed = {controlnet(name), cond_embedding(name), "unet"}
         if absent := sorted(needed - self.components.keys()):
             raise ValueError(f"ControlNet {name} without its {' and '.join(absent)}")
         made = {residual_input(output) for output in self.components[controlnet(name)].outputs}
         if lost := sorted(made - self.components["unet"].inputs.keys()):
-            raise ValueError(f"ControlNet {name} makes what the UNet does not take: {', '.join(lost)}")
+            raise ValueError(f"ControlNet {name} has outputs that the UNet does not accept: {', '.join(lost)}")
 
     def _check_one_graph(self, name: str, one_graph: OneGraph) -> None:
-        """A one-graph is a file of its own, and otherwise made of the components' files."""
+        """A one-graph has a file of its own, and reads the components' files."""
         check_one_graph_name(name)
         graph, *weights = one_graph.network.files
         if graph != one_graph_file(name):
@@ -387,7 +184,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
                 raise ValueError(f"one-graph {name}: {wide.name} {extent} is outside the bundle's {wide}")
 
     def _check_target(self, name: str, target: EngineTarget) -> None:
-        """A target is one folder of plans, and of nothing else: commands delete it."""
+        """A target is one folder with plans and nothing else: commands delete it."""
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or not name.strip("."):
             raise ValueError(f"target name {name!r} is not that of a folder")
         if not (target.version + target.platform + "".join(target.compute_capabilities)).isprintable():
@@ -405,7 +202,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
 
 
 def check_relative(name: str) -> None:
-    """Refuse a file name that could lead out of the bundle's folder, on any system."""
+    """Reject a file name that could lead out of the bundle's folder, on any system."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
         raise ValueError(f"file name {name!r} leads out of the bundle")

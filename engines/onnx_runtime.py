@@ -18,7 +18,7 @@ from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.graphs import retain
 from .engine import check_feeds, check_graph
-from .manifest import Component
+from .specs import Component
 from .stored_models import find_stored_model, open_stored
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64, torch.uint8: np.uint8}

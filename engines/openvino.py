@@ -16,7 +16,7 @@ from ..errors import BundleError, DeviceError, EngineError, HyperSDError, Reques
 from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .engine import check_feeds, check_graph
-from .manifest import Component, TensorSpec
+from .specs import Component, TensorSpec
 
 if TYPE_CHECKING:
     import openvino as ov

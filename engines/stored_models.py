@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from ..errors import BundleError, UserError, one_line, warn_user
 from .files import lock_file, whole_folder
-from .manifest import Component
+from .specs import Component
 
 VARIABLE = "HYPERSD_STORED_MODELS"
 GRAPH = "model.onnx"

@@ -10,7 +10,7 @@ from torch import Tensor
 from .by_shapes import ByShapes
 from .cuda.graphs import retain
 from .engine import TORCH_DTYPES, Engine, EngineWrapper, varying_extents
-from .manifest import TensorSpec
+from .specs import TensorSpec
 
 
 class ZeroedInputs(EngineWrapper):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..engines.component_names import cond_embedding, controlnet
-from ..engines.manifest import ImageShapes, SourceFile
+from ..engines.manifest import SourceFile
 from ..engines.precision import PRECISIONS, Precision
+from ..engines.specs import ImageShapes
 from ..families import TextEncoder, find_family
 from ..weights.lora import Lora
 from .checkpoints import Checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.compare import random_input
-from ..engines.manifest import ImageShapes, Range, TensorSpec
+from ..engines.specs import ImageShapes, Range, TensorSpec
 from ..families import TextEncoder
 
 TOKENS = 77  # CLIP's context

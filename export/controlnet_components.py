@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engines.component_names import residual_input
-from ..engines.manifest import ImageShapes, TensorSpec
+from ..engines.specs import ImageShapes, TensorSpec
 from .components import SCALAR, ComponentModule, Specs, added_conditions, denoiser_inputs, denoiser_specs
 from .controlnet_sources import residual_shapes
 

@@ -10,9 +10,10 @@ import msgspec
 
 from ..engines.bundle import Bundle
 from ..engines.component_names import controlnet
-from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, SourceFile
+from ..engines.manifest import MANIFEST_NAME, FileRecord, Manifest, SourceFile
 from ..engines.precision import PRECISIONS, PrecisionName
 from ..engines.progress import Stage
+from ..engines.specs import Component
 from ..errors import RequestError, UserError
 from ..weights.lora import Lora
 from ..weights.safetensors_file import SafetensorsFile

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..engines.manifest import Range, TensorSpec
+from ..engines.specs import Range, TensorSpec
 from .components import ComponentModule
 
 Pass = Callable[[Any, ComponentModule], None]  # changes an onnx_ir.Model in place

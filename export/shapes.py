@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..engines.manifest import ImageShapes, Range
+from ..engines.specs import ImageShapes, Range
 from ..engines.vocabulary import DIMS
 from ..errors import RequestError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..engines.manifest import Range, TensorSpec
+from ..engines.specs import Range, TensorSpec
 from .components import ComponentModule
 from .passes import PASSES
 

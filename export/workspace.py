@@ -17,7 +17,8 @@ import msgspec
 
 from ..engines.bundle import Bundle, write_manifest
 from ..engines.files import link_or_copy, lock_file, partial_path, replace_folder, sha256_file, write_whole
-from ..engines.manifest import MANIFEST_NAME, Component, FileRecord, Manifest, encode
+from ..engines.manifest import MANIFEST_NAME, FileRecord, Manifest, encode
+from ..engines.specs import Component
 from ..errors import BundleError, DiskFullError, HyperSDError, UserError, disk_full, is_disk_full
 
 PROGRESS_NAME = "progress.json"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engines import Engine
-from ..engines.manifest import dim_range
+from ..engines.specs import dim_range
 
 SHARED = frozenset({"timestep", "conditioning_scale"})  # inputs that have no row per image
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engines import Engine, Manifest
 from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.engine import TORCH_DTYPES
-from ..engines.manifest import OneGraph
+from ..engines.specs import OneGraph
 from ..errors import RequestError
 from ..families import find_family
 from ..samplers import Sampler

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engines import Manifest
-from ..engines.manifest import ImageShapes, Range
+from ..engines.specs import ImageShapes, Range
 from ..errors import RequestError
 from ..samplers.noise import Generators
 from ..samplers.numbers import is_whole, real_number, whole_number

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..engines.manifest import TensorSpec, dim_range
+from ..engines.specs import TensorSpec, dim_range
 from ..errors import RequestError
 from ..samplers.numbers import whole_number
 

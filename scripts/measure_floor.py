@@ -17,7 +17,7 @@ from floor.rates import DTYPES, Rates, machine_rates
 
 from hypersd.engines import Bundle
 from hypersd.engines.engine import TORCH_DTYPES
-from hypersd.engines.manifest import Component, Range, dim_range
+from hypersd.engines.specs import Component, Range, dim_range
 from hypersd.families import find_family
 from hypersd.runtime.params import Params, decide
 from hypersd.tools.bench.protocol import DECODE, TEXT_ENCODERS, step_name

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
-from ..engines.manifest import Range
+from ..engines.specs import Range
 from ..errors import RequestError
 from ..runtime import Pipeline
 from .calls import make_jobs

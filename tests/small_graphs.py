@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from hypersd.engines.engine import TORCH_DTYPES
-from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
+from hypersd.engines.specs import Component, Range, TensorSpec, dim_range
 
 ROWS, COLUMNS = (Range(name=name, min=1, opt=2, max=8) for name in ("rows", "columns"))
 

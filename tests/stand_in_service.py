@@ -16,7 +16,7 @@ import msgspec
 from PIL import Image
 
 from hypersd import Pipeline
-from hypersd.engines.manifest import Range
+from hypersd.engines.specs import Range
 from hypersd.runtime.params import Params
 from hypersd.runtime.pipeline import PipelineOutput
 from hypersd.serve import server

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from ..engines.manifest import TensorSpec
+from ..engines.specs import TensorSpec
 from ..export.trace import OPSET
 
 

@@ -15,8 +15,9 @@ from ..engines import Bundle, Manifest
 from ..engines.bundle import write_manifest
 from ..engines.component_names import one_graph_file
 from ..engines.files import lock_file, sha256_file, write_whole
-from ..engines.manifest import Component, FileRecord, OneGraph
+from ..engines.manifest import FileRecord
 from ..engines.progress import BuildProgress, Silent, Stage
+from ..engines.specs import Component, OneGraph
 from ..errors import BundleError, RequestError
 from ..export.check import check_types
 from ..export.component_exports import tool_versions

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ..engines.bundle import Bundle
 from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
 from ..engines.image_shapes import narrowed
-from ..engines.manifest import ImageShapes, Range, TensorSpec
+from ..engines.specs import ImageShapes, Range, TensorSpec
 from ..families import find_family
 from ..runtime.request import Request
 from ..samplers import make_sampler

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from ...errors import DeviceError, RequestError
-from ..manifest import EngineTarget, ImageShapes, Manifest
+from ..manifest import Manifest
+from ..specs import EngineTarget, ImageShapes
 from ..vocabulary import OPTIMIZATION_LEVELS, TENSORRT_BACKENDS, TensorRTBackend
 from .api import TensorRTApi, pip_line
 from .machine import Machine, why_not_backend

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import EngineError, HyperSDError, UserError, one_line
-from ..manifest import TensorSpec
+from ..specs import TensorSpec
 from ..vocabulary import TensorRTBackend
 from ..worker_process import WorkerChannel, WorkerDiedError, WorkerProcess
 
@@ -65,7 +65,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Built(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """The plan is written; see :class:`..manifest.Plan` for the fields. ``notes`` are for the user."""
+    """The plan is written; see :class:`..specs.Plan` for the fields. ``notes`` are for the user."""
 
     host_memory: int
     weights_memory: int | None

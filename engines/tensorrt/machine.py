@@ -8,7 +8,8 @@ import importlib.metadata
 import sys
 from collections.abc import Mapping
 
-from ..manifest import EngineTarget, Manifest
+from ..manifest import Manifest
+from ..specs import EngineTarget
 from ..vocabulary import TENSORRT_BACKENDS
 from .api import TITLES, installed_version, pip_line
 from .targets import onnx_hash, this_platform

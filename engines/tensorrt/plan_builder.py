@@ -16,8 +16,8 @@ from ...errors import BundleError, EngineError, one_line
 from ..cores import available_cores
 from ..files import write_whole
 from ..image_shapes import extents_of
-from ..manifest import TensorSpec, dim_range
 from ..progress import PhaseTree
+from ..specs import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api
 from .attention import attentions_without_kernel, mark_decomposable, without_attention
 from .build_process import BuildJob, Built

@@ -12,15 +12,9 @@ from ...errors import BundleError, DiskFullError, EngineError, RequestError, dis
 from ..bundle import Bundle, write_manifest
 from ..files import cache_folder, link_or_copy, lock_file, sha256_file, whole_file
 from ..image_shapes import narrowed
-from ..manifest import (
-    ENGINES_FOLDER,
-    MANIFEST_NAME,
-    Component,
-    EngineTarget,
-    FileRecord,
-    Plan,
-)
+from ..manifest import ENGINES_FOLDER, MANIFEST_NAME, FileRecord
 from ..progress import BuildProgress, Silent, Stage
+from ..specs import Component, EngineTarget, Plan
 from .api import TensorRTApi, load_api
 from .build_options import BuildOptions, check_options, choose_backend, make_target, why_chosen
 from .build_process import BuildJob, Built, run_build

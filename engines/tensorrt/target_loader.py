@@ -11,8 +11,8 @@ from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
 from ..files import write_whole
 from ..image_shapes import extents_of
-from ..manifest import Component
 from ..progress import BuildProgress, Stage
+from ..specs import Component
 from .activation_memory import ActivationMemory, out_of_memory
 from .api import load_api
 from .tensorrt_engine import TensorRTEngine

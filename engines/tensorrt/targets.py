@@ -9,7 +9,8 @@ import sys
 
 import msgspec
 
-from ..manifest import Component, EngineTarget, Manifest, Range
+from ..manifest import Manifest
+from ..specs import Component, EngineTarget, Range
 from .api import TITLES
 
 BUILDER_VERSION = 1  # raise it when the builder makes a different plan from the same inputs

@@ -17,7 +17,7 @@ from ..by_shapes import ByShapes
 from ..cuda.graphs import retain
 from ..engine import TORCH_DTYPES, check_feeds
 from ..image_shapes import extents_of
-from ..manifest import Component, TensorSpec
+from ..specs import Component, TensorSpec
 from .activation_memory import ActivationMemory, free_memory, out_of_memory
 from .api import DTYPE_NAMES, TensorRTApi
 

@@ -11,7 +11,7 @@ from ...errors import EngineError
 from ..bundle import Bundle
 from ..compare import TOLERANCES, differences, excess
 from ..image_shapes import extents_of
-from ..manifest import Component, EngineTarget, TensorSpec
+from ..specs import Component, EngineTarget, TensorSpec
 from .api import TensorRTApi
 from .machine import Machine, why_not_gpu
 

@@ -22,7 +22,7 @@ from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
 from hypersd.engines.files import sha256_file
 from hypersd.engines.image_shapes import choose_shapes
-from hypersd.engines.manifest import ImageShapes, Range
+from hypersd.engines.specs import ImageShapes, Range
 from hypersd.errors import RequestError
 
 if os.environ.get("CI") == "true":  # there it is installed, and must not hide the whole file if it is not

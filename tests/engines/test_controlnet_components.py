@@ -19,16 +19,8 @@ from hypersd.engines.component_names import (
     residual_input,
 )
 from hypersd.engines.engine import NullEngine, varying_extents
-from hypersd.engines.manifest import (
-    Component,
-    ControlNetOrigin,
-    ControlNetSettings,
-    Range,
-    TensorSpec,
-    check_relative,
-    decode,
-    encode,
-)
+from hypersd.engines.manifest import ControlNetOrigin, ControlNetSettings, check_relative, decode, encode
+from hypersd.engines.specs import Component, Range, TensorSpec
 
 from .test_manifest import DELETE, HASH, MANIFEST, WHERE, changed, refusal, text
 

@@ -11,16 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from small_manifests import HASH, shapes, small_manifest
 
-from hypersd.engines.manifest import (
-    SCHEMA_VERSION,
-    Manifest,
-    Range,
-    TensorSpec,
-    check_relative,
-    decode,
-    dim_range,
-    encode,
-)
+from hypersd.engines.manifest import SCHEMA_VERSION, Manifest, check_relative, decode, encode
+from hypersd.engines.specs import Range, TensorSpec, dim_range
 from hypersd.errors import BundleError
 
 WHERE = "some/bundle.json"

@@ -22,7 +22,7 @@ from torch import Tensor
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction
 from hypersd.engines.engine import check_feeds
-from hypersd.engines.manifest import Range, TensorSpec
+from hypersd.engines.specs import Range, TensorSpec
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.errors import EngineError
 

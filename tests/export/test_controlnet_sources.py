@@ -17,7 +17,8 @@ from make_tiny_repos import sd15_unet, sdxl_unet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hypersd.engines.manifest import ControlNetOrigin, ControlNetSettings, dim_range
+from hypersd.engines.manifest import ControlNetOrigin, ControlNetSettings
+from hypersd.engines.specs import dim_range
 from hypersd.errors import RequestError, WeightsError
 from hypersd.export.checkpoints import DEMO_CONTROLNET
 from hypersd.export.components import ComponentModule, unet_component

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hypersd.engines.manifest import ImageShapes, Range
+from hypersd.engines.specs import ImageShapes, Range
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.components import unet_component
 from hypersd.export.models import check_unet_sources, load_unet

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from hypersd.engines.bundle import Bundle
-from hypersd.engines.manifest import Range, TensorSpec
 from hypersd.engines.precision import PRECISIONS
+from hypersd.engines.specs import Range, TensorSpec
 from hypersd.errors import ExportError
 from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, reference_cases
 from hypersd.export.components import ComponentModule, vae_decoder_component

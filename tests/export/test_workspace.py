@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 
 from hypersd.engines.bundle import Bundle
-from hypersd.engines.manifest import (
-    Component,
-    FileRecord,
-    ImageShapes,
-    Manifest,
-    Origin,
-    Range,
-    SamplerSettings,
-    VaeSettings,
-)
+from hypersd.engines.manifest import FileRecord, Manifest, Origin, SamplerSettings, VaeSettings
+from hypersd.engines.specs import Component, ImageShapes, Range
 from hypersd.errors import DiskFullError, ExportError, UserError
 from hypersd.export.workspace import PROGRESS_NAME, Workspace, check_space
 

@@ -26,7 +26,7 @@ from hypersd.engines import Bundle, Manifest
 from hypersd.engines.engine import NullEngine
 from hypersd.engines.image_shapes import narrowed
 from hypersd.engines.load import Choice
-from hypersd.engines.manifest import ImageShapes, Range, TensorSpec
+from hypersd.engines.specs import ImageShapes, Range, TensorSpec
 from hypersd.errors import BundleError, EngineError, RequestError
 from hypersd.runtime import pipeline as module
 from hypersd.runtime.batching import run_rows

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
-from hypersd.engines.manifest import Range, TensorSpec
+from hypersd.engines.specs import Range, TensorSpec
 from hypersd.errors import RequestError
 from hypersd.runtime.tiling import check_tile, least_latents, tiled_decode
 

@@ -19,7 +19,7 @@ from PIL import Image
 from stand_in_service import LONG, GatedPipeline, StandInService, until
 
 from hypersd import Pipeline
-from hypersd.engines.manifest import Range
+from hypersd.engines.specs import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.runtime.params import Params
 from hypersd.serve.calls import images_at_once, make_jobs

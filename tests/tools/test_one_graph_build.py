@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hypersd.engines import Bundle
 from hypersd.engines.compare import TOLERANCES, differences
-from hypersd.engines.manifest import TensorSpec
 from hypersd.engines.onnx_runtime import make_plain_session
 from hypersd.engines.progress import Silent
+from hypersd.engines.specs import TensorSpec
 from hypersd.errors import BundleError, RequestError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.runtime.params import Params

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engines import Bundle, Manifest
-from ...engines.manifest import TensorSpec
+from ...engines.specs import TensorSpec
 from ...families import find_family
 from ...samplers import find_sampler
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from hypersd.engines import Bundle
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedEngine
 from hypersd.engines.engine import TORCH_DTYPES, NullEngine
-from hypersd.engines.manifest import Component, Range, TensorSpec, dim_range
+from hypersd.engines.specs import Component, Range, TensorSpec, dim_range
 from hypersd.errors import EngineError
 
 pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning")

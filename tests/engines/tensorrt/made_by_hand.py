@@ -9,19 +9,8 @@ import msgspec
 import pytest
 
 from hypersd.engines.image_shapes import narrowed
-from hypersd.engines.manifest import (
-    Component,
-    EngineTarget,
-    FileRecord,
-    ImageShapes,
-    Manifest,
-    Origin,
-    Plan,
-    Range,
-    SamplerSettings,
-    TensorSpec,
-    VaeSettings,
-)
+from hypersd.engines.manifest import FileRecord, Manifest, Origin, SamplerSettings, VaeSettings
+from hypersd.engines.specs import Component, EngineTarget, ImageShapes, Plan, Range, TensorSpec
 from hypersd.engines.tensorrt.machine import Gpu, Machine
 from hypersd.engines.tensorrt.targets import onnx_hash, plan_key
 from hypersd.errors import HyperSDError

@@ -28,7 +28,7 @@ import record_tensorrt_api
 import torch
 
 from hypersd.engines.by_shapes import KEPT
-from hypersd.engines.manifest import Component, Range, TensorSpec
+from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
 from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, load_api

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hypersd.engines import worker_process
 from hypersd.engines.bundle import Bundle
-from hypersd.engines.manifest import TensorSpec
+from hypersd.engines.specs import TensorSpec
 from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH, SECONDS_TO_STOP, BuildJob, run_build
 from hypersd.errors import EngineError, UserError
 

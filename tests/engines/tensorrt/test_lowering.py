@@ -13,7 +13,7 @@ import pytest
 from hypersd.engines.bundle import Bundle
 from hypersd.engines.compare import TOLERANCES, differences
 from hypersd.engines.image_shapes import extents_of
-from hypersd.engines.manifest import TensorSpec
+from hypersd.engines.specs import TensorSpec
 from hypersd.engines.tensorrt.attention import without_attention
 
 COMPONENTS = ["text_encoder", "unet", "vae_decoder"]

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from hypersd.engines.manifest import EngineTarget, Plan
+from hypersd.engines.specs import EngineTarget, Plan
 from hypersd.engines.tensorrt import machine as module
 from hypersd.engines.tensorrt.machine import (
     Machine,

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from hypersd.engines.bundle import Bundle
-from hypersd.engines.manifest import Component, Range, TensorSpec
+from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt.api import load_api
 from hypersd.engines.tensorrt.build_process import BuildJob, Built
 from hypersd.engines.tensorrt.machine import driver_cuda_version

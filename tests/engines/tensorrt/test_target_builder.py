@@ -22,8 +22,9 @@ from hypersd.engines import BuildOptions, Bundle, build_engines
 from hypersd.engines.bundle import write_manifest
 from hypersd.engines.files import sha256_file
 from hypersd.engines.image_shapes import narrowed
-from hypersd.engines.manifest import EngineTarget, FileRecord, Plan
+from hypersd.engines.manifest import FileRecord
 from hypersd.engines.progress import Silent
+from hypersd.engines.specs import EngineTarget, Plan
 from hypersd.engines.tensorrt import target_builder as module
 from hypersd.engines.tensorrt.api import TensorRTApi, load_api
 from hypersd.engines.tensorrt.build_options import check_options, choose_backend

@@ -19,8 +19,9 @@ from hypersd.engines import Bundle, load
 from hypersd.engines.bundle import write_manifest
 from hypersd.engines.engine import NullEngine
 from hypersd.engines.load import Choice, choose
-from hypersd.engines.manifest import Component, EngineTarget, FileRecord, Manifest
+from hypersd.engines.manifest import FileRecord, Manifest
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
+from hypersd.engines.specs import Component, EngineTarget
 from hypersd.engines.tensorrt.machine import Machine
 from hypersd.engines.tensorrt.targets import target_name
 from hypersd.errors import BundleError, DeviceError, RequestError

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypersd.engines.image_shapes import extents_of, narrowed
-from hypersd.engines.manifest import Component, ImageShapes, Manifest, Range, TensorSpec, check_relative, dim_range
+from hypersd.engines.manifest import Manifest, check_relative
+from hypersd.engines.specs import Component, ImageShapes, Range, TensorSpec, dim_range
 from hypersd.engines.tensorrt.targets import (
     describe,
     onnx_hash,

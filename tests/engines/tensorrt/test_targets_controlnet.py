@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 
 from hypersd.engines.component_names import cond_embedding, controlnet, residual_input
 from hypersd.engines.image_shapes import extents_of, narrowed
-from hypersd.engines.manifest import (
-    Component,
-    ControlNetSettings,
-    FileRecord,
-    ImageShapes,
-    Manifest,
-    Range,
-    TensorSpec,
-    decode,
-    dim_range,
-    encode,
-)
+from hypersd.engines.manifest import ControlNetSettings, FileRecord, Manifest, decode, encode
+from hypersd.engines.specs import Component, ImageShapes, Range, TensorSpec, dim_range
 from hypersd.engines.tensorrt.targets import onnx_hash, plan_key, target_name
 
 from .made_by_hand import WIDE, manifest, shapes, target, with_plans

@@ -15,8 +15,8 @@ from torch import Tensor
 from hypersd.engines import Bundle, Engine
 from hypersd.engines.compare import TOLERANCES, differences
 from hypersd.engines.engine import NullEngine
-from hypersd.engines.manifest import Component, Range, TensorSpec
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, PlainEngine
+from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt.api import TensorRTApi, load_api
 from hypersd.engines.tensorrt.machine import this_machine
 from hypersd.engines.tensorrt.validate import _check_file, compare_engines, validate_plan
