@@ -24,9 +24,13 @@ MANIFEST: dict[str, Any] = small_manifest(
     components={
         "unet": {
             "inputs": {
-                "sample": {"dtype": "float32", "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8]}
+                "sample": {
+                    "dtype": "float32",
+                    "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8],
+                    "rows_per_image": 1,
+                }
             },
-            "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8]}},
+            "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8], "rows_per_image": 1}},
             "files": ["unet/model.onnx", "unet/model.onnx_data"],
             "key": HASH,
         }
@@ -79,8 +83,8 @@ MANIFEST["files"][PLAN] = {"size": 7, "sha256": HASH}
 MANIFEST["engines"] = {"some-target": TARGET}
 ONE_GRAPH: dict[str, Any] = {
     "network": {
-        "inputs": {"latents": {"dtype": "float32", "shape": [1, 4, 8, 8]}},
-        "outputs": {"images": {"dtype": "uint8", "shape": [1, 64, 64, 3]}},
+        "inputs": {"latents": {"dtype": "float32", "shape": [1, 4, 8, 8], "rows_per_image": 1}},
+        "outputs": {"images": {"dtype": "uint8", "shape": [1, 64, 64, 3], "rows_per_image": 1}},
         "files": ["one-graph-2steps.onnx", "unet/model.onnx_data"],
         "key": HASH,
     },
