@@ -234,7 +234,7 @@ def make_one_graph_runner(
 
 @contextmanager
 def _out_of_memory_in_words(request: Request) -> Iterator[None]:
-    """Where the device's memory is not enough: say for what, in torch's words, and what to do."""
+    """Turn torch's errors of exhausted device memory into an error that names the request and a remedy."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""Fixtures of the command line's tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def export_arguments(tiny_repos: Path) -> list[str]:
-    """What exports a tiny SD1.5 checkpoint from local files; the LoRA comes last."""
+    """Arguments that export a tiny SD1.5 checkpoint from local files; the LoRA comes last."""
     base = tiny_repos / "stable-diffusion-v1-5/stable-diffusion-v1-5"
     lora = tiny_repos / "ByteDance/Hyper-SD/Hyper-SD15-1step-lora.safetensors"
     return ["export", "--ckpt", "Hyper-SD15-1step-lora", "--base", str(base), "--lora", str(lora)]

@@ -55,7 +55,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> tuple[str, str]:
-    """What a command writes to stdout and to stderr; it goes into no terminal, so there are no bars in it."""
+    """The output and error output of a command, which go to no terminal and so have no progress bars."""
     capsys.readouterr()
     assert main([str(word) for word in argv]) == code
     captured = capsys.readouterr()
@@ -104,7 +104,7 @@ def test_only_a_shortened_engine_is_built_again(rtx_bundle: Path, copy, capsys: 
 
 
 def test_engines_can_be_deleted(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of a TensorRT that is gone take gigabytes. The bundle is whole without them; a wrong name deletes none."""
+    """Engines of an older TensorRT take gigabytes. The bundle is whole without them; a wrong name deletes none."""
     bundle = copy(rtx_bundle)
     name = target_of(bundle)
     _, err = run(capsys, "build", bundle, "--remove", "other", code=2)
@@ -121,7 +121,7 @@ def test_engines_can_be_deleted(rtx_bundle: Path, copy, capsys: pytest.CaptureFi
 def test_what_is_printed_can_be_pasted(
     rtx_bundle: Path, sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the bundle's name: the shell makes the same path of it, and what looks like an emoji stays."""
+    """The shell makes the same path of any bundle's name, and a name like an emoji's stays as it is."""
     bundle = Path(shutil.copytree(rtx_bundle, tmp_path / "bü ndle [red] :cat: 'a'"))
     line = run(capsys, "build", bundle, "--backend", "tensorrt-rtx")[0].splitlines()[-1]
     words = shlex.split(line.removeprefix("generate with: hypersd "))
@@ -517,7 +517,7 @@ def test_info_of_damaged_engines(
 
 
 def test_info_of_an_unfinished_target(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
-    """What an interrupted build left is counted; what TensorRT did not say is unknown."""
+    """The remains of an interrupted build are counted; values that TensorRT did not report are unknown."""
     bundle = copy(rtx_bundle)
     name = target_of(bundle)
     change_manifest(bundle, lambda m: m["engines"][name]["plans"]["unet"].update(weights_memory=None))

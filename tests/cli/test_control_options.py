@@ -190,7 +190,7 @@ def test_a_preprocess_that_is_none(value: str, bundle: Path, fails: Callable[...
 
 
 def test_info_tells_of_controlnets(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where each came from, how it wants to be used, and which networks it is; residuals take one line."""
+    """Each ControlNet's origin, settings and components; residuals take one line."""
     assert main(["info", str(bundle)]) == 0
     text = capsys.readouterr().out
     for expected in ("sd-controlnet-scribble", "scale 1", "controlnet/canny", "controlnet_cond_embedding/scribble"):

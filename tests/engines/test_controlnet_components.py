@@ -49,7 +49,7 @@ nasty = st.text(st.sampled_from("ab1._-/\\:=~*?\"'$ \t\n\0\u00e9\u0663\uff41"), 
 
 @given(name=nasty | st.from_regex(r"[\w.-]{1,100}", fullmatch=True))
 def test_an_accepted_name_is_one_folder(name: str) -> None:
-    """Whatever is accepted leads nowhere else on any system, and is a word of NAME=VALUE."""
+    """An accepted name leads to no other folder on any system, and can stand in NAME=VALUE."""
     try:
         check_controlnet_name(name)
     except ValueError:

@@ -555,7 +555,7 @@ def read_or_refuse(raw: bytes) -> None:
 @example(raw=text(changed("scheduler", "x", to=float("nan"))))
 @example(raw=text(changed("components", "unet", "files", to=[])))
 def test_mutations_are_read_or_rejected(raw: bytes) -> None:
-    """Whatever is done to a manifest, the answer is a manifest or a BundleError of one line, nothing else."""
+    """Any change to a manifest's bytes gives a manifest or a BundleError of one line, nothing else."""
     read_or_refuse(raw)
 
 

@@ -37,7 +37,7 @@ def fractions_of(tree: PhaseTree, name: str, parent: str | None, phase: Tree) ->
 
 @given(st.lists(EVENTS, max_size=40))
 def test_it_never_falls_and_stays_a_fraction(events: list[tuple]) -> None:
-    """Whatever TensorRT reports, also of phases that were never announced, or were but have already ended."""
+    """It holds for any report of TensorRT, also of phases that were never announced or have already ended."""
     tree = PhaseTree()
     seen = [tree.fraction]
     for method, *arguments in events:

@@ -272,7 +272,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
 @given(arguments=arguments())
 @example(arguments={"prompt": "cat", **LEFT_OUT, "eta": 10**400})
 def test_junk_is_a_request_or_a_request_error(arguments: dict[str, Any]) -> None:
-    """Whatever is passed, the answer is a request in range or a RequestError of one line."""
+    """Any arguments give a request in range or a RequestError of one line."""
     prompt = arguments.pop("prompt")
     try:
         request = decide(MANIFEST, Params(prompt=prompt, **arguments))
@@ -285,7 +285,7 @@ def test_junk_is_a_request_or_a_request_error(arguments: dict[str, Any]) -> None
 
 
 def check_in_range(request: Request) -> None:
-    """Whatever was asked for, what was granted lies in the manifest's ranges."""
+    """Every value of a request lies in the manifest's ranges."""
     assert all(isinstance(text, str) for text in request.prompts)
     assert (request.num_inference_steps is None) != (request.timesteps is None)
     assert 0 <= request.eta <= 1

@@ -123,7 +123,7 @@ def enlarge(latents: Tensor) -> Tensor:
 def test_every_pixel_lands_in_its_place(
     size: tuple[int, int], least: tuple[int, int], more: int, overlap: float
 ) -> None:
-    """Whatever the sizes, also where a tile's overlap is no whole number of latents, or the decoder takes no few."""
+    """Of any sizes, also where a tile's overlap is no whole number of latents or the decoder has a least size."""
     latents, side = noise(*size), max(least) + more
     taken: list[tuple[int, ...]] = []
 

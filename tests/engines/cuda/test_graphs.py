@@ -123,7 +123,7 @@ def test_another_kind_of_call_is_another_graph(other: tuple[int, dict[str, Tenso
     kept=st.integers(1, 4),
 )
 def test_any_sequence_of_calls_gives_what_the_work_gives(calls: list[tuple[int, int, int]], kept: int) -> None:
-    """Whatever comes in whatever order, recorded, evicted, recorded again: the results are the plain ones."""
+    """Any calls in any order, recorded, evicted and recorded again, give the plain results."""
     graphed = GraphedFunction(Scale(), StandInCapture(), kept=kept)
     for key, size, value in calls:
         assert torch.equal(graphed(key, feeds(value, size))["out"], expected(key, value, size))

@@ -293,7 +293,7 @@ def test_capabilities_make_a_target_of_their_own(built: Path) -> None:
 
 
 def test_fp32_builds(sd15_bundle: Path, tmp_path: Path) -> None:
-    """Whatever the bundle's precision."""
+    """A float32 bundle gives float32 engines."""
     bundle, _ = build(copy(sd15_bundle, tmp_path / "fp32"))
     (target,) = bundle.manifest.engines.values()
     assert target.precision == "fp32"

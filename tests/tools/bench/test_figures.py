@@ -49,7 +49,7 @@ def test_ratios_pair_images_of_the_same_round() -> None:
 
 @given(SECONDS, st.dictionaries(st.sampled_from(["tokens", "step 1", "decode"]), SECONDS))
 def test_stages_and_the_rest_are_never_negative(seconds: float, stages: dict[str, float]) -> None:
-    """What is left of the whole is ``other``; clocks that disagree by a little do not make it negative."""
+    """The rest of the whole is ``other``; clocks that disagree by a little do not make it negative."""
     sample = make_sample(seconds, stages)
     assert sample.stages["other"] == max(0.0, seconds - sum(stages.values()))
     assert {name: sample.stages[name] for name in stages} == stages

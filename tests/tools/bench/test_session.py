@@ -105,7 +105,7 @@ def test_another_image_is_marked_and_not_hidden(bench, stand_in) -> None:
 
 
 def test_the_report_survives_json(bench, stand_in) -> None:
-    """What is written is what was measured, failures, equal images and all: nothing is lost or turned to null."""
+    """A written report holds all that was measured, failures and equal images included; no value becomes null."""
     report = bench(stand_in(), stand_in("b"), stand_in("c", raises_at=2), rounds=2, steps=[1, 2])
     assert decode(encode(report)) == report
     assert report.images.steps == [1, 2]
