@@ -21,9 +21,9 @@ from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
 from .component_exports import ComponentExport, component_exports, tool_versions
 from .controlnet_sources import settings_of
+from .export_progress import ExportProgress, Silent
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
 from .models import check_controlnet_sources, check_unet_sources, quiet, release_memory
-from .progress import ExportProgress, Silent
 from .random_weights import RandomWeights, check_random_weights, random_sources
 from .shapes import ShapeOptions, image_shapes
 from .sources import SourceOptions, Sources, find_sources

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from ..engines.files import lock_file, partial_path, sha256_file
 from ..engines.vocabulary import SHA256
 from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, disk_full, is_disk_full, one_line
-from .progress import DownloadProgress
+from .export_progress import DownloadProgress
 
 OTHER_DISK = "set HF_HOME to a folder on another disk"
 LOCAL_HINT = "point --base / --lora at local files"

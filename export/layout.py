@@ -14,8 +14,8 @@ from ..engines.manifest import SourceFile
 from ..engines.vocabulary import SHA256
 from ..errors import WeightsError
 from .checkpoints import DEMO_FOLDERS
+from .export_progress import DownloadProgress
 from .hub import fetch, fetch_optional
-from .progress import DownloadProgress
 
 DEMO_ROOT = Path(__file__).parents[1] / "tests/assets/demo"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -21,7 +21,7 @@ from ..errors import DiskFullError, RequestError, disk_errors
 from ..families import find_family
 from .architectures import PUBLISHED, Architecture, empty_networks
 from .checkpoints import DEMO_CHECKPOINTS, Checkpoint
-from .progress import ExportProgress
+from .export_progress import ExportProgress
 from .random_tensors import RandomFile, lora_file, network_file
 from .sources import SourceOptions
 from .tokenizer import write_byte_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..families import FAMILIES, find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import Checkpoint
 from .controlnet_sources import ControlNetSource, check_fits, named
+from .export_progress import DownloadProgress
 from .layout import (
     SAFETENSORS_HINT,
     Base,
@@ -26,7 +28,6 @@ from .layout import (
     read_json,
     tokenizer_folder,
 )
-from .progress import DownloadProgress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,10 +115,7 @@ def find_sources(
     scheduler_config = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
     encoders = find_family(checkpoint.family).text_encoders
     tokenizers = {encoder.tokenizer: tokenizer_folder(base.files, encoder.tokenizer) for encoder in encoders}
-    controlnets = {
-        name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
-        for name, source in wanted.items()
-    }
+    controlnets = _open_controlnets(wanted, progress)
     _check_controlnets(controlnets, checkpoint, base, vae)
     checkpoint_file = _find_checkpoint_file(checkpoint, options, progress)
     parts = _find_parts(checkpoint, base, vae, checkpoint_file, options.variant)
@@ -125,9 +123,7 @@ def find_sources(
         controlnet(name): _controlnet_part(place, controlnet(name), options.variant)
         for name, place in controlnets.items()
     }
-    for part in parts.values():
-        for file in part.weights:
-            SafetensorsFile(file.path)  # reject a damaged file now, not after minutes of work
+    _check_whole(parts.values())
     return Sources(
         base=base.location,
         base_revision=base.files.revision if isinstance(base, DiffusersBase) else None,
@@ -143,6 +139,13 @@ def find_sources(
             for name, place in controlnets.items()
         },
     )
+
+
+def _check_whole(parts: Iterable[Part]) -> None:
+    """Reject a damaged file now, not after minutes of work."""
+    for part in parts:
+        for file in part.weights:
+            SafetensorsFile(file.path)
 
 
 def _find_parts(
@@ -216,6 +219,15 @@ def _open_vae(
     if location is None:
         return None
     return DiffusersBase(open_files(location, options.vae_revision, progress, "--vae"))
+
+
+def _open_controlnets(
+    sources: Mapping[str, ControlNetSource], progress: DownloadProgress | None
+) -> dict[str, DiffusersBase]:
+    return {
+        name: DiffusersBase(open_files(source.location, source.revision, progress, "--controlnet"))
+        for name, source in sources.items()
+    }
 
 
 def _check_controlnets(

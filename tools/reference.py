@@ -21,8 +21,8 @@ from ..engines.precision import PRECISIONS
 from ..errors import WeightsError
 from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
+from ..export.export_progress import DownloadProgress
 from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae, quiet
-from ..export.progress import DownloadProgress
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
