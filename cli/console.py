@@ -119,7 +119,8 @@ class DownloadBar:
 class StageLines:
     """Shows the stages of long work: a spinner or a bar while one runs, a line with its seconds when it is done.
 
-    It implements :class:`hypersd.export.export_progress.ExportProgress` and :class:`hypersd.engines.progress.BuildProgress`.
+    It implements :class:`hypersd.export.export_progress.ExportProgress` and
+    :class:`hypersd.engines.progress.BuildProgress`.
     """
 
     def __init__(self) -> None:
