@@ -96,7 +96,7 @@ def find_sources(
 
     Args:
         checkpoint: which of the Hyper-SD files.
-        options: what replaces the checkpoint's own base, LoRA or VAE, and its ControlNets.
+        options: replacements of the checkpoint's own base, file or VAE, and its ControlNets.
         precision: ``"fp16"`` or ``"fp32"``; published SDXL in fp16 takes the repaired VAE.
         progress: told about downloads.
 

@@ -50,7 +50,7 @@ class LoadTest:
     """Runs levels of load against one service.
 
     Attributes:
-        levels: what was measured so far.
+        levels: the results so far.
     """
 
     def __init__(self, client: Client, args: argparse.Namespace, console: Console) -> None:

@@ -26,7 +26,7 @@ class Outcome:
             give under too much load; ``wrong`` is an answer to something else; ``failed`` is anything else.
         status: HTTP's; None if no answer came.
         seconds: from when the request was to be sent, also if it was sent later, to its whole answer.
-        fault: what was wrong.
+        fault: the description of the fault.
         late: the part of ``seconds`` before it was sent; if it is large, the client is the slow part.
     """
 

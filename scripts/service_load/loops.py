@@ -15,7 +15,7 @@ async def run_closed(client: Client, clients: int, *, seconds: float | None, req
     """Clients of which each asks again once it has its answer.
 
     Args:
-        client: what asks.
+        client: sends the requests.
         clients: how many requests are under way at a time.
         seconds: for how long requests are begun; None for no limit.
         requests: how many; None for no limit.
@@ -44,7 +44,7 @@ async def run_open(client: Client, arrivals: list[float]) -> list[Outcome]:
     """Requests at fixed times, however long answers take: latency counts from the time, also where the request is late.
 
     Args:
-        client: what asks.
+        client: sends the requests.
         arrivals: seconds from now, ascending.
     """
     began = time.perf_counter()

@@ -30,7 +30,7 @@ class Level:
         late: the most seconds by which a request was sent too late: the client's fault, not the service's.
         counted: answers by HTTP status as the service counted them itself.
         received: answers by HTTP status.
-        faults: what was wrong, the first few.
+        faults: descriptions of the first few.
         memory: bytes of the service: ``end``, and of a soak ``growth``, ``slope`` (a minute) and ``allowed``.
     """
 

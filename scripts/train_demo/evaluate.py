@@ -40,7 +40,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: what it shows.
+        name: a title of the row.
         pipeline: makes diffusers' pipeline.
         call: the pipeline's arguments.
         control: the row that it is a negative control of: its score has to be far lower.

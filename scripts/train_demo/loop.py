@@ -60,7 +60,7 @@ def train(plan: Plan, model: nn.Module, loss: Callable[[torch.Generator], Tensor
 
     Args:
         plan: steps, learning rate, name, seed.
-        model: what is trained; ``loss`` uses it.
+        model: the network to train; ``loss`` uses it.
         loss: the loss of a batch that the generator decides.
         work: folder for the state, from which a later call goes on, and for the losses.
     """

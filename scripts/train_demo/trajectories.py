@@ -89,8 +89,8 @@ class Ways:
 
     Attributes:
         latents: [COUNT, STEPS + 1, 4, h, w], of which the first is noise and the last the image.
-        prompts: what the UNet reads of each one's caption, in bfloat16.
-        empty: what it reads of no caption.
+        prompts: the embeddings of each one's caption, in bfloat16.
+        empty: the embeddings of no caption.
     """
 
     latents: np.ndarray

@@ -56,7 +56,7 @@ def images_of(pipe: Pipeline, prompt: Any = PROMPT, **arguments: Any) -> np.ndar
     return pipe(prompt, output_type="np", **arguments).images
 
 
-# What comes out
+# Results
 
 
 def test_the_four_output_types_are_one_image(sd15: Pipeline) -> None:

@@ -479,7 +479,7 @@ def test_plan_tells_where_noise_is_drawn() -> None:
         assert [step.noisy for step in make_sampler(kind, **SD).plan(3, eta=eta)] == expected
 
 
-# What is refused
+# Rejected arguments
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in root.rglob(".*") if path.is_file()]
 
 
-# What is built
+# Plans that are built
 
 
 def assert_complete(bundle: Bundle, target: EngineTarget) -> None:
@@ -392,7 +392,7 @@ def test_a_build_waits_for_another_process(built: Path, no_process: None) -> Non
     assert "there already" in watched.notes[1]
 
 
-# What is not built
+# Plans that are not built
 
 
 def test_an_onnx_file_that_changed_since_the_export_is_not_built(built: Path, no_process: None) -> None:

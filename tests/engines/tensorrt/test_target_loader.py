@@ -155,7 +155,7 @@ def test_targets_that_are_passed_over_are_told_apart(on_machine: Any, tmp_path: 
     assert "built for aarch64" in reasons[target_name(foreign, bare)]
 
 
-# What was asked for
+# Targets asked for by name
 
 
 def test_a_backend_without_engines_says_how_to_build_them(on_machine: Any, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_pipeline_with_tensorrt_says_that_there_is_no_gpu(rtx_bundle: Path, sd
     assert "engines: hypersd build" in refusal(BundleError, lambda: Pipeline.load(sd15_bundle, backend="tensorrt-rtx"))
 
 
-# What the pipeline is given
+# Engines of the pipeline
 
 
 def test_a_pipeline_is_as_narrow_as_its_plans(

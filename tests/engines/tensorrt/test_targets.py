@@ -25,7 +25,7 @@ from .made_by_hand import WIDE, manifest, shapes, target, with_plans
 
 LONGEST_NAME = 255 - len(".text_encoder_2.engine.partial")  # file systems take 255 bytes a name; leave some for others
 
-# What decides whether a plan can run. The bundle's precision and hashes are part of it.
+# The values that decide whether a plan can run. The bundle's precision and hashes are part of it.
 DECISIVE: dict[str, dict[str, Any]] = {
     "backend": {"backend": "tensorrt"},
     "version": {"version": "1.7.1.117"},
