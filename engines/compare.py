@@ -1,18 +1,13 @@
-"""Comparison of two computations of the same tensor or image: random inputs, differences, tolerances."""
+"""Comparison of two computations of the same tensor or image. Imports no torch: `hypersd build` reads it at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .engine import TORCH_DTYPES
 from .precision import PRECISIONS
-from .specs import TensorSpec
 
 # By the type that is computed in.
 TOLERANCES = {precision.compute: precision.tolerance for precision in PRECISIONS.values()}
@@ -61,26 +56,3 @@ def peak_signal_to_noise(error: np.ndarray) -> float:
 
 def _rms(array: np.ndarray) -> float:
     return float(np.sqrt(np.mean(array**2)))
-
-
-def random_input(
-    name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
-) -> Tensor:
-    """Tokens below ``vocabulary``, a timestep, sizes in pixels, a scale, or unit-variance latents and embeddings.
-
-    Args:
-        name: the input's.
-        spec: its type.
-        shape: its shape, inside the ranges of ``spec``.
-        vocabulary: the number of tokens.
-        generator: decides the values.
-    """
-    if spec.dtype == "int64":
-        return torch.randint(vocabulary, tuple(shape), generator=generator)
-    if name == "timestep":
-        return torch.randint(1000, tuple(shape), generator=generator).float()
-    if name == "time_ids":
-        return torch.randint(8, 1024, tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
-    if name == "conditioning_scale":
-        return torch.rand(tuple(shape), generator=generator)
-    return torch.randn(tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])

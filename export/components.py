@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engines.compare import random_input
+from ..engines.random_inputs import random_input
 from ..engines.specs import ImageShapes, Range, TensorSpec
 from ..families import TextEncoder
 

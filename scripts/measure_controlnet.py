@@ -24,8 +24,8 @@ import msgspec
 import torch
 from diffusers import UNet2DConditionModel
 
-from hypersd.engines.compare import random_input
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
+from hypersd.engines.random_inputs import random_input
 from hypersd.engines.specs import Component
 from hypersd.engines.zeroed_inputs import ZeroedInputs
 from hypersd.export.architectures import SD15_UNET, SDXL_UNET

@@ -110,7 +110,7 @@ def random_feeds(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, Tensor]]
     """Inputs on the CPU, at the smallest and, if a dimension varies, at the largest shapes."""
     import torch
 
-    from ..compare import random_input
+    from ..random_inputs import random_input
 
     spans = {name: extents_of(spec) for name, spec in specs.items()}
     ends = (0,) if all(least == most for least, _, most in spans.values()) else (0, 2)

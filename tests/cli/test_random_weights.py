@@ -81,7 +81,7 @@ def test_generate_rejects_it_unless_it_is_allowed(
         (["--variant", "fp16"], "cannot be combined with --variant"),
         (["--lora", "x.safetensors"], "cannot be combined with --lora '"),
         (["--lora-scale", "0.5"], "cannot be combined with --lora-scale"),
-        (["--vae", "a/b"], "cannot be combined with --vae but tiny"),
+        (["--vae", "a/b"], "--random-weights takes no --vae but tiny"),
         (["--ckpt", "Hyper-Demo15-1step-lora"], "has weights, small ones in the clone"),
     ],
 )

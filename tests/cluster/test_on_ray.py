@@ -255,7 +255,7 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     lines[40]["size"] = "64x64"  # which the bundle does not support
     folder = tmp_path / "images"
     first = run_batch(lines, "--actors", "1")
-    wait_until(lambda: len(list(folder.glob("*.png"))) >= 8)
+    wait_until(lambda: first.poll() is not None or len(list(folder.glob("*.png"))) >= 8, seconds=300)
     first.kill()
     first.communicate()
     kept = times_of(folder)

@@ -526,7 +526,7 @@ def test_bad_config(kind: str, config: dict[str, Any], told: str) -> None:
             for timesteps in ([], [1000], [-1], [5, 5], [5, 9], [9.0], [True], 800, "9")
         ],
         *[
-            ("tcd", {"num_inference_steps": 1, "eta": eta}, "eta=.*0 to 1")
+            ("tcd", {"num_inference_steps": 1, "eta": eta}, "eta .*0 to 1")
             for eta in (-0.1, 1.1, float("nan"), float("inf"), "1", True)
         ],
     ],
