@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..engines.manifest import Origin, SamplerSettings, SourceFile, VaeSettings
 from ..errors import WeightsError, one_line
 from ..families import find_family
 from ..samplers import find_sampler
+from ..samplers.schedule import SchedulerConfig
 from .checkpoints import Checkpoint
 from .component_exports import latent_scale
 from .layout import Found
 from .models import is_tiny
 from .sources import Sources
 
-# The constants that change a step; diffusers' configurations hold more.
-CONSTANTS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "clip_sample",
-    "clip_sample_range",
-    "set_alpha_to_one",
-    "steps_offset",
-    "prediction_type",
-    "thresholding",
-    "timestep_spacing",
-    "rescale_betas_zero_snr",
-    "original_inference_steps",
-    "timestep_scaling",
-)
+# The constants that change a step, and one that the samplers reject; diffusers' configurations hold more.
+CONSTANTS = (*(field.name for field in dataclasses.fields(SchedulerConfig)), "thresholding")
 
 
-def scheduler_constants(kind: str, base_config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that ``SCHEDULER.from_config(base)`` gives, as Hyper-SD's model card makes it.
+def make_scheduler(kind: str, base_config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler as Hyper-SD's model card makes it: ``SCHEDULER.from_config(base)``.
 
     Args:
         kind: the sampler's name, ``"ddim"``, ``"tcd"`` or ``"lcm"``.
         base_config: the base's ``scheduler_config.json``.
-
-    Raises:
-        WeightsError: diffusers makes no scheduler of it.
     """
     import diffusers
 
     sampler = find_sampler(kind)
-    scheduler_class = getattr(diffusers, sampler.scheduler_class)
+    return getattr(diffusers, sampler.scheduler_class).from_config(dict(base_config), **sampler.scheduler_settings)
+
+
+def scheduler_constants(kind: str, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants of :func:`make_scheduler`'s configuration that the samplers take.
+
+    Raises:
+        WeightsError: diffusers makes no scheduler of the base's configuration.
+    """
     try:
-        config = scheduler_class.from_config(dict(base_config), **sampler.scheduler_settings).config
+        config = make_scheduler(kind, base_config).config
     except Exception as error:  # whatever the constructor stumbles over
         raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {one_line(error)}") from error
     return {key: config[key] for key in CONSTANTS if key in config}

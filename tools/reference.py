@@ -22,11 +22,11 @@ from ..errors import WeightsError
 from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
 from ..export.export_progress import DownloadProgress
+from ..export.manifest_parts import make_scheduler
 from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae, quiet
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
-from ..samplers import find_sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         # The base without the LoRA, for diffusers to fuse; in float32, because it must be rounded once.
         modules["unet"] = load_unet(sources.parts["unet"], torch.float32)
         modules["vae"] = load_vae(sources.parts["vae"], dtype)
-        modules["scheduler"] = _scheduler(manifest, sources)
+        # From the base's configuration, and not from the manifest's constants, which it is to check.
+        modules["scheduler"] = make_scheduler(manifest.sampler.kind, sources.scheduler_config)
         settings = _pipeline_settings(manifest)
         pipe: Any = getattr(diffusers, family.pipeline_class)(**modules, **family.pipeline_parts, **settings)
         if sources.lora is not None:
@@ -150,12 +151,3 @@ def _check_unchanged(manifest: Manifest, sources: Sources) -> None:
         if [file.record().sha256 for file in files] != [record.sha256 for record in recorded]:
             names = ", ".join(str(file.path) for file in files)
             raise WeightsError(f"{names} changed since the bundle was exported: export it again")
-
-
-def _scheduler(manifest: Manifest, sources: Sources) -> Any:
-    """The scheduler that the model card makes, from the base's configuration and not from the manifest's constants."""
-    import diffusers
-
-    sampler = find_sampler(manifest.sampler.kind)
-    scheduler_class = getattr(diffusers, sampler.scheduler_class)
-    return scheduler_class.from_config(dict(sources.scheduler_config), **sampler.scheduler_settings)
