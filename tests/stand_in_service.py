@@ -6,7 +6,6 @@ import asyncio
 import io
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgspec
 from PIL import Image
+from waiting import LONG, wait_until
 
 from hypersd import Pipeline
 from hypersd.engines.specs import Range
@@ -23,22 +23,12 @@ from hypersd.serve import server
 from hypersd.serve.service import LocalService
 from hypersd.serve.settings import ServeSettings
 
-LONG = 30.0  # seconds after which a test that waits has failed
-
 
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
     """An image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    """For what comes about in another thread and tells nobody."""
-    end = time.monotonic() + LONG
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
 
 
 async def until(holds: Callable[[], object]) -> None:

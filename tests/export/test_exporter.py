@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 import torch
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import load_file, save_file
+from waiting import wait_until
 
 from hypersd.engines.bundle import Bundle
 from hypersd.errors import DiskFullError, ExportError, RequestError, UserError
@@ -148,14 +148,6 @@ def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
             process.communicate()
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until, "it never came so far"
-        time.sleep(0.01)
-
-
 def left_in(folder: Path) -> list[str]:
     """The folder's contents besides locks' empty files."""
     return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
@@ -176,7 +168,7 @@ def test_kill_resume_and_done(tiny_repos: Path, tmp_path: Path, run: Run) -> Non
     out = tmp_path / "out"
     process = start("-m", "hypersd.cli", *cli_arguments(tiny_repos, ONE, out))
     with ended(process):
-        wait_for((tmp_path / ".out.partial/progress.json").exists, process)
+        wait_until((tmp_path / ".out.partial/progress.json").exists, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not out.exists()
@@ -200,7 +192,7 @@ def test_signals_in_the_middle_of_a_trace(
     out, log = tmp_path / "out", tmp_path / "log"
     process = start("-c", SLOW_CLI, str(log), "30", *cli_arguments(tiny_repos, ONE, out))
     with ended(process):
-        wait_for((tmp_path / ".out.partial/text_encoder/model.onnx").exists, process)
+        wait_until((tmp_path / ".out.partial/text_encoder/model.onnx").exists, process)
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
     assert not out.exists()

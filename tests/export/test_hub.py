@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 from loopback_hub import LoopbackHub
+from waiting import wait_until
 
 REPO = "acme/model"
 WEIGHTS = "unet/model.safetensors"
@@ -269,9 +269,7 @@ def test_killed_download_resumes_in_the_next_process(client: Client, hub: Loopba
     """Ctrl-C, a kill or a power cut in the middle of 10 GB must not cost the whole of it again."""
     hub.stall_after(WEIGHTS, SIZE // 2)
     process = client.start()
-    deadline = time.monotonic() + 30
-    while not (client.partial.exists() and client.partial.stat().st_size >= SIZE // 2) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: client.partial.exists() and client.partial.stat().st_size >= SIZE // 2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert client.partial.stat().st_size == SIZE // 2

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from stand_in_service import LONG, GatedPipeline, StandInService, until
+from stand_in_service import GatedPipeline, StandInService, until
+from waiting import LONG
 
 from hypersd import Pipeline
 from hypersd.engines.specs import Range

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from waiting import wait_until
 
 from hypersd.engines import worker_process
 from hypersd.engines.bundle import Bundle
@@ -104,13 +104,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # a build that goes well
@@ -274,7 +267,7 @@ def test_a_worker_does_not_outlive_its_parent(long_job: BuildJob, tmp_path: Path
     assert is_alive(worker)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not is_alive(worker), SECONDS_TO_END)
+    wait_until(lambda: not is_alive(worker))
     assert not Path(long_job.plan).exists()
 
 
