@@ -136,7 +136,7 @@ class _Exports:
         part, guided = self.sources.parts["unet"], self.checkpoint.is_guided
 
         def load() -> ComponentModule:
-            loaded = load_unet(part, self.precision.dtype, self.lora, self.lora_scale)
+            loaded = load_unet(part, self.precision.dtype, self.lora.scaled(self.lora_scale) if self.lora else None)
             return make(loaded, self.shapes, guided, self._scale)
 
         lora = [record.sha256 for record in self.records.get("lora", ())]

@@ -9,7 +9,6 @@ from pathlib import Path
 import msgspec
 
 from ..engines.bundle import Bundle
-from ..engines.component_names import controlnet
 from ..engines.manifest import MANIFEST_NAME, FileRecord, Manifest, SourceFile
 from ..engines.precision import PRECISIONS, PrecisionName
 from ..engines.progress import Stage
@@ -22,8 +21,9 @@ from .checkpoints import Checkpoint, find_checkpoint
 from .component_exports import ComponentExport, component_exports, tool_versions
 from .controlnet_sources import settings_of
 from .export_progress import ExportProgress, Silent
+from .libraries import quiet, release_memory
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
-from .models import check_controlnet_sources, check_unet_sources, quiet, release_memory
+from .models import check_sources
 from .random_weights import RandomWeights, check_random_weights, random_sources
 from .shapes import ShapeOptions, image_shapes
 from .sources import SourceOptions, Sources, find_sources
@@ -84,9 +84,7 @@ def export_bundle(
         if options.random_weights is not None:
             given = random_sources(entry, given, options.random_weights, progress)
         sources = find_sources(entry, given, options.precision, progress.downloads)
-        lora = check_unet_sources(sources.parts["unet"], sources.lora, entry.family)
-        for name in sources.controlnets:
-            check_controlnet_sources(sources.parts[controlnet(name)])
+        lora = check_sources(sources, entry.family)
         return _Export(entry, sources, lora, options, progress).run(out)
 
 

@@ -22,8 +22,9 @@ from ..errors import WeightsError
 from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
 from ..export.export_progress import DownloadProgress
+from ..export.libraries import quiet
 from ..export.manifest_parts import make_scheduler
-from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae, quiet
+from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request

@@ -23,10 +23,16 @@ class Lora:
     Attributes:
         file: open; layers are read from it one at a time.
         keys: the layers' paths, each with the beginning of its keys in the file (:mod:`.lora_keys`).
+        scale: factor on top of the file's own alpha/rank.
     """
 
     file: SafetensorsFile
     keys: dict[str, str]
+    scale: float = 1.0
+
+    def scaled(self, scale: float) -> Lora:
+        """The LoRA with another scale."""
+        return dataclasses.replace(self, scale=scale)
 
     def check_shapes(self, module: str, weight: tuple[int, ...]) -> None:
         """Compare the shapes in the file's header with the shape of the layer's weight.
@@ -43,13 +49,12 @@ class Lora:
                 f"weight of {list(weight)}: this LoRA was made for another base"
             )
 
-    def fuse(self, name: str, weight: Tensor, scale: float = 1.0) -> Tensor:
+    def fuse(self, name: str, weight: Tensor) -> Tensor:
         """A parameter with its layer of the LoRA added, in float32; other parameters come back as they are.
 
         Args:
             name: the parameter's path (``mid_block.resnets.0.conv1.weight``).
             weight: its value, of any floating type.
-            scale: factor on top of the file's own alpha/rank.
 
         Raises:
             WeightsError: the layer adds to a weight of another shape.
@@ -61,4 +66,4 @@ class Lora:
         down, up, alpha = (self.file.read(f"{self.keys[module]}.{part}").float() for part in PARTS)
         rank = down.shape[0]
         delta = up.flatten(1) @ down.flatten(1)  # [out, rank] @ [rank, in * kernel]
-        return weight.float() + delta.view(weight.shape) * (scale * alpha.item() / rank)
+        return weight.float() + delta.view(weight.shape) * (self.scale * alpha.item() / rank)

@@ -49,6 +49,10 @@ class SafetensorsFile:
         """A tensor's shape, from the header."""
         return tuple(self._file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """A tensor's type in the format's words (``F16``, ``F8_E4M3``), from the header."""
+        return self._file.get_slice(name).get_dtype()
+
     def elements(self) -> Iterator[int]:
         """The number of elements of every tensor, without reading any."""
         return (math.prod(self._file.get_slice(name).get_shape()) for name in self.names)

@@ -44,7 +44,7 @@ def test_released_memory_is_the_systems_again() -> None:
     """The memory of a deleted component is free for the check of its graph, in blocks below glibc's threshold too."""
     code = """
 import numpy as np
-from hypersd.export.models import release_memory
+from hypersd.export.libraries import release_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = resident()

@@ -63,7 +63,7 @@ def unet_part(tiny_repos: Path, family: str) -> Part:
 def load(tiny_repos: Path, family: str, lora: Path | None, scale: float = 1.0, dtype: torch.dtype = torch.float32):
     part = unet_part(tiny_repos, family)
     opened = check_unet_sources(part, Found(lora, lora.name) if lora else None, family)
-    return load_unet(part, dtype, opened, scale)
+    return load_unet(part, dtype, opened and opened.scaled(scale))
 
 
 def exact_weights(base: dict[str, Tensor], lora: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def test_fuse_is_the_formula(tmp_path_factory: pytest.TempPathFactory, layer: di
     parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
     path.unlink(missing_ok=True)
     save_file({f"{key}.{part}": tensor for part, tensor in parts.items()}, path)
-    fused = Lora(SafetensorsFile(path), {"mid_block.x": key}).fuse("mid_block.x.weight", weight, layer["scale"])
+    fused = Lora(SafetensorsFile(path), {"mid_block.x": key}, layer["scale"]).fuse("mid_block.x.weight", weight)
     assert fused.dtype == torch.float32
     assert fused.shape == weight.shape
     factor = layer["scale"] * alpha.double().item() / down.shape[0]
