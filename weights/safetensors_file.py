@@ -25,6 +25,7 @@ class SafetensorsFile:
         self._bytes_read = 0
         self._open()
         self.names: tuple[str, ...] = tuple(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def _open(self) -> None:
         try:

@@ -1,0 +1,123 @@
+"""LoRA files of any layout, matched with the layers of a base, and the sum of several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import WeightsError
+from .lora_layer import LoraLayer, check_finite
+from .lora_names import ModuleNames, encoder_path, is_original, split_key
+from .peft_settings import read_settings
+from .safetensors_file import SafetensorsFile
+
+LISTED = 30  # names in a message
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFile:
+    """An open LoRA file whose layers have been matched with a base's.
+
+    Attributes:
+        file: open; layers are read from it one at a time.
+        layers: by component, and by the path of the module that they change. A text encoder's paths are those of
+            transformers 5, without ``text_model.`` before them.
+    """
+
+    file: SafetensorsFile
+    layers: dict[str, dict[str, LoraLayer]]
+
+    @classmethod
+    def open(cls, path: Path, shapes: Shapes) -> LoraFile:
+        """Open a file, and compare its header with a base; every tensor is read once, and dropped.
+
+        Args:
+            path: a ``.safetensors`` file in any layout of ``docs/guides/loras.md``.
+            shapes: the base's weights of linear layers and convolutions, by component and path.
+
+        Raises:
+            WeightsError: the file is damaged or no LoRA, holds a NaN or an infinity, has tensors of an unknown kind,
+                or changes modules that the base lacks or that have other shapes. All of them are listed.
+        """
+        file = SafetensorsFile(path)
+        settings = {component: read_settings(path, file.metadata, component) for component in shapes}
+        layers = {
+            component: {
+                module: LoraLayer(file, module, tensors, settings[component]) for module, tensors in modules.items()
+            }
+            for component, modules in _match(file, shapes).items()
+        }
+        for component, modules in layers.items():
+            weights = {encoder_path(module): shape for module, shape in shapes[component].items()}
+            for module, layer in modules.items():
+                layer.check(weights[module])
+        check_finite(file)
+        return cls(file, layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """LoRAs that are added to one component, one after another.
+
+    Attributes:
+        component: its name (``unet``, ``text_encoder_2``).
+        loras: the files, each with a factor on top of its own scales.
+    """
+
+    component: str
+    loras: tuple[tuple[LoraFile, float], ...]
+
+    def fuse(self, name: str, weight: Tensor) -> Tensor:
+        """A parameter with its layers added, in float32; other parameters come back as they are.
+
+        Args:
+            name: the parameter's path (``mid_block.resnets.0.conv1.weight``).
+            weight: its value, of any floating type.
+        """
+        if not name.endswith(".weight"):
+            return weight
+        module = encoder_path(name.removesuffix(".weight"))
+        for lora, scale in self.loras:
+            if layer := lora.layers.get(self.component, {}).get(module):
+                weight = layer.fuse(weight, scale)
+        return weight
+
+
+def _match(file: SafetensorsFile, shapes: Shapes) -> dict[str, dict[str, dict[str, str]]]:
+    """The tensors' names by component, module and part."""
+    names, found = ModuleNames(shapes), {}
+    unknown, lacking = [], set()
+    # A file may hold the blocks in both spellings: diffusers takes its own, so that comes last here.
+    for key in sorted(file.names, key=lambda key: (not is_original(key), key)):
+        if (split := split_key(key)) is None:
+            unknown.append(key)
+        elif (place := names.find(split[0])) is None:
+            lacking.add(split[0])
+        else:
+            component, module = place
+            parts = found.setdefault(component, {}).setdefault(module, {})
+            if not is_original(key) and any(map(is_original, parts.values())):
+                parts.clear()
+            if split[1] in parts:
+                raise WeightsError(f"{file.path} changes {module} twice: by {parts[split[1]]} and by {key}")
+            parts[split[1]] = key
+    if not found and not lacking:
+        raise WeightsError(
+            f"{file.path} is no LoRA that hypersd knows: its first tensor is {min(unknown, default='')!r}"
+        )
+    if unknown:
+        raise WeightsError(f"{file.path} has {_listed(unknown)}: parts of no kind of LoRA that hypersd knows")
+    if lacking:
+        raise WeightsError(f"{file.path} changes {_listed(lacking)}: the base has no such modules")
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names in order, counted, as one line that stays readable when a whole file is wrong."""
+    names = sorted(names)
+    return f"{len(names)}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}"
