@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -16,9 +17,22 @@ from ..engines.component_names import check_controlnet_name, split_named
 from ..engines.manifest import ControlNetSettings
 from ..errors import RequestError, WeightsError, one_line
 from ..families import FAMILIES, SD15, SDXL, find_family
+from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import DEMO_CONTROLNET
+from .export_progress import DownloadProgress
+from .layout import ComponentFile, ComponentFolder, ComponentSource, config_beside, weight_file
+from .repositories import open_files
 
+CLASS_NAME = "ControlNetModel"
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # diffusers' default
+# The settings that a ControlNet has in common with its UNet.
+UNET_SETTINGS = (
+    *("in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention"),
+    *("block_out_channels", "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn"),
+    *("norm_num_groups", "norm_eps", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
+    *("use_linear_projection", "upcast_attention", "resnet_time_scale_shift", "transformer_layers_per_block"),
+    *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,7 @@ class ControlNetSource:
     """A ControlNet as the user names it.
 
     Attributes:
-        location: a Hub repository, a folder, or a demonstration folder's name.
+        location: a Hub repository, a folder, a ``.safetensors`` file, or a demonstration folder's name.
         name: its name in the bundle; by default the last part of ``location``.
         revision: branch, tag or commit on the Hub.
     """
@@ -73,7 +87,7 @@ class ControlNetSource:
         Raises:
             RequestError: NAME cannot be a ControlNet's name.
         """
-        name, location = (None, text) if os.path.isdir(text) else split_named(text)
+        name, location = (None, text) if os.path.exists(text) else split_named(text)
         return cls(location=location, name="" if name is None else _checked(name, text))
 
 
@@ -85,13 +99,52 @@ def named(sources: Iterable[ControlNetSource]) -> dict[str, ControlNetSource]:
     """
     by_name: dict[str, ControlNetSource] = {}
     for source in sources:
-        name = _checked(source.name or PurePath(source.location).name, source.location)
+        name = _checked(source.name or PurePath(source.location).name.removesuffix(".safetensors"), source.location)
         if name.casefold() in map(str.casefold, by_name):  # one folder to some systems
             raise RequestError(
                 f"--controlnet {source.location}: two ControlNets are named {name!r}: rename one with NAME=WHERE"
             )
         by_name[name] = source
     return by_name
+
+
+def open_controlnet(
+    source: ControlNetSource, unet: dict[str, Any], progress: DownloadProgress | None
+) -> ComponentSource:
+    """Open a ControlNet.
+
+    Args:
+        source: as the user named it.
+        unet: configuration of the base's UNet, from which a ControlNet in a file of its own takes its own.
+        progress: told about downloads.
+
+    Raises:
+        WeightsError: there is none at that place.
+    """
+    if (file := weight_file(source.location, "--controlnet")) is None:
+        return ComponentFolder(open_files(source.location, source.revision, progress, "--controlnet"), "controlnet")
+    config = config_beside(file.path, CLASS_NAME) or _config_like(unet, SafetensorsFile(file.path))
+    return ComponentFile(file, config, file.path.parent)
+
+
+def _config_like(unet: dict[str, Any], file: SafetensorsFile) -> dict[str, Any]:
+    """The configuration of a ControlNet that was made for this UNet, as diffusers' ``from_unet`` makes it.
+
+    The layers that embed the control image are in the file's header, in either naming.
+    """
+    beginnings = ("controlnet_cond_embedding.", "control_model.input_hint_block.", "input_hint_block.")
+    hint = next((b for b in beginnings if any(name.startswith(b) for name in file.names)), None)
+    if hint is None:
+        raise WeightsError(f"--controlnet {file.path} holds no ControlNet in diffusers' or the original key names")
+    layers = sorted((name for name in file.names if name.startswith(hint) and name.endswith(".weight")), key=_place)
+    channels = [file.shape(name)[0] for name in layers][:-1]  # the last one leads to the UNet's
+    shared = {key: value for key, value in unet.items() if key in UNET_SETTINGS}
+    return {**shared, "_class_name": CLASS_NAME, "conditioning_embedding_out_channels": channels[::2]}
+
+
+def _place(name: str) -> tuple[bool, bool, list[int]]:
+    """The order of the embedding's layers: conv_in, blocks.0 and so on, conv_out, or by number."""
+    return "conv_out" in name, "conv_in" not in name, [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _checked(name: str, text: str) -> str:
@@ -119,8 +172,8 @@ def check_fits(
         WeightsError: it is not a ControlNet, is for another family or UNet, or is of a kind that is not supported.
     """
     kind = config.get("_class_name", "no class")
-    if kind != "ControlNetModel":
-        raise WeightsError(f"--controlnet {location} holds {kind}, expected a ControlNetModel")
+    if kind != CLASS_NAME:
+        raise WeightsError(f"--controlnet {location} holds {kind}, expected a {CLASS_NAME}")
     wanted = find_family(family)
     if (embedding := config.get("addition_embed_type")) != wanted.addition_embed_type:
         found = next((f.title for f in FAMILIES.values() if f.addition_embed_type == embedding), embedding)

@@ -84,6 +84,8 @@ def export_bundle(
         if options.random_weights is not None:
             given = random_sources(entry, given, options.random_weights, progress)
         sources = find_sources(entry, given, options.precision, progress.downloads)
+        for note in sources.notes:
+            progress.note(note)
         lora = check_sources(sources, entry.family)
         return _Export(entry, sources, lora, options, progress).run(out)
 

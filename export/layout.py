@@ -1,133 +1,15 @@
-"""Opens models in diffusers layout: on the Hub, in a folder, in the clone, or in one file."""
+"""The parts of a model: in diffusers layout, in one file of a whole model, or in a file of their own."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import os
-import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ..engines.files import sha256_file
-from ..engines.manifest import SourceFile
-from ..engines.vocabulary import SHA256
 from ..errors import WeightsError
-from .checkpoints import DEMO_FOLDERS
-from .export_progress import DownloadProgress
-from .hub import fetch, fetch_optional
-
-DEMO_ROOT = Path(__file__).resolve().parents[1] / "tests/assets/demo"
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
-SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt files can run code): convert them"
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A file on this machine.
-
-    Attributes:
-        path: the file.
-        filename: its path in the repository or folder.
-        repo: the Hub repository or demonstration folder that it came from, if any.
-        revision: the repository's commit.
-    """
-
-    path: Path
-    filename: str
-    repo: str | None = None
-    revision: str | None = None
-
-    def record(self) -> SourceFile:
-        """The manifest's record of the file, with the SHA-256 of its contents."""
-        return SourceFile(
-            filename=self.filename,
-            size=self.path.stat().st_size,
-            sha256=self._sha256(),
-            repo=self.repo,
-            revision=self.revision,
-            path=None if self.repo else str(self.path.resolve()),
-        )
-
-    def _sha256(self) -> str:
-        # The Hub's cache names a large file by its SHA-256, which was checked after the download.
-        blob = self.path.resolve().name
-        return blob if self.repo and re.fullmatch(SHA256, blob) else sha256_file(self.path)
-
-
-class Files(Protocol):
-    """The files of a model in diffusers layout."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def revision(self) -> str | None: ...
-
-    def find(self, filename: str) -> Found | None:
-        """The file, or None if there is none of that name."""
-        ...
-
-
-@dataclasses.dataclass
-class HubRepo:
-    """A repository on the Hub, pinned to the commit of the first file that was fetched from it."""
-
-    name: str
-    revision: str | None = None
-    progress: DownloadProgress | None = None
-
-    def find(self, filename: str) -> Found | None:
-        file = fetch_optional(self.name, filename, revision=self.revision, progress=self.progress)
-        if file is None:
-            return None
-        self.revision = file.revision
-        return Found(file.path, filename, self.name, file.revision)
-
-    def get(self, filename: str) -> Found:
-        """The file; if it is missing, the Hub's reason is the error."""
-        file = fetch(self.name, filename, revision=self.revision, progress=self.progress)
-        return Found(file.path, filename, self.name, file.revision)
-
-
-@dataclasses.dataclass
-class LocalFolder:
-    """A folder in diffusers layout."""
-
-    root: Path
-    revision: str | None = None
-
-    @property
-    def name(self) -> str:
-        return str(self.root.resolve())
-
-    def find(self, filename: str) -> Found | None:
-        path = self.root / filename
-        return Found(path, filename) if path.is_file() else None
-
-
-@dataclasses.dataclass
-class DemoFolder:
-    """A folder of demonstration weights. Bundles record its name alone, so that every clone makes the same bundle."""
-
-    name: str
-    revision: str | None = None
-
-    def find(self, filename: str) -> Found | None:
-        folder = DEMO_ROOT / self.name
-        if not folder.is_dir():
-            raise WeightsError(
-                f"there is no {folder}: demonstration weights lie in the clone only, run hypersd from one"
-            )
-        path = folder / filename
-        return Found(path, filename, self.name) if path.is_file() else None
-
-    def get(self, filename: str) -> Found:
-        """The file; a WeightsError if it is missing."""
-        if (found := self.find(filename)) is None:
-            raise WeightsError(f"there is no {DEMO_ROOT / self.name / filename}: restore it from git")
-        return found
+from .repositories import SAFETENSORS_HINT, Files, Found, get_file, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +22,7 @@ class Part:
         config: its configuration.
         weights: its weight files; more than one if they are sharded.
         variant: ``"fp16"`` if these are the half-precision files.
-        single_file: whether the weights are a whole model in one file, in the original Stable Diffusion's key names.
+        single_file: whether the file may have the original Stable Diffusion's key names, and other parts besides.
     """
 
     name: str
@@ -165,6 +47,11 @@ class Base(Protocol):
         """The value of ``--base`` that finds the same model again."""
         ...
 
+    @property
+    def revision(self) -> str | None:
+        """Its commit, if it is on the Hub."""
+        ...
+
     def part(self, name: str, variant: str | None = None) -> Part:
         """The part of that name; ``variant="fp16"`` selects its half-precision weight files."""
         ...
@@ -180,14 +67,21 @@ class DiffusersBase:
     def location(self) -> str:
         return self.files.name
 
+    @property
+    def revision(self) -> str | None:
+        return self.files.revision
+
     def part(self, name: str, variant: str | None = None) -> Part:
         return self.part_in(f"{name}/", name, variant)
 
     def part_in(self, folder: str, name: str, variant: str | None = None) -> Part:
-        """The part in ``folder``, which ends with a slash, or is empty for the top folder."""
+        """The part in ``folder``, which ends with a slash, or is empty for the top folder.
+
+        A part that has no files of the variant comes with its full-size ones; its own ``variant`` tells.
+        """
         config = get_file(self.files, f"{folder}config.json")
         stem = folder + ("model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
-        for candidate in (variant,) if variant else (None, "fp16"):
+        for candidate in (variant, None) if variant else (None, "fp16"):
             if weights := _find_weights(self.files, stem, candidate):
                 return Part(
                     name=name,
@@ -196,8 +90,7 @@ class DiffusersBase:
                     weights=weights,
                     variant=candidate,
                 )
-        wanted = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
-        raise WeightsError(f"{self.files.name} has no {wanted}: {SAFETENSORS_HINT}")
+        raise WeightsError(f"{self.files.name} has no {stem}.safetensors: {SAFETENSORS_HINT}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +102,7 @@ class SingleFileBase:
 
     file: Found
     files: Files
+    revision = None
 
     @property
     def location(self) -> str:
@@ -221,72 +115,116 @@ class SingleFileBase:
         )
 
 
-def open_files(location: str, revision: str | None, progress: DownloadProgress | None, option: str) -> Files:
-    """Open a demonstration folder, a local folder, or else a Hub repository.
+class ComponentSource(Protocol):
+    """A component that does not come from the base: a VAE, a ControlNet."""
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        """The component's sources; ``name`` is what the bundle calls the part."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentFolder:
+    """A repository or folder of one component, or a whole model that has it in a folder of the name ``inside``."""
+
+    files: Files
+    inside: str
+
+    @property
+    def location(self) -> str:
+        return self.files.name
+
+    @property
+    def revision(self) -> str | None:
+        return self.files.revision
+
+    @functools.cached_property
+    def folder(self) -> str:
+        """Empty or ``vae/``."""
+        is_inside = not self.files.find("config.json") and self.files.find(f"{self.inside}/config.json")
+        return f"{self.inside}/" if is_inside else ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_json(get_file(self.files, f"{self.folder}config.json"))
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        return DiffusersBase(self.files).part_in(self.folder, name, variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComponentFile:
+    """One component in a file of its own, in diffusers' or the original key names.
+
+    Attributes:
+        file: the weights.
+        config: its configuration.
+        folder: the folder of that configuration, for messages.
+    """
+
+    file: Found
+    config: dict[str, Any]
+    folder: Path
+    revision = None
+
+    @property
+    def location(self) -> str:
+        return str(self.file.path.resolve())
+
+    def part(self, name: str, variant: str | None = None) -> Part:
+        return Part(name=name, folder=self.folder, config=self.config, weights=(self.file,), single_file=True)
+
+
+def config_beside(path: Path, class_name: str) -> dict[str, Any] | None:
+    """The ``config.json`` in a weight file's own folder, if there is one and it is of that class."""
+    beside = path.with_name("config.json")
+    config = read_json(Found(beside, beside.name)) if beside.is_file() else {}
+    return config if config.get("_class_name") == class_name else None
+
+
+def weight_file(location: str, option: str) -> Found | None:
+    """A local weight file; None if the location is no file.
 
     Raises:
-        WeightsError: the location is none of these, or is a folder with a revision; the message names ``option``.
+        WeightsError: the file is not of the safetensors format.
     """
-    if location in DEMO_FOLDERS:
-        folder = DemoFolder(location)
-    elif location and Path(location).is_dir():
-        folder = LocalFolder(Path(location))
-    elif os.path.isfile(location):
-        raise WeightsError(f"{option} {location!r} is a file: expected a folder in diffusers layout, or a repository")
-    elif REPO_ID.fullmatch(location) and not location.startswith("."):
-        return HubRepo(location, revision, progress)
-    else:
-        raise WeightsError(f"{option} {location!r} is neither a folder nor the name of a Hub repository (owner/name)")
-    if revision:
-        raise WeightsError(f"{option} {location} is a folder and has no revisions: leave --revision out")
-    return folder
-
-
-def open_known(place: str, revision: str | None, progress: DownloadProgress | None) -> HubRepo | DemoFolder:
-    """Open a place from the table of checkpoints, even if the current folder holds something of that name."""
-    if place not in DEMO_FOLDERS:
-        return HubRepo(place, revision, progress)
-    if revision:
-        raise WeightsError(f"{place} is a folder and has no revisions: leave {revision!r} out")
-    return DemoFolder(place)
-
-
-def get_file(files: Files, filename: str) -> Found:
-    """The file of that name; a WeightsError if it is missing."""
-    if (found := files.find(filename)) is None:
-        raise WeightsError(f"{files.name} has no {filename}: expected a model in diffusers layout")
-    return found
-
-
-def read_json(found: Found) -> dict[str, Any]:
-    """A JSON object from a configuration file."""
-    try:
-        value = json.loads(found.path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{found.path} is not JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{found.path} holds no JSON object: download it again")
-    return value
-
-
-def tokenizer_folder(files: Files, name: str) -> Path:
-    """Fetch a CLIP tokenizer's files; returns their local folder."""
-    found = [file for filename in TOKENIZER_FILES if (file := files.find(f"{name}/{filename}"))]
-    if not {"vocab.json", "tokenizer.json"} & {file.path.name for file in found}:
-        raise WeightsError(f"{files.name} has no {name}/vocab.json: expected a model in diffusers layout")
-    return found[0].path.parent
+    path = Path(location)
+    if not os.path.isfile(location):  # Path.is_file raises for a long name
+        return None
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{option} {location}: {SAFETENSORS_HINT}")
+    return Found(path, path.name)
 
 
 def _find_weights(files: Files, stem: str, variant: str | None) -> tuple[Found, ...]:
-    """The weight file of that stem, or the shards that its index names; empty if there is neither."""
+    """The weight file of that stem, or the shards that its index names; empty if there is neither.
+
+    Libraries have named a variant's index in two ways.
+    """
     dotted = f".{variant}" if variant else ""
     if whole := files.find(f"{stem}{dotted}.safetensors"):
         return (whole,)
-    if (index := files.find(f"{stem}.safetensors.index{dotted}.json")) is None:
+    indexes = dict.fromkeys((f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors.index.json"))
+    index = next((found for name in indexes if (found := files.find(name))), None)
+    if index is None:
         return ()
-    folder = stem.rpartition("/")[0]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+    names = sorted(shard for shard in shards if isinstance(shard, str) and PurePosixPath(shard).name == shard)
+    if len(names) != len(shards):
         raise WeightsError(f"{index.path} is not an index of weight files: download it again")
-    names = sorted(set(weight_map.values()))
+    folder = stem.rpartition("/")[0]
     return tuple(get_file(files, f"{folder}/{name}" if folder else name) for name in names)

@@ -9,13 +9,14 @@ from typing import Any
 from ..engines.manifest import Origin, SamplerSettings, SourceFile, VaeSettings
 from ..errors import WeightsError, one_line
 from ..families import find_family
-from ..samplers import find_sampler
+from ..samplers import find_sampler, make_sampler
 from ..samplers.schedule import SchedulerConfig
 from .checkpoints import Checkpoint
 from .component_exports import latent_scale
-from .layout import Found
 from .models import is_tiny
+from .repositories import Found
 from .sources import Sources
+from .vae_sources import scaling_factor
 
 # The constants that change a step, and one that the samplers reject; diffusers' configurations hold more.
 CONSTANTS = (*(field.name for field in dataclasses.fields(SchedulerConfig)), "thresholding")
@@ -38,13 +39,15 @@ def scheduler_constants(kind: str, base_config: Mapping[str, Any]) -> dict[str, 
     """The constants of :func:`make_scheduler`'s configuration that the samplers take.
 
     Raises:
-        WeightsError: diffusers makes no scheduler of the base's configuration.
+        WeightsError: diffusers makes no scheduler of the base's configuration, or one that the samplers do not support.
     """
     try:
         config = make_scheduler(kind, base_config).config
+        constants = {key: config[key] for key in CONSTANTS if key in config}
+        make_sampler(kind, **constants)
     except Exception as error:  # whatever the constructor stumbles over
         raise WeightsError(f"the base's scheduler_config.json makes no scheduler: {one_line(error)}") from error
-    return {key: config[key] for key in CONSTANTS if key in config}
+    return constants
 
 
 def sampler_settings(checkpoint: Checkpoint) -> SamplerSettings:
@@ -62,9 +65,8 @@ def sampler_settings(checkpoint: Checkpoint) -> SamplerSettings:
 def vae_settings(sources: Sources, family: str) -> VaeSettings:
     """The VAE's constants, from its configuration."""
     vae = sources.parts["vae"]
-    default = 1.0 if is_tiny(vae) else find_family(family).scaling_factor
     return VaeSettings(
-        scaling_factor=float(vae.config.get("scaling_factor", default)),
+        scaling_factor=scaling_factor(vae.config),
         spatial=latent_scale(sources),
         latent_channels=find_family(family).latent_channels,
         tiny=is_tiny(vae),
@@ -99,9 +101,16 @@ def source_records(sources: Sources) -> dict[str, tuple[SourceFile, ...]]:
     return {name: tuple(map(record, files)) for name, files in sources.weights.items()}
 
 
-def default_size(sources: Sources, family: str) -> int:
-    """Pixels of a side that the base was trained for: the UNet's ``sample_size``, as in diffusers, or the family's."""
-    size = sources.parts["unet"].config.get("sample_size")
-    if not size:
-        return find_family(family).default_size
-    return (size if isinstance(size, int) else size[0]) * latent_scale(sources)
+def default_size(sources: Sources, family: str) -> tuple[int, int]:
+    """Height and width in pixels that the base was trained for: the UNet's ``sample_size``, or the family's.
+
+    Raises:
+        WeightsError: the configuration has neither a number nor two.
+    """
+    size = sources.parts["unet"].config.get("sample_size") or find_family(family).default_size // latent_scale(sources)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        where = sources.parts["unet"].folder / "config.json"
+        raise WeightsError(f"{where} has sample_size {size!r}, expected a number or [height, width]: correct it")
+    height, width = (side * latent_scale(sources) for side in sides)
+    return height, width

@@ -15,8 +15,9 @@ from ..families import Family, find_family, lora_title
 from ..weights.lora import Lora
 from ..weights.lora_keys import match_kohya
 from ..weights.safetensors_file import SafetensorsFile
-from .layout import Found, Part
+from .layout import Part
 from .part_weights import Fuser, empty_module, open_part
+from .repositories import Found
 from .sources import Sources
 
 
@@ -77,8 +78,6 @@ def check_sources(sources: Sources, family: str) -> Lora | None:
 def check_unet_sources(part: Part, lora: Found | None, family: str) -> Lora | None:
     """As :func:`check_sources`, for the UNet and its LoRA alone."""
     unet = _empty_unet(part)
-    if (found := unet.config.in_channels) != (channels := find_family(family).latent_channels):
-        raise WeightsError(f"{part.folder}: the UNet takes {found} channels, expected {channels} (no inpainting)")
     opened = open_lora(lora.path, layer_names(unet), find_family(family)) if lora else None
     if opened is not None:
         for module in opened.keys:
@@ -144,9 +143,6 @@ def _controlnet_class() -> Any:
 
 
 def _vae_class(part: Part) -> Any:
-    """The VAE's class; a VAE whose latents have a mean of their own is rejected."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    if part.config.get("latents_mean") is not None:
-        raise WeightsError(f"{part.folder}: a VAE with latents_mean is not Stable Diffusion's: take another --vae")
     return AutoencoderTiny if is_tiny(part) else AutoencoderKL

@@ -20,7 +20,7 @@ from ..weights.lora_keys import describe_keys
 from ..weights.stored_weights import StoredWeights
 from .layout import Part
 from .libraries import explained, quiet
-from .single_file import Plan, Planned, convert, prefixes
+from .single_file import Plan, Planned, convert, prefix
 
 # Surplus tensors that change nothing, by the module's class: numbers from 0 to 76, what CLIP's training or its image
 # encoder needs, and what a VAE's training needs.
@@ -114,8 +114,9 @@ def open_part(part: Part, cls: Any) -> PartWeights:
     module = empty_module(part, cls)
     expected = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
     stored = StoredWeights([found.path for found in part.weights])
-    plan = _plan(part, stored, expected, cls.__name__)
-    _check_names(part, stored, plan, expected, cls.__name__)
+    beginning = _beginning(part, stored)
+    plan = _plan(part, stored, beginning, expected, cls.__name__)
+    _check_names(part, stored, plan, beginning, expected, cls.__name__)
     for name, planned in plan.items():
         stored.check_dtype(planned.source)
         if tuple(planned.shape) != expected[name]:
@@ -140,13 +141,22 @@ def empty_module(part: Part, cls: Any) -> Any:
         return cls(cls.config_class.from_dict(part.config))
 
 
-def _plan(part: Part, stored: StoredWeights, expected: Mapping[str, Any], kind: str) -> Plan:
+def _beginning(part: Part, stored: StoredWeights) -> str:
+    """The beginning of the part's key names, which tells them from others in one file."""
+    if not part.single_file:
+        return ""
+    if (beginning := prefix(part.name, stored.names)) is None:
+        remedy = "take one with --vae" if part.name == "vae" else "take another file"
+        raise WeightsError(f"{part.weights[0].path} holds no {part.name.partition('/')[0]}: {remedy}")
+    return beginning
+
+
+def _plan(part: Part, stored: StoredWeights, beginning: str, expected: Mapping[str, Any], kind: str) -> Plan:
     """The module's tensors, each from a stored one, and surplus ones that only conversion gave a name."""
-    wanted = prefixes(part.name) if part.single_file else ""
-    plan = {name: Planned.stored(name, stored.shape(name)) for name in stored.names if name.startswith(wanted)}
+    plan = {name: Planned.stored(name, stored.shape(name)) for name in stored.names if name.startswith(beginning)}
     if part.single_file:
         with explained(part.weights[0].path, kind):
-            plan = convert(part.name, plan, part.config)
+            plan = convert(part.name, beginning, plan, part.config)
     return {_renamed(name, expected): planned for name, planned in plan.items()}
 
 
@@ -159,14 +169,15 @@ def _renamed(name: str, expected: Mapping[str, Any]) -> str:
     return next((other for other in (flat, f"text_model.{name}", new) if other in expected), name)
 
 
-def _check_names(part: Part, stored: StoredWeights, plan: Plan, expected: Mapping[str, Any], kind: str) -> None:
+def _check_names(
+    part: Part, stored: StoredWeights, plan: Plan, beginning: str, expected: Mapping[str, Any], kind: str
+) -> None:
     """Compare both ways; what remains in the plan is exactly what the module expects."""
     harmless = re.compile(HARMLESS.get(kind, "(?!)"))
-    wanted = prefixes(part.name) if part.single_file else ""
     used = {planned.source for name, planned in plan.items() if name in expected}
     for name in plan.keys() - expected.keys():
         del plan[name]
-    surplus = {n for n in stored.names if n.startswith(wanted) and n not in used and not harmless.fullmatch(n)}
+    surplus = {n for n in stored.names if n.startswith(beginning) and n not in used and not harmless.fullmatch(n)}
     if surplus or plan.keys() != expected.keys():
         present = surplus | plan.keys()
         described = describe_keys(present, set(expected))

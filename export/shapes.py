@@ -27,20 +27,21 @@ class ShapeOptions:
     dynamic: dict[str, tuple[int, int, int]] | None = None
 
 
-def image_shapes(options: ShapeOptions, default_size: int) -> ImageShapes:
+def image_shapes(options: ShapeOptions, default_size: int | tuple[int, int]) -> ImageShapes:
     """The bundle's shapes.
 
     Args:
         options: the user's choice.
-        default_size: the side of the square that the base was trained for, in pixels.
+        default_size: height and width that the base was trained for, in pixels; one number for a square.
 
     Raises:
         RequestError: a size or batch is out of range, or not a multiple of 8.
     """
+    height, width = (default_size, default_size) if isinstance(default_size, int) else default_size
     usual = {
         "batch": 1 if options.batch is None else options.batch,
-        "height": default_size if options.height is None else options.height,
-        "width": default_size if options.width is None else options.width,
+        "height": height if options.height is None else options.height,
+        "width": width if options.width is None else options.width,
     }
     spans = {name: (extent, extent, extent) for name, extent in usual.items()}
     for name, span in (options.dynamic or {}).items():

@@ -7,17 +7,23 @@ that names and shapes are known from the header and no more than one tensor is i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT_ENCODERS = {
+# Beginnings of a part's key names; an empty one is that of a file which holds nothing else.
+PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae.", ""),
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
+    "controlnet": ("control_model.", ""),
 }
+# Key names that tell which component a file holds in its own key names.
+MARKS = {"vae": ("decoder.conv_in.weight",), "controlnet": ("time_embed.0.weight", "time_embedding.linear_1.weight")}
+DIFFUSERS_MARKS = ("decoder.mid_block.resnets.0.conv1.weight", "time_embedding.linear_1.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +73,28 @@ class Planned:
 Plan = dict[str, Planned]
 
 
-def prefixes(part: str) -> tuple[str, ...]:
-    """The beginnings of a part's key names."""
-    return TEXT_ENCODERS.get(part) or ((UNET,) if part == "unet" else (VAE,))
-
-
-def convert(part: str, stored: Mapping[str, Planned], config: Mapping[str, Any]) -> Plan:
-    """The part's tensors under diffusers' and transformers' names.
+def prefix(part: str, names: Collection[str]) -> str | None:
+    """The beginning of a part's key names in a file; None if the file does not hold the part.
 
     Args:
-        part: ``unet``, ``vae``, ``text_encoder`` or ``text_encoder_2``.
-        stored: the tensors of the file that begin with the part's :func:`prefixes`.
+        part: ``unet``, ``vae``, ``text_encoder``, ``text_encoder_2`` or ``controlnet/NAME``.
+        names: all names in the file.
+    """
+    kind = part.partition("/")[0]
+    for beginning in PREFIXES[kind]:
+        marks = MARKS.get(kind, ()) if not beginning else (beginning,)
+        if any(name.startswith(mark) for mark in marks for name in names):
+            return beginning
+    return None
+
+
+def convert(part: str, beginning: str, stored: Mapping[str, Planned], config: Mapping[str, Any]) -> Plan:
+    """The part's tensors under diffusers' and transformers' names, which they may have already.
+
+    Args:
+        part: as of :func:`prefix`.
+        beginning: :func:`prefix` of the file.
+        stored: the tensors that begin with it.
         config: the part's configuration.
 
     Raises:
@@ -85,15 +102,19 @@ def convert(part: str, stored: Mapping[str, Planned], config: Mapping[str, Any])
     """
     from diffusers.loaders import single_file_utils as diffusers
 
+    tensors, settings = dict(stored), dict(config)
+    if any(f"{beginning}{mark}" in tensors for mark in DIFFUSERS_MARKS):
+        return {name.removeprefix(beginning): planned for name, planned in tensors.items()}
     if part == "unet":
-        converted = diffusers.convert_ldm_unet_checkpoint(dict(stored), dict(config))
+        converted = diffusers.convert_ldm_unet_checkpoint(tensors, settings)
     elif part == "vae":
-        converted = diffusers.convert_ldm_vae_checkpoint(dict(stored), dict(config))
-    elif any(name.startswith("conditioner.embedders.1.") for name in stored):
-        prefix = "conditioner.embedders.1.model."
-        converted = diffusers.convert_open_clip_checkpoint(_NoFallback(), dict(stored), prefix=prefix)
+        converted = diffusers.convert_ldm_vae_checkpoint(tensors, settings)
+    elif part == "text_encoder":
+        converted = diffusers.convert_ldm_clip_checkpoint(tensors)
+    elif part == "text_encoder_2":
+        converted = diffusers.convert_open_clip_checkpoint(_NoFallback(), tensors, prefix=f"{beginning}model.")
     else:
-        converted = diffusers.convert_ldm_clip_checkpoint(dict(stored))
+        converted = diffusers.convert_controlnet_checkpoint(tensors, settings)
     return {name: planned for name, planned in converted.items() if planned is not None}
 
 

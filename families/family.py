@@ -40,7 +40,7 @@ class Family:
         size_conditioning: makes a row of ``time_ids`` from height and width in pixels; None if the denoiser takes none.
         addition_embed_type: the embedding of ``text_embeds`` and ``time_ids`` in diffusers' configurations.
         latent_channels: channels of the latents.
-        scaling_factor: diffusers' factor of the latents, where a VAE's configuration has none.
+        scaling_factor: factor of the latents of its published VAE.
         default_size: side of the images that the base was trained on, in pixels.
         denoiser: the denoiser's component.
         denoiser_class: its class in diffusers.

@@ -25,6 +25,7 @@ SDXL = Family(
     ),
     size_conditioning=size_conditioning,
     addition_embed_type="text_time",
+    scaling_factor=0.13025,
     default_size=1024,
     has_zeroed_negatives=True,
     is_vae_upcast=True,

@@ -26,7 +26,7 @@ from hypersd.engines.openvino import has_native_bf16
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
 from hypersd.export.checkpoints import DEMO_CONTROLNET
 from hypersd.export.controlnet_sources import ControlNetSource
-from hypersd.export.layout import DEMO_ROOT
+from hypersd.export.repositories import DEMO_ROOT
 from hypersd.runtime.control_images import canny
 from hypersd.samplers import DDIM, LCM
 from hypersd.samplers.ddim import DDIMStep

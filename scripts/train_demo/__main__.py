@@ -22,7 +22,7 @@ JOBS = 2  # one core each is faster on small networks than two cores on one of t
 
 def stages() -> dict[str, tuple[Callable[[Path], None], tuple[str, ...]]]:
     """By name what is to be done with the work folder, and what has to be done before. The order is that of need."""
-    from hypersd.export.layout import DEMO_ROOT
+    from hypersd.export.repositories import DEMO_ROOT
 
     from . import base, controlnet, data, distill, publish, text, trajectories, vae
 

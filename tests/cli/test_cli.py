@@ -413,7 +413,7 @@ def test_a_demonstration_checkpoint_from_export_to_verify(
 
     for folder in ("Demo15", "Hyper-Demo", "taesd-Demo"):
         shutil.copytree(REPO / "tests/assets/demo" / folder, tmp_path / "demo" / folder)
-    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path / "demo")
+    monkeypatch.setattr("hypersd.export.repositories.DEMO_ROOT", tmp_path / "demo")
     capsys.readouterr()
     assert main(export) == 0
     assert "done already" in capsys.readouterr().err

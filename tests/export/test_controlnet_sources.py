@@ -155,8 +155,8 @@ def test_every_known_controlnet_has_a_name_of_its_own() -> None:
 @pytest.fixture
 def hub(tiny_repos: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tiny_repos)
-    monkeypatch.setattr("hypersd.export.layout.fetch_optional", fake.fetch_optional)
-    monkeypatch.setattr("hypersd.export.layout.fetch", fake.fetch)
+    monkeypatch.setattr("hypersd.export.repositories.fetch_optional", fake.fetch_optional)
+    monkeypatch.setattr("hypersd.export.repositories.fetch", fake.fetch)
     return fake
 
 

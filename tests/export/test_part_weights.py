@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hypersd.errors import WeightsError
-from hypersd.export.layout import DiffusersBase, LocalFolder, Part
+from hypersd.export.layout import DiffusersBase, Part
 from hypersd.export.libraries import quiet
 from hypersd.export.part_weights import open_part
+from hypersd.export.repositories import LocalFolder
 
 from .test_sources import assert_same, one_line
 

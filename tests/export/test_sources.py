@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,21 @@ from hypersd import families
 from hypersd.errors import HyperSDError, RequestError, WeightsError
 from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, Checkpoint, find_checkpoint
 from hypersd.export.component_exports import component_exports
-from hypersd.export.hub import HubFile
-from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
+from hypersd.export.layout import DiffusersBase, Part
 from hypersd.export.models import check_unet_sources, load_text_encoder, load_unet, load_vae
+from hypersd.export.repositories import Found, LocalFolder
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 from hypersd.export.tokenizer import write_tokenizer
 
+from .fake_hub import BASES, COMMIT, FakeHub
+
 SD15, SDXL = find_checkpoint("Hyper-SD15-4steps-lora"), find_checkpoint("Hyper-SDXL-4steps-lora")
 WHOLE_UNET = find_checkpoint("Hyper-SDXL-1step-Unet")
 DEMO15, DEMOXL = find_checkpoint("Hyper-Demo15-4steps-lora"), find_checkpoint("Hyper-DemoXL-1step-Unet")
-BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
 ENTRIES = {"sd15": SD15, "sdxl": SDXL}
 FAMILIES = pytest.mark.parametrize("family", BASES)
 DEMO_ROOT = Path(__file__).parents[1] / "assets/demo"
-COMMIT = "c0ffee" + "0" * 34
-
-
-@dataclass
-class FakeHub:
-    """The tiny repositories as the Hub; ``tests/export/test_hub.py`` tests the real client."""
-
-    root: Path
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-
-    def fetch_optional(
-        self, repo_id: str, filename: str, *, revision: str | None = None, progress: object = None
-    ) -> HubFile | None:
-        self.asked.append((repo_id, filename, revision))
-        path = self.root / repo_id / filename
-        if not path.is_file():
-            return None
-        return HubFile(path=path, repo_id=repo_id, filename=filename, revision=COMMIT)
-
-    def fetch(self, repo_id: str, filename: str, **options: Any) -> HubFile:
-        file = self.fetch_optional(repo_id, filename, **options)
-        assert file is not None, f"{repo_id} has no {filename}"
-        return file
-
-    def repos(self) -> set[str]:
-        return {repo for repo, _, _ in self.asked}
-
-
-@pytest.fixture
-def hub(tiny_repos: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    hub = FakeHub(tiny_repos)
-    monkeypatch.setattr("hypersd.export.layout.fetch_optional", hub.fetch_optional)
-    monkeypatch.setattr("hypersd.export.layout.fetch", hub.fetch)
-    return hub
-
-
-@pytest.fixture
-def copy_base(tiny_repos: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """``copy_base(family)``: the tiny base, to be changed."""
-    return lambda family: Path(shutil.copytree(tiny_repos / BASES[family], tmp_path / "base"))
 
 
 def find(family: str, tiny_repos: Path, precision: str = "fp32", **changes: str | None) -> Sources:
@@ -266,7 +226,7 @@ def test_shards_and_variants_as_the_libraries_write_them(
         ({None}, None, None),
         ({"fp16"}, None, "fp16"),
         ({"fp16"}, "fp16", "fp16"),
-        ({None}, "fp16", "refused"),
+        ({None}, "fp16", None),
         (set(), None, "refused"),
     ],
 )
@@ -274,7 +234,7 @@ def test_shards_and_variants_as_the_libraries_write_them(
 def test_the_variant_that_is_taken(
     name: str, there: set[str | None], asked: str | None, expected: str | None, tiny_repos: Path, tmp_path: Path
 ) -> None:
-    """The full files unless --variant fp16 is given or there are none; a variant asked for is never replaced."""
+    """The full files unless --variant fp16 is given or there are none; a part without it comes at full size."""
     base = DiffusersBase(LocalFolder(tiny_repos / SD15_REPO))
     model: Any = load(base.part(name), "sd15")
     model.save_pretrained(tmp_path / name)
@@ -419,7 +379,7 @@ def test_installed_without_the_clone(
     options: SourceOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: FakeHub
 ) -> None:
     """The demonstration weights are no part of the package: the error says where they are."""
-    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path / "site-packages/tests/assets/demo")
+    monkeypatch.setattr("hypersd.export.repositories.DEMO_ROOT", tmp_path / "site-packages/tests/assets/demo")
     with pytest.raises(WeightsError) as error:
         find_sources(DEMO15, options, "fp32")
     one_line(error, str(tmp_path), "demonstration weights lie in the clone only")
@@ -431,7 +391,7 @@ def test_a_demonstration_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.M
     for folder in ("Demo15", "Hyper-Demo"):
         shutil.copytree(DEMO_ROOT / folder, tmp_path / folder)
     (tmp_path / "Hyper-Demo" / DEMO15.filename).unlink()
-    monkeypatch.setattr("hypersd.export.layout.DEMO_ROOT", tmp_path)
+    monkeypatch.setattr("hypersd.export.repositories.DEMO_ROOT", tmp_path)
     with pytest.raises(WeightsError) as error:
         find_sources(DEMO15, SourceOptions(), "fp32")
     one_line(error, str(tmp_path / "Hyper-Demo" / DEMO15.filename), "git")
@@ -876,6 +836,10 @@ def test_configurations_of_other_components(
     ("changes", "words"),
     [
         ({"in_channels": 9}, ["9 channels", "inpainting"]),
+        ({"cross_attention_dim": 1024}, ["holds SD2.x", "needs SD1.5"]),
+        ({"cross_attention_dim": 1280}, ["holds the SDXL refiner"]),
+        ({"mid_block_type": None}, ["fewer layers", "SSD-1B"]),
+        ({"block_out_channels": [320, 640, 1280]}, ["fewer layers", "such as SSD-1B"]),
         ({"time_cond_proj_dim": 256}, ["time_cond_proj_dim"]),
         ({"class_embed_type": "timestep"}, ["class_embed_type"]),
     ],
@@ -887,9 +851,8 @@ def test_unets_of_other_uses(
     folder = copy_base("sd15")
     path = folder / "unet/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    sources = find("sd15", tiny_repos, base=str(folder))
     with pytest.raises(WeightsError) as error:
-        check_unet_sources(sources.parts["unet"], sources.lora, "sd15")
+        load_all("sd15", folder, tiny_repos)
     one_line(error, str(folder), *words)
 
 

@@ -26,8 +26,9 @@ from hypersd.engines.specs import Range, TensorSpec
 from hypersd.errors import ExportError
 from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, reference_cases
 from hypersd.export.components import ComponentModule, vae_decoder_component
-from hypersd.export.layout import DiffusersBase, LocalFolder
+from hypersd.export.layout import DiffusersBase
 from hypersd.export.models import load_vae
+from hypersd.export.repositories import LocalFolder
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.trace import TRACE_SEED, _trace_extent, trace
 

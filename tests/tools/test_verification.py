@@ -45,7 +45,7 @@ def test_a_changed_source_is_rejected(
 ) -> None:
     """Comparing with other weights than the bundle's would judge nothing."""
     bundle = Bundle.load(export_tiny("Hyper-SD15-2steps-lora"))
-    monkeypatch.setattr("hypersd.export.layout.sha256_file", lambda path: "0" * 64)
+    monkeypatch.setattr("hypersd.export.repositories.sha256_file", lambda path: "0" * 64)
     with pytest.raises(WeightsError, match="changed since"):
         load_reference(bundle.manifest)
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hypersd.errors import WeightsError
-from hypersd.export.layout import DiffusersBase, Found, LocalFolder, Part
+from hypersd.export.layout import DiffusersBase, Part
 from hypersd.export.models import check_unet_sources, layer_names, load_unet, open_lora
+from hypersd.export.repositories import Found, LocalFolder
 from hypersd.families import find_family
 from hypersd.weights.lora import Lora
 from hypersd.weights.safetensors_file import SafetensorsFile

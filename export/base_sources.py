@@ -1,0 +1,169 @@
+"""Opens a base, and rejects by name what looks like one and is not: other families, other parameterizations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import WeightsError
+from ..families import FAMILIES, Family, find_family
+from ..weights.safetensors_file import SafetensorsFile
+from .checkpoints import Checkpoint
+from .export_progress import DownloadProgress
+from .layout import Base, DiffusersBase, SingleFileBase, weight_file
+from .repositories import open_files, open_known
+
+UNET = "model.diffusion_model."
+# Beginnings of key names in single files of models that are not supported.
+OTHER_MODELS = {
+    "cond_stage_model.model.": "SD2.x",
+    "conditioner.embedders.0.model.": "the SDXL refiner",
+    "model.diffusion_model.joint_blocks.": "SD3",
+    "model.diffusion_model.double_blocks.": "FLUX",
+}
+OTHER_INPUTS = {5: "depth", 7: "upscaling", 8: "pix2pix", 9: "inpainting"}  # by the UNet's input channels
+OTHER_TEXT_WIDTHS = {1024: "SD2.x", 1280: "the SDXL refiner"}  # by the UNet's cross_attention_dim
+# Layers by which the published UNets are told from smaller ones, distilled from them (SSD-1B, tiny-sd, BK-SDM).
+FULL_SIZE = {
+    "sd15": ("input_blocks.2.1.", "middle_block.1.", "output_blocks.11.1."),
+    "sdxl": ("input_blocks.8.1.transformer_blocks.9.", "middle_block.1.transformer_blocks.9.", "output_blocks.8.0."),
+}
+FULL_WIDTH = 320  # channels of both published UNets
+
+
+def open_base(
+    checkpoint: Checkpoint,
+    location: str | None,
+    revision: str | None,
+    variant: str | None,
+    progress: DownloadProgress | None,
+) -> Base:
+    """Open the user's base, or the checkpoint's own.
+
+    Raises:
+        WeightsError: there is none at that place, or it is none of the checkpoint's family.
+    """
+    location = checkpoint.base if location is None else location
+    if (file := weight_file(location, "--base")) is None:
+        return DiffusersBase(open_files(location, revision, progress, "--base"))
+    if revision or variant:
+        raise WeightsError(f"--base {location} is one file: leave --revision and --variant out")
+    _check_single_file(file.path, checkpoint)
+    return SingleFileBase(file, open_known(checkpoint.base, None, progress))
+
+
+def check_family(model_index: Mapping[str, Any], checkpoint: Checkpoint, base: str) -> None:
+    """Reject a base in diffusers layout whose pipeline is another family's."""
+    class_name, wanted = model_index.get("_class_name"), find_family(checkpoint.family)
+    if class_name != wanted.pipeline_class:
+        found = next((family.title for family in FAMILIES.values() if family.pipeline_class == class_name), class_name)
+        raise WeightsError(_other_family(f"{base} holds a {found} model", checkpoint))
+
+
+def check_unet_config(config: Mapping[str, Any], checkpoint: Checkpoint, base: str) -> None:
+    """Reject by name the UNets of other uses, from a base's configuration.
+
+    Raises:
+        WeightsError: the UNet takes other inputs, or is a smaller one that was distilled from the family's.
+    """
+    family = find_family(checkpoint.family)
+    _check_channels(config.get("in_channels", family.latent_channels), family, base)
+    if other := OTHER_TEXT_WIDTHS.get(config.get("cross_attention_dim", 0)):
+        raise WeightsError(_other_family(f"{base} holds {other}", checkpoint))
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    layers = config.get("transformer_layers_per_block", 1)
+    published = {"sd15": (2, [320, 640, 1280, 1280], 1), "sdxl": (2, [320, 640, 1280], [1, 2, 10])}[family.name]
+    widths = config.get("block_out_channels")
+    found = (config.get("layers_per_block", 2), widths, layers)
+    is_published_width = isinstance(widths, list) and FULL_WIDTH in widths[:1]
+    if (
+        middle is None
+        or config.get("reverse_transformer_layers_per_block")
+        or (is_published_width and found != published)
+    ):
+        raise WeightsError(_distilled(base, checkpoint))
+
+
+def check_scheduler(config: Mapping[str, Any], base: str) -> None:
+    """Reject bases that were trained on other noise than a schedule of betas.
+
+    Raises:
+        WeightsError: the scheduler is one of EDM's, or of flow matching.
+    """
+    name = str(config.get("_class_name", ""))
+    if "sigma_data" in config or name.startswith("EDM"):
+        raise WeightsError(
+            f"{base} was trained in the EDM parameterization ({name}), which Hyper-SD was not distilled from: "
+            "take a --base that predicts noise or v"
+        )
+    if name.startswith("FlowMatch") or str(config.get("prediction_type", "")).startswith("flow"):
+        raise WeightsError(f"{base} was trained with flow matching ({name}): take a --base that predicts noise or v")
+
+
+def prediction_of(base: Base) -> dict[str, Any]:
+    """Changes to the family's scheduler configuration that a single file's marks ask for.
+
+    ``v_pred`` and ``ztsnr`` are empty tensors that ComfyUI and sd-scripts read and write; the header's
+    ``modelspec.prediction_type`` is of the specification at https://github.com/Stability-AI/ModelSpec.
+    """
+    if not isinstance(base, SingleFileBase):
+        return {}
+    file = SafetensorsFile(base.file.path)
+    changes: dict[str, Any] = {}
+    if "v_pred" in file.names or file.metadata.get("modelspec.prediction_type") == "v":
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in file.names:
+        changes["rescale_betas_zero_snr"] = True
+    return changes
+
+
+def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
+    """Tell models apart by the names and shapes in a single file's header."""
+    file, wanted = SafetensorsFile(path), find_family(checkpoint.family)
+    if edm := [name for name in file.names if name.startswith("edm_")]:
+        raise WeightsError(
+            f"--base {path} was trained in the EDM parameterization ({edm[0]}), which Hyper-SD was not distilled from: "
+            "take a --base that predicts noise or v"
+        )
+    found = next((f for f in FAMILIES.values() if _has(file.names, f.single_file_prefix)), None)
+    if found is None:
+        other = next((title for prefix, title in OTHER_MODELS.items() if _has(file.names, prefix)), None)
+        if other:
+            raise WeightsError(_other_family(f"--base {path} holds {other}", checkpoint))
+        raise WeightsError(f"--base {path} holds no {wanted.title} model in the original Stable Diffusion's key names")
+    if found != wanted:
+        raise WeightsError(_other_family(f"{path} holds a {found.title} model", checkpoint))
+    conv_in = f"{UNET}input_blocks.0.0.weight"
+    shape = file.shape(conv_in) if conv_in in file.names else ()
+    if len(shape) == 4:
+        _check_channels(shape[1], wanted, str(path))
+        layers = FULL_SIZE[wanted.name]
+        if shape[0] == FULL_WIDTH and not all(_has(file.names, UNET + layer) for layer in layers):
+            raise WeightsError(_distilled(str(path), checkpoint))
+
+
+def _has(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _check_channels(channels: Any, family: Family, base: str) -> None:
+    if channels != family.latent_channels:
+        use = OTHER_INPUTS.get(channels)
+        raise WeightsError(
+            f"{base}: the UNet takes {channels} channels{f', as for {use}' if use else ''}, expected "
+            f"{family.latent_channels}: take a --base for text to image"
+        )
+
+
+def _distilled(base: str, checkpoint: Checkpoint) -> str:
+    title = find_family(checkpoint.family).title
+    return (
+        f"{base} holds a UNet with fewer layers than {title}'s, such as SSD-1B or BK-SDM, which Hyper-SD's "
+        f"files do not fit: take a --base of {title}, such as {checkpoint.base}"
+    )
+
+
+def _other_family(found: str, checkpoint: Checkpoint) -> str:
+    wanted = find_family(checkpoint.family).title
+    return f"{found}, {checkpoint.name} needs {wanted}: take a --base of {wanted}, such as {checkpoint.base}"
