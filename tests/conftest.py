@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     # "gw0": a core for each worker. Otherwise the threads of every library of each take turns on all cores.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -133,6 +136,16 @@ def sd15_bundle(export_tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SDXL-1step-lora")
+
+
+@pytest.fixture(scope="session")
+def sdxl_mixed_bundle(bundles_folder: Path, source_options: Callable[..., Any]) -> Path:
+    """SDXL in fp16 with its own VAE, which stays in float32. Do not write to it."""
+    from hypersd.export import ExportOptions, export_bundle
+
+    name = "Hyper-SDXL-1step-lora"
+    options = ExportOptions(sources=source_options(name, vae=source_options(name).base), precision="fp16")
+    return export_bundle(name, bundles_folder / f"{name}-mixed", options).root
 
 
 def _export_demo(shared_folder: Path, folder: str, *controlnets: str) -> Path:

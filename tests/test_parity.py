@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from hypersd import Pipeline
-from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import CHECKPOINTS
 
 TOLERANCE = 2e-3  # of full scale
@@ -102,14 +100,9 @@ def test_lists_of_prompts_and_several_images_each(
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
-def test_a_float32_decoder_in_a_half_precision_bundle(
-    tmp_path: Path, source_options: Callable[..., Any], reference: Callable[[str], Any]
-) -> None:
+def test_a_float32_decoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, reference: Callable[[str], Any]) -> None:
     """SDXL's own VAE stays float32, and gets the latents as diffusers gives them to it: cast, then scaled."""
-    name = "Hyper-SDXL-1step-lora"
-    sources = source_options(name)
-    options = ExportOptions(sources=dataclasses.replace(sources, vae=sources.base), precision="fp16")
-    pipe, judge = Pipeline.load(export_bundle(name, tmp_path / name, options).root), reference(name)
+    pipe, judge = Pipeline.load(sdxl_mixed_bundle), reference("Hyper-SDXL-1step-lora")
     assert pipe.engines["vae_decoder"].inputs["latent_sample"].dtype == "float32"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).half()
     with torch.no_grad():

@@ -21,7 +21,7 @@ from hypersd.export.checkpoints import DEMO_CHECKPOINTS
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few images, few trajectories, one step of everything."""
+    """Few images, few trajectories, small batches, one step of everything."""
 
     def shorter(plan: Plan) -> Plan:
         return dataclasses.replace(plan, steps=1)
@@ -30,7 +30,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "SCENES", 24)
     for module in (trajectories, distill):
         monkeypatch.setattr(module, "COUNT", 4)
-    monkeypatch.setattr(trajectories, "BATCH", 2)
+    for module in (base, controlnet, distill, text, trajectories, vae):
+        monkeypatch.setattr(module, "BATCH", 4)
     monkeypatch.setattr(controlnet, "IMAGES", 16)
     for module in (text, base):
         monkeypatch.setattr(module, "PLANS", {family: shorter(plan) for family, plan in module.PLANS.items()})

@@ -24,14 +24,6 @@ MOST_ROUNDED = 1e-3  # share of values that lie between two of 255 and round to 
 
 
 @pytest.fixture(scope="module")
-def sdxl_mixed_bundle(bundles_folder: Path, sdxl_bundle: Path, source_options) -> Path:
-    """SDXL in fp16 with the float32 VAE of its neighbour. Do not write to it."""
-    name = "Hyper-SDXL-1step-lora"
-    options = ExportOptions(sources=source_options(name, vae=source_options(name).base), precision="fp16")
-    return export_bundle(name, bundles_folder / f"{name}-mixed", options).root
-
-
-@pytest.fixture(scope="module")
 def dynamic_bundle(bundles_folder: Path, tiny_repos: Path, source_options) -> Path:
     """SD1.5 with TAESD, 1 or 2 images a run, 64 to 96 pixels high. Do not write to it."""
     name = "Hyper-SD15-1step-lora"
