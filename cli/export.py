@@ -1,8 +1,8 @@
 """Export a checkpoint to a bundle.
 
-Downloads missing files, fuses the LoRA into the UNet, traces every component to ONNX, compares each with torch on ONNX
-Runtime, and writes the bundle; then builds TensorRT engines if TensorRT is installed (--backend). An interrupted export
-continues where it stopped.
+Downloads missing files, fuses the LoRAs into UNet and text encoders, traces every component to ONNX, compares each with
+torch on ONNX Runtime, and writes the bundle; then builds TensorRT engines if TensorRT is installed (--backend). An
+interrupted export continues where it stopped.
 
 Weights come from the Hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME apply) or from local files; the clone
 contains the weights of the demonstration checkpoints. --random-weights downloads nothing: `hypersd bench` then shows
@@ -52,10 +52,20 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
     group.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
     group.add_argument(
-        "--lora", metavar="FILE", help="local file instead of the published one (for the one-step UNet: that UNet)"
+        "--lora",
+        metavar="FILE",
+        help="local file instead of the published one, a LoRA in any layout (for the one-step UNet: that UNet)",
     )
     group.add_argument(
         "--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA, such as 0.8 (default: 1)"
+    )
+    group.add_argument(
+        "--add-lora",
+        action="append",
+        default=[],
+        metavar="WHERE[:SCALE]",
+        help="one more LoRA, for UNet and text encoders: file, folder, Hub repository or OWNER/NAME/FILE; SCALE is its "
+        "strength (default: 1); may be given more than once",
     )
     group.add_argument(
         "--vae",
@@ -205,6 +215,7 @@ def _write_triton(bundle: Bundle, args: argparse.Namespace) -> None:
 def _export_options(args: argparse.Namespace) -> ExportOptions:
     from ..export.controlnet_sources import ControlNetSource
     from ..export.exporter import ExportOptions
+    from ..export.lora_sources import LoraSource
     from ..export.random_weights import RandomWeights
     from ..export.shapes import ShapeOptions
     from ..export.sources import SourceOptions
@@ -219,6 +230,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
             checkpoint_file=args.lora,
             vae=args.vae,
             controlnets=tuple(map(ControlNetSource.parse, args.controlnet)),
+            added_loras=tuple(map(LoraSource.parse, args.add_lora)),
         ),
         shapes=ShapeOptions(batch=args.batch, height=height, width=width, dynamic=dynamic),
         precision=args.precision,

@@ -191,6 +191,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "checkpoint": manifest.checkpoint + scale,
         **({"random weights": "yes, for measurements: its images are noise"} if manifest.random_weights else {}),
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
+        **({"LoRAs": ", ".join(origin.described_loras)} if origin.added_loras else {}),
         "decoder": f"{'tiny (TAESD)' if manifest.vae.tiny else 'full'}, scaling factor {manifest.vae.scaling_factor:g}",
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "images": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",

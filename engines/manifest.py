@@ -31,7 +31,7 @@ from .specs import (
 )
 from .vocabulary import Preprocess
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 
@@ -67,6 +67,11 @@ class ControlNetOrigin(Record, frozen=True, kw_only=True):
     revision: str | None = None
 
 
+def added_lora(number: int) -> str:
+    """The record of a LoRA that was fused after the checkpoint's own, counted from 1."""
+    return f"added_lora/{number}"
+
+
 class Origin(Record, frozen=True, kw_only=True):
     """Sources of the components, sufficient to load them again with diffusers (``hypersd verify``).
 
@@ -76,6 +81,7 @@ class Origin(Record, frozen=True, kw_only=True):
         variant: ``"fp16"`` if the half-precision weight files were used.
         vae: source of the VAE if it is not ``base``.
         lora_scale: factor of the LoRA before it was fused; None without a LoRA.
+        added_lora_scales: factors of the LoRAs that were fused after it; their records are ``added_lora/1`` and so on.
         controlnets: source of each ControlNet, by its name.
         weights: the weight files of each component.
     """
@@ -86,8 +92,26 @@ class Origin(Record, frozen=True, kw_only=True):
     vae: str | None = None
     vae_revision: str | None = None
     lora_scale: float | None = None
+    added_lora_scales: tuple[float, ...] = ()
     controlnets: dict[str, ControlNetOrigin] = msgspec.field(default_factory=dict)
     weights: dict[str, tuple[SourceFile, ...]]
+
+    def __post_init__(self) -> None:
+        lost = [i for i in range(1, len(self.added_lora_scales) + 1) if not self.weights.get(added_lora(i))]
+        if lost:
+            raise ValueError(f"a scale without its LoRA: {', '.join(map(added_lora, lost))}")
+
+    @property
+    def added_loras(self) -> dict[str, float]:
+        """The scales of the added LoRAs, by the names of their records in ``weights``."""
+        return {added_lora(i): scale for i, scale in enumerate(self.added_lora_scales, 1)}
+
+    @property
+    def described_loras(self) -> list[str]:
+        """The added LoRAs as ``--add-lora`` takes them, local files without their folders."""
+        files = {name: self.weights[name][0] for name in self.added_loras}
+        places = {name: f"{file.repo}/{file.filename}" if file.repo else file.filename for name, file in files.items()}
+        return [f"{places[name]}:{scale:g}" for name, scale in self.added_loras.items()]
 
 
 class SamplerSettings(Record, frozen=True, kw_only=True):
@@ -126,7 +150,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     ``random_weights`` means that the weights are not the checkpoint's: such a bundle is for measurements.
     """
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     checkpoint: str
     random_weights: bool = False
     family: str

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..engines.component_names import cond_embedding, controlnet
@@ -14,7 +14,7 @@ from ..engines.manifest import SourceFile
 from ..engines.precision import PRECISIONS, Precision
 from ..engines.specs import ImageShapes
 from ..families import TextEncoder, find_family
-from ..weights.lora import Lora
+from ..weights.lora_file import Fusion, LoraFile
 from .checkpoints import Checkpoint
 from .components import ComponentModule, text_encoder_component, unet_component, vae_decoder_component
 from .controlnet_components import cond_embedding_component, controlled_unet_component, controlnet_component
@@ -61,8 +61,7 @@ def component_exports(
     records: dict[str, tuple[SourceFile, ...]],
     shapes: ImageShapes,
     precision: str,
-    lora: Lora | None = None,
-    lora_scale: float = 1.0,
+    loras: Mapping[str, LoraFile] | None = None,
 ) -> list[ComponentExport]:
     """The bundle's components, smallest first, so that errors show early.
 
@@ -72,10 +71,9 @@ def component_exports(
         records: the weight files' hashes, by part.
         shapes: image sizes and batch.
         precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
-        lora: the opened LoRA, if the checkpoint is one.
-        lora_scale: factor on top of the LoRA's own alpha/rank.
+        loras: the opened LoRAs to fuse, in order, by the names of their records.
     """
-    exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], lora, lora_scale)
+    exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], loras or {})
     return [
         *map(exports.text_encoder, find_family(checkpoint.family).text_encoders),
         exports.vae_decoder(),
@@ -94,15 +92,15 @@ class _Exports:
     records: dict[str, tuple[SourceFile, ...]]
     shapes: ImageShapes
     precision: Precision
-    lora: Lora | None
-    lora_scale: float
+    loras: Mapping[str, LoraFile]
 
     def text_encoder(self, kind: TextEncoder) -> ComponentExport:
         name, dtype = kind.component, self.precision.dtype
         part = self.sources.parts[name]
 
         def load() -> ComponentModule:
-            return text_encoder_component(kind, load_text_encoder(part, kind.class_name, dtype), self.shapes)
+            encoder = load_text_encoder(part, kind.class_name, dtype, self._fusion(name))
+            return text_encoder_component(kind, encoder, self.shapes)
 
         return self._export(name, name, load, batch=str(self.shapes.batch), family=self.checkpoint.family)
 
@@ -136,15 +134,17 @@ class _Exports:
         part, guided = self.sources.parts["unet"], self.checkpoint.is_guided
 
         def load() -> ComponentModule:
-            loaded = load_unet(part, self.precision.dtype, self.lora.scaled(self.lora_scale) if self.lora else None)
+            loaded = load_unet(part, self.precision.dtype, self._fusion("unet"))
             return make(loaded, self.shapes, guided, self._scale)
 
-        lora = [record.sha256 for record in self.records.get("lora", ())]
-        more = {"lora": lora, "lora_scale": self.lora_scale, "residuals": bool(self.sources.controlnets)}
-        return self._export("unet", "unet", load, shapes=self._sizes, guided=guided, latent_scale=self._scale, **more)
+        more = {"shapes": self._sizes, "latent_scale": self._scale, "residuals": bool(self.sources.controlnets)}
+        return self._export("unet", "unet", load, guided=guided, **more)
 
     def _load_controlnet(self, part: str) -> Any:
         return load_controlnet(self.sources.parts[part], self.precision.dtype)
+
+    def _fusion(self, component: str) -> Fusion:
+        return Fusion(component, tuple(self.loras.values()))
 
     @property
     def _scale(self) -> int:
@@ -171,6 +171,11 @@ class _Exports:
             "opset": OPSET,
             "precision": precision.name,
             "weights": [record.sha256 for record in self.records[part]],
+            "loras": [
+                [lora.strength, *(record.sha256 for record in self.records[name])]
+                for name, lora in self.loras.items()
+                if part in lora.layers
+            ],
             "config": {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"},
             **more,
         }

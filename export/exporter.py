@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import msgspec
@@ -14,7 +13,7 @@ from ..engines.precision import PRECISIONS, PrecisionName
 from ..engines.progress import Stage
 from ..engines.specs import Component
 from ..errors import RequestError, UserError
-from ..weights.lora import Lora
+from ..weights.lora_file import LoraFile
 from ..weights.safetensors_file import SafetensorsFile
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
@@ -22,6 +21,7 @@ from .component_exports import ComponentExport, component_exports, tool_versions
 from .controlnet_sources import settings_of
 from .export_progress import ExportProgress, Silent
 from .libraries import quiet, release_memory
+from .lora_sources import check_scale
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
 from .models import check_sources
 from .random_weights import RandomWeights, check_random_weights, random_sources
@@ -86,8 +86,10 @@ def export_bundle(
         sources = find_sources(entry, given, options.precision, progress.downloads)
         for note in sources.notes:
             progress.note(note)
-        lora = check_sources(sources, entry.family)
-        return _Export(entry, sources, lora, options, progress).run(out)
+        loras = check_sources(sources, entry.family, options.lora_scale)
+        for name in sources.added_loras:
+            progress.note(f"adds {loras[name]}")
+        return _Export(entry, sources, loras, options, progress).run(out)
 
 
 def _default_out(entry: Checkpoint, options: ExportOptions) -> Path:
@@ -98,13 +100,14 @@ def _default_out(entry: Checkpoint, options: ExportOptions) -> Path:
 def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
     if options.precision not in PRECISIONS:
         raise RequestError(f"precision {options.precision!r} is not known: expected {' or '.join(PRECISIONS)}")
-    if not math.isfinite(options.lora_scale) or abs(options.lora_scale) > 10:
-        raise RequestError(f"lora_scale {options.lora_scale} is out of range: expected -10 to 10, usually 1")
     if options.random_weights is not None:
         check_random_weights(entry, options.sources, options.lora_scale)
     image_shapes(options.shapes, 512)  # wrong shapes are wrong at every default size
     if entry.kind == "unet" and options.lora_scale != 1.0:
         raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
+    check_scale(options.lora_scale, "lora_scale")
+    for lora in options.sources.added_loras:
+        check_scale(lora.scale, f"{lora.location}: the LoRA's scale")
 
 
 class _Export:
@@ -114,7 +117,7 @@ class _Export:
         self,
         entry: Checkpoint,
         sources: Sources,
-        lora: Lora | None,
+        loras: dict[str, LoraFile],
         options: ExportOptions,
         progress: ExportProgress,
     ) -> None:
@@ -126,9 +129,7 @@ class _Export:
         self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
         with Stage(progress, "hash the weight files"):
             self.records: dict[str, tuple[SourceFile, ...]] = source_records(sources)
-        self.exports = component_exports(
-            entry, sources, self.records, self.shapes, options.precision, lora, options.lora_scale
-        )
+        self.exports = component_exports(entry, sources, self.records, self.shapes, options.precision, loras)
 
     def run(self, out: Path) -> Bundle:
         with Workspace.open(

@@ -84,6 +84,7 @@ def origin(
         vae=sources.vae,
         vae_revision=sources.vae_revision,
         lora_scale=lora_scale if sources.lora else None,
+        added_lora_scales=tuple(lora.scale for lora in sources.added_loras.values()),
         controlnets=sources.controlnets,
         weights=records,
     )

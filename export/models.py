@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,26 @@ from torch import nn
 
 from ..engines.component_names import controlnet
 from ..errors import WeightsError
-from ..families import Family, find_family, lora_title
-from ..weights.lora import Lora
-from ..weights.lora_keys import match_kohya
+from ..families import find_family, lora_title
+from ..weights.key_lists import describe_keys
+from ..weights.lora_file import LoraFile, Shapes
+from ..weights.lora_names import published_layers
 from ..weights.safetensors_file import SafetensorsFile
 from .layout import Part
-from .part_weights import Fuser, empty_module, open_part
-from .repositories import Found
+from .part_weights import Fuser, open_part
 from .sources import Sources
 
 
 def load_unet(part: Part, dtype: torch.dtype, fuser: Fuser | None = None) -> nn.Module:
-    """``diffusers.UNet2DConditionModel``, with a LoRA fused into it.
+    """``diffusers.UNet2DConditionModel``, with LoRAs fused into it.
 
     Args:
         part: configuration and weight files.
         dtype: type of the weights.
-        fuser: the LoRA, as :func:`check_sources` opened it.
+        fuser: the LoRAs, a :class:`.lora_file.Fusion` of those that :func:`check_sources` opened.
 
     Raises:
-        WeightsError: configuration, weights and LoRA do not fit each other.
+        WeightsError: configuration, weights and LoRAs do not fit each other.
     """
     return open_part(part, _unet_class()).load(dtype, fuser)
 
@@ -55,79 +54,70 @@ def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
     return open_part(part, _controlnet_class()).load(dtype)
 
 
-def check_sources(sources: Sources, family: str) -> Lora | None:
+def check_sources(sources: Sources, family: str, lora_scale: float = 1.0) -> dict[str, LoraFile]:
     """Compare the headers of all weight files with the configurations, before any time is spent.
 
     Returns:
-        The LoRA, open, its keys matched with the UNet's layers; None if there is none to fuse.
+        The LoRAs to fuse, open, in order, by the names of their records (:attr:`.sources.Sources.weights`).
 
     Raises:
-        WeightsError: configurations, weights and LoRA do not fit each other.
+        WeightsError: configurations, weights and LoRAs do not fit each other.
     """
     import transformers
 
-    lora = check_unet_sources(sources.parts["unet"], sources.lora, family)
+    modules = {"unet": check_unet_sources(sources.parts["unet"], family)}
     for encoder in find_family(family).text_encoders:
-        open_part(sources.parts[encoder.component], getattr(transformers, encoder.class_name))
+        cls = getattr(transformers, encoder.class_name)
+        modules[encoder.component] = open_part(sources.parts[encoder.component], cls).module
     open_part(sources.parts["vae"], _vae_class(sources.parts["vae"]))
     for name in sources.controlnets:
         open_part(sources.parts[controlnet(name)], _controlnet_class())
-    return lora
+    return open_loras(sources, {name: layer_shapes(module) for name, module in modules.items()}, family, lora_scale)
 
 
-def check_unet_sources(part: Part, lora: Found | None, family: str) -> Lora | None:
-    """As :func:`check_sources`, for the UNet and its LoRA alone."""
-    unet = _empty_unet(part)
-    opened = open_lora(lora.path, layer_names(unet), find_family(family)) if lora else None
-    if opened is not None:
-        for module in opened.keys:
-            opened.check_shapes(module, tuple(unet.get_submodule(module).weight.shape))
-    open_part(part, _unet_class())
+def check_unet_sources(part: Part, family: str) -> nn.Module:
+    """As :func:`check_sources`, for the UNet alone; the result has no weights."""
+    unsupported = ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type")
+    if used := [name for name in sorted(unsupported) if part.config.get(name) is not None]:
+        raise WeightsError(f"{part.folder}: a UNet with {', '.join(used)} is not a Stable Diffusion base: take another")
+    return open_part(part, _unet_class()).module
+
+
+def open_loras(sources: Sources, shapes: Shapes, family: str, lora_scale: float = 1.0) -> dict[str, LoraFile]:
+    """As :func:`check_sources`, for the LoRAs alone; ``shapes`` are those of the base's layers."""
+    opened = {}
+    if sources.lora is not None:
+        opened["lora"] = lora = open_lora(sources.lora.path, shapes, family, lora_scale)
+        if sources.lora.repo:  # published files cover the same layers all
+            covered = {c: set(published_layers(paths) if c == "unet" else ()) for c, paths in shapes.items()}
+            for component, expected in covered.items():
+                if (present := lora.layers.get(component, {}).keys()) != expected:
+                    described = describe_keys(set(present), expected)
+                    raise WeightsError(f"{sources.lora.path} does not fit the base's {component}: {described}")
+    for name, added in sources.added_loras.items():
+        opened[name] = open_lora(added.files[0].path, shapes, family, added.scale)
     return opened
 
 
-def open_lora(path: Path, modules: Iterable[str], family: Family) -> Lora:
-    """Open a Hyper-SD LoRA, a ``.safetensors`` file with kohya keys.
-
-    Args:
-        path: the file.
-        modules: paths of the UNet's linear and convolution layers (:func:`layer_names`).
-        family: of the base.
-
-    Raises:
-        WeightsError: the file is damaged or of another family, or keys are left over or missing, which are listed.
-    """
-    file = SafetensorsFile(path)
-    found = lora_title(file.names) or family.title
-    if found != family.title:
+def open_lora(path: Path, shapes: Shapes, family: str, scale: float = 1.0) -> LoraFile:
+    """Open a LoRA for a base of that family; arguments and errors as of :meth:`.lora_file.LoraFile.open`."""
+    title = find_family(family).title
+    if (found := lora_title(SafetensorsFile(path).names) or title) != title:
         raise WeightsError(
-            f"{path} is a LoRA for {found}, the base is {family.title}: take one for {family.title}, or its own --base"
+            f"{path} is a LoRA for {found}, the base is {title}: take one for {title}, or its own --base"
         )
-    return Lora(file, match_kohya(path, file.names, modules, family.lora_prefix))
+    return LoraFile.open(path, shapes, scale)
 
 
-def layer_names(unet: nn.Module) -> list[str]:
-    """Paths of the layers that a LoRA can change: linear layers and convolutions."""
-    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that a LoRA can change: those of linear layers and convolutions, by path."""
+    layers = ((path, layer) for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    return {path: tuple(layer.weight.shape) for path, layer in layers}
 
 
 def is_tiny(part: Part) -> bool:
     """Whether the part is a TAESD decoder."""
     return part.config.get("_class_name") == "AutoencoderTiny"
-
-
-def _empty_unet(part: Part) -> Any:
-    """The UNet of a configuration, without weights."""
-    unet = empty_module(part, _unet_class())
-    config = unet.config
-    unsupported = {
-        "time_cond_proj_dim": config.time_cond_proj_dim,
-        "class_embed_type": config.class_embed_type,
-        "encoder_hid_dim_type": config.encoder_hid_dim_type,
-    }
-    if used := sorted(name for name, value in unsupported.items() if value is not None):
-        raise WeightsError(f"{part.folder}: a UNet with {', '.join(used)} is not a Stable Diffusion base: take another")
-    return unet
 
 
 def _unet_class() -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..weights.lora_keys import describe_keys
+from ..weights.key_lists import describe_keys
 from ..weights.stored_weights import StoredWeights
 from .layout import Part
 from .libraries import explained, quiet

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engines.files import whole_file
-from ..weights.lora_keys import kohya_keys
+from ..weights.lora_names import published_layers
 from ..weights.safetensors_file import write_safetensors
-from .models import layer_names
+from .models import layer_shapes
 
 UP_STD = 0.1  # with an alpha that is the root of the rank, what the LoRA adds is a sixth of the weights
 CLIP_NAMES = ("text_model.", "text_projection.")
@@ -79,8 +79,9 @@ def network_file(path: str, network: nn.Module) -> RandomFile:
 def lora_file(path: str, unet: nn.Module, prefix: str, rank: int) -> RandomFile:
     """A LoRA over the layers that Hyper-SD's cover, with kohya keys that begin with ``prefix``."""
     shapes: Shapes = {}
-    for name, key in kohya_keys(layer_names(unet), prefix).items():
-        rows, *columns = unet.get_parameter(f"{name}.weight").shape
+    layers = layer_shapes(unet)
+    for name in published_layers(layers):
+        key, (rows, *columns) = prefix + name.replace(".", "_"), layers[name]
         shapes[f"{key}.lora_down.weight"] = (rank, *columns)
         shapes[f"{key}.lora_up.weight"] = (rows, rank, *[1] * (len(columns) - 1))
         shapes[f"{key}.alpha"] = ()

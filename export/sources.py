@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.component_names import controlnet
-from ..engines.manifest import ControlNetOrigin
-from ..errors import WeightsError
+from ..engines.manifest import ControlNetOrigin, added_lora
 from ..families import find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .base_sources import check_family, check_scheduler, check_unet_config, open_base, prediction_of
@@ -17,6 +16,7 @@ from .checkpoints import Checkpoint
 from .controlnet_sources import ControlNetSource, check_fits, named, open_controlnet
 from .export_progress import DownloadProgress
 from .layout import Base, ComponentSource, Part
+from .lora_sources import AddedLora, LoraSource, find_added, local_file, with_settings
 from .repositories import Found, get_file, open_known, read_json, tokenizer_folder
 from .vae_sources import check_vae, open_vae, vae_note
 
@@ -35,6 +35,7 @@ class SourceOptions:
         vae: a Hub repository, a folder or a file, or ``"tiny"`` for TAESD.
         vae_revision: branch, tag or commit of ``vae``.
         controlnets: ControlNets for the bundle.
+        added_loras: LoRAs to fuse after the checkpoint's own, in this order.
     """
 
     base: str | None = None
@@ -45,6 +46,7 @@ class SourceOptions:
     vae: str | None = None
     vae_revision: str | None = None
     controlnets: tuple[ControlNetSource, ...] = ()
+    added_loras: tuple[LoraSource, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Sources:
             ``controlnet/NAME``).
         vae: the VAE's location, if it is not the base's.
         lora: the LoRA to fuse, if the checkpoint is one.
+        added_loras: LoRAs to fuse after it, by the names of their records (``added_lora/1``), in order.
         controlnets: the ControlNets' locations, by name.
         notes: remarks for the user about sources that were taken with a doubt.
     """
@@ -72,6 +75,7 @@ class Sources:
     vae: str | None
     vae_revision: str | None
     lora: Found | None
+    added_loras: dict[str, AddedLora]
     controlnets: dict[str, ControlNetOrigin]
     notes: tuple[str, ...] = ()
 
@@ -79,7 +83,8 @@ class Sources:
     def weights(self) -> dict[str, tuple[Found, ...]]:
         """Every weight file, by the part that it is for."""
         files = {name: part.weights for name, part in self.parts.items()}
-        return files | ({"lora": (self.lora,)} if self.lora else {})
+        files |= {"lora": with_settings(self.lora)} if self.lora else {}
+        return files | {name: lora.files for name, lora in self.added_loras.items()}
 
 
 def find_sources(
@@ -100,7 +105,7 @@ def find_sources(
     # Small files and checks come first, and gigabytes last.
     wanted = named(options.controlnets)
     if options.checkpoint_file is not None:
-        _local_file(options.checkpoint_file)
+        local_file(options.checkpoint_file, "--lora")
     base = open_base(checkpoint, options.base, options.revision, options.variant, progress)
     vae = open_vae(checkpoint, options.vae, options.vae_revision, precision, base, progress)
     model_index = read_json(get_file(base.files, "model_index.json"))
@@ -120,6 +125,7 @@ def find_sources(
     scale = pixels_per_latent(vae.config if vae else configs["vae"])
     for place in controlnets.values():
         check_fits(place.location, place.config, configs["unet"], checkpoint.family, base.location, scale)
+    added = {added_lora(i): find_added(source, progress) for i, source in enumerate(options.added_loras, 1)}
     checkpoint_file = _find_checkpoint_file(checkpoint, options, progress)
     parts = _find_parts(checkpoint, base, vae, checkpoint_file, options.variant)
     notes += _variant_notes(parts, options.variant, vae)
@@ -135,6 +141,7 @@ def find_sources(
         vae=vae.location if vae else None,
         vae_revision=vae.revision if vae else None,
         lora=checkpoint_file if checkpoint.kind == "lora" else None,
+        added_loras=added,
         controlnets={
             name: ControlNetOrigin(location=place.location, revision=place.revision)
             for name, place in controlnets.items()
@@ -176,17 +183,7 @@ def _find_checkpoint_file(checkpoint: Checkpoint, options: SourceOptions, progre
     """The Hyper-SD file: the published one, or the local one that ``--lora`` names."""
     if options.checkpoint_file is None:
         return open_known(checkpoint.series.files, options.checkpoint_revision, progress).get(checkpoint.filename)
-    return _local_file(options.checkpoint_file)
-
-
-def _local_file(location: str) -> Found:
-    path = Path(location)
-    if not path.is_file():
-        raise WeightsError(
-            f"--lora {location!r} is not a file: expected a .safetensors file in place of the checkpoint's own"
-        )
-    SafetensorsFile(path)  # rejects a damaged file
-    return Found(path, path.name)
+    return local_file(options.checkpoint_file, "--lora")
 
 
 def pixels_per_latent(vae: dict[str, Any]) -> int:

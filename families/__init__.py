@@ -13,10 +13,10 @@ __all__ = ["FAMILIES", "SD15", "SDXL", "Family", "TextEncoder", "find_family", "
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL)}
 
-# Parts of keys by which LoRAs for families that are not supported are recognised.
+# Parts of keys, with underscores for dots, by which LoRAs for families that are not supported are recognised.
 UNSUPPORTED_LORAS = {
-    "FLUX": ("single_transformer_blocks", "lora_unet_single_blocks_", "lora_unet_double_blocks_"),
-    "SD3": ("transformer.", "lora_unet_joint_blocks_"),
+    "FLUX": ("single_transformer_blocks_", "_single_blocks_", "_double_blocks_"),
+    "SD3": ("transformer_transformer_blocks_", "_joint_blocks_"),
 }
 
 
@@ -35,4 +35,5 @@ def find_family(name: str) -> Family:
 def lora_title(keys: Collection[str]) -> str | None:
     """The title of the family that a LoRA with these keys was made for; None if no key tells."""
     marks = UNSUPPORTED_LORAS | {family.title: family.lora_marks for family in FAMILIES.values()}
-    return next((title for title, some in marks.items() if any(mark in key for key in keys for mark in some)), None)
+    flat = [key.replace(".", "_") for key in keys]
+    return next((title for title, some in marks.items() if any(mark in key for key in flat for mark in some)), None)

@@ -52,7 +52,7 @@ class Family:
         pipeline_settings: its other settings.
         single_file_prefix: beginning of a key that only this family's single-file checkpoints have.
         lora_prefix: beginning of every key of a LoRA for the denoiser, in kohya's layout.
-        lora_marks: parts of keys that only this family's LoRAs have.
+        lora_marks: parts of keys that only this family's LoRAs have, with underscores for dots.
     """
 
     name: str

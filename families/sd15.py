@@ -14,5 +14,5 @@ SD15 = Family(
     pipeline_parts={"safety_checker": None, "feature_extractor": None},
     pipeline_settings={"requires_safety_checker": False},
     single_file_prefix="cond_stage_model.transformer.",
-    lora_marks=("lora_unet_down_blocks_0_attentions_",),  # SDXL has no attention at full resolution
+    lora_marks=("down_blocks_0_attentions_", "input_blocks_1_1_"),  # SDXL has no attention at full resolution
 )

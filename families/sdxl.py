@@ -33,5 +33,6 @@ SDXL = Family(
     controlnet_pipeline_class="StableDiffusionXLControlNetPipeline",
     pipeline_settings={"add_watermarker": False},
     single_file_prefix="conditioner.embedders.1.",
-    lora_marks=("_transformer_blocks_1_",),  # SD1.5 has one transformer block per attention
+    # SD1.5 has one transformer block per attention, and one text encoder
+    lora_marks=("_transformer_blocks_1_", "lora_te2_", "text_encoder_2_"),
 )

@@ -40,6 +40,7 @@ def image_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str,
         "base": manifest.origin.base,
         "vae": manifest.origin.vae,
         "lora_scale": manifest.origin.lora_scale,
+        "added_loras": manifest.origin.described_loras or None,
         "precision": manifest.precision,
         "sampler": manifest.sampler.kind,
     }

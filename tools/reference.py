@@ -23,11 +23,13 @@ from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
 from ..export.export_progress import DownloadProgress
 from ..export.libraries import quiet
+from ..export.lora_sources import LoraSource
 from ..export.manifest_parts import make_scheduler
-from ..export.models import load_controlnet, load_text_encoder, load_unet, load_vae
+from ..export.models import check_sources, load_controlnet, load_text_encoder, load_unet, load_vae
 from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
+from .reference_loras import fuse_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +93,23 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         from transformers import CLIPTokenizer
 
         family, dtype = find_family(manifest.family), PRECISIONS[manifest.precision].dtype
+        loras = check_sources(sources, manifest.family, manifest.origin.lora_scale or 1.0).values()
+        # The base without LoRAs, for diffusers to fuse; in float32, because the sum must be rounded once.
         modules: dict[str, Any] = {
-            encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, dtype)
+            encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, torch.float32)
             for encoder in family.text_encoders
         }
         modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
-        # The base without the LoRA, for diffusers to fuse; in float32, because it must be rounded once.
         modules["unet"] = load_unet(sources.parts["unet"], torch.float32)
         modules["vae"] = load_vae(sources.parts["vae"], dtype)
         # From the base's configuration, and not from the manifest's constants, which it is to check.
         modules["scheduler"] = make_scheduler(manifest.sampler.kind, sources.scheduler_config)
         settings = _pipeline_settings(manifest)
         pipe: Any = getattr(diffusers, family.pipeline_class)(**modules, **family.pipeline_parts, **settings)
-        if sources.lora is not None:
-            pipe.load_lora_weights(str(sources.lora.path.parent), weight_name=sources.lora.path.name)
-            pipe.fuse_lora(lora_scale=manifest.origin.lora_scale)
-            pipe.unload_lora_weights()
-        pipe.unet.to(dtype)
+        for lora in loras:
+            fuse_lora(pipe, lora)
+        for name in ("unet", *family.encoder_names):
+            getattr(pipe, name).to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -142,6 +144,10 @@ def _source_options(manifest: Manifest) -> SourceOptions:
         controlnets=tuple(
             ControlNetSource(name=name, location=place.location, revision=place.revision)
             for name, place in origin.controlnets.items()
+        ),
+        added_loras=tuple(
+            LoraSource(location=file.path or f"{file.repo}/{file.filename}", scale=scale, revision=file.revision)
+            for file, scale in ((origin.weights[name][0], scale) for name, scale in origin.added_loras.items())
         ),
     )
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import WeightsError
+from .key_lists import listed
 from .lora_layer import LoraLayer, check_finite
 from .lora_names import ModuleNames, encoder_path, is_original, split_key
 from .peft_settings import read_settings
 from .safetensors_file import SafetensorsFile
-
-LISTED = 30  # names in a message
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
@@ -27,18 +26,21 @@ class LoraFile:
         file: open; layers are read from it one at a time.
         layers: by component, and by the path of the module that they change. A text encoder's paths are those of
             transformers 5, without ``text_model.`` before them.
+        strength: factor on top of the layers' own scales.
     """
 
     file: SafetensorsFile
     layers: dict[str, dict[str, LoraLayer]]
+    strength: float = 1.0
 
     @classmethod
-    def open(cls, path: Path, shapes: Shapes) -> LoraFile:
+    def open(cls, path: Path, shapes: Shapes, strength: float = 1.0) -> LoraFile:
         """Open a file, and compare its header with a base; every tensor is read once, and dropped.
 
         Args:
             path: a ``.safetensors`` file in any layout of ``docs/guides/loras.md``.
             shapes: the base's weights of linear layers and convolutions, by component and path.
+            strength: factor on top of the layers' own scales.
 
         Raises:
             WeightsError: the file is damaged or no LoRA, holds a NaN or an infinity, has tensors of an unknown kind,
@@ -57,7 +59,11 @@ class LoraFile:
             for module, layer in modules.items():
                 layer.check(weights[module])
         check_finite(file)
-        return cls(file, layers)
+        return cls(file, layers, strength)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(layers)} layers of {component}" for component, layers in self.layers.items())
+        return f"{self.file.path.name}: {counts}, at scale {self.strength:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +72,11 @@ class Fusion:
 
     Attributes:
         component: its name (``unet``, ``text_encoder_2``).
-        loras: the files, each with a factor on top of its own scales.
+        loras: the files, in order.
     """
 
     component: str
-    loras: tuple[tuple[LoraFile, float], ...]
+    loras: tuple[LoraFile, ...]
 
     def fuse(self, name: str, weight: Tensor) -> Tensor:
         """A parameter with its layers added, in float32; other parameters come back as they are.
@@ -82,9 +88,9 @@ class Fusion:
         if not name.endswith(".weight"):
             return weight
         module = encoder_path(name.removesuffix(".weight"))
-        for lora, scale in self.loras:
+        for lora in self.loras:
             if layer := lora.layers.get(self.component, {}).get(module):
-                weight = layer.fuse(weight, scale)
+                weight = layer.fuse(weight, lora.strength)
         return weight
 
 
@@ -111,13 +117,7 @@ def _match(file: SafetensorsFile, shapes: Shapes) -> dict[str, dict[str, dict[st
             f"{file.path} is no LoRA that hypersd knows: its first tensor is {min(unknown, default='')!r}"
         )
     if unknown:
-        raise WeightsError(f"{file.path} has {_listed(unknown)}: parts of no kind of LoRA that hypersd knows")
+        raise WeightsError(f"{file.path} has {listed(unknown)}: parts of no kind of LoRA that hypersd knows")
     if lacking:
-        raise WeightsError(f"{file.path} changes {_listed(lacking)}: the base has no such modules")
-    return found
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names in order, counted, as one line that stays readable when a whole file is wrong."""
-    names = sorted(names)
-    return f"{len(names)}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}"
+        raise WeightsError(f"{file.path} changes {listed(lacking)}: the base has no such modules")
+    return {component: found[component] for component in shapes if component in found}

@@ -43,7 +43,13 @@ _OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
+_COVERED_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 _OLD_PROJECTIONS = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+def published_layers(modules: Iterable[str]) -> list[str]:
+    """The paths, of all of a UNet's linear layers and convolutions, that the published Hyper-SD LoRAs cover."""
+    return [path for path in modules if path.startswith(_COVERED_BLOCKS)]
 
 
 def split_key(key: str) -> tuple[str, str] | None:

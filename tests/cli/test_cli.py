@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -262,7 +263,7 @@ def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[...
     assert "altered" in fails("info", bundle, "--hashes")
     fresh()
     manifest = bundle / "bundle.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 3'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 4'))
     assert "upgrade hypersd" in fails("generate", bundle, "a cat")
 
 
@@ -418,3 +419,32 @@ def test_a_demonstration_checkpoint_from_export_to_verify(
     assert main(export) == 0
     assert "done already" in capsys.readouterr().err
     assert main(["verify", str(bundle), "--prompt", "a red circle", "--out", str(tmp_path / "pairs")]) == 0
+
+
+def test_added_loras_from_export_to_verify(
+    export_arguments: list[str], tiny_repos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two style LoRAs, one of them for the text encoder too: recorded, shown, and verified against diffusers."""
+    from diffusers import DiffusionPipeline
+    from lora_writers import kohya, layer_shapes, pairs, random_lora
+    from safetensors.torch import save_file
+
+    shapes = layer_shapes(DiffusionPipeline.from_pretrained(export_arguments[4]))
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_file(kohya(random_lora(shapes, 1.0)), one)
+    save_file(pairs(random_lora({"unet": shapes["unet"]}), ".lora_A.weight", ".lora_B.weight"), two)
+    bundle = tmp_path / "bundle"
+    more = ["--add-lora", f"{one}:0.5", "--add-lora", f"{two}:-0.25", "--precision", "fp32", "--backend", "none"]
+    assert main([*export_arguments, *more, "--out", str(bundle)]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "adds one.safetensors: 83 layers of unet, 18 layers of text_encoder, at scale 0.5" in err
+    origin = json.loads((bundle / "bundle.json").read_text())["origin"]
+    assert origin["added_lora_scales"] == [0.5, -0.25]
+    assert origin["weights"]["added_lora/1"][0]["sha256"] == hashlib.sha256(one.read_bytes()).hexdigest()
+    assert main(["info", str(bundle)]) == 0
+    assert "one.safetensors:0.5, two.safetensors:-0.25" in " ".join(capsys.readouterr().out.split())
+    verify = ["verify", str(bundle), "--prompt", "a cat", "--out", str(tmp_path / "pairs")]
+    assert main(verify) == 0
+    save_file(kohya(random_lora(shapes, 2.0)), one)
+    assert main(verify) == 2
+    assert "one.safetensors changed since the bundle was exported" in capsys.readouterr().err

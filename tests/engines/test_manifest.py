@@ -46,6 +46,7 @@ MANIFEST: dict[str, Any] = small_manifest(
         "vae": None,
         "vae_revision": None,
         "lora_scale": 1.0,
+        "added_lora_scales": [],
         "controlnets": {},
         "weights": {
             "unet": [
@@ -141,6 +142,19 @@ def test_optional_fields_may_be_absent() -> None:
     """Protects what the schema calls optional: an absent key is its default, not an error."""
     assert decode(text(changed("sampler", "timesteps", to=DELETE)), WHERE).sampler.timesteps is None
     assert decode(text(changed("origin", "lora_scale", to=DELETE)), WHERE).origin.lora_scale is None
+
+
+def test_added_loras_are_described_as_add_lora_takes_them() -> None:
+    """Of local files the name alone: image metadata holds it too."""
+    file = MANIFEST["origin"]["weights"]["unet"][0]
+    local = file | {"repo": None, "path": "/home/me/style.safetensors", "filename": "style.safetensors"}
+    weights = {"added_lora/1": [file], "added_lora/2": [local]}
+    fields = changed("origin", to=MANIFEST["origin"] | {"weights": weights, "added_lora_scales": [0.5, 1]})
+    assert decode(text(fields), WHERE).origin.described_loras == ["a/b/x.safetensors:0.5", "style.safetensors:1"]
+
+
+def test_a_scale_without_its_lora_is_rejected() -> None:
+    assert "a scale without its LoRA: added_lora/1" in refusal(text(changed("origin", "added_lora_scales", to=[0.5])))
 
 
 def test_bundles_from_before_there_were_engines_are_read() -> None:
@@ -285,9 +299,9 @@ def test_other_schema_versions_ask_for_an_export(version: Any) -> None:
     assert "export it again" in message
 
 
-@pytest.mark.parametrize("version", [2.0])
+@pytest.mark.parametrize("version", [float(SCHEMA_VERSION)])
 def test_what_only_equals_the_version_is_rejected(version: Any) -> None:
-    """2 == 2.0 in Python: a version is a whole number all the same."""
+    """3 == 3.0 in Python: a version is a whole number all the same."""
     assert "schema_version" in refusal(text(changed("schema_version", to=version)))
 
 

@@ -15,9 +15,10 @@ import torch
 from hypersd.engines.specs import ImageShapes, Range
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.components import unet_component
-from hypersd.export.models import check_unet_sources, load_unet
+from hypersd.export.models import check_sources, load_unet
 from hypersd.export.sources import SourceOptions, find_sources
 from hypersd.export.trace import trace
+from hypersd.weights.lora_file import Fusion
 from hypersd.weights.safetensors_file import SafetensorsFile
 
 
@@ -29,13 +30,13 @@ def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOption
         name: Range(name=name, min=extent, opt=extent, max=extent)
         for name, extent in (("batch", 1), ("height", 64), ("width", 64))
     }
-    lora = check_unet_sources(sources.parts["unet"], sources.lora, "sd15")
-    unet = load_unet(sources.parts["unet"], torch.float16, lora)
+    loras = check_sources(sources, "sd15")
+    unet = load_unet(sources.parts["unet"], torch.float16, Fusion("unet", tuple(loras.values())))
     component = unet_component(unet, ImageShapes(**one), guided=False, latent_scale=8)
     weights = [weakref.ref(parameter) for parameter in unet.parameters()]
     trace(component, tmp_path / "model.onnx")
     assert all(weight() is not None for weight in weights), "the test's own references count"
-    del unet, component, lora
+    del unet, component, loras
     gc.collect()
     assert not [weight for weight in weights if weight() is not None]
 

@@ -19,11 +19,12 @@ from hypersd.errors import HyperSDError, RequestError, WeightsError
 from hypersd.export.checkpoints import CHECKPOINTS, DEMO_CHECKPOINTS, Checkpoint, find_checkpoint
 from hypersd.export.component_exports import component_exports
 from hypersd.export.layout import DiffusersBase, Part
-from hypersd.export.models import check_unet_sources, load_text_encoder, load_unet, load_vae
+from hypersd.export.models import check_sources, check_unet_sources, load_text_encoder, load_unet, load_vae
 from hypersd.export.repositories import Found, LocalFolder
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 from hypersd.export.tokenizer import write_tokenizer
+from hypersd.weights.lora_file import Fusion
 
 from .fake_hub import BASES, COMMIT, FakeHub
 
@@ -171,7 +172,7 @@ def test_whole_unet_takes_the_place_of_the_bases(tiny_repos: Path) -> None:
     options = SourceOptions(base=str(tiny_repos / SDXL_REPO), checkpoint_file=str(file))
     sources = find_sources(WHOLE_UNET, options, "fp32")
     assert sources.lora is None
-    check_unet_sources(sources.parts["unet"], None, "sdxl")
+    check_unet_sources(sources.parts["unet"], "sdxl")
     loaded, stored = load(sources.parts["unet"], "sdxl").state_dict(), load_file(file)
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], weight) for name, weight in stored.items())
@@ -188,7 +189,7 @@ def test_a_lora_in_place_of_the_whole_unet(name: str, tiny_repos: Path) -> None:
     )
     sources = find_sources(WHOLE_UNET, options, "fp32")
     with pytest.raises(WeightsError) as error:
-        check_unet_sources(sources.parts["unet"], None, "sdxl")
+        check_unet_sources(sources.parts["unet"], "sdxl")
     one_line(error, name, "left over: lora_unet_", "missing: add_embedding")
 
 
@@ -310,7 +311,7 @@ def test_demonstration_checkpoints_come_from_the_clone(checkpoint: Checkpoint, h
         assert files[0].path == DEMO_ROOT / str(record.repo) / record.filename
     assert sources.weights[own][0].filename == f"{checkpoint.name}.safetensors"
     assert precisions(checkpoint, sources) == {"fp16"}, "their VAE does not overflow"
-    check_unet_sources(sources.parts["unet"], sources.lora, checkpoint.family)
+    check_sources(sources, checkpoint.family)
 
 
 @pytest.mark.parametrize("checkpoint", [DEMO15, DEMOXL], ids=lambda c: c.name)
@@ -560,7 +561,7 @@ def test_a_single_file_holds_the_same_model(
     assert wide_hub.repos() == {BASES[family]}
     assert not [file for _, file, _ in wide_hub.asked if file.endswith(".safetensors")]
     assert sources.base == str(single_files[family].resolve())
-    check_unet_sources(sources.parts["unet"], sources.lora, family)
+    check_sources(sources, family)
     plain = find(family, tiny_repos, base=str(wide_hub.root / BASES[family]))
     for name, part in sources.parts.items():
         assert [found.path for found in part.weights] == [single_files[family]]
@@ -575,17 +576,15 @@ def test_a_lora_is_fused_into_a_single_file(
     """The converted UNet takes the LoRA like any other."""
     folder = wide_hub.root / BASES[family]
     single, plain = (find(family, tiny_repos, base=str(base)) for base in (single_files[family], folder))
-    loras = [check_unet_sources(s.parts["unet"], s.lora, family) for s in (single, plain)]
+    fusions = [Fusion("unet", tuple(check_sources(s, family, 0.75).values())) for s in (single, plain)]
     unets = [s.parts["unet"] for s in (single, plain)]
-    assert_same(
-        *(load_unet(part, torch.float16, lora and lora.scaled(0.75)) for part, lora in zip(unets, loras, strict=True))
-    )
+    assert_same(*(load_unet(part, torch.float16, fusion) for part, fusion in zip(unets, fusions, strict=True)))
 
 
 def load_all(family: str, base: Path, tiny_repos: Path) -> None:
     """Go through what an export does before it traces anything."""
     sources = find(family, tiny_repos, base=str(base))
-    check_unet_sources(sources.parts["unet"], sources.lora, family)
+    check_sources(sources, family)
     for part in sources.parts.values():
         load(part, family)
 

@@ -53,7 +53,7 @@ def test_fused_weights_are_those_of_lycoris(name: str, tmp_path: Path) -> None:
     case = recorded()[name]
     parts = {key.removeprefix("file/"): tensor for key, tensor in case.items() if key.startswith("file/")}
     lora = open_layer(tmp_path, parts, case["weight"])
-    fused = Fusion("unet", ((lora, 1.0),)).fuse("conv_in.weight", case["weight"])
+    fused = Fusion("unet", (lora,)).fuse("conv_in.weight", case["weight"])
     torch.testing.assert_close(fused, case["fused"], rtol=2e-6, atol=2e-6)
     assert (fused - case["weight"]).abs().max() > 0.01
     layer = lora.layers["unet"]["conv_in"]
@@ -97,7 +97,7 @@ def test_fused_weights_are_those_of_peft(name: str, tmp_path: Path) -> None:
             parameter.data.mul_(1.25)
     model.save_pretrained(tmp_path)
     merged = model.merge_and_unload().state_dict()  # type: ignore[operator]
-    fusion = Fusion("unet", ((LoraFile.open(tmp_path / "adapter_model.safetensors", {"unet": shapes}), 1.0),))
+    fusion = Fusion("unet", (LoraFile.open(tmp_path / "adapter_model.safetensors", {"unet": shapes}),))
     for key, weight in before.items():
         torch.testing.assert_close(fusion.fuse(key, weight), merged[key], rtol=2e-6, atol=2e-6)
     assert sum(not torch.equal(merged[key], weight) for key, weight in before.items()) >= 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,134 +12,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_writers import (
+    LAYOUTS,
+    Random,
+    full_path,
+    is_attention,
+    kohya,
+    layer_shapes,
+    original_names,
+    pairs,
+    random_lora,
+)
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hypersd.errors import WeightsError
 from hypersd.weights.lora_file import Fusion, LoraFile
-from hypersd.weights.lora_names import encoder_path, original_path
 
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
-Place = tuple[str, str]  # component and path
-Random = dict[Place, tuple[Tensor, Tensor, float]]  # down, up and alpha
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-OLD = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "0": ""}
-
-
-def layer_shapes(pipe: Any) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Weights of linear layers and convolutions, by component and path."""
-    return {
-        name: {
-            path: tuple(module.weight.shape)
-            for path, module in getattr(pipe, name).named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
-        }
-        for name in KOHYA
-        if getattr(pipe, name, None) is not None
-    }
-
-
-def random_lora(shapes: Mapping[str, Mapping[str, tuple[int, ...]]], alpha: float | None = None) -> Random:
-    """A LoRA over every layer, with ranks that differ; without an alpha it is the rank, as where a file has none."""
-    generator, made = torch.Generator().manual_seed(1), {}
-    for component, paths in shapes.items():
-        for i, (path, shape) in enumerate(paths.items()):
-            rank = 2 + i % 3
-            down = torch.randn(rank, *shape[1:], generator=generator) * 0.3
-            up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator) * 0.3
-            made[component, path] = down, up, rank if alpha is None else alpha
-    return made
-
-
-def full_path(place: Place) -> str:
-    """The path of older transformers, which is the one in files."""
-    component, path = place
-    return path if component == "unet" or path == "text_projection" else f"text_model.{encoder_path(path)}"
-
-
-def kohya(lora: Random, name: Callable[[Place], str] = full_path) -> dict[str, Tensor]:
-    tensors = {}
-    for place, (down, up, alpha) in lora.items():
-        key = KOHYA[place[0]] + name(place).replace(".", "_")
-        if not any(component == "text_encoder_2" for component, _ in lora):
-            key = key.replace("lora_te1_", "lora_te_")
-        tensors |= {
-            f"{key}.lora_down.weight": down,
-            f"{key}.lora_up.weight": up,
-            f"{key}.alpha": torch.tensor(float(alpha)),
-        }
-    return tensors
-
-
-def original_names(lora: Random) -> Callable[[Place], str]:
-    paths = [path for component, path in lora if component == "unet"]
-    per_block = len({path.split(".")[3] for path in paths if path.startswith("down_blocks.0.resnets")})
-    attended = {path.split(".")[1] for path in paths if path.startswith("up_blocks") and ".attentions." in path}
-
-    def name(place: Place) -> str:
-        renamed = original_path(place[1], per_block, attended) if place[0] == "unet" else None
-        return renamed or full_path(place)
-
-    return name
-
-
-def pairs(lora: Random, down: str, up: str, name: Callable[[Place], str] | None = None) -> dict[str, Tensor]:
-    """Two tensors for each layer, with these ends of their names."""
-    name = name or (lambda place: f"{place[0]}.{full_path(place)}")
-    made = {}
-    for place, (first, second, _) in lora.items():
-        made |= {name(place) + down: first, name(place) + up: second}
-    return made
-
-
-def old_attention(lora: Random) -> dict[str, Tensor]:
-    """The attention processors of 2023: ``attn1.processor.to_out_lora.down.weight``, of text encoders too."""
-
-    def name(place: Place) -> str:
-        path, _, leaf = full_path(place).removesuffix(".0").rpartition(".")
-        return f"{place[0]}.{path}{'.processor' if place[0] == 'unet' else ''}.{OLD.get(leaf, leaf)}"
-
-    return pairs(lora, "_lora.down.weight", "_lora.up.weight", name)
-
-
-def mixed_ends(lora: Random) -> dict[str, Tensor]:
-    """diffusers' names of 2023: ``lora.down`` in the UNet, ``lora_linear_layer.down`` in text encoders."""
-    unet = {place: layer for place, layer in lora.items() if place[0] == "unet"}
-    encoders = {place: layer for place, layer in lora.items() if place[0] != "unet"}
-    made = pairs(unet, ".lora.down.weight", ".lora.up.weight")
-    return made | pairs(encoders, ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
-
-
-def is_attention(place: Place) -> bool:
-    return ".attn" in place[1] or "self_attn" in place[1]
-
-
-def is_read_by_diffusers(place: Place) -> bool:
-    """diffusers 0.42 reads kohya's ``add_embedding_linear_1`` as another module, and leaves it out."""
-    return "add_embedding" not in place[1]
-
-
-def in_diffusers_blocks(place: Place) -> bool:
-    """diffusers 0.42 misses an original upsampler that follows no attention."""
-    return ".upsamplers." not in place[1] or "up_blocks.0" not in place[1]
-
-
-# Its writer, alpha of the layers (None: the rank), the layers that diffusers reads, and the components.
-LAYOUTS: dict[str, tuple[Callable[[Random], dict[str, Tensor]], float | None, Callable[[Place], bool]]] = {
-    "kohya": (kohya, 1.5, is_read_by_diffusers),
-    "kohya original": (lambda lora: kohya(lora, original_names(lora)), 1.5, in_diffusers_blocks),
-    "diffusers": (lambda lora: pairs(lora, ".lora_A.weight", ".lora_B.weight"), None, lambda place: True),
-    "diffusers 2023": (mixed_ends, None, lambda place: True),
-    "attention processors": (old_attention, None, is_attention),
-    "kohya attention": (kohya, 1.5, is_attention),
-    "kohya text encoders": (kohya, 1.5, lambda place: place[0] != "unet"),
-    "kohya without alpha": (
-        lambda lora: {key: t for key, t in kohya(lora).items() if not key.endswith("alpha")},
-        None,
-        is_read_by_diffusers,
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +60,9 @@ def compare(pipes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, **config)
         pipe.fuse_lora(lora_scale=scale)
         pipe.unload_lora_weights()
-        lora = LoraFile.open(path, shapes)
+        lora = LoraFile.open(path, shapes, scale)
         for component, weights in before.items():
-            fusion, theirs = Fusion(component, ((lora, scale),)), getattr(pipe, component).state_dict()
+            fusion, theirs = Fusion(component, (lora,)), getattr(pipe, component).state_dict()
             for key, weight in weights.items():
                 torch.testing.assert_close(fusion.fuse(key, weight), theirs[key], rtol=1e-6, atol=1e-6)
                 changed += not torch.equal(theirs[key], weight)
@@ -291,8 +182,8 @@ def test_every_spelling_of_a_layer(spelling: str, alpha: Tensor | None, shapes: 
     if alpha is not None:
         tensors[re.sub(r"(\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)$", ".alpha", spelling)] = alpha
     save_file(tensors, tmp_path / "one.safetensors")
-    lora = LoraFile.open(tmp_path / "one.safetensors", shapes["sd15"])
-    fused = Fusion(component, ((lora, 0.5),)).fuse(f"{path}.weight", torch.zeros(shape))
+    lora = LoraFile.open(tmp_path / "one.safetensors", shapes["sd15"], 0.5)
+    fused = Fusion(component, (lora,)).fuse(f"{path}.weight", torch.zeros(shape))
     exact = (up.double().flatten(1) @ down.double().flatten(1)).view(shape) * 0.5 * (1 if alpha is None else 1.5)
     torch.testing.assert_close(fused.double(), exact, rtol=1e-6, atol=1e-6)
 
@@ -324,10 +215,10 @@ def test_each_layer_has_its_own_alpha(shapes: dict[str, Any], tmp_path: Path) ->
     """Where alphas differ, each layer gets its own; diffusers 0.42 gives many the most frequent one."""
     lora = {place: (*layer[:2], 1.0 + i % 5) for i, (place, layer) in enumerate(random_lora(shapes["sdxl"]).items())}
     save_file(kohya(lora), tmp_path / "lora.safetensors")
-    opened = LoraFile.open(tmp_path / "lora.safetensors", shapes["sdxl"])
+    opened = LoraFile.open(tmp_path / "lora.safetensors", shapes["sdxl"], 2.0)
     for (component, path), (down, up, alpha) in lora.items():
         shape = shapes["sdxl"][component][path]
-        fused = Fusion(component, ((opened, 2.0),)).fuse(f"{path}.weight", torch.ones(shape))
+        fused = Fusion(component, (opened,)).fuse(f"{path}.weight", torch.ones(shape))
         exact = 1 + (up.double().flatten(1) @ down.double().flatten(1)).view(shape) * 2 * alpha / down.shape[0]
         torch.testing.assert_close(fused.double(), exact, rtol=1e-6, atol=1e-6)
 
@@ -348,12 +239,9 @@ def test_loras_are_added_one_after_another(shapes: dict[str, Any], tmp_path: Pat
     """The sum is computed in float32 on a float16 weight, and layers that no LoRA has come back as they are."""
     lora = {place: layer for place, layer in random_lora(shapes["sd15"]).items() if place == ("unet", CONV)}
     save_file(kohya(lora), tmp_path / "one.safetensors")
-    opened, weight = (
-        LoraFile.open(tmp_path / "one.safetensors", shapes["sd15"]),
-        torch.randn(shapes["sd15"]["unet"][CONV]),
-    )
-    both = Fusion("unet", ((opened, 0.5), (opened, -0.25)))
-    once = Fusion("unet", ((opened, 0.25),))
+    opened = [LoraFile.open(tmp_path / "one.safetensors", shapes["sd15"], strength) for strength in (0.5, -0.25, 0.25)]
+    both, once = Fusion("unet", tuple(opened[:2])), Fusion("unet", (opened[2],))
+    weight = torch.randn(shapes["sd15"]["unet"][CONV])
     fused = both.fuse(f"{CONV}.weight", weight.half())
     assert fused.dtype == torch.float32
     torch.testing.assert_close(fused, once.fuse(f"{CONV}.weight", weight.half()), rtol=1e-6, atol=1e-6)
@@ -453,4 +341,4 @@ def test_a_malformed_file_is_a_message(
     for component, layers in lora.layers.items():
         for module in layers:
             weight = torch.ones(shapes["sd15"][component][module])
-            assert Fusion(component, ((lora, 1.0),)).fuse(f"{module}.weight", weight).shape == weight.shape
+            assert Fusion(component, (lora,)).fuse(f"{module}.weight", weight).shape == weight.shape
