@@ -80,9 +80,25 @@ class DiskFullError(UserError):
     """The disk filled up while writing."""
 
 
+def shortened(text: str, longest: int = 400) -> str:
+    """The beginning and the end of a text that a message would not repeat as a whole."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
 def one_line(error: BaseException) -> str:
-    """The message of another library's error as one line; its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of another library's error as one line, long ones shortened; its type if it has no message."""
+    return shortened(" ".join(str(error).split())) or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A value in a message: on one line, as an array is not, and shortened."""
+    try:
+        return shortened(" ".join(repr(value).split()), 80)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__}"
 
 
 def is_disk_full(error: BaseException) -> bool:

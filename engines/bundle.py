@@ -12,6 +12,18 @@ from .manifest import MANIFEST_NAME, Manifest, decode, encode
 from .specs import Component, Plan
 
 
+def _blobs(root: Path) -> Path | None:
+    """The folder of contents of the Hub's cache, if ``root`` is a snapshot there or a folder of one.
+
+    Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write ``bundle.json`` atomically."""
     write_whole(root / MANIFEST_NAME, encode(manifest))
@@ -63,10 +75,14 @@ class Bundle:
         return True
 
     def path(self, name: str) -> Path:
-        """The full path of a file that the manifest lists; a path that leaves the folder is rejected."""
+        """The full path of a file that the manifest lists; a path that leaves the folder is rejected.
+
+        In the Hub's cache every file of a snapshot is a link to its contents, in the same repository's ``blobs``.
+        """
         path = self.root / name
         try:
-            inside = path.resolve().is_relative_to(self.root.resolve())
+            root, real = self.root.resolve(), path.resolve()
+            inside = real.is_relative_to(root) or real.parent == _blobs(root)
         except (OSError, RuntimeError) as error:  # links in a circle
             raise BundleError(f"{path} cannot be followed: export or copy the bundle again") from error
         if not inside:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..errors import BundleError, one_line
+from ..errors import BundleError, one_line, shown
 from .component_names import (
     check_controlnet_name,
     check_one_graph_name,
@@ -27,6 +27,7 @@ from .specs import (
     Positive,
     Record,
     Sha256,
+    Share,
     Size,
 )
 from .vocabulary import Preprocess
@@ -36,6 +37,7 @@ MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 
 LARGEST_SCALE = 10.0  # of a ControlNet's residuals; diffusers has no limit, people use up to 2
+LARGEST_GUIDANCE = 50.0
 ConditioningScale = Annotated[float, msgspec.Meta(ge=0, le=LARGEST_SCALE)]
 
 
@@ -121,16 +123,16 @@ class SamplerSettings(Record, frozen=True, kw_only=True):
     num_inference_steps: Positive
     allowed_steps: tuple[Positive, ...]
     timesteps: tuple[Size, ...] | None = None
-    eta: float
-    guidance_scale: float
+    eta: Share
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0, le=LARGEST_GUIDANCE)]
 
 
 class VaeSettings(Record, frozen=True, kw_only=True):
     """``scaling_factor`` divides the latents before they are decoded; ``spatial`` is pixels per latent."""
 
-    scaling_factor: float
-    spatial: Positive = 8
-    latent_channels: Positive = 4
+    scaling_factor: Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+    spatial: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    latent_channels: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
     tiny: bool = False
 
 
@@ -251,7 +253,7 @@ def decode(text: bytes, where: str) -> Manifest:
         raise BundleError(f"{where} is not a bundle manifest: expected JSON with a schema_version") from error
     if version != SCHEMA_VERSION:
         hint = "upgrade hypersd" if isinstance(version, int) and version > SCHEMA_VERSION else "export it again"
-        raise BundleError(f"{where} has schema version {version!r}, this hypersd reads {SCHEMA_VERSION}: {hint}")
+        raise BundleError(f"{where} has schema version {shown(version)}, this hypersd reads {SCHEMA_VERSION}: {hint}")
     try:
         return msgspec.json.decode(text, type=Manifest)
     except (msgspec.DecodeError, RecursionError) as error:

@@ -14,8 +14,10 @@ from .vocabulary import OPTIMIZATION_LEVELS, SHA256, TensorRTBackend
 HALVED = re.compile(r"(\w+)_div([1-9]\d{0,2})", re.ASCII)  # a dimension's name: the whole dimension and the divisor
 DType = Literal["float32", "float16", "int64", "uint8"]
 Sha256 = Annotated[str, msgspec.Meta(pattern=rf"^{SHA256}\Z")]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Size = Annotated[int, msgspec.Meta(ge=0)]
+LARGEST_SIDE, LARGEST_BATCH = 4096, 64  # pixels and images of a bundle
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # bytes; larger integers are not exact in every reader of JSON
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 OptimizationLevel = Annotated[int, msgspec.Meta(ge=OPTIMIZATION_LEVELS[0], le=OPTIMIZATION_LEVELS[-1])]
 
 
@@ -131,6 +133,11 @@ class ImageShapes(Record, frozen=True, kw_only=True):
     height: Range
     width: Range
 
+    def __post_init__(self) -> None:
+        for extent, largest in zip(self.extents, (LARGEST_BATCH, LARGEST_SIDE, LARGEST_SIDE), strict=True):
+            if extent.max > largest:
+                raise ValueError(f"{extent.name} up to {extent.max}: expected at most {largest}")
+
     @property
     def extents(self) -> tuple[Range, Range, Range]:
         return self.batch, self.height, self.width
@@ -152,7 +159,7 @@ class OneGraph(Record, frozen=True, kw_only=True):
     network: Component
     num_inference_steps: Positive | None = None
     timesteps: tuple[Size, ...] | None = None
-    eta: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    eta: Share
     batch: Positive
     height: Positive
     width: Positive

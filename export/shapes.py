@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..engines.specs import ImageShapes, Range
+from ..engines.specs import LARGEST_BATCH, LARGEST_SIDE, ImageShapes, Range
 from ..engines.vocabulary import DIMS
 from ..errors import RequestError
 
-SMALLEST, LARGEST = 64, 4096  # pixels of a side
+SMALLEST = 64  # pixels of a side
 MULTIPLE = 8  # pixels per latent
-LARGEST_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,11 @@ def _default_span(name: str, usual: int) -> tuple[int, int, int]:
     """One to four images; half to one and a half times the usual size."""
     if name == "batch":
         return 1, usual, max(4, usual)
-    return max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE), usual, min(LARGEST, usual * 3 // 2 // MULTIPLE * MULTIPLE)
+    return (
+        max(SMALLEST, usual // 2 // MULTIPLE * MULTIPLE),
+        usual,
+        min(LARGEST_SIDE, usual * 3 // 2 // MULTIPLE * MULTIPLE),
+    )
 
 
 def parse_dynamic(text: str) -> tuple[str, tuple[int, int, int]]:
@@ -76,7 +79,7 @@ def parse_dynamic(text: str) -> tuple[str, tuple[int, int, int]]:
 
 
 def _range(name: str, low: int, usual: int, high: int) -> Range:
-    least, most = (1, LARGEST_BATCH) if name == "batch" else (SMALLEST, LARGEST)
+    least, most = (1, LARGEST_BATCH) if name == "batch" else (SMALLEST, LARGEST_SIDE)
     for extent in (low, usual, high):
         if not least <= extent <= most:
             raise RequestError(f"{name} {extent} is out of range: expected {least} to {most}")

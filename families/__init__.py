@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ..errors import BundleError
+from ..errors import BundleError, shown
 from .family import Family, TextEncoder
 from .sd15 import SD15
 from .sdxl import SDXL
@@ -29,7 +29,7 @@ def find_family(name: str) -> Family:
     try:
         return FAMILIES[name]
     except KeyError:
-        raise BundleError(f"family {name!r} is not known: expected {' or '.join(FAMILIES)}") from None
+        raise BundleError(f"family {shown(name)} is not known: expected {' or '.join(FAMILIES)}") from None
 
 
 def lora_title(keys: Collection[str]) -> str | None:

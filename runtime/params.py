@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..engines import Manifest
+from ..engines.manifest import LARGEST_GUIDANCE
 from ..engines.specs import ImageShapes, Range
 from ..errors import RequestError
 from ..samplers.noise import Generators
@@ -18,7 +19,6 @@ from .image_files import check_resize_mode
 from .pixels import check_output_type
 from .request import Request
 
-LARGEST_GUIDANCE = 50.0
 LARGEST_SEED = 2**63 - 1
 MOST_IMAGES_PER_PROMPT = 1024
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from .ddim import DDIM
 from .lcm import LCM
 from .sampler import Plan, Sampler
@@ -23,11 +23,11 @@ def find_sampler(kind: str) -> type[Sampler]:
         RequestError: the name is not known.
     """
     if kind not in SAMPLERS:
-        raise RequestError(f"sampler {kind!r} is not known: expected {' or '.join(SAMPLERS)}")
+        raise RequestError(f"sampler {shown(kind)} is not known: expected {' or '.join(SAMPLERS)}")
     return SAMPLERS[kind]
 
 
-def make_sampler(kind: str, **config: Any) -> Sampler:
+def make_sampler(kind: str, /, **config: Any) -> Sampler:
     """A sampler of kind `ddim`, `tcd` or `lcm`; `config` in diffusers' key names, over diffusers' defaults.
 
     Raises:

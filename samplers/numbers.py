@@ -6,7 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 
 
 def is_whole(value: Any) -> bool:
@@ -29,11 +29,3 @@ def real_number(name: str, value: Any, least: float, most: float) -> float:
     if not least <= number <= most:  # so is nan
         raise RequestError(f"{name} {shown(value)} is out of range: expected a number from {least:g} to {most:g}")
     return number
-
-
-def shown(value: Any) -> str:
-    """A value in a message: on one line, as an array is not, and whatever its length."""
-    try:
-        return " ".join(repr(value).split())
-    except ValueError:  # a whole number of thousands of digits
-        return f"a {type(value).__name__}"

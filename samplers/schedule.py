@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any, Literal, cast, get_args
@@ -12,9 +11,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from ..errors import RequestError
+from ..errors import RequestError, shortened, shown
 from .numbers import is_whole
 
+LARGEST_STEPS = 100_000  # models are trained with 1000
+LARGEST_FACTOR = 1e6
 BetaSchedule = Literal["linear", "scaled_linear"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 TimestepSpacing = Literal["leading", "trailing", "linspace"]
@@ -47,7 +48,7 @@ class SchedulerConfig:
             object.__setattr__(self, "trained_betas", _floats(self.trained_betas))
         for name, (accepts, expected) in _RULES.items():
             if not accepts(value := getattr(self, name)):
-                raise RequestError(f"scheduler: {name}={value!r} is not supported, expected {expected}")
+                raise RequestError(f"scheduler: {name}={shown(value)} is not supported, expected {expected}")
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise RequestError(
                 f"scheduler: trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps="
@@ -69,7 +70,7 @@ def scheduler_config(options: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         raise RequestError("scheduler: thresholding=True is not supported, expected False")
     known = [field.name for field in dataclasses.fields(SchedulerConfig)]
     if unknown := sorted(kept.keys() - known):
-        raise RequestError(f"scheduler: unknown {', '.join(unknown)}; supported are {', '.join(known)}")
+        raise RequestError(f"scheduler: unknown {shortened(', '.join(unknown), 80)}; supported are {', '.join(known)}")
     return SchedulerConfig(**{**defaults, **kept})
 
 
@@ -97,9 +98,8 @@ def check_timesteps(config: SchedulerConfig, timesteps: Iterable[int]) -> list[i
     steps = list(timesteps) if isinstance(timesteps, Iterable) else timesteps
     inside = isinstance(steps, list) and all(is_whole(t) and 0 <= t < config.num_train_timesteps for t in steps)
     if not inside or not steps or any(a <= b for a, b in itertools.pairwise(steps)):
-        raise RequestError(
-            f"timesteps={steps!r}: expected strictly descending integers from {config.num_train_timesteps - 1} to 0"
-        )
+        last = config.num_train_timesteps - 1
+        raise RequestError(f"timesteps={shown(steps)}: expected strictly descending integers from {last} to 0")
     return [int(t) for t in steps]
 
 
@@ -113,7 +113,7 @@ def _betas(config: SchedulerConfig) -> Tensor:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < cast(float, value) <= LARGEST_FACTOR
 
 
 def _is_beta(value: object) -> bool:
@@ -127,7 +127,7 @@ def _is_bool(value: object) -> bool:
 def _floats(values: Iterable[Any]) -> tuple[float, ...]:
     try:
         floats = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         floats = ()
     if not floats or not all(_is_beta(value) for value in floats):
         raise RequestError("scheduler: trained_betas is not supported, expected a list of numbers between 0 and 1")
@@ -140,13 +140,16 @@ def _one_of(literal: Any) -> tuple[Callable[[Any], bool], str]:
 
 # The test of each field, and its words in a message.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_train_timesteps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),
-    "original_inference_steps": (lambda n: is_whole(n) and n > 0, "an integer of 1 or more"),
-    "steps_offset": (lambda n: is_whole(n) and n >= 0, "an integer of 0 or more"),
+    "num_train_timesteps": (lambda n: is_whole(n) and 0 < n <= LARGEST_STEPS, f"an integer from 1 to {LARGEST_STEPS}"),
+    "original_inference_steps": (
+        lambda n: is_whole(n) and 0 < n <= LARGEST_STEPS,
+        f"an integer from 1 to {LARGEST_STEPS}",
+    ),
+    "steps_offset": (lambda n: is_whole(n) and 0 <= n <= LARGEST_STEPS, f"an integer from 0 to {LARGEST_STEPS}"),
     "beta_start": (_is_beta, "a number between 0 and 1"),
     "beta_end": (_is_beta, "a number between 0 and 1"),
-    "clip_sample_range": (_is_positive, "a number above 0"),
-    "timestep_scaling": (_is_positive, "a number above 0"),
+    "clip_sample_range": (_is_positive, "a number above 0, at most a million"),
+    "timestep_scaling": (_is_positive, "a number above 0, at most a million"),
     "clip_sample": (_is_bool, "true or false"),
     "set_alpha_to_one": (_is_bool, "true or false"),
     "rescale_betas_zero_snr": (_is_bool, "true or false"),

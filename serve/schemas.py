@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..engines.manifest import LARGEST_GUIDANCE
 from ..engines.vocabulary import Preprocess
-from ..runtime.params import LARGEST_GUIDANCE, LARGEST_SEED
+from ..runtime.params import LARGEST_SEED
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 ProblemType = Literal["invalid_request_error", "authentication_error", "server_error"]

@@ -123,6 +123,51 @@ def test_links_that_leave_the_folder_are_rejected(bundle: Path) -> None:
     assert "leads out" in message
 
 
+def cached(bundle: Path, root: Path, below: str = "") -> Path:
+    """The bundle in a cache of the Hub: contents under their hashes in ``blobs``, links to them in a snapshot."""
+    repository = root / "models--owner--bundle"
+    snapshot = repository / "snapshots" / ("c0ffee" + "0" * 34) / below
+    (repository / "blobs").mkdir(parents=True)
+    for path in [path for path in bundle.rglob("*") if path.is_file()]:
+        blob, link = repository / "blobs" / sha256_file(path), snapshot / path.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("below", ["", "sd15/fp32"])
+def test_a_bundle_in_the_hubs_cache_loads(below: str, sd15_bundle: Path, tmp_path: Path) -> None:
+    """Its files are links into the same repository's contents; a folder of a repository counts too."""
+    snapshot = cached(sd15_bundle, tmp_path, below)
+    Bundle.load(snapshot, hashes=True)
+    image = Pipeline.load(snapshot)("a cat", seed=1, output_type="np").images
+    assert (image == Pipeline.load(sd15_bundle)("a cat", seed=1, output_type="np").images).all()
+
+
+@pytest.mark.parametrize("target", ["models--other--bundle/blobs", "models--owner--bundle/refs", "elsewhere"])
+def test_other_links_of_the_hubs_cache_are_rejected(target: str, sd15_bundle: Path, tmp_path: Path) -> None:
+    """Contents of another repository, and everything else, stay out of reach; so does a blob that is a link itself."""
+    snapshot = cached(sd15_bundle, tmp_path)
+    blob = (snapshot / DATA).resolve()
+    outside = tmp_path / target / "x"
+    outside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(blob, outside)
+    blob.symlink_to(outside)
+    assert "leads out" in refusal(lambda: Bundle.load(snapshot))
+    blob.unlink()
+    (snapshot / DATA).unlink()
+    (snapshot / DATA).symlink_to(outside)
+    assert "leads out" in refusal(lambda: Bundle.load(snapshot))
+
+
+def test_a_folder_named_snapshots_is_no_cache(sd15_bundle: Path, tmp_path: Path) -> None:
+    """Without the repository's name above it, links into a folder named blobs lead out."""
+    snapshot = cached(sd15_bundle, tmp_path)
+    moved = Path(shutil.move(snapshot.parents[1], tmp_path / "bundle"))
+    assert "leads out" in refusal(lambda: Bundle.load(moved / "snapshots" / snapshot.name))
+
+
 def test_linked_folders_that_leave_are_rejected(bundle: Path) -> None:
     """The same for a folder on the way to the file."""
     outside = bundle.parent / "text_encoder"

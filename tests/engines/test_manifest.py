@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -13,7 +14,11 @@ from small_manifests import HASH, shapes, small_manifest
 
 from hypersd.engines.manifest import SCHEMA_VERSION, Manifest, check_relative, decode, encode
 from hypersd.engines.specs import Range, TensorSpec, dim_range
-from hypersd.errors import BundleError
+from hypersd.errors import BundleError, UserError
+from hypersd.runtime.params import Params, decide
+from hypersd.runtime.request import make_settings
+from hypersd.samplers import make_sampler
+from hypersd.samplers.schedule import SchedulerConfig
 
 WHERE = "some/bundle.json"
 MANIFEST: dict[str, Any] = small_manifest(
@@ -255,9 +260,9 @@ def test_a_target_shows_nothing_but_text() -> None:
 
 def test_a_target_is_a_part_of_its_bundle() -> None:
     """Wider plans than networks were never built: the manifest was changed by hand."""
-    wide = {"name": "batch", "min": 1, "opt": 1, "max": 99}
+    wide = {"name": "batch", "min": 1, "opt": 1, "max": 63}
     rejected = refusal(text(changed("engines", "some-target", "shapes", to={**MANIFEST["shapes"], "batch": wide})))
-    assert "batch 1..99 is outside the bundle's" in rejected
+    assert "batch 1..63 is outside the bundle's" in rejected
 
 
 @given(low=st.integers(1, 10**6), more=st.integers(0, 10**6), most=st.integers(0, 10**6), factor=st.integers(1, 64))
@@ -519,6 +524,13 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
 PLACES = [place for place in places(MANIFEST) if place]
 
 
+def value_at(place: tuple[str | int, ...]) -> Any:
+    value: Any = MANIFEST
+    for key in place:
+        value = value[key]
+    return None if isinstance(value, bool) else value
+
+
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
     """The good manifest with one to three values replaced, removed or renamed, then perhaps a few bytes changed."""
@@ -577,3 +589,59 @@ def test_mutations_are_read_or_rejected(raw: bytes) -> None:
 def test_noise_is_read_or_rejected(raw: bytes) -> None:
     """The same for bytes that were never a manifest."""
     read_or_refuse(raw)
+
+
+# Everything that reads a manifest before an engine runs
+
+NUMBERS = [place for place in PLACES if isinstance(value_at(place), int | float)]
+extreme = st.sampled_from([-1, 0, 2**31, 2**53 + 1, 2**62, 2**70, -(2**70), 10**400, 1e-300, 1e300, -0.5, 1.5])
+constants = st.dictionaries(
+    st.sampled_from([*(field.name for field in dataclasses.fields(SchedulerConfig)), "kind", "self", "thresholding"]),
+    extreme | junk | st.text(min_size=5000, max_size=5000) | st.lists(extreme, max_size=3),
+    max_size=2,
+)
+
+
+def use(raw: bytes) -> None:
+    """All that is decided before the first run: sampler, request, steps; or a UserError of readable length."""
+    try:
+        manifest = decode(raw, WHERE)
+        sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
+        request = decide(manifest, Params(prompt="a cat"))
+        make_settings(manifest, request, "pil")
+        assert len(sampler.plan(request.num_inference_steps, request.timesteps, request.eta)) == request.steps
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1000
+
+
+@given(place=st.sampled_from(NUMBERS), number=extreme)
+def test_numbers_beyond_reason(place: tuple[str | int, ...], number: float) -> None:
+    """Any number of the manifest, far outside of its range: read, or rejected with what was expected."""
+    use(text(changed(*place, to=number)))
+
+
+@given(place=st.sampled_from([place for place in PLACES if isinstance(value_at(place), str)]))
+def test_long_values_are_not_repeated(place: tuple[str | int, ...]) -> None:
+    """A value of 5,000 characters in the place of any other text: a message shows its beginning."""
+    use(text(changed(*place, to="x" * 5000)))
+
+
+@given(constants=constants)
+@example(constants={"num_train_timesteps": 2**70})
+@example(constants={"num_train_timesteps": 2**40})
+@example(constants={"kind": "tcd"})
+@example(constants={"trained_betas": [10**400]})
+def test_scheduler_constants_beyond_reason(constants: dict[str, Any]) -> None:
+    """Constants of any name and value make a sampler or an error."""
+    use(text(changed("scheduler", to=constants)))
+
+
+EXTENTS = [place for place in PLACES if place[-1] in ("min", "opt", "max", "height", "size")]
+
+
+@pytest.mark.parametrize("place", EXTENTS, ids=str)
+def test_integers_without_bound_are_rejected(place: tuple[str | int, ...]) -> None:
+    """2**70 fits no tensor and no file."""
+    with pytest.raises(BundleError):
+        decode(text(changed(*place, to=2**70)), WHERE)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from small_manifests import shapes, small_manifest
 
 from hypersd.engines import Manifest
-from hypersd.engines.manifest import decode
+from hypersd.engines.manifest import LARGEST_GUIDANCE, decode
 from hypersd.errors import RequestError
-from hypersd.runtime.params import LARGEST_GUIDANCE, LARGEST_SEED, Params, decide
+from hypersd.runtime.params import LARGEST_SEED, Params, decide
 from hypersd.runtime.request import Request
 
 SPEC = {"dtype": "float32", "shape": [1]}
