@@ -87,8 +87,9 @@ def export_bundle(
         for note in sources.notes:
             progress.note(note)
         loras = check_sources(sources, entry.family, options.lora_scale)
-        for name in sources.added_loras:
-            progress.note(f"adds {loras[name]}")
+        for name, lora in loras.items():
+            if name != "lora" or not sources.lora or not sources.lora.repo:  # published ones are known to be whole
+                progress.note(f"fuses {lora}")
         return _Export(entry, sources, loras, options, progress).run(out)
 
 

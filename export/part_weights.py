@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..weights.key_lists import describe_keys
+from ..weights.safetensors_file import is_finite
 from ..weights.stored_weights import StoredWeights
 from .layout import Part
 from .libraries import explained, quiet
@@ -80,7 +81,7 @@ class PartWeights:
             if fuser is not None:
                 weight = fuser.fuse(name, weight)
             value = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            if not _is_finite(value):
+            if not is_finite(value):
                 self._explain_infinity(name, planned, weight, dtype)
             module, _, leaf = name.rpartition(".")
             setattr(self.module.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))
@@ -89,9 +90,9 @@ class PartWeights:
     def _explain_infinity(self, name: str, planned: Planned, weight: Tensor, dtype: torch.dtype) -> None:
         """Raise the error of a weight that is NaN or infinite in the module."""
         path = self.stored.path(planned.source)
-        if not _is_finite(self.stored.read(planned.source)):
+        if not is_finite(self.stored.read(planned.source)):
             raise WeightsError(f"{path}: {planned.source} holds NaN or an infinity: download the file again")
-        if not _is_finite(weight):
+        if not is_finite(weight):
             raise WeightsError(f"{path}: {name} is not finite with the LoRA added: take another LoRA, or a lower scale")
         largest = weight.float().abs().max().item()
         raise WeightsError(
@@ -187,9 +188,3 @@ def _check_names(
 def _title(part: Part, kind: str) -> str:
     """The module with the place of its configuration, which may be another than the weights'."""
     return f"the {kind} of {part.folder / 'config.json'}"
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass and no copy."""
-    low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
-    return bool(torch.isfinite(low) and torch.isfinite(high))

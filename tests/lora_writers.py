@@ -129,3 +129,20 @@ LAYOUTS: dict[str, tuple[Callable[[Random], dict[str, Tensor]], float | None, Ca
         is_read_by_diffusers,
     ),
 }  # fmt: skip
+
+
+def real_unet(family: str) -> Any:
+    """The real architecture, without weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        if family == "sd15":
+            return UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        return UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+            cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import FLOATS, SafetensorsFile, is_finite
 
 _W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 _W2 = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
@@ -77,13 +77,18 @@ class LoraLayer:
         """Compare the shapes in the file's header with the shape of the weight.
 
         Raises:
-            WeightsError: tensors are missing, or change a weight of another shape.
+            WeightsError: tensors are missing, quantized, or change a weight of another shape.
         """
         if self.kind is None:
             raise WeightsError(
                 f"{self.file.path}: the tensors {', '.join(sorted(self.tensors.values()))} make no layer: "
                 "expected those of a LoRA, LoHa or LoKr"
             )
+        for part, name in self.tensors.items():
+            if (dtype := self.file.dtype(name)) not in FLOATS and part != "alpha":
+                raise WeightsError(
+                    f"{self.file.path}: {name} is stored as {dtype}, expected {', '.join(sorted(FLOATS))}"
+                )
         shapes = {part: self.file.shape(name) for part, name in self.tensors.items()}
         # The arithmetic itself, on tensors without data, tells what shape it ends in.
         try:
@@ -171,7 +176,7 @@ def check_finite(file: SafetensorsFile) -> None:
         WeightsError: there is one; the message names file and tensor.
     """
     for name, tensor in file.tensors():
-        if not torch.isfinite(tensor.float()).all():
+        if not is_finite(tensor):
             raise WeightsError(f"{file.path}: {name} holds a NaN or an infinity: the file is damaged, take another")
 
 

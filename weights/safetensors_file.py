@@ -15,6 +15,7 @@ from ..errors import WeightsError
 
 # Pages that were read through the file's mapping count as this process's memory until it is unmapped.
 REMAP_BYTES = 1 << 28
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # types of weights; integers are quantized
 
 
 class SafetensorsFile:
@@ -62,6 +63,14 @@ class SafetensorsFile:
         """Every tensor by name, in the file's order."""
         for name in self.names:
             yield name, self.read(name)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, and no copy unless it is of float8."""
+    if not tensor.numel():
+        return True
+    low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> None:

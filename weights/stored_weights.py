@@ -13,9 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import WeightsError
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import FLOATS, SafetensorsFile
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 SCALES = ("scale_weight", "weight_scale")
 UNUSED = ("scale_input", "input_scale")

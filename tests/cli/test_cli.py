@@ -424,7 +424,7 @@ def test_a_demonstration_checkpoint_from_export_to_verify(
 def test_added_loras_from_export_to_verify(
     export_arguments: list[str], tiny_repos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two style LoRAs, one of them for the text encoder too: recorded, shown, and verified against diffusers."""
+    """Two style LoRAs, one for the text encoder too, and a VAE in one file: recorded, shown and verified."""
     from diffusers import DiffusionPipeline
     from lora_writers import kohya, layer_shapes, pairs, random_lora
     from safetensors.torch import save_file
@@ -434,10 +434,22 @@ def test_added_loras_from_export_to_verify(
     save_file(kohya(random_lora(shapes, 1.0)), one)
     save_file(pairs(random_lora({"unet": shapes["unet"]}), ".lora_A.weight", ".lora_B.weight"), two)
     bundle = tmp_path / "bundle"
-    more = ["--add-lora", f"{one}:0.5", "--add-lora", f"{two}:-0.25", "--precision", "fp32", "--backend", "none"]
+    vae = Path(export_arguments[4]) / "vae/diffusion_pytorch_model.safetensors"
+    more = [
+        "--vae",
+        str(vae),
+        "--add-lora",
+        f"{one}:0.5",
+        "--add-lora",
+        f"{two}:-0.25",
+        "--precision",
+        "fp32",
+        "--backend",
+        "none",
+    ]
     assert main([*export_arguments, *more, "--out", str(bundle)]) == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert "adds one.safetensors: 83 layers of unet, 18 layers of text_encoder, at scale 0.5" in err
+    assert "fuses one.safetensors: 83 layers of unet, 18 layers of text_encoder, at scale 0.5" in err
     origin = json.loads((bundle / "bundle.json").read_text())["origin"]
     assert origin["added_lora_scales"] == [0.5, -0.25]
     assert origin["weights"]["added_lora/1"][0]["sha256"] == hashlib.sha256(one.read_bytes()).hexdigest()

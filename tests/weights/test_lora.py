@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_writers import real_unet
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,23 +34,6 @@ FAMILIES = pytest.mark.parametrize("family", BASES)
 
 # Modules that Hyper-SD's files cover, the files' sizes on the Hub, and what their headers hold besides.
 PUBLISHED = {"sd15": (278, 269_127_064, {}), "sdxl": (788, 787_359_648, {"__metadata__": {"format": "pt"}})}
-
-
-def real_unet(family: str) -> Any:
-    """The real architecture, without weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        if family == "sd15":
-            return UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-        return UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-            cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
 
 
 def covered(unet: Any) -> dict[str, Any]:

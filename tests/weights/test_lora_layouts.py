@@ -22,6 +22,7 @@ from lora_writers import (
     original_names,
     pairs,
     random_lora,
+    real_unet,
 )
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import save_file
@@ -102,22 +103,6 @@ def test_settings_in_the_header_are_those_of_diffusers(
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-
-
-def real_unet(family: str) -> Any:
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        if family == "sd15":
-            return UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-        return UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-            cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", BASES)
@@ -294,6 +279,13 @@ def test_parts_of_other_kinds_are_listed(part: str, shapes: dict[str, Any], tmp_
     """A bias, OFT, GLoRA, (IA)3 and the like beside layers that are known: nothing is silently left out."""
     tensors = kohya({place: layer for place, layer in random_lora(shapes["sd15"]).items() if place == ("unet", CONV)})
     assert f"has 1: {KEY}.{part}: parts of no kind" in rejected(tensors | {f"{KEY}.{part}": ONE}, shapes, tmp_path)
+
+
+def test_quantized_layers_are_rejected(shapes: dict[str, Any], tmp_path: Path) -> None:
+    """Integers mean nothing without their scales."""
+    tensors = kohya({place: layer for place, layer in random_lora(shapes["sd15"]).items() if place == ("unet", CONV)})
+    tensors[f"{KEY}.lora_up.weight"] = tensors[f"{KEY}.lora_up.weight"].to(torch.int8)
+    assert f"{KEY}.lora_up.weight is stored as I8" in rejected(tensors, shapes, tmp_path)
 
 
 @pytest.mark.parametrize("parts", [["alpha"], ["lora_down.weight"], ["hada_w1_a", "hada_w1_b"], ["lokr_w1"],
