@@ -50,7 +50,7 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
         help="Hub repository, diffusers folder or single-file checkpoint (default: the checkpoint's)",
     )
     group.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
-    group.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files")
+    group.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files, where it has them")
     group.add_argument(
         "--lora",
         metavar="FILE",
@@ -70,14 +70,15 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vae",
         metavar="WHERE",
-        help="Hub repository or folder; `tiny` for TAESD (default: the base's; the fixed one for fp16 SDXL)",
+        help="Hub repository, folder or file; `tiny` for TAESD (default: the base's; for fp16 of published SDXL "
+        "a repaired one)",
     )
     group.add_argument(
         "--controlnet",
         action="append",
         default=[],
         metavar="WHERE",
-        help="Hub repository or folder of a ControlNet for the bundle, or NAME=WHERE; may be given more than once",
+        help="Hub repository, folder or file of a ControlNet for the bundle, or NAME=WHERE; may be repeated",
     )
     group.add_argument(
         "--random-weights",

@@ -117,6 +117,8 @@ def find_sources(
     check_scheduler(configs["scheduler"], base.location)
     check_unet_config(configs["unet"], checkpoint, base.location)
     notes = check_vae(find_family(checkpoint.family), base, configs["vae"], vae)
+    if changes := prediction_of(base):
+        notes.append(f"the marks of {base.location} say: {', '.join(f'{key} {changes[key]}' for key in changes)}")
     if vae is None:
         notes += vae_note(find_family(checkpoint.family), base, configs["vae"], precision)
     encoders = find_family(checkpoint.family).text_encoders
@@ -135,7 +137,7 @@ def find_sources(
         base=base.location,
         base_revision=base.revision,
         model_index=model_index,
-        scheduler_config=configs["scheduler"] | prediction_of(base),
+        scheduler_config=configs["scheduler"] | changes,
         tokenizers=tokenizers,
         parts=parts,
         vae=vae.location if vae else None,

@@ -25,7 +25,7 @@ from .repositories import Files, Found, get_file, open_files, open_known, read_j
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 DEFAULT_FACTOR = {KL: 0.18215, TINY: 1.0}  # diffusers', for configurations that have none
 # TAESD's configurations are the same for every family: only their place tells.
-TINY_PLACES = {PurePath(c.series.tiny_vae).name: c.family for c in CHECKPOINTS}
+TINY_PLACES = {c.series.tiny_vae: c.family for c in CHECKPOINTS}
 
 
 def scaling_factor(config: Mapping[str, Any]) -> float:
@@ -144,8 +144,8 @@ def _others(family: Family) -> str:
 
 def _check_tiny(family: Family, vae: ComponentSource) -> list[str]:
     """The places of the published TAESDs tell their families; others leave a doubt."""
-    places = [PurePath(place).name for place in (vae.location, str(vae.config.get("_name_or_path", "")))]
-    found = next((TINY_PLACES[place] for place in places if place in TINY_PLACES), None)
+    places = (vae.location, str(vae.config.get("_name_or_path", "")))
+    found = next(filter(None, map(_tiny_family, places)), None)
     if found and found != family.name:
         raise WeightsError(
             f"--vae {vae.location} is a TAESD for {FAMILIES[found].title}, the base is {family.title}: "
@@ -157,6 +157,15 @@ def _check_tiny(family: Family, vae: ComponentSource) -> list[str]:
         f"--vae {vae.location} is a TAESD whose configuration names no family (scaling factor "
         f"{scaling_factor(vae.config):g} in all): it is taken as one for {family.title}"
     ]
+
+
+def _tiny_family(place: str) -> str | None:
+    """The family of a TAESD at a published place or in a copy of it; a folder named just taesd may be any."""
+    parts = PurePath(place).parts[-2:]
+    if (family := TINY_PLACES.get("/".join(parts))) is not None:
+        return family
+    names = {PurePath(known).name: family for known, family in TINY_PLACES.items()}
+    return None if parts[-1:] == ("taesd",) else names.get("".join(parts[-1:]))
 
 
 def _check_class(config: Mapping[str, Any], where: str) -> None:

@@ -34,6 +34,7 @@ from .test_sources import (
     load,
     one_line,
     precisions,
+    single_file,
 )
 
 PREFIX = {"sd15": "cond_stage_model.transformer.x", "sdxl": "conditioner.embedders.1.model.x"}
@@ -94,6 +95,7 @@ def test_marks_of_v_prediction(
     sources = find_single(hub, family, location)
     own = json.loads((hub.root / BASES[family] / "scheduler/scheduler_config.json").read_text())
     assert sources.scheduler_config == own | changes
+    assert len(sources.notes) == bool(changes)
     for kind in ("ddim", "tcd", "lcm"):
         constants = scheduler_constants(kind, sources.scheduler_config)
         assert constants["prediction_type"] == changes.get("prediction_type", "epsilon")
@@ -158,6 +160,45 @@ def test_other_schedules_give_diffusers_numbers_or_an_error(
     ours_alphas = alphas_cumprod(ours.config)
     # TCD and LCM of diffusers set the last alpha of zero SNR to 2**-24, which no step of theirs reads otherwise.
     assert torch.equal(ours_alphas[:-1], theirs.alphas_cumprod[:-1])
+
+
+# --- single files of other programs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flat", "no position ids", "comfyui", "bfloat16", "float8", "scaled float8"])
+@FAMILIES
+def test_single_files_as_other_programs_save_them(
+    family: str, kind: str, tiny_repos: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    """Key names and types that occur; every component gets the weights that the file holds."""
+    tensors = single_file(tiny_repos, family)
+    first = "cond_stage_model." if family == "sd15" else "conditioner.embedders.0."
+    dtype = {"bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}.get(kind, torch.float32)
+    scaled = ("fc1.weight", "to_q.weight") if kind == "scaled float8" else ()
+    if kind == "flat":
+        tensors = {name.replace("transformer.text_model.", "transformer."): t for name, t in tensors.items()}
+    elif kind == "no position ids":
+        del tensors[f"{first}transformer.text_model.embeddings.position_ids"]
+    elif kind == "comfyui":
+        tensors |= {f"{first}logit_scale": torch.ones(()), f"{first}transformer.text_projection.weight": torch.eye(32)}
+        if family == "sdxl":
+            ids = "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids"
+            tensors[ids] = torch.arange(77)[None]
+    elif scaled:
+        layers = [name for name in tensors if name.endswith(scaled)]
+        tensors |= {name: (tensors[name] * 4).to(torch.float8_e4m3fn) for name in layers}
+        tensors |= {f"{name.removesuffix('weight')}scale_weight": torch.tensor(0.25) for name in layers}
+        tensors["model.diffusion_model.scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    is_cast = {name: t.is_floating_point() and dtype != torch.float32 for name, t in tensors.items()}
+    save_file({name: t.to(dtype) if is_cast[name] else t for name, t in tensors.items()}, tmp_path / "base.safetensors")
+    sources, plain = find_single(hub, family, str(tmp_path / "base.safetensors")), find(family, tiny_repos)
+    for name, part in sources.parts.items():
+        ours, theirs = load(part, family).state_dict(), load(plain.parts[name], family).state_dict()
+        assert ours.keys() == theirs.keys()
+        for key, weight in theirs.items():
+            rounded = (weight * 4).to(torch.float8_e4m3fn).float() / 4
+            is_scaled = key.endswith(scaled) and (name == "unet" or (name == "text_encoder" and "fc1" in key))
+            assert torch.equal(ours[key], rounded if is_scaled else weight.to(dtype).float()), key
 
 
 # --- what is no base -------------------------------------------------------------------------------------------------
@@ -251,9 +292,12 @@ def test_doubtful_vaes_come_with_a_note(tiny_repos: Path, tmp_path: Path) -> Non
     (note,) = find("sdxl", tiny_repos, vae=str(folder)).notes
     assert "scaling factor 0.2" in note
     assert "0.13025" in note
-    tiny = shutil.copytree(tiny_repos / "madebyollin/taesdxl", tmp_path / "mine")
-    (note,) = find("sdxl", tiny_repos, vae=str(tiny)).notes
-    assert "taken as one for SDXL" in note
+    for name in ("mine", "taesd"):
+        tiny = shutil.copytree(tiny_repos / "madebyollin/taesdxl", tmp_path / name)
+        (note,) = find("sdxl", tiny_repos, vae=str(tiny)).notes
+        assert "taken as one for SDXL" in note
+    clone = shutil.copytree(tiny_repos / "madebyollin/taesdxl", tmp_path / "taesdxl")
+    assert not find("sdxl", tiny_repos, vae=str(clone)).notes
     assert not find("sdxl", tiny_repos, vae=str(tiny_repos / "madebyollin/sdxl-vae-fp16-fix")).notes
 
 
