@@ -87,7 +87,8 @@ class LoraLayer:
         for part, name in self.tensors.items():
             if (dtype := self.file.dtype(name)) not in FLOATS and part != "alpha":
                 raise WeightsError(
-                    f"{self.file.path}: {name} is stored as {dtype}, expected {', '.join(sorted(FLOATS))}"
+                    f"{self.file.path}: {name} is stored as {dtype}, expected {', '.join(sorted(FLOATS))}: "
+                    "take the unquantized LoRA"
                 )
         shapes = {part: self.file.shape(name) for part, name in self.tensors.items()}
         # The arithmetic itself, on tensors without data, tells what shape it ends in.

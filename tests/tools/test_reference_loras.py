@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lora_writers import LAYOUTS, Random, kohya, layer_shapes, original_names, pairs, random_lora
-from make_tiny_repos import SD15_REPO
+from make_tiny_repos import SD15_REPO, SDXL_REPO
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,10 +19,10 @@ from hypersd.weights.lora_file import Fusion, LoraFile
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_repos: Path) -> Any:
+def pipes(tiny_repos: Path) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(str(tiny_repos / SD15_REPO))
+    return {repo: DiffusionPipeline.from_pretrained(str(tiny_repos / repo)) for repo in (SD15_REPO, SDXL_REPO)}
 
 
 def mixed_alphas(lora: Random) -> dict[str, Tensor]:
@@ -55,9 +55,14 @@ WRITERS = {name: write for name, (write, _, _) in LAYOUTS.items() if "attention"
 }
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_every_layout_is_fused_into_diffusers_pipeline(layout: str, pipe: Any, tmp_path: Path) -> None:
-    """The whole file, at its strength, in UNet and text encoder, as the exporter fuses it."""
+@pytest.mark.parametrize(
+    ("repo", "layout"), [*((SD15_REPO, layout) for layout in WRITERS), (SDXL_REPO, "mixed alphas"), (SDXL_REPO, "dora")]
+)
+def test_every_layout_is_fused_into_diffusers_pipeline(
+    repo: str, layout: str, pipes: dict[str, Any], tmp_path: Path
+) -> None:
+    """The whole file, at its strength, in UNet and text encoders, as the exporter fuses it."""
+    pipe = pipes[repo]
     shapes, judge = layer_shapes(pipe), copy.deepcopy(pipe)
     folder = "adapter_model" if layout == "peft" else "lora"
     path = tmp_path / f"{folder}.safetensors"
