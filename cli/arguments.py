@@ -7,10 +7,14 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..engines.vocabulary import BACKENDS, OPTIMIZATION_LEVELS
 
-BUNDLE_HELP = "the folder that `hypersd export` wrote"
+if TYPE_CHECKING:
+    from ..engines import Bundle
+
+BUNDLE_HELP = "the folder that `hypersd export` wrote, or OWNER/NAME[@REVISION] on the Hub"
 
 
 def folder(text: str) -> Path:
@@ -18,6 +22,24 @@ def folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty: expected a folder, such as bundles/Hyper-SDXL-1step-lora")
     return Path(text)
+
+
+def open_bundle(place: Path, hashes: bool = False) -> Bundle:
+    """Open a bundle in a folder or on the Hub; downloads are shown. Errors are those of both."""
+    from ..engines.bundle import Bundle
+    from ..engines.hub_bundles import find_bundle
+    from .console import DownloadBar, err
+
+    return Bundle.load(find_bundle(place, DownloadBar(err())), hashes=hashes)
+
+
+def verify_folder(bundle: Path) -> Path:
+    """The folder of `hypersd verify`'s results: beside the bundle, or in the current folder for one on the Hub."""
+    from ..engines.hub_bundles import bundle_name
+
+    if name := bundle_name(bundle):
+        return Path(f"{name}-verify")
+    return bundle.with_name(f"{bundle.resolve().name}-verify")
 
 
 def size(text: str) -> tuple[int, int]:

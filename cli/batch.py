@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, size_word
+from .arguments import (
+    BUNDLE_HELP,
+    add_allow_random_weights,
+    add_backend,
+    add_image_settings,
+    folder,
+    open_bundle,
+    size_word,
+)
 
 if TYPE_CHECKING:
     from ..cluster.batch_run import ActorOptions
@@ -46,13 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate the missing images; failed images are reported at the end, with exit code 1."""
     from ..cluster.jobs import read_jobs
-    from ..engines import Bundle
     from ..engines.files import lock_file
     from ..errors import disk_errors
     from .console import err
     from .image_output import OTHER_PLACE
 
-    bundle = Bundle.load(args.bundle)
+    bundle = open_bundle(args.bundle)
+    args.bundle = bundle.root  # of a bundle on the Hub, the folder that was fetched
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
     _check(args)
     jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args))

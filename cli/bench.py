@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from .arguments import BUNDLE_HELP, folder, size, size_word
+from .arguments import BUNDLE_HELP, folder, open_bundle, size, size_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,6 @@ def _named(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, write."""
     _check_outputs(args)
-    from ..engines import Bundle
     from ..engines.files import write_whole
     from ..tools.bench.report import encode
     from ..tools.bench.session import BenchOptions, run_bench
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         pythons=dict(args.python),
     )
-    report = run_bench(Bundle.load(args.bundle), options, _command(args), StageLines())
+    report = run_bench(open_bundle(args.bundle), options, _command(args), StageLines())
     if args.json is not None:  # first, for a reader of the tables may leave
         write_whole(args.json, encode(report))
     print_report(report, out())

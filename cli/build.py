@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..engines.vocabulary import TENSORRT_BACKENDS
-from .arguments import BUNDLE_HELP, add_engine_options, folder, option_words, quoted, size, span_type
+from .arguments import add_engine_options, folder, option_words, quoted, size, span_type
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ BUNDLE_FIRST = " (and BUNDLE before the option)"  # an option of several values 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the bundle, the backend, the range of images and the options of engines."""
-    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help=BUNDLE_HELP)
+    parser.add_argument("bundle", type=folder, metavar="BUNDLE", help="the folder that `hypersd export` wrote")
     parser.add_argument(
         "--backend",
         choices=["auto", *TENSORRT_BACKENDS],

@@ -90,7 +90,7 @@ def step_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 class DownloadBar:
-    """Shows one download at a time (:class:`hypersd.export.hub.DownloadProgress`)."""
+    """Shows one download at a time (:class:`hypersd.engines.progress.DownloadProgress`)."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -119,8 +119,7 @@ class DownloadBar:
 class StageLines:
     """Shows the stages of long work: a spinner or a bar while one runs, a line with its seconds when it is done.
 
-    It implements :class:`hypersd.export.export_progress.ExportProgress` and
-    :class:`hypersd.engines.progress.BuildProgress`.
+    It implements :class:`hypersd.engines.progress.Progress`.
     """
 
     def __init__(self) -> None:

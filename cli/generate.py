@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder
+from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, open_bundle
 from .control_options import add_control_options, read_controls
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate the images one by one, write them, and print seconds by stage."""
     _check(args)
-    from ..engines import Bundle
-
-    bundle = Bundle.load(args.bundle)
+    bundle = open_bundle(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
     controls = read_controls(args, bundle.manifest)  # a file that is no image is reported before the engines are loaded
     pipe = _load(args, bundle)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, build_command, folder
+from .arguments import BUNDLE_HELP, build_command, folder, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,10 +35,9 @@ def run(args: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..engines.bundle import Bundle
     from .console import out
 
-    bundle, console = Bundle.load(args.bundle, hashes=args.hashes), out()
+    bundle, console = open_bundle(args.bundle, hashes=args.hashes), out()
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, folder
+from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, folder, open_bundle
 
 if TYPE_CHECKING:
     from ..serve.settings import ServeSettings
@@ -53,14 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or Ctrl-C; running work is finished."""
     settings = _settings(args)
-    from ..engines import Bundle
     from ..serve.calls import keep_prompts_out_of_the_log
     from ..serve.server import run_server
     from ..serve.service import LocalService
 
     keep_prompts_out_of_the_log()
     for bundle in args.bundles:
-        Bundle.load(bundle).check_weights(args.allow_random_weights, "--allow-random-weights")
+        open_bundle(bundle).check_weights(args.allow_random_weights, "--allow-random-weights")
     service = LocalService(
         args.bundles,
         devices=args.device,

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import BUNDLE_HELP, add_backend, folder
+from .arguments import BUNDLE_HELP, add_backend, folder, open_bundle, verify_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..engines import Bundle
+    from ..runtime import Pipeline
     from ..tools.verification import Comparison, Threshold
 
 
@@ -38,10 +40,11 @@ def run(args: argparse.Namespace) -> None:
     from ..tools import reference, verification
     from .console import DownloadBar, err, out, spinner
 
+    bundle = open_bundle(args.bundle)
     with spinner(f"loading {args.bundle}"):
-        pipe = Pipeline.load(args.bundle, args.backend, precision=args.precision)
+        pipe = Pipeline.load(bundle, args.backend, precision=args.precision)
     threshold = _threshold(args.min_psnr, verification.find_threshold(pipe))
-    folder = args.out or args.bundle.with_name(f"{args.bundle.resolve().name}-verify")
+    folder = args.out or verify_folder(args.bundle)
     cases = _cases(args.prompt or verification.PROMPTS, args.seed, list(pipe.manifest.controlnets))
     followed = verification.control_image(pipe.manifest)
     err().print("loading the bundle's sources with diffusers")
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         with spinner(f"generating image {i + 1} of {len(cases)} with both"):
             comparisons.append(verification.compare(pipe, theirs, prompt, seed, args.steps, images))
         _report(comparisons[-1], folder / f"pair-{i}.png")
+    _write_figures(folder, bundle, pipe, comparisons)
     verification.check_thresholds(comparisons, threshold)
     out().print(
         f"all {len(comparisons)} images are diffusers' own: at least {threshold.psnr:g} dB, "
@@ -91,6 +95,27 @@ def _report(comparison: Comparison, path: Path) -> None:
     line = f"\n{comparison.prompt!r}, seed {comparison.seed}{control}: {path}"
     out().print(line, markup=False, soft_wrap=True)
     out().print(_table(comparison))
+
+
+def _write_figures(folder: Path, bundle: Bundle, pipe: Pipeline, comparisons: Sequence[Comparison]) -> None:
+    """Write the images' differences for `hypersd push`."""
+    import math
+
+    from ..tools.verify_figures import FIGURES, ImageFigures, write_figures
+
+    images = [
+        ImageFigures(
+            prompt=each.prompt,
+            seed=each.seed,
+            controlnets=each.controlnets,
+            psnr=each.image.psnr if math.isfinite(each.image.psnr) else None,
+            largest=each.image.largest,
+        )
+        for each in comparisons
+    ]
+    choice = pipe.choice
+    assert choice is not None  # it was loaded
+    write_figures(folder / FIGURES, bundle, choice.target or choice.backend, images)
 
 
 def _table(comparison: Comparison) -> Table:

@@ -12,7 +12,7 @@ from .bundle import Bundle
 from .engine import Engine
 from .image_shapes import narrowed
 from .manifest import Manifest
-from .progress import BuildProgress, Silent
+from .progress import Progress, Silent
 from .specs import EngineTarget
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
@@ -167,7 +167,7 @@ def load_choice(
     bundle: Bundle,
     choice: Choice,
     device: str = "auto",
-    progress: BuildProgress | None = None,
+    progress: Progress | None = None,
     one_graph: str | None = None,
 ) -> Mapping[str, Engine]:
     """Make every component of a bundle, or its one-graph of that name, ready to run.

@@ -1,4 +1,4 @@
-"""Progress of long work: the interface of its displays, stages, and TensorRT's nested phases."""
+"""Progress of long work: the interfaces of its displays, stages, and TensorRT's nested phases."""
 
 from __future__ import annotations
 
@@ -7,8 +7,26 @@ import time
 from typing import Protocol
 
 
-class BuildProgress(Protocol):
-    """A display of progress."""
+class DownloadProgress(Protocol):
+    """Told about one file at a time, unless it is in the cache already."""
+
+    def start(self, filename: str, total: int | None) -> None:
+        """A download begins at zero bytes of ``total``; called again for a file whose download starts over."""
+
+    def advance(self, n: int) -> None:
+        """``n`` more bytes are here, also those kept from an earlier run; negative if the server starts over."""
+
+    def finish(self) -> None:
+        """The download ended, well or not."""
+
+
+class Progress(Protocol):
+    """A display of long work: its stages and its downloads."""
+
+    @property
+    def downloads(self) -> DownloadProgress | None:
+        """Told about downloads."""
+        ...
 
     def start(self, stage: str) -> None:
         """A stage begins."""
@@ -30,6 +48,8 @@ class BuildProgress(Protocol):
 class Silent:
     """A display that shows nothing."""
 
+    downloads = None
+
     def start(self, stage: str) -> None:
         pass
 
@@ -46,7 +66,7 @@ class Silent:
 class Stage:
     """A context that reports a stage's begin and end, with the seconds it took and the text of ``note``."""
 
-    def __init__(self, progress: BuildProgress, name: str) -> None:
+    def __init__(self, progress: Progress, name: str) -> None:
         self.progress = progress
         self.name = name
         self.note = ""

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..engines.progress import DownloadProgress
 from ..errors import WeightsError
 from ..families import FAMILIES, Family, find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import Checkpoint
-from .export_progress import DownloadProgress
 from .layout import Base, DiffusersBase, SingleFileBase, weight_file
 from .repositories import open_files, open_known
 

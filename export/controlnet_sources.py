@@ -15,11 +15,11 @@ from typing import Any
 
 from ..engines.component_names import check_controlnet_name, split_named
 from ..engines.manifest import ControlNetSettings
+from ..engines.progress import DownloadProgress
 from ..errors import RequestError, WeightsError, one_line
 from ..families import FAMILIES, SD15, SDXL, find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .checkpoints import DEMO_CONTROLNET
-from .export_progress import DownloadProgress
 from .layout import ComponentFile, ComponentFolder, ComponentSource, config_beside, weight_file
 from .repositories import open_files
 

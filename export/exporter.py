@@ -10,7 +10,7 @@ import msgspec
 from ..engines.bundle import Bundle
 from ..engines.manifest import MANIFEST_NAME, FileRecord, Manifest, SourceFile
 from ..engines.precision import PRECISIONS, PrecisionName
-from ..engines.progress import Stage
+from ..engines.progress import Progress, Silent, Stage
 from ..engines.specs import Component
 from ..errors import RequestError, UserError
 from ..weights.lora_file import LoraFile
@@ -19,7 +19,6 @@ from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
 from .component_exports import ComponentExport, component_exports, tool_versions
 from .controlnet_sources import settings_of
-from .export_progress import ExportProgress, Silent
 from .libraries import quiet, release_memory
 from .lora_sources import check_scale
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
@@ -57,7 +56,7 @@ def export_bundle(
     checkpoint: str,
     out: str | Path | None = None,
     options: ExportOptions | None = None,
-    progress: ExportProgress | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Export a checkpoint, or open the bundle if it is there already, made from the same inputs.
 
@@ -120,7 +119,7 @@ class _Export:
         sources: Sources,
         loras: dict[str, LoraFile],
         options: ExportOptions,
-        progress: ExportProgress,
+        progress: Progress,
     ) -> None:
         self.entry = entry
         self.sources = sources

@@ -7,10 +7,10 @@ import math
 import os
 from pathlib import Path
 
+from ..engines.progress import DownloadProgress
 from ..errors import RequestError, WeightsError
 from ..weights.peft_settings import CONFIG_NAME, WEIGHTS_NAME
 from ..weights.safetensors_file import SafetensorsFile
-from .export_progress import DownloadProgress
 from .repositories import Found, LocalFolder, open_files
 
 USUAL_NAMES = ("pytorch_lora_weights.safetensors", WEIGHTS_NAME)  # diffusers' and peft's

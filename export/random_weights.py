@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.files import cache_folder, lock_file, partial_path
-from ..engines.progress import Stage
+from ..engines.progress import Progress, Stage
 from ..errors import DiskFullError, RequestError, disk_errors
 from ..families import find_family
 from .architectures import PUBLISHED, Architecture, empty_networks
 from .checkpoints import DEMO_CHECKPOINTS, Checkpoint
-from .export_progress import ExportProgress
 from .random_tensors import RandomFile, lora_file, network_file
 from .sources import SourceOptions
 from .tokenizer import write_byte_tokenizer
@@ -77,7 +76,7 @@ def check_random_weights(checkpoint: Checkpoint, options: SourceOptions, lora_sc
 
 
 def random_sources(
-    checkpoint: Checkpoint, options: SourceOptions, random: RandomWeights, progress: ExportProgress
+    checkpoint: Checkpoint, options: SourceOptions, random: RandomWeights, progress: Progress
 ) -> SourceOptions:
     """The sources with all weights but those of ControlNets replaced by random ones, written unless they are there.
 
@@ -93,7 +92,7 @@ def random_sources(
     )
 
 
-def random_base(family: str, random: RandomWeights, progress: ExportProgress) -> Path:
+def random_base(family: str, random: RandomWeights, progress: Progress) -> Path:
     """The folder of a family's random weights: ``base``, ``taesd`` and ``lora.safetensors``.
 
     The folder is renamed into place when it is whole; an interrupted run resumes file by file. Raises as
@@ -108,7 +107,7 @@ def random_base(family: str, random: RandomWeights, progress: ExportProgress) ->
     return root
 
 
-def _write_all(root: Path, family: str, random: RandomWeights, progress: ExportProgress) -> None:
+def _write_all(root: Path, family: str, random: RandomWeights, progress: Progress) -> None:
     architecture, partial = random.architectures[family], partial_path(root)
     networks = empty_networks(architecture)
     missing = [file for file in _files(family, networks, architecture) if not (partial / file.path).exists()]

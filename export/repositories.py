@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..engines.files import sha256_file
+from ..engines.hub import REPO_ID, fetch, fetch_optional
 from ..engines.manifest import SourceFile
+from ..engines.progress import DownloadProgress
 from ..engines.vocabulary import SHA256
 from ..errors import WeightsError
 from .checkpoints import DEMO_FOLDERS
-from .export_progress import DownloadProgress
-from .hub import fetch, fetch_optional
 
 DEMO_ROOT = Path(__file__).resolve().parents[1] / "tests/assets/demo"
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 SAFETENSORS_HINT = "only .safetensors weights are read (pickled .bin and .ckpt files can run code): convert them"
 

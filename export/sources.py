@@ -9,12 +9,12 @@ from typing import Any
 
 from ..engines.component_names import controlnet
 from ..engines.manifest import ControlNetOrigin, added_lora
+from ..engines.progress import DownloadProgress
 from ..families import find_family
 from ..weights.safetensors_file import SafetensorsFile
 from .base_sources import check_family, check_scheduler, check_unet_config, open_base, prediction_of
 from .checkpoints import Checkpoint
 from .controlnet_sources import ControlNetSource, check_fits, named, open_controlnet
-from .export_progress import DownloadProgress
 from .layout import Base, ComponentSource, Part
 from .lora_sources import AddedLora, LoraSource, find_added, local_file, with_settings
 from .repositories import Found, get_file, open_known, read_json, tokenizer_folder

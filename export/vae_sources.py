@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ..engines.progress import DownloadProgress
 from ..errors import NetworkError, WeightsError
 from ..families import FAMILIES, Family
 from .checkpoints import CHECKPOINTS, SDXL, Checkpoint
-from .export_progress import DownloadProgress
 from .layout import (
     Base,
     ComponentFile,

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..engines import Bundle, Engine, Manifest
 from ..engines.cuda.graphs import Capture, GraphedFunction, capture_cuda_graph
 from ..engines.cuda.turns import hand_out
+from ..engines.hub_bundles import find_bundle
 from ..engines.load import Choice, choose, choose_one_graph, load_choice
-from ..engines.progress import BuildProgress
+from ..engines.progress import Progress
 from ..errors import BundleError, RequestError
 from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
@@ -100,7 +101,7 @@ class Pipeline:
         backend: str = "auto",
         device: str = "auto",
         target: str | None = None,
-        progress: BuildProgress | None = None,
+        progress: Progress | None = None,
         cuda_graphs: bool = True,
         precision: str | None = None,
         vae_tile: int | None = None,
@@ -109,7 +110,8 @@ class Pipeline:
         """Load a bundle.
 
         Args:
-            bundle: the folder that ``hypersd export`` wrote, or a loaded bundle.
+            bundle: the folder that ``hypersd export`` wrote, or ``owner/name`` of a bundle on the Hub (with a revision:
+                ``owner/name@revision``), or a loaded bundle.
             backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` takes TensorRT
                 engines of the bundle that can run here, else ONNX Runtime, and :attr:`choice` says which and why.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
@@ -125,10 +127,12 @@ class Pipeline:
 
         Raises:
             BundleError: the bundle is missing, damaged, altered or of another version.
+            DownloadError: the bundle cannot be fetched from the Hub.
             EngineError: the backend or device cannot be used here.
             RequestError: ``vae_tile`` is none that the decoder takes.
         """
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        downloads = None if progress is None else progress.downloads
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.load(find_bundle(bundle, downloads))
         tokenizers = load_tokenizers(opened)
         for name in (*tokenizers, "unet", "vae_decoder"):
             opened.component(name)

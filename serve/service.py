@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
+from ..engines.hub_bundles import bundle_name, find_bundle
 from ..engines.specs import Range
 from ..errors import RequestError
 from ..runtime import Pipeline
@@ -77,7 +78,8 @@ class LocalService:
         """Check the bundles' names; :meth:`start` loads them.
 
         Args:
-            bundles: folders that ``hypersd export`` wrote; requests call them by the folders' names.
+            bundles: folders that ``hypersd export`` wrote, or repositories on the Hub; requests call them by the names
+                of the folders or repositories.
             devices: ``"cpu"``, ``"cuda:0"`` and so on, a worker for each.
             queue: the most images that wait; more are rejected.
             max_batch: the most images of one call.
@@ -222,10 +224,11 @@ def name_folders(bundles: Sequence[str | Path]) -> dict[str, Path]:
     """
     folders: dict[str, Path] = {}
     for bundle in bundles:
-        folder = Bundle.load(bundle).root.resolve()
-        if folder.name in folders:
-            raise RequestError(f"two bundles are named {folder.name}: rename one of the folders")
-        folders[folder.name] = folder
+        folder = Bundle.load(find_bundle(bundle)).root.resolve()
+        name = bundle_name(bundle) or folder.name
+        if name in folders:
+            raise RequestError(f"two bundles are named {name}: rename one of the folders")
+        folders[name] = folder
     return folders
 
 

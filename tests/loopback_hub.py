@@ -4,7 +4,8 @@
         subprocess.run(..., env={**os.environ, **hub.environment(cache)})
         hub.requests                                   # what was asked, in order
 
-It speaks what `huggingface_hub` needs to list and download models. As on the real Hub, large files (here: from 1 KiB)
+It speaks what `huggingface_hub` needs to list, download and upload models (tests/loopback_uploads.py).
+As on the real Hub, large files (here: from 1 KiB)
 are LFS files: their metadata comes on a redirect to another origin (here: another port) that serves the bytes and needs
 no token.
 Valid revisions are "main" and `hub.commit(repo_id)`. Xet is not spoken.
@@ -29,7 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote, unquote, urlsplit
 
-LFS_BYTES = 1024
+from loopback_uploads import LFS_BYTES, Refusal, Uploads
+
 _CHUNK = 1 << 16
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _API = re.compile(
@@ -57,9 +59,11 @@ class _Fault:
 
 
 class _ErrorAnswer(Exception):  # noqa: N818
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, fields: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.fields = status, message, code, fields or {}
 
 
 @cache
@@ -88,6 +92,7 @@ class LoopbackHub:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._hub, self._cdn = (self._server(cdn=False, port=port), self._server(cdn=True, port=0))
+        self.uploads = Uploads(self.root, self.url)
 
     def _server(self, *, cdn: bool, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "cdn": cdn})
@@ -196,6 +201,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -213,7 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._route(path)
         except _ErrorAnswer as error:
             headers = {"X-Error-Message": error.message, **({"X-Error-Code": error.code} if error.code else {})}
-            self._send(json.dumps({"error": error.message}).encode(), headers=headers, status=error.status)
+            self._send(
+                json.dumps({"error": error.message, **error.fields}).encode(), headers=headers, status=error.status
+            )
         except ConnectionError:
             self.close_connection = True  # the client went away
 
@@ -221,6 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
         failure = self.hub._next_failure()
         if failure is not None:
             raise _ErrorAnswer(failure, "injected failure")
+        if self.command in ("POST", "PUT"):
+            return self._receive(path)
         if self.cdn:
             return self._send_file(self._inside(self.hub.root, unquote(path.removeprefix("/cdn/"))), headers={})
         if match := _RESOLVE.fullmatch(path):
@@ -231,6 +246,20 @@ class _Handler(BaseHTTPRequestHandler):
             answer = self._tree(repo_id, unquote(match["path"] or "")) if match["what"] == "tree" else None
             return self._send_json(answer if answer is not None else self._info(repo_id, commit))
         raise _ErrorAnswer(404, "Not Found")
+
+    def _receive(self, path: str) -> None:
+        """Take an upload from whoever has the token; an object's address needs none."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        uploads = self.hub.uploads
+        if self.command == "PUT":
+            answer = uploads.put(path, body)
+        elif self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            answer = Refusal(401, "Invalid username or password.")
+        else:
+            answer = uploads.post(path, body)
+        if isinstance(answer, Refusal):
+            raise _ErrorAnswer(answer.status, answer.message, fields=answer.fields)
+        self._send_json(answer or {})
 
     def _check(self, repo_id: str, revision: str, *, gate: bool = True) -> str:
         """The commit, or the error that the Hub answers with."""
@@ -277,7 +306,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repo_id: str, commit: str) -> dict[str, object]:
         siblings = [{"rfilename": path} for path in self.hub.files(repo_id)]
         gated = "auto" if repo_id in self.hub.gated else False
-        return {"id": repo_id, "sha": commit, "private": False, "gated": gated, "tags": [], "siblings": siblings}
+        readme = self.hub.root / repo_id / "README.md"
+        licence = re.search(r"^license: (\S+)$", readme.read_text(), re.MULTILINE) if readme.is_file() else None
+        card = {"cardData": {"license": licence[1]}} if licence else {}
+        return {
+            **card,
+            "id": repo_id,
+            "sha": commit,
+            "private": False,
+            "gated": gated,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     def _tree(self, repo_id: str, below: str) -> list[dict[str, object]]:
         """Files at any depth, as the Hub lists them with `recursive=True`."""
@@ -300,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, body: bytes, *, headers: dict[str, str], status: int = 200) -> None:
         self._send_head(status, {"Content-Length": str(len(body)), **headers})
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _send_head(self, status: int, headers: dict[str, str]) -> None:

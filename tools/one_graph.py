@@ -16,7 +16,7 @@ from ..engines.bundle import write_manifest
 from ..engines.component_names import one_graph_file
 from ..engines.files import lock_file, sha256_file, write_whole
 from ..engines.manifest import FileRecord
-from ..engines.progress import BuildProgress, Silent, Stage
+from ..engines.progress import Progress, Silent, Stage
 from ..engines.specs import Component, OneGraph
 from ..errors import BundleError, RequestError
 from ..export.check import check_types
@@ -28,7 +28,7 @@ from .one_graph_build import compose
 COMPOSER_VERSION = 1  # raise it when the same components and settings make another graph
 
 
-def add_one_graph(bundle: Bundle | str | Path, params: Params, progress: BuildProgress | None = None) -> Bundle:
+def add_one_graph(bundle: Bundle | str | Path, params: Params, progress: Progress | None = None) -> Bundle:
     """Compose one graph of a whole image, and add it to a bundle.
 
     The graph reads its weights from the files of the components, so that it takes about a megabyte.

@@ -18,10 +18,10 @@ from ..engines import Manifest
 from ..engines.component_names import controlnet
 from ..engines.manifest import SourceFile
 from ..engines.precision import PRECISIONS
+from ..engines.progress import DownloadProgress
 from ..errors import WeightsError
 from ..export.checkpoints import find_checkpoint
 from ..export.controlnet_sources import ControlNetSource
-from ..export.export_progress import DownloadProgress
 from ..export.libraries import quiet
 from ..export.lora_sources import LoraSource
 from ..export.manifest_parts import make_scheduler

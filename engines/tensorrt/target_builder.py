@@ -13,7 +13,7 @@ from ..bundle import Bundle, write_manifest
 from ..files import cache_folder, link_or_copy, lock_file, sha256_file, whole_file
 from ..image_shapes import narrowed
 from ..manifest import ENGINES_FOLDER, MANIFEST_NAME, FileRecord
-from ..progress import BuildProgress, Silent, Stage
+from ..progress import Progress, Silent, Stage
 from ..specs import Component, EngineTarget, Plan
 from .api import TensorRTApi, load_api
 from .build_options import BuildOptions, check_options, choose_backend, make_target, why_chosen
@@ -30,7 +30,7 @@ def build_engines(
     bundle: Bundle | str | Path,
     backend: str = "auto",
     options: BuildOptions | None = None,
-    progress: BuildProgress | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Build the missing plans of one target: one plan for every component of the bundle.
 
@@ -86,7 +86,7 @@ class _Build:
     """One run of the builder with checked options."""
 
     def __init__(
-        self, bundle: Bundle, api: TensorRTApi, options: BuildOptions, machine: Machine, progress: BuildProgress
+        self, bundle: Bundle, api: TensorRTApi, options: BuildOptions, machine: Machine, progress: Progress
     ) -> None:
         self.root = bundle.root
         self.api = api

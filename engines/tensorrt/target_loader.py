@@ -11,7 +11,7 @@ from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
 from ..files import write_whole
 from ..image_shapes import extents_of
-from ..progress import BuildProgress, Stage
+from ..progress import Progress, Stage
 from ..specs import Component
 from .activation_memory import ActivationMemory, out_of_memory
 from .api import load_api
@@ -19,7 +19,7 @@ from .tensorrt_engine import TensorRTEngine
 
 
 def load_target(
-    bundle: Bundle, name: str, components: Mapping[str, Component], device: torch.device, progress: BuildProgress
+    bundle: Bundle, name: str, components: Mapping[str, Component], device: torch.device, progress: Progress
 ) -> dict[str, Engine]:
     """Load a target's plans and run each once, so that no call pays for one-time costs.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 
-from hypersd.export.hub import HubFile
+from hypersd.engines.hub import HubFile
 
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
 COMMIT = "c0ffee" + "0" * 34

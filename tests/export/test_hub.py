@@ -36,7 +36,7 @@ from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}
 time.sleep = lambda seconds: None
 from hypersd.errors import HyperSDError
-from hypersd.export import hub
+from hypersd.engines import hub
 
 arguments = json.loads(sys.argv[1])
 call, with_progress = arguments.pop("call"), arguments.pop("with_progress")
@@ -150,7 +150,7 @@ def file_requests(hub: LoopbackHub, method: str = "GET") -> list[Any]:
 
 def test_the_module_is_cheap_to_import() -> None:
     """The command line imports it early: nothing heavy, and nothing that reads HF_* too early."""
-    code = "import sys, hypersd.export.hub; sys.exit('huggingface_hub' in sys.modules)"
+    code = "import sys, hypersd.engines.hub; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -241,7 +241,7 @@ def test_xet_reports_progress_as_one_bar() -> None:
     """Most files of the real Hub come through hf_xet, whose reporter asks more of a bar than plain HTTP does."""
     from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
-    from hypersd.export.hub import _bar_class
+    from hypersd.engines.hub import _bar_class
 
     events: list[Any] = []
     progress = SimpleNamespace(

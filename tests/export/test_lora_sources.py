@@ -12,11 +12,11 @@ import torch
 from lora_writers import kohya, pairs, random_lora
 from safetensors.torch import save_file
 
+from hypersd.engines.hub import HubFile
 from hypersd.errors import RequestError, WeightsError
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.component_exports import component_exports
-from hypersd.export.hub import HubFile
 from hypersd.export.lora_sources import LoraSource, find_added
 from hypersd.export.models import check_sources
 from hypersd.export.shapes import ShapeOptions, image_shapes

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ... import __version__
 from ...engines import Bundle, Manifest
-from ...engines.progress import BuildProgress, Stage
+from ...engines.progress import Progress, Stage
 from ...runtime.params import Params, decide
 from ...runtime.request import Request
 from .contender_process import ContenderError, write_start
@@ -58,7 +58,7 @@ class BenchOptions:
     pythons: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: BuildProgress) -> Report:
+def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Progress) -> Report:
     """Measure.
 
     Args:
@@ -137,7 +137,7 @@ class _Session:
     options: BenchOptions
     entrants: Sequence[Entrant]
     folder: Path
-    progress: BuildProgress
+    progress: Progress
 
     def start(self, first: Settings) -> None:
         """Start every contender's process and generate its first image, while no other one runs."""

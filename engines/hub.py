@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..engines.files import lock_file, partial_path, sha256_file
-from ..engines.vocabulary import SHA256
 from ..errors import DiskFullError, DownloadError, HyperSDError, NetworkError, disk_full, is_disk_full, one_line
-from .export_progress import DownloadProgress
+from .files import lock_file, partial_path, sha256_file
+from .progress import DownloadProgress
+from .vocabulary import SHA256
 
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OTHER_DISK = "set HF_HOME to a folder on another disk"
-LOCAL_HINT = "point --base / --lora at local files"
+LOCAL_HINT = "use local files"
 
 
 @dataclass(frozen=True, kw_only=True)
