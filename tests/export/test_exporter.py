@@ -78,7 +78,8 @@ class Recorder:
             self.failed.append(stage)
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        if not text.startswith("fuses "):  # which every export with a local LoRA says
+            self.notes.append(text)
 
     @property
     def traced(self) -> list[str]:
