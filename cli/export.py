@@ -44,11 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sources(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--base",
-        metavar="WHERE",
-        help="Hub repository, diffusers folder or single-file checkpoint (default: the checkpoint's)",
-    )
+    words = "Hub repository, diffusers folder or single-file checkpoint (default: the checkpoint's)"
+    group.add_argument("--base", metavar="WHERE", help=words)
     group.add_argument("--revision", help="branch, tag or commit of --base on the Hub")
     group.add_argument("--variant", choices=["fp16"], help="take the base's half-size weight files, where it has them")
     group.add_argument(

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Upload, and print the commit's address."""
     from ..engines.bundle import Bundle
-    from ..tools.push import push_bundle
+    from ..tools.hub_upload import push_bundle
     from ..tools.verify_figures import FIGURES, read_figures
     from .arguments import verify_folder
     from .console import err, out, spinner

@@ -24,12 +24,7 @@ OTHER_MODELS = {
 }
 OTHER_INPUTS = {5: "depth", 7: "upscaling", 8: "pix2pix", 9: "inpainting"}  # by the UNet's input channels
 OTHER_TEXT_WIDTHS = {1024: "SD2.x", 1280: "the SDXL refiner"}  # by the UNet's cross_attention_dim
-# Layers by which the published UNets are told from smaller ones, distilled from them (SSD-1B, tiny-sd, BK-SDM).
-FULL_SIZE = {
-    "sd15": ("input_blocks.2.1.", "middle_block.1.", "output_blocks.11.1."),
-    "sdxl": ("input_blocks.8.1.transformer_blocks.9.", "middle_block.1.transformer_blocks.9.", "output_blocks.8.0."),
-}
-FULL_WIDTH = 320  # channels of both published UNets
+UNET_DEFAULTS = {"layers_per_block": 2, "transformer_layers_per_block": 1}  # diffusers'
 
 
 def open_base(
@@ -71,17 +66,11 @@ def check_unet_config(config: Mapping[str, Any], checkpoint: Checkpoint, base: s
     _check_channels(config.get("in_channels", family.latent_channels), family, base)
     if other := OTHER_TEXT_WIDTHS.get(config.get("cross_attention_dim", 0)):
         raise WeightsError(_other_family(f"{base} holds {other}", checkpoint))
-    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
-    layers = config.get("transformer_layers_per_block", 1)
-    published = {"sd15": (2, [320, 640, 1280, 1280], 1), "sdxl": (2, [320, 640, 1280], [1, 2, 10])}[family.name]
+    found = UNET_DEFAULTS | {key: config[key] for key in family.unet_layout if key in config}
     widths = config.get("block_out_channels")
-    found = (config.get("layers_per_block", 2), widths, layers)
-    is_published_width = isinstance(widths, list) and FULL_WIDTH in widths[:1]
-    if (
-        middle is None
-        or config.get("reverse_transformer_layers_per_block")
-        or (is_published_width and found != published)
-    ):
+    is_full_width = isinstance(widths, list) and _full_width(family) in widths[:1]
+    is_shortened = config.get("mid_block_type", "") is None or config.get("reverse_transformer_layers_per_block")
+    if is_shortened or (is_full_width and found != family.unet_layout):
         raise WeightsError(_distilled(base, checkpoint))
 
 
@@ -138,9 +127,13 @@ def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
     shape = file.shape(conv_in) if conv_in in file.names else ()
     if len(shape) == 4:
         _check_channels(shape[1], wanted, str(path))
-        layers = FULL_SIZE[wanted.name]
-        if shape[0] == FULL_WIDTH and not all(_has(file.names, UNET + layer) for layer in layers):
+        if shape[0] == _full_width(wanted) and not all(_has(file.names, UNET + layer) for layer in wanted.unet_marks):
             raise WeightsError(_distilled(str(path), checkpoint))
+
+
+def _full_width(family: Family) -> int:
+    """Channels of the published UNet's first block; tests' and toys' UNets are narrower, distilled ones are not."""
+    return family.unet_layout["block_out_channels"][0]
 
 
 def _has(names: Iterable[str], prefix: str) -> bool:

@@ -108,21 +108,11 @@ def find_sources(
         local_file(options.checkpoint_file, "--lora")
     base = open_base(checkpoint, options.base, options.revision, options.variant, progress)
     vae = open_vae(checkpoint, options.vae, options.vae_revision, precision, base, progress)
-    model_index = read_json(get_file(base.files, "model_index.json"))
-    check_family(model_index, checkpoint, base.location)
-    configs = {
-        name: read_json(get_file(base.files, f"{name}/{kind}config.json"))
-        for name, kind in (("unet", ""), ("vae", ""), ("scheduler", "scheduler_"))
-    }
-    check_scheduler(configs["scheduler"], base.location)
-    check_unet_config(configs["unet"], checkpoint, base.location)
-    notes = check_vae(find_family(checkpoint.family), base, configs["vae"], vae)
-    if changes := prediction_of(base):
-        notes.append(f"the marks of {base.location} say: {', '.join(f'{key} {changes[key]}' for key in changes)}")
-    if vae is None:
-        notes += vae_note(find_family(checkpoint.family), base, configs["vae"], precision)
-    encoders = find_family(checkpoint.family).text_encoders
-    tokenizers = {encoder.tokenizer: tokenizer_folder(base.files, encoder.tokenizer) for encoder in encoders}
+    model_index, configs = _read_configs(base, checkpoint)
+    changes = prediction_of(base)
+    notes = _notes(checkpoint, base, configs["vae"], vae, precision, changes)
+    names = [encoder.tokenizer for encoder in find_family(checkpoint.family).text_encoders]
+    tokenizers = {name: tokenizer_folder(base.files, name) for name in names}
     controlnets = {name: open_controlnet(source, configs["unet"], progress) for name, source in wanted.items()}
     scale = pixels_per_latent(vae.config if vae else configs["vae"])
     for place in controlnets.values():
@@ -150,6 +140,35 @@ def find_sources(
         },
         notes=tuple(notes),
     )
+
+
+def _read_configs(base: Base, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The base's ``model_index.json``, and the configurations of UNet, VAE and scheduler, all checked."""
+    model_index = read_json(get_file(base.files, "model_index.json"))
+    check_family(model_index, checkpoint, base.location)
+    configs = {
+        name: read_json(get_file(base.files, f"{name}/{kind}config.json"))
+        for name, kind in (("unet", ""), ("vae", ""), ("scheduler", "scheduler_"))
+    }
+    check_scheduler(configs["scheduler"], base.location)
+    check_unet_config(configs["unet"], checkpoint, base.location)
+    return model_index, configs
+
+
+def _notes(
+    checkpoint: Checkpoint,
+    base: Base,
+    own_vae: Mapping[str, Any],
+    vae: ComponentSource | None,
+    precision: str,
+    changes: Mapping[str, Any],
+) -> list[str]:
+    """Notes about the VAE and a single file's marks, for the user; a VAE of another family is rejected."""
+    family = find_family(checkpoint.family)
+    notes = check_vae(family, base, own_vae, vae)
+    if changes:
+        notes.append(f"the marks of {base.location} say: {', '.join(f'{key} {changes[key]}' for key in changes)}")
+    return notes + (vae_note(family, base, own_vae, precision) if vae is None else [])
 
 
 def _variant_notes(parts: Mapping[str, Part], variant: str | None, vae: ComponentSource | None) -> list[str]:

@@ -51,6 +51,8 @@ class Family:
         pipeline_parts: components of that pipeline that are left out, as it takes them.
         pipeline_settings: its other settings.
         single_file_prefix: beginning of a key that only this family's single-file checkpoints have.
+        unet_layout: the fields of the published UNet's configuration by which distilled, smaller ones are told.
+        unet_marks: beginnings of layers that those lack, in the original Stable Diffusion's key names.
         lora_prefix: beginning of every key of a LoRA for the denoiser, in kohya's layout.
         lora_marks: parts of keys that only this family's LoRAs have, with underscores for dots.
     """
@@ -72,6 +74,8 @@ class Family:
     pipeline_parts: Mapping[str, None] = dataclasses.field(default_factory=dict)
     pipeline_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     single_file_prefix: str
+    unet_layout: Mapping[str, Any]
+    unet_marks: tuple[str, ...]
     lora_prefix: str = "lora_unet_"
     lora_marks: tuple[str, ...]
 

@@ -14,5 +14,11 @@ SD15 = Family(
     pipeline_parts={"safety_checker": None, "feature_extractor": None},
     pipeline_settings={"requires_safety_checker": False},
     single_file_prefix="cond_stage_model.transformer.",
+    unet_layout={
+        "layers_per_block": 2,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "transformer_layers_per_block": 1,
+    },
+    unet_marks=("input_blocks.2.1.", "middle_block.1.", "output_blocks.11.1."),
     lora_marks=("down_blocks_0_attentions_", "input_blocks_1_1_"),  # SDXL has no attention at full resolution
 )

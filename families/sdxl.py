@@ -33,6 +33,16 @@ SDXL = Family(
     controlnet_pipeline_class="StableDiffusionXLControlNetPipeline",
     pipeline_settings={"add_watermarker": False},
     single_file_prefix="conditioner.embedders.1.",
+    unet_layout={
+        "layers_per_block": 2,
+        "block_out_channels": [320, 640, 1280],
+        "transformer_layers_per_block": [1, 2, 10],
+    },
+    unet_marks=(
+        "input_blocks.8.1.transformer_blocks.9.",
+        "middle_block.1.transformer_blocks.9.",
+        "output_blocks.8.0.",
+    ),
     # SD1.5 has one transformer block per attention, and one text encoder
     lora_marks=("_transformer_blocks_1_", "lora_te2_", "text_encoder_2_"),
 )

@@ -286,7 +286,7 @@ def test_taesd_of_the_other_family(family: str, name: str, is_local: bool, tiny_
 
 
 def test_doubtful_vaes_come_with_a_note(tiny_repos: Path, tmp_path: Path) -> None:
-    """Where neither configuration nor place tells, the user is told both scaling factors."""
+    """If neither configuration nor place tells, the user is told both scaling factors."""
     folder = Path(shutil.copytree(tiny_repos / "madebyollin/sdxl-vae-fp16-fix", tmp_path / "vae"))
     change(tmp_path, "vae", scaling_factor=0.2)
     (note,) = find("sdxl", tiny_repos, vae=str(folder)).notes

@@ -160,7 +160,7 @@ def test_a_place_and_its_scale(text: str, location: str, scale: float) -> None:
 
 
 def test_a_file_whose_name_has_a_colon(tmp_path: Path) -> None:
-    """What is there is meant, also if its name looks like one with a scale."""
+    """A file that exists is meant, also if its name looks like one with a scale."""
     save_file({"x": torch.ones(1)}, tmp_path / "style:0.5")
     assert LoraSource.parse(str(tmp_path / "style:0.5")).scale == 1.0
 

@@ -197,7 +197,7 @@ def test_embeddings_of_sdxl_in_both_spellings(shapes: dict[str, Any], tmp_path: 
 
 
 def test_each_layer_has_its_own_alpha(shapes: dict[str, Any], tmp_path: Path) -> None:
-    """Where alphas differ, each layer gets its own; diffusers 0.42 gives many the most frequent one."""
+    """If alphas differ, each layer gets its own; diffusers 0.42 gives many the most frequent one."""
     lora = {place: (*layer[:2], 1.0 + i % 5) for i, (place, layer) in enumerate(random_lora(shapes["sdxl"]).items())}
     save_file(kohya(lora), tmp_path / "lora.safetensors")
     opened = LoraFile.open(tmp_path / "lora.safetensors", shapes["sdxl"], 2.0)
