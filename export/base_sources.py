@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,17 +95,28 @@ def prediction_of(base: Base) -> dict[str, Any]:
     """Changes to the family's scheduler configuration that a single file's marks ask for.
 
     ``v_pred`` and ``ztsnr`` are empty tensors that ComfyUI and sd-scripts read and write; the header's
-    ``modelspec.prediction_type`` is of the specification at https://github.com/Stability-AI/ModelSpec.
+    ``modelspec.prediction_type`` is of the specification at https://github.com/Stability-AI/ModelSpec; a YAML file of
+    the same name beside it is the original Stable Diffusion's configuration, whose ``parameterization`` tells.
     """
     if not isinstance(base, SingleFileBase):
         return {}
     file = SafetensorsFile(base.file.path)
     changes: dict[str, Any] = {}
-    if "v_pred" in file.names or file.metadata.get("modelspec.prediction_type") == "v":
+    is_v = "v_pred" in file.names or file.metadata.get("modelspec.prediction_type") == "v"
+    if is_v or _has_yaml_of_v(base.file.path):
         changes["prediction_type"] = "v_prediction"
     if "ztsnr" in file.names:
         changes["rescale_betas_zero_snr"] = True
     return changes
+
+
+def _has_yaml_of_v(path: Path) -> bool:
+    """Whether the configuration beside a single file says v-prediction."""
+    try:
+        text = path.with_suffix(".yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"""^\s*parameterization:\s*["']?v["']?\s*(#.*)?$""", text, re.MULTILINE) is not None
 
 
 def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:

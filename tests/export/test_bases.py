@@ -102,6 +102,17 @@ def test_marks_of_v_prediction(
         assert constants["rescale_betas_zero_snr"] == changes.get("rescale_betas_zero_snr", False)
 
 
+@pytest.mark.parametrize(
+    ("line", "prediction"), [('parameterization: "v"', "v_prediction"), ("parameterization: eps", "epsilon")]
+)
+def test_a_configuration_beside_a_single_file(line: str, prediction: str, tmp_path: Path, hub: FakeHub) -> None:
+    """Older v-prediction files have no mark of their own, but the YAML file that their authors publish with them."""
+    location = one_file(tmp_path, "sd15", {}, {})
+    Path(location).with_suffix(".yaml").write_text(f"model:\n  params:\n    {line}\n    timesteps: 1000\n")
+    sources = find_single(hub, "sd15", location)
+    assert sources.scheduler_config.get("prediction_type", "epsilon") == prediction
+
+
 @pytest.mark.parametrize("name", ["edm_mean", "edm_std", "edm_vpred.sigma_max"])
 def test_edm_marks_of_single_files(name: str, tmp_path: Path, hub: FakeHub) -> None:
     """Playground's and CosXL's files are rejected by their marks."""
