@@ -370,7 +370,7 @@ def test_no_network(client: Client) -> None:
     endpoint = closed_port()
     for call in ("fetch", "fetch_optional"):
         error = client.fetch(call=call, HF_ENDPOINT=endpoint).fails(
-            "NetworkError", endpoint, "check the connection", "HF_ENDPOINT", "--base / --lora"
+            "NetworkError", endpoint, "check the connection", "HF_ENDPOINT", "local files"
         )
         assert error["exit_code"] == 1
 

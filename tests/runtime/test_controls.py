@@ -17,6 +17,7 @@ from small_manifests import small_manifest
 
 from hypersd.engines import Manifest
 from hypersd.engines.manifest import decode
+from hypersd.errors import shown
 from hypersd.runtime.controls import LARGEST_SCALE, Control, images_by_name, make_conditions, make_controls
 
 from .test_control_images import refusal
@@ -160,7 +161,7 @@ def test_numbers_out_of_range_are_refused_with_the_range(number: str, bad: Any, 
     """However they are given: the argument, the number and both ends are named."""
     message = refusal(make, **{number: give(bad)})
     assert ARGUMENTS[number] in message
-    assert repr(bad) in message
+    assert shown(bad) in message
     assert message.endswith(f"from 0 to {LARGEST_SCALE if number == 'scale' else 1:g}")
 
 

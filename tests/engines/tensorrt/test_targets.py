@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hypersd.engines.image_shapes import extents_of, narrowed
 from hypersd.engines.manifest import Manifest, check_relative
-from hypersd.engines.specs import Component, ImageShapes, Range, TensorSpec, dim_range
+from hypersd.engines.specs import LARGEST_BATCH, LARGEST_SIDE, Component, ImageShapes, Range, TensorSpec, dim_range
 from hypersd.engines.tensorrt.targets import (
     describe,
     onnx_hash,
@@ -84,12 +84,13 @@ def test_sizes_of_images_share_the_text_encoders() -> None:
     assert {name for name in small if small[name] == two[name]} == set()
 
 
-extents = st.tuples(*[st.integers(1, 512)] * 3).map(sorted)
+counts = st.tuples(*[st.integers(1, LARGEST_BATCH)] * 3).map(sorted)
+extents = st.tuples(*[st.integers(1, LARGEST_SIDE // 8)] * 3).map(sorted)
 capabilities = st.lists(st.sampled_from(["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"]), unique=True)
 
 
 @given(
-    batch=extents,
+    batch=counts,
     height=extents,
     width=extents,
     gpus=capabilities,
@@ -207,7 +208,7 @@ def test_a_part_of_a_part_is_a_part_of_the_whole(part: ImageShapes, within: st.D
 
 @given(
     name=st.sampled_from(["batch", "height", "width"]),
-    beyond=st.integers(1, 100),
+    beyond=st.integers(1, 60),
     below=st.booleans(),
     part=inside,
 )
