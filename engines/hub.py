@@ -91,6 +91,12 @@ def fetch_optional(
             raise
 
 
+def cached_sha256(path: Path) -> str:
+    """The SHA-256 of a file that was fetched; of a large file it is the name in the cache, checked by the download."""
+    blob = path.resolve().name
+    return blob if re.fullmatch(SHA256, blob) else sha256_file(path)
+
+
 def _fetch(wanted: _Wanted, progress: DownloadProgress | None) -> HubFile:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import BundleError, DownloadError
-from .files import sha256_file
-from .hub import REPO_ID, fetch
+from .hub import REPO_ID, cached_sha256, fetch
 from .manifest import MANIFEST_NAME, Manifest, decode
 from .progress import DownloadProgress
 
@@ -80,14 +79,12 @@ def _usable_files(manifest: Manifest) -> list[str]:
 
 
 def _check_file(path: Path, manifest: Manifest, name: str, repo: str) -> None:
-    """Compare a fetched file with the manifest: its size, and a small file's content, which no LFS hash covers.
+    """Compare a fetched file with the manifest.
 
     Raises:
         BundleError: they differ.
     """
-    record = manifest.files[name]
-    blob = path.resolve().name  # the Hub's cache names a large file by its SHA-256, which was checked
-    digest = blob if len(blob) == len(record.sha256) else sha256_file(path)
+    digest, record = cached_sha256(path), manifest.files[name]
     if digest != record.sha256:
         raise BundleError(
             f"{name} of {repo} is not the file that its {MANIFEST_NAME} names (SHA-256 {digest[:12]}…, expected "

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..engines.files import sha256_file
-from ..engines.hub import REPO_ID, fetch, fetch_optional
+from ..engines.hub import REPO_ID, cached_sha256, fetch, fetch_optional
 from ..engines.manifest import SourceFile
 from ..engines.progress import DownloadProgress
-from ..engines.vocabulary import SHA256
 from ..errors import WeightsError
 from .checkpoints import DEMO_FOLDERS
 
@@ -43,16 +41,11 @@ class Found:
         return SourceFile(
             filename=self.filename,
             size=self.path.stat().st_size,
-            sha256=self._sha256(),
+            sha256=cached_sha256(self.path) if self.repo else sha256_file(self.path),
             repo=self.repo,
             revision=self.revision,
             path=None if self.repo else str(self.path.resolve()),
         )
-
-    def _sha256(self) -> str:
-        # The Hub's cache names a large file by its SHA-256, which was checked after the download.
-        blob = self.path.resolve().name
-        return blob if self.repo and re.fullmatch(SHA256, blob) else sha256_file(self.path)
 
 
 class Files(Protocol):
