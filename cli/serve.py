@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-prompt", type=int, default=2000, metavar="N", help="characters (default: 2000)")
     parser.add_argument(
-        "--max-body-mb", type=float, default=8.0, metavar="MB", help="size of a request, images included (default: 8)"
+        "--max-body-mb", type=float, default=24.0, metavar="MB", help="size of a request, images included (default: 24)"
     )
     add_allow_random_weights(parser)
 

@@ -30,7 +30,7 @@ from .jobs import KEY_NAME, PromptJob
 BLOCK = 16  # images that an actor takes and returns at a time
 ATTEMPTS = 3  # at a block whose actor dies: Ray itself would retry for ever
 A_DAY = 86_400.0  # seconds for a block; nobody waits for one image
-LIMITS = ServeSettings(max_prompt=1_000_000, max_control_pixels=1 << 26)  # the file is the user's own
+LIMITS = ServeSettings(max_prompt=1_000_000, max_pixels=1 << 26)  # the file is the user's own
 SCHEMA = pa.schema([("file", pa.string()), ("png", pa.binary()), ("error", pa.string())])
 
 

@@ -46,7 +46,7 @@ class ClusterOptions(BaseModel):
     max_batch: int = Field(8, ge=1, le=1024)
     max_count: int = Field(8, ge=1, le=1024)
     max_prompt: int = Field(2000, ge=1, le=10**9)
-    max_body_mb: float = Field(8.0, gt=0, le=1024)
+    max_body_mb: float = Field(24.0, gt=0, le=1024)
     timeout: float = Field(60.0, gt=0, le=86_400)
     token_file: Path | None = None
     allow_random_weights: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import secrets
 import time
 from collections.abc import Iterable
@@ -20,10 +21,12 @@ from .settings import ServeSettings
 PROTECTED = ("/v1/", "/metrics")
 CLIENT_GONE = 499  # nginx's status for requests whose client disconnected
 BEARER = "bearer."  # the WebSocket subprotocol that carries the token: a browser can send no header with it
+DROPPED_BODIES = 16  # times the largest body: the most that is read and dropped after a rejection
+SILENCE_SECONDS = 3.0  # after a rejection: a client that sends nothing for so long does not send any more
 
 
-class BodyRejectedError(Exception):
-    """The body is too large or too slow."""
+class EarlyAnswerError(Exception):
+    """The answer to a request whose body is not read: it lacks the token, or the body is too large or too slow."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -53,7 +56,7 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began, codes = time.monotonic(), []
+        began, codes, is_early = time.monotonic(), [], False
 
         async def noting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -62,8 +65,10 @@ class Guard:
 
         try:
             await self._answer(scope, receive, noting_send)
-        except BodyRejectedError as error:
-            await problem_response(error.status, error.message, close=True)(scope, receive, noting_send)
+        except EarlyAnswerError as error:
+            is_early = True
+            response = problem_response(error.status, error.message, close=True)
+            await response(scope, receive, _kept_open(noting_send))
         except ClientGoneError:
             pass
         except Exception:  # a bug, which is answered further out
@@ -72,12 +77,16 @@ class Guard:
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
             self.metrics.saw_request(path, codes[0] if codes else CLIENT_GONE, time.monotonic() - began)
+        if is_early:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._drop_body(receive), self.settings.body_timeout)
+            await send({"type": "http.response.body"})  # the end of the answer, at which the server closes
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._is_authorized(scope):
-            message = "the token is missing or wrong: expected the header `Authorization: Bearer TOKEN`"
-            await problem_response(401, message, close=True)(scope, receive, send)
-            return
+            raise EarlyAnswerError(
+                401, "the token is missing or wrong: expected the header `Authorization: Bearer TOKEN`"
+            )
         length = Headers(scope=scope).get("content-length", "0")
         if length.isdigit() and int(length) > self.settings.max_body:
             raise self._too_large()
@@ -85,7 +94,7 @@ class Guard:
             body = await asyncio.wait_for(self._read_body(receive), self.settings.body_timeout)
         except asyncio.TimeoutError:
             seconds = self.settings.body_timeout
-            raise BodyRejectedError(408, f"the body did not arrive within {seconds:g} s: send it faster") from None
+            raise EarlyAnswerError(408, f"the body did not arrive within {seconds:g} s: send it faster") from None
         messages = iter([dict[str, Any](type="http.request", body=body, more_body=False)])
 
         async def replayed() -> Message:
@@ -107,8 +116,16 @@ class Guard:
                 raise self._too_large()
         return b"".join(parts)
 
-    def _too_large(self) -> BodyRejectedError:
-        return BodyRejectedError(413, f"the body has more than {self.settings.max_body} bytes: send smaller images")
+    async def _drop_body(self, receive: Receive) -> None:
+        """Read on after the answer: most clients send all of a body first, and a reset would hide the answer."""
+        left, is_whole = DROPPED_BODIES * self.settings.max_body, False
+        while left > 0 and not is_whole:
+            message = await asyncio.wait_for(receive(), SILENCE_SECONDS)
+            left -= len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)  # also when the client has gone
+
+    def _too_large(self) -> EarlyAnswerError:
+        return EarlyAnswerError(413, f"the body has more than {self.settings.max_body} bytes: send smaller images")
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.settings.token
@@ -116,6 +133,15 @@ class Guard:
             return True
         given = _token(scope)
         return given is not None and secrets.compare_digest(given, token.encode())
+
+
+def _kept_open(send: Send) -> Send:
+    """``send``, but the answer's last message leaves it unfinished: until it ends, the body can be read."""
+
+    async def sending(message: Message) -> None:
+        await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+    return sending
 
 
 def _token(scope: Scope) -> bytes | None:

@@ -93,4 +93,4 @@ def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSet
         given = {names[0]: given}
     if unknown := sorted(given.keys() - {*names}):
         raise RequestError(f"control_image {unknown[0]!r}: {card.id} has no such ControlNet, it has {', '.join(names)}")
-    return {name: decode_control_image(text, settings.max_control_pixels) for name, text in given.items()}
+    return {name: decode_control_image(text, settings.max_pixels) for name, text in given.items()}

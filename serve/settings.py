@@ -15,9 +15,10 @@ class ServeSettings:
     Attributes:
         timeout: seconds after which an unfinished request is given up.
         max_count: the most images of one request.
-        max_body: the most bytes of a request's body, control images included, and of a WebSocket's message.
+        max_body: the most bytes of a request's body, images included (two photographs of a phone), and of a
+            WebSocket's message.
         max_prompt: the most characters of a prompt, and of a negative prompt.
-        max_control_pixels: the most pixels of a control image, before it is fitted.
+        max_pixels: the most pixels of an image from a client, before it is fitted.
         body_timeout: seconds within which a body must arrive.
         max_live: the most WebSockets at a time.
         token: the required value of ``Authorization: Bearer``; None for no check.
@@ -27,10 +28,10 @@ class ServeSettings:
 
     timeout: float = 60.0
     max_count: int = 8
-    max_body: int = 8 << 20
+    max_body: int = 24 << 20
     max_prompt: int = 2000
-    max_control_pixels: int = 1 << 24
-    body_timeout: float = 20.0
+    max_pixels: int = 1 << 25
+    body_timeout: float = 60.0
     max_live: int = 64
     token: str | None = None
     loopback_only: bool = False

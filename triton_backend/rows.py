@@ -17,7 +17,7 @@ from ..serve.service_request import ServiceRequest
 from ..serve.settings import ServeSettings
 from .config import CONTROL_IMAGE, CONTROL_NUMBERS, NEGATIVE_PROMPT, NUMBERS, PROMPT, SEED, WHOLE
 
-MOST_PIXELS = ServeSettings().max_control_pixels
+MOST_PIXELS = ServeSettings().max_pixels
 
 
 def read_requests(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[ServiceRequest]:

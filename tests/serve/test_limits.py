@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+import requests
 from serve_sockets import answer, dial, error_of, exchange, head, statuses, until_closed, whole
 from stand_in_service import LONG, GatedPipeline, RunningServer, wait_until
 from websockets.exceptions import InvalidStatus
@@ -57,8 +61,9 @@ def test_paths_that_need_no_token(path: str, locked: RunningServer) -> None:
     assert httpx.get(locked.url + path, timeout=LONG).status_code == 200
 
 
-def test_a_body_without_the_token_is_not_read(locked: RunningServer) -> None:
-    """The answer comes before the body."""
+def test_a_body_without_the_token_is_not_read(locked: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes before the body, and the connection does not wait for it."""
+    monkeypatch.setattr(guard, "SILENCE_SECONDS", 0.1)
     with dial(locked.address) as connection:
         connection.sendall(head(Content_Length=1000))
         status, headers, _ = answer(connection)
@@ -129,11 +134,64 @@ def test_a_body_without_a_length_is_counted(demo_server: RunningServer) -> None:
     assert "more than 1048576 bytes" in error_of(body)["message"]
 
 
-@pytest.mark.parametrize("size", [2 << 20, 10 << 20])
-def test_clients_that_send_first_and_read_later_learn_why(size: int, demo_server: RunningServer) -> None:
+def by_httpx(url: str, body: bytes) -> tuple[int, bytes]:
+    answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=LONG)
+    return answer.status_code, answer.content
+
+
+def by_requests(url: str, body: bytes) -> tuple[int, bytes]:
+    answer = requests.post(url, data=body, headers={"Content-Type": "application/json"}, timeout=LONG)
+    return answer.status_code, answer.content
+
+
+def by_requests_in_chunks(url: str, body: bytes) -> tuple[int, bytes]:
+    """Without a length: the limit is met in the middle."""
+    answer = requests.post(url, data=iter([body]), headers={"Content-Type": "application/json"}, timeout=LONG)
+    return answer.status_code, answer.content
+
+
+def by_urllib(url: str, body: bytes) -> tuple[int, bytes]:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request, timeout=LONG)
+    return raised.value.code, raised.value.read()
+
+
+@pytest.mark.parametrize("post", [by_httpx, by_requests, by_requests_in_chunks, by_urllib])
+@pytest.mark.parametrize("size", [2 << 20, 12 << 20])
+def test_clients_that_send_first_and_read_later_learn_why(post: Any, size: int, demo_server: RunningServer) -> None:
     """Most do: a connection that is simply closed under them tells them nothing."""
-    answer = httpx.post(demo_server.url + GENERATIONS, json={"prompt": "x" * size}, timeout=LONG)
-    assert answer.status_code == 413
+    status, body = post(demo_server.url + GENERATIONS, json.dumps({"prompt": "x" * size}).encode())
+    assert status == 413
+    assert error_of(body)["message"] == "the body has more than 1048576 bytes: send smaller images"
+
+
+def test_a_client_without_the_token_learns_why_too(locked: RunningServer) -> None:
+    assert by_urllib(locked.url + GENERATIONS, bytes(12 << 20))[0] == 401
+
+
+def test_a_rejected_body_is_not_read_for_ever(
+    gated: GatedPipeline, start_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only so many bytes of it, and only while they come; each byte alone would keep it alive for ever."""
+    running = start_server(gated, max_body=1000, body_timeout=0.5)
+    with dial(running.address) as many, dial(running.address) as slow:
+        many.sendall(head(Content_Length=10 << 30))
+        assert answer(many)[0] == 413
+        with pytest.raises(ConnectionError):
+            while True:
+                many.sendall(bytes(1 << 20))
+        slow.sendall(head(Content_Length=10 << 30))
+        assert answer(slow)[0] == 413
+        with pytest.raises(ConnectionError):
+            while True:
+                slow.sendall(b"x")
+                time.sleep(0.02)
+    monkeypatch.setattr(guard, "SILENCE_SECONDS", 0.1)
+    with dial(running.address) as silent:
+        silent.sendall(head(Content_Length=10 << 30))
+        assert answer(silent)[0] == 413
+        assert until_closed(silent) == b""
 
 
 def test_chunks_make_a_body(demo_server: RunningServer) -> None:

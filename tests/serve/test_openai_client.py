@@ -82,6 +82,12 @@ def test_errors_are_those_of_the_openai_package(client: OpenAI) -> None:
         client.images.generate(prompt="", model="dall-e-3")
 
 
+def test_a_body_that_is_too_large_is_no_network_error(client: OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError, match="the body has more than") as raised:
+        client.images.generate(prompt="x" * (12 << 20))
+    assert raised.value.status_code == 413
+
+
 def test_the_key_is_the_token(gated: GatedPipeline, start_server) -> None:
     server = start_server(gated, token="sesame")
     with OpenAI(**settings(server, "wrong")) as client, pytest.raises(openai.AuthenticationError):
