@@ -184,6 +184,17 @@ class Manifest(Record, frozen=True, kw_only=True):
         for name, target in self.engines.items():
             self._check_target(name, target)
 
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet was trained for inpainting: it takes a mask and a masked image as further channels."""
+        unet = self.components.get("unet")
+        return unet is not None and unet.inputs["sample"].shape[1] != self.vae.latent_channels
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the bundle encodes images, so that generation can start from one."""
+        return "vae_encoder" in self.components
+
     def _check_controlnet(self, name: str) -> None:
         """A ControlNet is two components, and a UNet that accepts its residuals."""
         check_controlnet_name(name)

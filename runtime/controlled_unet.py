@@ -56,6 +56,7 @@ class ControlledUnet:
         active: Sequence[str],
         embeddings: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
+        extra_channels: Tensor | None = None,
     ) -> Tensor:
         """The UNet's output [B, 4, h, w]; it may be the engine's buffer.
 
@@ -64,13 +65,18 @@ class ControlledUnet:
             active: the ControlNets whose residuals are added, all at once.
             embeddings: the results of :meth:`embed`, by name.
             scales: [1] float32 each, by name.
+            extra_channels: [B, C, h, w], which an inpainting UNet takes after those of the sample, and ControlNets do
+                not take.
         """
+        unet_feeds = dict(feeds)
+        if extra_channels is not None:
+            unet_feeds["sample"] = torch.cat([feeds["sample"], extra_channels], dim=1)
         if not active:
-            return run_rows(self._plain_unet, feeds)["out_sample"]
+            return run_rows(self._plain_unet, unet_feeds)["out_sample"]
         total: dict[str, Tensor] = {}
         for name in active:
             own = {"cond_embedding": embeddings[name], "conditioning_scale": scales[name]}
             made = run_rows(self._controlnets[name], {**feeds, **own})
             total = {key: total[key] + residual for key, residual in made.items()} if total else dict(made)
         residuals = {residual_input(key): residual for key, residual in total.items()}
-        return run_rows(self._unet, {**feeds, **residuals})["out_sample"]
+        return run_rows(self._unet, {**unet_feeds, **residuals})["out_sample"]

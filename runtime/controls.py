@@ -12,7 +12,7 @@ from ..engines import Manifest
 from ..engines.manifest import LARGEST_SCALE
 from ..errors import RequestError
 from ..samplers.numbers import real_number
-from .control_images import to_condition
+from .image_tensors import to_tensor
 
 PerControlNet = float | Sequence[float] | Mapping[str, float] | None
 
@@ -134,7 +134,8 @@ def make_conditions(
     conditions = {}
     for name, image in images.items():
         try:
-            conditions[name] = to_condition(image, width, height, resize_mode)
+            # Inpainting ControlNets mark pixels to repaint with -1.
+            conditions[name] = to_tensor(image, width, height, resize_mode, least=-1.0)
         except RequestError as error:
             raise RequestError(f"{name}: {error}") from error
         if (count := len(conditions[name])) not in (1, prompts):

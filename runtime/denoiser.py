@@ -25,6 +25,7 @@ class Denoiser:
         unet: ControlledUnet,
         embeddings: TextEmbeddings,
         controls: Mapping[str, Tensor],
+        extra_channels: Tensor | None,
         settings: GenerationSettings,
         plan: Plan,
         inputs: Mapping[str, Tensor],
@@ -32,6 +33,9 @@ class Denoiser:
         self.unet = unet
         self.settings = settings
         self.controls = controls
+        self.extra_channels = extra_channels
+        if extra_channels is not None and settings.is_guided:
+            self.extra_channels = torch.cat([extra_channels, extra_channels])
         self.steps = {step.t: i for i, step in enumerate(plan)}
         self.timesteps = inputs["timesteps"]
         self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
@@ -45,7 +49,7 @@ class Denoiser:
         rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
         step = self.steps[t]
         feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
-        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales)
+        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales, self.extra_channels)
         if not self.settings.is_guided:
             return output
         negative, positive = output.chunk(2)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from ..errors import RequestError, one_line
 
 SMALLEST_SIDE = 8  # pixels: one latent
-RESIZE_MODES = ("crop", "stretch")
+RESIZE_MODES = ("crop", "stretch", "fill")
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # 16 bits a pixel, grey; Pillow makes 8 of 16-bit colour itself
 PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
@@ -40,7 +40,7 @@ def open_image(path: str | Path) -> Image.Image:
     """
     shown = repr(str(path))
     if not os.path.isfile(path):  # Path.is_file raises for a long name
-        raise RequestError(f"control image {shown} is not there: expected a file such as photo.jpg")
+        raise RequestError(f"image {shown} is not there: expected a file such as photo.jpg")
     with warnings.catch_warnings(), reading(shown):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
@@ -74,19 +74,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         RequestError: it is smaller than a latent, or of a mode that has no usual meaning as an image.
     """
+    _check_whole(image)
+    rgb = _in_colours(_upright(image))
+    rgb.info.clear()
+    return rgb
+
+
+def _check_whole(image: Image.Image) -> None:
+    """Read all of an image."""
     if min(image.size) < SMALLEST_SIDE:
-        raise RequestError(
-            f"control image of {image.width}x{image.height} pixels: expected at least {SMALLEST_SIDE} a side"
-        )
+        raise RequestError(f"image of {image.width}x{image.height} pixels: expected at least {SMALLEST_SIDE} a side")
     try:
         image.load()  # which opening a file does not do
     except MemoryError:
         raise
     except Exception as error:
-        raise RequestError(f"control image is damaged ({one_line(error)}): copy or save it again") from error
-    rgb = _in_colours(_upright(image))
-    rgb.info.clear()
-    return rgb
+        raise RequestError(f"image is damaged ({one_line(error)}): copy or save it again") from error
 
 
 def _in_colours(image: Image.Image) -> Image.Image:
@@ -98,7 +101,7 @@ def _in_colours(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode not in PLAIN_MODES:
-        raise RequestError(f"control image of mode {image.mode}: expected 8 or 16 bits a channel: save it as PNG")
+        raise RequestError(f"image of mode {image.mode}: expected 8 or 16 bits a channel: save it as PNG")
     return image.convert("RGB")
 
 
@@ -115,8 +118,30 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     """Pillow's own conversion cuts at 255, which makes nearly everything white."""
     values = np.asarray(image, np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise RequestError(f"control image of mode {image.mode} has values beyond 16 bits: save it as 8-bit PNG")
+        raise RequestError(f"image of mode {image.mode} has values beyond 16 bits: save it as 8-bit PNG")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def blurred(image: Image.Image, radius: int) -> Image.Image:
+    """A mask with its edge blurred by so many pixels, as by ``blur`` of diffusers' ``VaeImageProcessor``."""
+    return image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
+
+
+def alpha_mask(image: Image.Image) -> Image.Image | None:
+    """The mask that an image's transparent pixels make, upright and grey: white where they are transparent.
+
+    None if all pixels are opaque.
+
+    Raises:
+        RequestError: the image is damaged, or smaller than a latent.
+    """
+    _check_whole(image)
+    if image.mode not in ALPHA_MODES and "transparency" not in image.info:
+        return None
+    upright = _upright(image)
+    plain = upright.convert("LA" if upright.mode == "La" else "RGBA")
+    mask = ImageOps.invert(plain.getchannel("A"))
+    return mask if mask.getbbox() else None
 
 
 def fit(image: Image.Image, width: int, height: int, resize_mode: str = "crop") -> Image.Image:
@@ -126,23 +151,39 @@ def fit(image: Image.Image, width: int, height: int, resize_mode: str = "crop") 
         image: an RGB image.
         width: in pixels.
         height: in pixels.
-        resize_mode: ``"crop"`` keeps the aspect and cuts the excess, the same on both sides; ``"stretch"``
+        resize_mode: ``"crop"`` keeps the aspect and cuts the excess, the same on both sides; ``"fill"`` keeps the
+            aspect and everything, and fills the rest with the colours of the nearest edge; ``"stretch"``
             (``"default"`` in diffusers) keeps everything, and not the aspect.
     """
     check_resize_mode(resize_mode)
     if resize_mode == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
-    is_taller = width * image.height > image.width * height  # than the target
+    # The side that takes the target's extent: the shorter one where the excess is cut, the longer one where it fits in.
+    follows_width = (width * image.height > image.width * height) == (resize_mode == "crop")
     inner = (
-        width if is_taller else image.width * height // image.height,
-        image.height * width // image.width if is_taller else height,
+        width if follows_width else image.width * height // image.height,
+        image.height * width // image.width if follows_width else height,
     )
-    if inner[0] * inner[1] > LARGEST_RESIZE:
-        raise RequestError(f"control image of {image.width}x{image.height} pixels is a strip: crop it first")
+    if not 0 < inner[0] * inner[1] <= LARGEST_RESIZE:
+        raise RequestError(f"image of {image.width}x{image.height} pixels is a strip: crop it first")
     resized = image.resize(inner, Image.Resampling.LANCZOS)
-    cropped = Image.new("RGB", (width, height))
-    cropped.paste(resized, (width // 2 - inner[0] // 2, height // 2 - inner[1] // 2))
-    return cropped
+    left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    fitted = Image.new("RGB", (width, height))
+    fitted.paste(resized, (left, top))
+    if resize_mode == "fill":
+        _fill_edges(fitted, resized, left, top)
+    return fitted
+
+
+def _fill_edges(fitted: Image.Image, resized: Image.Image, left: int, top: int) -> None:
+    """Fill the bands beside ``resized``, which begins at (left, top), with its outermost rows or columns."""
+    (width, height), (inner_width, inner_height) = fitted.size, resized.size
+    if top > 0:
+        for row, y in ((0, 0), (inner_height, top + inner_height)):
+            fitted.paste(resized.resize((width, top), box=(0, row, width, row)), (0, y))
+    if left > 0:
+        for column, x in ((0, 0), (inner_width, left + inner_width)):
+            fitted.paste(resized.resize((left, height), box=(column, 0, column, height)), (x, 0))
 
 
 def check_resize_mode(resize_mode: str) -> None:

@@ -20,8 +20,10 @@ from ..samplers.noise import Generators
 from .batching import run_rows
 from .controlled_unet import ControlledUnet
 from .denoiser import Denoiser
+from .image_encoder import make_encoder
 from .pixels import to_pixels
 from .request import GenerationSettings, Request
+from .starts import Start, make_start
 from .text import TextConditioner, TextEmbeddings, TokenizedTexts
 from .tiling import least_latents, tiled_decode
 
@@ -59,11 +61,13 @@ class ImageFunction:
         self.unet = engines["unet"]
         self.controlled_unet = ControlledUnet(manifest, engines, plain_unet)
         self.vae_decoder = engines["vae_decoder"]
+        self.image_encoder = make_encoder(manifest, engines, TORCH_DTYPES[self.unet.inputs["sample"].dtype])
         self.vae_tile = vae_tile
 
     def plan(self, settings: GenerationSettings) -> Plan:
         """The sampler's steps."""
-        return self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
+        steps = settings.num_inference_steps, settings.timesteps
+        return self.sampler.plan(*steps, settings.eta, settings.spread)[settings.first_step :]
 
     def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """The inputs that follow from the request alone, on the device.
@@ -97,12 +101,13 @@ class ImageFunction:
     def generate(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``output``: finished pixels, as ``to_pixels`` makes them, or latents.
 
-        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, which ``embed`` orders, ``latents``,
-        control images [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, and the results of the two methods above.
+        ``inputs`` are ``prompt_embeds`` and for SDXL ``pooled_prompt_embeds``, which ``embed`` orders, control images
+        [1 or prompts, 3, H, W] as ``controlnet_cond/NAME``, an init image and a mask (:mod:`.starts`), and the results
+        of :func:`.starts.draw` and of the two methods above.
         """
         embeddings = TextEmbeddings(inputs["prompt_embeds"], inputs.get("pooled_prompt_embeds"))
         controls = self.embed_controls(settings, inputs)
-        latents = self.denoise(settings, embeddings, controls, inputs)
+        latents = self.denoise(settings, embeddings, controls, self.start(settings, inputs), inputs)
         if settings.output_type == "latent":
             return {"output": latents}
         return {"output": to_pixels(self.decode(latents), settings.output_type)}
@@ -137,11 +142,16 @@ class ImageFunction:
             for name in settings.controlnets
         }
 
+    def start(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> Start:
+        """The first latents, for which an init image is encoded."""
+        return make_start(settings, inputs, self.image_encoder, self.sampler, self.plan(settings))
+
     def denoise(
         self,
         settings: GenerationSettings,
         embeddings: TextEmbeddings,
         controls: Mapping[str, Tensor],
+        start: Start,
         inputs: Mapping[str, Tensor],
         *,
         generator: Generators = None,
@@ -149,18 +159,24 @@ class ImageFunction:
     ) -> Tensor:
         """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
 
-        ``embeddings`` and ``controls`` are the results of ``embed`` and ``embed_controls``.
+        ``embeddings``, ``controls`` and ``start`` are the results of ``embed``, ``embed_controls`` and ``start``.
         ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
         """
         plan = self.plan(settings)
-        denoiser = Denoiser(self.controlled_unet, embeddings, controls, settings, plan, inputs)
+        denoiser = Denoiser(self.controlled_unet, embeddings, controls, start.extra_channels, settings, plan, inputs)
+
+        def after_step(i: int, t: int, latents: Tensor) -> Tensor:
+            latents = start.restore(self.sampler, plan, i, latents)
+            replaced = callback and callback(denoiser, i, t, latents)
+            return latents if replaced is None else replaced
+
         return sample(
             denoiser,
-            inputs["latents"],
+            start.latents,
             plan,
             generator=generator,
             noises=[inputs.get(f"{NOISE}{i}") for i in range(len(plan))] if generator is None else None,
-            callback=None if callback is None else lambda i, t, latents: callback(denoiser, i, t, latents),
+            callback=after_step,
         )
 
     def decode(self, latents: Tensor) -> Tensor:

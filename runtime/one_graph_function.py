@@ -67,6 +67,7 @@ def _misfits(one_graph: OneGraph, params: Params) -> list[str]:
         "width": (one_graph.width, params.width),
         "output_type": ("pil", params.output_type),
         "guidance_scale": (0, params.guidance_scale if (params.guidance_scale or 0) > 1 else None),
+        "image": (None, None if params.image is None else "one"),
         "control_image": (None, None if params.control_image is None else "one"),
     }
     return [f"{name}={fixed} (asked: {given})" for name, (fixed, given) in asked.items() if given not in (None, fixed)]

@@ -18,6 +18,7 @@ from .controls import Control, PerControlNet, images_by_name, make_controls
 from .image_files import check_resize_mode
 from .pixels import check_output_type
 from .request import Request
+from .strength import check_spread, find_start, find_strength, first_step
 
 LARGEST_SEED = 2**63 - 1
 MOST_IMAGES_PER_PROMPT = 1024
@@ -49,7 +50,19 @@ class Params:
             each, or a dict of some by name.
         control_guidance_start: fraction of the steps, 0..1, before which they do not act (default: 0); likewise.
         control_guidance_end: fraction of the steps after which they do not act (default: 1); likewise.
-        resize_mode: ``"crop"`` keeps the aspect of control images and cuts off the rest, ``"stretch"`` distorts them.
+        image: the init image: a ``PIL.Image`` of any size, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1
+            of the output size, or a list of one for each prompt. Like a control image it does not decide the output
+            size, unlike in diffusers.
+        mask_image: the mask, likewise with one channel that counts: white is repainted, black keeps the init image.
+        strength: above 0 to 1, how far the init image is turned into noise (default: 0.8, with a mask 1). Of N steps
+            the last ``int(N * strength)`` run.
+        keep_steps: run all steps, over the part of the schedule that ``strength`` leaves: ``strength`` of
+            ``set_timesteps`` in diffusers' TCD and LCM schedulers.
+        padding_mask_crop: repaint at full size only the masked part of the image and so many pixels around it, and put
+            it into the image, which may have any size; for ``output_type="pil"``.
+        mask_blur: radius in pixels by which the edge of the mask is blurred, in the mask's own size.
+        resize_mode: ``"crop"`` keeps the aspect of the images given and cuts off the rest, ``"stretch"`` (``"default"``
+            in diffusers) distorts them, ``"fill"`` keeps everything and fills the rest with the colours of the edge.
         force: allow numbers of steps that the checkpoint was not distilled for.
     """
 
@@ -70,6 +83,12 @@ class Params:
     controlnet_conditioning_scale: PerControlNet = None
     control_guidance_start: PerControlNet = None
     control_guidance_end: PerControlNet = None
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
+    keep_steps: bool = False
+    padding_mask_crop: int | None = None
+    mask_blur: int = 0
     resize_mode: str = "crop"
     force: bool = False
 
@@ -98,6 +117,9 @@ def decide(manifest: Manifest, params: Params, bundle_shapes: ImageShapes | None
     wide = bundle_shapes or manifest.shapes
     images = whole_number("num_images_per_prompt", params.num_images_per_prompt, 1, MOST_IMAGES_PER_PROMPT)
     eta, guidance_scale = params.eta, params.guidance_scale
+    starts_from, strength = find_start(manifest, params), find_strength(params)
+    if params.keep_steps:
+        check_spread(manifest, num_inference_steps, timesteps, strength)
     return Request(
         prompts=prompts,
         negative_prompts=_negative_prompts(params.negative_prompt, prompts),
@@ -112,6 +134,10 @@ def decide(manifest: Manifest, params: Params, bundle_shapes: ImageShapes | None
         num_images_per_prompt=images,
         seeds=_seeds(params.seed, len(prompts) * images),
         controls=_controls(manifest, params),
+        starts_from=starts_from,
+        strength=strength,
+        keep_steps=params.keep_steps,
+        first_step=first_step(num_inference_steps or len(timesteps or ()), strength, params.keep_steps),
     )
 
 

@@ -19,13 +19,16 @@ from ..engines.progress import Progress
 from ..errors import BundleError, RequestError
 from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
+from .call import Call
 from .clock import Clock
 from .controls import PerControlNet, images_by_name, make_conditions
 from .denoiser import Denoiser
+from .image_function import CONDITION
+from .init_images import crop_images, make_init_images
 from .one_graph_function import fixed_params
 from .params import Params, decide
 from .request import GenerationSettings, Request, make_settings
-from .runner import AfterStep, Call, make_one_graph_runner, make_runner
+from .runner import AfterStep, make_one_graph_runner, make_runner
 from .text import ClipTokenizer, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
 
@@ -39,8 +42,9 @@ class PipelineOutput:
 
     Attributes:
         images: a list of ``PIL.Image``, an array or a tensor, as ``output_type`` asked.
-        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``, and ``control``, the
-            fitting of control images if there are any; and ``total``. ``step_1`` and so on are the parts of
+        timings: seconds by stage: ``tokenize``, ``encode``, ``denoise``, ``decode``, ``convert``;
+            where there are images given, ``prepare``, which fits them, and ``encode_image``, the VAE's encoder; and
+            ``total``. ``step_1`` and so on are the parts of
             ``denoise``, callbacks included. On a GPU with CUDA graphs the GPU's work is one stage, ``generate``, which
             ends when the image is on the host; for ``"pt"`` and ``"latent"`` it ends when the work is enqueued.
         request: the call's arguments, with the manifest's defaults.
@@ -185,6 +189,12 @@ class Pipeline:
         controlnet_conditioning_scale: PerControlNet = None,
         control_guidance_start: PerControlNet = None,
         control_guidance_end: PerControlNet = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        keep_steps: bool = False,
+        padding_mask_crop: int | None = None,
+        mask_blur: int = 0,
         resize_mode: str = "crop",
         force: bool = False,
         callback_on_step_end: StepCallback | None = None,
@@ -212,6 +222,12 @@ class Pipeline:
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             control_guidance_start=control_guidance_start,
             control_guidance_end=control_guidance_end,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            keep_steps=keep_steps,
+            padding_mask_crop=padding_mask_crop,
+            mask_blur=mask_blur,
             resize_mode=resize_mode,
             force=force,
         )
@@ -242,18 +258,19 @@ class Pipeline:
         settings = make_settings(self.manifest, request, params.output_type)
         with clock.stage("tokenize"):
             tokenized = self._tokenize(request, settings)
-        conditions: dict[str, Tensor] = {}
-        if params.control_image is not None:
-            with clock.stage("control"):
-                images = images_by_name(self.manifest, params.control_image)
-                size = request.width, request.height
-                conditions = make_conditions(images, *size, params.resize_mode, len(request.prompts))
+        images, crop = {}, None
+        if params.control_image is not None or request.starts_from != "noise":
+            with clock.stage("prepare"):
+                params, crop = crop_images(params, request)
+                images = {**self._conditions(params, request, settings), **make_init_images(params, request)}
         after_step = None
         if callback_on_step_end is not None:
             after_step = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        call = Call(request, settings, tokenized, conditions, generator, params.latents, clock)
-        images = self._runner.run(call, after_step)
-        return PipelineOutput(images=images, timings=clock.timings(), request=request, seed=used_seed)
+        call = Call(request, settings, tokenized, images, generator, params.latents, clock)
+        generated = self._runner.run(call, after_step)
+        if crop is not None:
+            generated = [crop.paste(image) for image in generated]
+        return PipelineOutput(images=generated, timings=clock.timings(), request=request, seed=used_seed)
 
     def decide(self, params: Params) -> Request:
         """Check ``params``, and make every decision that :meth:`generate` would make, without generating.
@@ -284,6 +301,15 @@ class Pipeline:
         if settings.is_guided and not settings.zeroed_negatives:
             negatives = request.negative_prompts or ("",) * len(request.prompts)
         return self._runner.text.tokenize([*negatives, *request.prompts])
+
+    def _conditions(self, params: Params, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
+        """The control images of the ControlNets that act, by the image function's input."""
+        if params.control_image is None:
+            return {}
+        images = images_by_name(self.manifest, params.control_image)
+        size = request.width, request.height
+        conditions = make_conditions(images, *size, params.resize_mode, len(request.prompts))
+        return {f"{CONDITION}{name}": conditions[name] for name in settings.controlnets}
 
     def _after_step(self, callback: StepCallback, names: Sequence[str]) -> AfterStep:
         """The caller's callback in the form that the runner calls."""

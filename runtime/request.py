@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from ..engines import Manifest
 from ..families import find_family
 from .controls import Control
+
+StartsFrom = Literal["noise", "image", "mask"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,10 @@ class Request:
         guidance_scale: above 1 for classifier-free guidance.
         seeds: one, or one for each image.
         controls: the ControlNets that take part.
+        starts_from: ``"noise"``, an init ``"image"``, or ``"mask"`` for one with a mask.
+        strength: above 0 to 1, how far the init image is turned into noise.
+        keep_steps: whether the steps are spread over the part of the schedule that ``strength`` leaves.
+        first_step: number of steps that are left out at the beginning.
     """
 
     prompts: tuple[str, ...]
@@ -34,6 +41,10 @@ class Request:
     num_images_per_prompt: int
     seeds: tuple[int, ...] | None
     controls: tuple[Control, ...] = ()
+    starts_from: StartsFrom = "noise"
+    strength: float = 1.0
+    keep_steps: bool = False
+    first_step: int = 0
 
     @property
     def is_guided(self) -> bool:
@@ -41,8 +52,9 @@ class Request:
 
     @property
     def steps(self) -> int:
-        """Number of steps, however they were asked for."""
-        return len(self.timesteps) if self.timesteps is not None else self.num_inference_steps or 0
+        """Number of steps that run, however they were asked for."""
+        planned = len(self.timesteps) if self.timesteps is not None else self.num_inference_steps or 0
+        return planned - self.first_step
 
     @property
     def batch(self) -> int:
@@ -61,6 +73,11 @@ class GenerationSettings:
         num_inference_steps: None with ``timesteps``, and the other way round.
         output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
         controls: for every step the names of the ControlNets that act on it.
+        starts_from: ``"noise"``, ``"image"`` or ``"mask"``.
+        is_inpainting: whether the UNet has channels for a mask.
+        starts_as_noise: whether nothing of the init image is in the first latents.
+        spread: the part of the schedule that the steps are spread over, above 0 to 1.
+        first_step: number of steps that are left out at the beginning.
     """
 
     prompts: int
@@ -72,6 +89,18 @@ class GenerationSettings:
     eta: float
     output_type: str
     controls: tuple[tuple[str, ...], ...]
+    starts_from: StartsFrom
+    is_inpainting: bool
+    starts_as_noise: bool
+    spread: float
+    first_step: int
+
+    @property
+    def encodes_image(self) -> bool:
+        """Whether the latents of the whole init image are needed."""
+        if self.starts_from == "mask":
+            return not (self.is_inpainting and self.starts_as_noise)
+        return self.starts_from == "image"
 
     @property
     def is_guided(self) -> bool:
@@ -100,4 +129,10 @@ def make_settings(manifest: Manifest, request: Request, output_type: str) -> Gen
             tuple(control.name for control in request.controls if control.is_active(step, request.steps))
             for step in range(request.steps)
         ),
+        starts_from=request.starts_from,
+        is_inpainting=manifest.is_inpainting,
+        # As in diffusers: its image-to-image pipelines add noise to the image even then.
+        starts_as_noise=request.starts_from == "noise" or (request.starts_from == "mask" and request.strength == 1),
+        spread=request.strength if request.keep_steps else 1.0,
+        first_step=request.first_step,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,42 +15,19 @@ from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
 from ..errors import EngineError, RequestError, one_line
 from ..samplers import Sampler
-from ..samplers.noise import Generators
-from . import starts
-from .clock import Clock, Steps
+from .call import Call
+from .clock import Steps
 from .controlled_unet import without_residuals
 from .denoiser import Denoiser
-from .image_function import CONDITION, ImageFunction
+from .image_function import ImageFunction
 from .one_graph_function import OneGraphFunction
 from .pixels import to_images, to_pixels
 from .request import GenerationSettings, Request
-from .text import ClipTokenizer, TextConditioner, TokenizedTexts
+from .starts import draw, latents_shape
+from .text import ClipTokenizer, TextConditioner
 
 AfterStep = Callable[[Denoiser, int, int, Tensor], "Tensor | None"]
 WholeImage = Callable[[GenerationSettings, Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call, checked and tokenized.
-
-    Attributes:
-        request: every decision.
-        settings: those that decide how images are computed.
-        tokenized: the prompts, after the negative ones if they are encoded.
-        conditions: control images [1 or prompts, 3, H, W] on the host, by the ControlNet's name.
-        generator: the source of the noise.
-        latents: the caller's own noise; None for the generator's.
-        clock: times the stages.
-    """
-
-    request: Request
-    settings: GenerationSettings
-    tokenized: TokenizedTexts
-    conditions: Mapping[str, Tensor]
-    generator: Generators
-    latents: Tensor | None
-    clock: Clock
 
 
 class Runner:
@@ -134,6 +110,8 @@ class Runner:
             inputs = self._inputs(call)
             embeddings = function.embed(settings, call.tokenized)
             controls = function.embed_controls(settings, inputs)
+        with clock.stage("encode_image", self.device) if settings.starts_from != "noise" else nullcontext():
+            start = function.start(settings, inputs)
         with clock.stage("denoise", self.device):
             steps = Steps(self.device)
 
@@ -143,7 +121,7 @@ class Runner:
                 return replaced
 
             latents = function.denoise(
-                settings, embeddings, controls, inputs, generator=call.generator, callback=callback
+                settings, embeddings, controls, start, inputs, generator=call.generator, callback=callback
             )
         clock.add_steps(steps)
         if settings.output_type == "latent":
@@ -159,14 +137,10 @@ class Runner:
     def _inputs(self, call: Call) -> dict[str, Tensor]:
         """The image function's inputs on the device, without the prompts and the noise of later steps."""
         where = {"device": self.device, "dtype": self.dtype}
-        if call.latents is None:
-            latents = starts.noise(self.manifest, call.request, call.generator, **where)
-        else:
-            latents = starts.given(self.manifest, call.request, call.latents, **where)
-        names = call.settings.controlnets
+        encoder = self.stages and self.stages.image_encoder
         return {
-            **{f"{CONDITION}{name}": call.conditions[name].to(**where) for name in names},
-            "latents": latents,
+            **{name: image.to(**where) for name, image in call.images.items()},
+            **draw(call, encoder, latents_shape(self.manifest, call.request), **where),
             **self.function.make_constants(call.request, call.settings),
         }
 

@@ -1,34 +1,140 @@
-"""The first latents of a run."""
+"""The first latents of a run: noise, or an init image with noise; and the part that a mask plays in its steps."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..engines import Manifest
 from ..errors import RequestError
-from ..samplers.noise import Generators, randn
-from .request import Request
+from ..samplers import Plan, Sampler
+from ..samplers.noise import randn
+from .call import Call
+from .image_encoder import ImageEncoder
+from .request import GenerationSettings, Request
+
+# Inputs of a run besides the unit-variance noise, ``latents``: images in -1..1, the mask (1 is repainted), and the
+# noise of the encoder's samples of the image and of the image without its masked part.
+IMAGE, MASK, IMAGE_NOISE, MASKED_IMAGE_NOISE = "image", "mask", "image_noise", "masked_image_noise"
 
 
-def noise(
-    manifest: Manifest, request: Request, generator: Generators, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Unit-variance noise of a request's size, [B, 4, height/8, width/8], on `device`."""
-    return randn(latents_shape(manifest, request), generator=generator, device=device, dtype=dtype)
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The first latents, and the tensors with which the steps keep to the init image.
+
+    Attributes:
+        latents: [B, 4, h, w] at the first step's noise level.
+        noise: their noise, of unit variance.
+        image_latents: those of the init image, if the steps have to restore what the mask keeps.
+        mask: [B, 1, h, w], 1 where the image is repainted, with ``image_latents``.
+        extra_channels: the mask and the latents of the image without its masked part, [B, 5, h, w]: the other inputs
+            of a UNet that was trained for inpainting.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    image_latents: Tensor | None = None
+    mask: Tensor | None = None
+    extra_channels: Tensor | None = None
+
+    def restore(self, sampler: Sampler, plan: Plan, i: int, latents: Tensor) -> Tensor:
+        """The latents after step ``i`` of the plan, with those of the init image where the mask keeps it."""
+        if self.image_latents is None or self.mask is None:
+            return latents
+        kept = self.image_latents
+        if i + 1 < len(plan):
+            kept = sampler.add_noise(kept, self.noise, plan[i + 1].t)
+        return (1 - self.mask) * kept + self.mask * latents
 
 
-def given(manifest: Manifest, request: Request, latents: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The caller's own noise, on `device`.
+def make_start(
+    settings: GenerationSettings,
+    inputs: Mapping[str, Tensor],
+    encoder: ImageEncoder | None,
+    sampler: Sampler,
+    plan: Plan,
+) -> Start:
+    """The start of a run from its inputs, a function of tensors: the draws are among them (:func:`draw`)."""
+    noise = inputs["latents"]
+    if settings.starts_from == "noise" or encoder is None:
+        return Start(noise, noise)
+    image, batch, image_latents = inputs[IMAGE], len(noise), None
+    if settings.encodes_image:
+        image_latents = encoder.latents(encoder.parameters(image), inputs.get(IMAGE_NOISE), batch)
+    latents = noise
+    if image_latents is not None and not settings.starts_as_noise:
+        latents = sampler.add_noise(image_latents, noise, plan[0].t)
+    if settings.starts_from == "image":
+        return Start(latents, noise)
+    mask = _at_latents(inputs[MASK], noise)
+    if not settings.is_inpainting:
+        return Start(latents, noise, image_latents, mask.repeat_interleave(batch // len(mask), dim=0))
+    kept = encoder.parameters(image * (inputs[MASK] < 0.5))
+    masked_latents = encoder.latents(kept, inputs.get(MASKED_IMAGE_NOISE), batch)
+    extra = torch.cat([mask.repeat_interleave(batch // len(mask), dim=0), masked_latents], dim=1)
+    return Start(latents, noise, extra_channels=extra)
+
+
+def _at_latents(mask: Tensor, latents: Tensor) -> Tensor:
+    """A mask of the image's size [M, 1, H, W] at the latents' size: the nearest pixel, as in diffusers."""
+    return torch.nn.functional.interpolate(mask, size=latents.shape[2:])
+
+
+def draw(
+    call: Call,
+    encoder: ImageEncoder | None,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The random inputs of a run in diffusers' order: the encoder's samples around the noise of the latents.
+
+    Args:
+        call: the request, its images and the source of the numbers.
+        encoder: the encoder, if the run starts from an image.
+        shape: of the latents.
+        device: of the noise.
+        dtype: of the latents.
+
+    Returns:
+        ``latents``, and ``image_noise`` and ``masked_image_noise`` [N, 4, h, w] where the encoder samples: N is the
+        batch if every image has a generator of its own, else the number of init images.
 
     Raises:
-        RequestError: it is no tensor of the request's shape.
+        RequestError: the caller's own latents are of another shape.
     """
-    shape = latents_shape(manifest, request)
+    settings, generator = call.settings, call.generator
+    has_own = isinstance(generator, list) and len(generator) > 1
+
+    def sample(images: int) -> Tensor:
+        assert encoder is not None
+        rows = (shape[0] if has_own else images, *shape[1:])
+        return randn(rows, generator=generator, device=device, dtype=encoder.noise_dtype)
+
+    drawn: dict[str, Tensor] = {}
+    is_sampled = encoder is not None and encoder.is_sampled
+    if is_sampled and settings.encodes_image:
+        drawn[IMAGE_NOISE] = sample(len(call.images[IMAGE]))
+    if call.latents is None:
+        drawn["latents"] = randn(shape, generator=generator, device=device, dtype=dtype)
+    else:
+        drawn["latents"] = _given(call.latents, shape).to(device, dtype)
+    if is_sampled and settings.starts_from == "mask":
+        masked = sample(max(len(call.images[IMAGE]), len(call.images[MASK])))
+        if settings.is_inpainting:  # diffusers draws it for every UNet, and the steps' noise comes after it
+            drawn[MASKED_IMAGE_NOISE] = masked
+    return drawn
+
+
+def _given(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The caller's own noise, if it is of that shape."""
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
         received = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise RequestError(f"latents: expected a tensor of the shape {list(shape)}, got {received}")
-    return latents.to(device, dtype)
+    return latents
 
 
 def latents_shape(manifest: Manifest, request: Request) -> tuple[int, int, int, int]:

@@ -24,9 +24,9 @@ class DDIM(Sampler):
     scheduler_class = "DDIMScheduler"
     scheduler_settings: ClassVar = {"timestep_spacing": "trailing"}
 
-    def spaced_timesteps(self, num_inference_steps: int) -> list[int]:
+    def spaced_timesteps(self, num_inference_steps: int, strength: float = 1.0) -> list[int]:
         """Descending timesteps with the configured spacing: arXiv:2305.08891, table 2, rounded as diffusers rounds."""
-        config, total = self.config, self.config.num_train_timesteps
+        config, total = self.config, int(self.config.num_train_timesteps * strength)
         n = whole_number("num_inference_steps", num_inference_steps, 1, total)
         if config.timestep_spacing == "trailing":
             # arange, because another way to the same numbers rounds differently at n = 48. It may add an (n+1)th, -1:
@@ -46,10 +46,10 @@ class DDIM(Sampler):
         """No custom timesteps: the stride between them would not be theirs."""
         raise RequestError("timesteps: the ddim sampler takes num_inference_steps only; tcd and lcm take timesteps")
 
-    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float) -> Iterator[DDIMStep]:
+    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float, span: int) -> Iterator[DDIMStep]:
         """Eq. 16 for sigma, eq. 12 for the rest."""
         # The previous timestep is a stride away, not the next one listed: the two differ where n does not divide T.
-        stride = self.config.num_train_timesteps // len(timesteps)
+        stride = span // len(timesteps)
         final = torch.tensor(1.0, device="cpu") if self.config.set_alpha_to_one else alphas[0]
         for t in timesteps:
             alpha, prev = alphas[t], alphas[t - stride] if t >= stride else final

@@ -25,8 +25,8 @@ class DistilledSampler(Sampler, ABC):
                 f"num_train_timesteps={total}"
             )
 
-    def spaced_timesteps(self, num_inference_steps: int) -> list[int]:
-        original = self.config.original_inference_steps
+    def spaced_timesteps(self, num_inference_steps: int, strength: float = 1.0) -> list[int]:
+        stride = self.config.num_train_timesteps // self.config.original_inference_steps
+        original = int(self.config.original_inference_steps * strength)
         n = whole_number("num_inference_steps", num_inference_steps, 1, original)
-        stride = self.config.num_train_timesteps // original
         return [(original - int(i * (original / n))) * stride - 1 for i in range(n)]

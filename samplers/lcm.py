@@ -20,7 +20,7 @@ class LCM(DistilledSampler):
     kind = "lcm"
     scheduler_class = "LCMScheduler"
 
-    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float) -> Iterator[LCMStep]:
+    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float, span: int) -> Iterator[LCMStep]:
         """The two boundary scalings are those of arXiv:2303.01469, appendix C."""
         for t, prev in zip(timesteps, [*timesteps[1:], timesteps[-1]], strict=True):
             scaled = torch.tensor(t, device="cpu") * self.config.timestep_scaling

@@ -39,27 +39,39 @@ class Sampler(ABC):
     scheduler_settings: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
-    def spaced_timesteps(self, num_inference_steps: int) -> list[int]:
-        """The descending timesteps of so many steps."""
+    def spaced_timesteps(self, num_inference_steps: int, strength: float = 1.0) -> list[int]:
+        """The descending timesteps of so many steps, over the part `strength` of the schedule."""
 
     @abstractmethod
-    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float) -> Iterable[Step]:
-        """The steps at all of a schedule's timesteps; `alphas` [num_train_timesteps] is its `alphas_cumprod`."""
+    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float, span: int) -> Iterable[Step]:
+        """The steps at all of a schedule's timesteps.
+
+        `alphas` [num_train_timesteps] is its `alphas_cumprod`. `span` is the number of training timesteps over which
+        `timesteps` are spread.
+        """
 
     def custom_timesteps(self, timesteps: Sequence[int]) -> list[int]:
         """The caller's timesteps, if the sampler can take them."""
         return check_timesteps(self.config, timesteps)
 
-    def timesteps(self, num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None) -> list[int]:
-        """The timesteps at which the denoiser is called, first to last. Exactly one argument is given.
+    def timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        strength: float = 1.0,
+    ) -> list[int]:
+        """The timesteps at which the denoiser is called, first to last. Exactly one of the first two is given.
 
         `num_inference_steps` is 1 to `num_train_timesteps` for DDIM, to `original_inference_steps` for TCD and LCM.
-        `timesteps` are custom ones, strictly descending, for TCD and LCM.
+        `timesteps` are custom ones, strictly descending, for TCD and LCM. `strength`, above 0 to 1, is the part of the
+        schedule that the steps are spread over, as in `set_timesteps` of diffusers' TCD and LCM schedulers; custom
+        timesteps shrink by it.
         """
         if num_inference_steps is not None and timesteps is None:
-            return self.spaced_timesteps(num_inference_steps)
+            return self.spaced_timesteps(num_inference_steps, strength)
         if timesteps is not None and num_inference_steps is None:
-            return self.custom_timesteps(timesteps)
+            scaled = timesteps if strength == 1 else [int((t + 1) * strength) - 1 for t in timesteps]
+            return self.custom_timesteps(scaled)
         raise RequestError("expected exactly one of num_inference_steps and timesteps")
 
     def plan(
@@ -67,14 +79,25 @@ class Sampler(ABC):
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        strength: float = 1.0,
     ) -> Plan:
-        """Every step of a run. `eta` is 0 to 1; LCM has none.
+        """Every step of a run; see `timesteps` for the arguments. `eta` is 0 to 1; LCM has none.
 
         A run that starts later takes the last steps of the plan, `plan[first:]`: coefficients are those of the whole
         schedule, as in diffusers' image-to-image pipelines.
         """
         eta = self.default_eta if eta is None else real_number("eta", eta, 0.0, 1.0)
-        return _plan(self, tuple(self.timesteps(num_inference_steps, timesteps)), eta)
+        span = int(self.config.num_train_timesteps * strength)
+        return _plan(self, tuple(self.timesteps(num_inference_steps, timesteps, strength)), eta, span)
+
+    def add_noise(self, sample: Tensor, noise: Tensor, t: int) -> Tensor:
+        """`sample` at the noise level of timestep `t`: DDPM, arXiv:2006.11239, eq. 4.
+
+        `sample` and `noise` are tensors of one shape and dtype. The coefficients are rounded to that dtype first, as in
+        diffusers.
+        """
+        alpha = _alphas(self.config)[t].to(sample.dtype)
+        return alpha**0.5 * sample + (1 - alpha) ** 0.5 * noise
 
     def common(self, t: int, alphas: Tensor) -> dict[str, Any]:
         """The coefficients that every step has."""
@@ -88,11 +111,14 @@ class Sampler(ABC):
 
 
 @lru_cache(maxsize=128)
-def _plan(sampler: Sampler, timesteps: tuple[int, ...], eta: float) -> Plan:
-    alphas = alphas_cumprod(sampler.config)
+def _plan(sampler: Sampler, timesteps: tuple[int, ...], eta: float, span: int) -> Plan:
+    alphas = _alphas(sampler.config)
     if sampler.config.prediction_type == "epsilon" and not alphas[timesteps[0]]:
         raise RequestError(
             f"timestep {timesteps[0]} is pure noise with rescale_betas_zero_snr=True, so prediction_type='epsilon' has "
             "no image there: expected v_prediction or sample"
         )
-    return tuple(sampler.steps(timesteps, alphas, eta))
+    return tuple(sampler.steps(timesteps, alphas, eta, span))
+
+
+_alphas = lru_cache(maxsize=32)(alphas_cumprod)

@@ -19,7 +19,7 @@ class TCD(DistilledSampler):
     default_eta = 0.3
     scheduler_class = "TCDScheduler"
 
-    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float) -> Iterator[TCDStep]:
+    def steps(self, timesteps: Sequence[int], alphas: Tensor, eta: float, span: int) -> Iterator[TCDStep]:
         for t, prev in zip(timesteps, [*timesteps[1:], 0], strict=True):
             # In float32, as diffusers: the floor of a float64 product may be the next timestep.
             s = int(torch.floor((1 - eta) * torch.tensor(prev, device="cpu")))

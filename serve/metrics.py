@@ -10,7 +10,17 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-STAGES = ("tokenize", "control", "encode", "denoise", "decode", "convert", "generate", "total")  # not each step
+STAGES = (  # not each step
+    "tokenize",
+    "prepare",
+    "encode",
+    "encode_image",
+    "denoise",
+    "decode",
+    "convert",
+    "generate",
+    "total",
+)
 
 
 class Metrics:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hypersd.errors import RequestError
-from hypersd.runtime.control_images import canny, scribble, to_condition
+from hypersd.runtime.control_images import canny, scribble
 from hypersd.runtime.image_files import fit, open_image, to_rgb
+from hypersd.runtime.image_tensors import to_tensor
 
 # As StableDiffusionControlNetPipeline and StableDiffusionXLControlNetPipeline make their control_image_processor.
 JUDGE = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)
@@ -359,12 +360,12 @@ def test_a_panorama_is_cut() -> None:
     assert fit(image, 512, 512).tobytes() == JUDGE.resize(image, 512, 512, resize_mode="crop").tobytes()
 
 
-@pytest.mark.parametrize("mode", ["fill", "default", "", None, ["crop"]])
+@pytest.mark.parametrize("mode", ["default", "", None, ["crop"]])
 def test_unknown_resize_modes_name_the_known_ones(mode: Any) -> None:
     """Diffusers' other names included."""
     message = refusal(fit, source(), 8, 8, mode)
     assert repr(mode) in message
-    assert "crop or stretch" in message
+    assert "crop or stretch or fill" in message
 
 
 @pytest.mark.parametrize("size", [(8, 20_000), (20_000, 8)])
@@ -401,10 +402,10 @@ def test_images_become_diffusers_tensor(size: tuple[int, int], target: tuple[int
     """Bit for bit what the ControlNet gets there, of one image and of a list."""
     width, height = target[0] * 8, target[1] * 8
     images = [source(*size, seed=seed) for seed in range(count)]
-    assert_same(to_condition(images, width, height, "stretch"), judged(images, width, height))
-    assert_same(to_condition(images[0], width, height, "stretch"), judged(images[0], width, height))
-    expected = torch.cat([to_condition(fit(image, width, height), width, height) for image in images])
-    assert_same(to_condition(tuple(images), width, height), expected)  # "crop" is what is left out
+    assert_same(to_tensor(images, width, height, "stretch"), judged(images, width, height))
+    assert_same(to_tensor(images[0], width, height, "stretch"), judged(images[0], width, height))
+    expected = torch.cat([to_tensor(fit(image, width, height), width, height) for image in images])
+    assert_same(to_tensor(tuple(images), width, height), expected)  # "crop" is what is left out
 
 
 NUMBERS = np.random.default_rng(1).random((3, 16, 24, 3))
@@ -425,7 +426,7 @@ GIVEN: dict[str, Any] = {
 @pytest.mark.parametrize("image", GIVEN.values(), ids=GIVEN)
 def test_arrays_and_tensors_are_taken_as_they_are(image: Any) -> None:
     """In diffusers' layouts, every float dtype: only to float32, nothing scaled."""
-    assert_same(to_condition(image, 24, 16), judged(image, 24, 16))
+    assert_same(to_tensor(image, 24, 16), judged(image, 24, 16))
 
 
 UNUSUAL: dict[str, Any] = {
@@ -442,20 +443,20 @@ UNUSUAL: dict[str, Any] = {
 def test_every_array_of_floats_is_taken(image: np.ndarray) -> None:
     """Numpy's views and dtypes that torch refuses or warns of are images all the same: ``array[:, ::-1]``."""
     expected = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None]
-    assert torch.equal(to_condition(image, 24, 16), expected)
+    assert torch.equal(to_tensor(image, 24, 16), expected)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_tensor_that_learns_is_only_looked_at() -> None:
     """A condition that drags a graph along would fill the memory, and numpy would refuse it."""
-    condition = to_condition(torch.full((3, 16, 24), 0.5, requires_grad=True), 24, 16)
+    condition = to_tensor(torch.full((3, 16, 24), 0.5, requires_grad=True), 24, 16)
     assert not condition.requires_grad
 
 
 def test_inpainting_may_mark_with_minus_one() -> None:
     """Inpainting ControlNets mark pixels to repaint with -1."""
     marked = torch.full((3, 16, 24), -1.0)
-    assert_same(to_condition(marked, 24, 16), marked[None])
+    assert_same(to_tensor(marked, 24, 16, least=-1.0), marked[None])
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -494,8 +495,8 @@ WRONG: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("image", "telling"), WRONG.values(), ids=WRONG)
 def test_what_is_no_image_is_refused(image: Any, telling: str) -> None:
     """Above all the usual slips: bytes or 0..255 for 0..1, the other layout, another size, a file's name."""
-    message = refusal(to_condition, image, 24, 16)
-    assert message.startswith(("image: ", "control image "))
+    message = refusal(to_tensor, image, 24, 16)
+    assert message.startswith(("image: ", "image of "))
     assert telling in message
 
 

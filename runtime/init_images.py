@@ -1,0 +1,88 @@
+"""The init image and the mask of a call: fitted to the output size, as the tensors that a run starts from."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..engines.specs import LARGEST_SIDE
+from ..errors import RequestError
+from ..samplers.numbers import whole_number
+from .image_files import blurred, to_rgb
+from .image_tensors import to_tensor
+from .mask_crop import MaskCrop, find_crop
+from .params import Params
+from .request import Request
+from .starts import IMAGE, MASK
+
+LARGEST_BLUR = 1024  # pixels
+
+
+def make_init_images(params: Params, request: Request) -> dict[str, Tensor]:
+    """The image [N, 3, H, W] in -1..1 and the mask [M, 1, H, W] of zeros and ones, float32 on the host, by input.
+
+    N and M are 1 or the number of prompts. A UNet for inpainting has both in any case: without an image all is masked.
+
+    Raises:
+        RequestError: one is no image, or of another size, or there are neither one nor as many as prompts.
+    """
+    if request.starts_from == "noise":
+        return {}
+    if params.image is None:
+        size = request.height, request.width
+        return {IMAGE: torch.zeros(1, 3, *size), MASK: torch.ones(1, 1, *size)}
+    fitting = (request.width, request.height, params.resize_mode)
+    images = {IMAGE: _counted("image", to_tensor(params.image, *fitting), request) * 2 - 1}
+    if request.starts_from == "mask":
+        images[MASK] = _mask(params, request)
+    return images
+
+
+def crop_images(params: Params, request: Request) -> tuple[Params, MaskCrop | None]:
+    """The params of the masked part alone, and the way back, where ``padding_mask_crop`` asks for it.
+
+    Raises:
+        RequestError: the image and the mask are not one PIL image each, of one size, or the output is none.
+    """
+    if params.padding_mask_crop is None:
+        return params, None
+    padding = whole_number("padding_mask_crop", params.padding_mask_crop, 0, LARGEST_SIDE)
+    image, mask = params.image, params.mask_image
+    if not isinstance(image, Image.Image) or not isinstance(mask, Image.Image) or params.output_type != "pil":
+        raise RequestError('padding_mask_crop: expected one PIL image, one PIL mask and output_type="pil"')
+    image, mask = to_rgb(image), blurred(to_rgb(mask), _blur(params)).convert("L")
+    if image.size != mask.size:
+        raise RequestError(
+            f"padding_mask_crop: the mask has {mask.width}x{mask.height} pixels, the image {image.width}x"
+            f"{image.height}: expected the same size"
+        )
+    crop = find_crop(image, mask, request.width, request.height, padding)
+    return crop.cut(params), crop
+
+
+def _mask(params: Params, request: Request) -> Tensor:
+    """The mask; white everywhere if none was given."""
+    if params.mask_image is None:
+        return torch.ones(1, 1, request.height, request.width)
+    radius, given = _blur(params), params.mask_image
+    if radius:
+        masks = given if isinstance(given, (list, tuple)) else [given]
+        if not all(isinstance(mask, Image.Image) for mask in masks):
+            raise RequestError("mask_blur: expected PIL masks; blur arrays and tensors yourself")
+        given = [blurred(to_rgb(mask), radius) for mask in masks]
+    try:
+        rows = to_tensor(given, request.width, request.height, params.resize_mode, mode="L")
+    except RequestError as error:
+        raise RequestError(f"mask_{error}") from error  # which begins with "image: "
+    return (_counted("mask_image", rows, request) >= 0.5).float()
+
+
+def _blur(params: Params) -> int:
+    return whole_number("mask_blur", params.mask_blur, 0, LARGEST_BLUR)
+
+
+def _counted(name: str, rows: Tensor, request: Request) -> Tensor:
+    if len(rows) not in (1, prompts := len(request.prompts)):
+        raise RequestError(f"{name}: {len(rows)} and {prompts} prompts: expected one for all, or as many")
+    return rows
