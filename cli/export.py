@@ -91,6 +91,11 @@ def _add_form(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--batch", type=int, metavar="N", help="images per run of a component (default: 1)")
     group.add_argument(
+        "--text-only",
+        action="store_true",
+        help="text to image alone: leave out the VAE's encoder, which init images need (--image)",
+    )
+    group.add_argument(
         "--dynamic",
         nargs="*",
         type=span_type(),
@@ -233,6 +238,7 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
         shapes=ShapeOptions(batch=args.batch, height=height, width=width, dynamic=dynamic),
         precision=args.precision,
         lora_scale=args.lora_scale,
+        text_only=args.text_only,
         random_weights=RandomWeights() if args.random_weights else None,
         replace=args.replace,
     )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ..engines import Bundle
+    from ..engines import Bundle, Manifest
     from ..engines.specs import EngineTarget, TensorSpec
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
@@ -191,7 +191,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         **({"random weights": "yes, for measurements: its images are noise"} if manifest.random_weights else {}),
         "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
         **({"LoRAs": ", ".join(origin.described_loras)} if origin.added_loras else {}),
-        "decoder": f"{'tiny (TAESD)' if manifest.vae.tiny else 'full'}, scaling factor {manifest.vae.scaling_factor:g}",
+        "VAE": _vae(manifest),
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "images": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
         "sampler": f"{sampler.kind}, steps {steps}{timesteps}, eta {sampler.eta:g}, guidance {guidance}",
@@ -201,6 +201,13 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": ", ".join(["ONNX Runtime", *_backends(bundle)]),
     }
+
+
+def _vae(manifest: Manifest) -> str:
+    """Its kind, its factor, and whether it only decodes."""
+    kind = "tiny (TAESD)" if manifest.vae.tiny else "full"
+    lack = "" if manifest.has_encoder else ", decoder only: text to image alone"
+    return f"{kind}, scaling factor {manifest.vae.scaling_factor:g}{lack}"
 
 
 def _controlnet_facts(bundle: Bundle) -> dict[str, str]:

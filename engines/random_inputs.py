@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .engine import TORCH_DTYPES
 from .specs import TensorSpec
+
+COLOURS = 3  # channels of an image; latents have more
+SPOT = 8  # pixels between the random colours of an image
 
 
 def random_input(
     name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens below ``vocabulary``, a timestep, sizes in pixels, a scale, or unit-variance latents and embeddings.
+    """Tokens, a timestep, sizes in pixels, a scale, an image in -1..1, or unit-variance latents and embeddings.
 
     Args:
         name: the input's.
@@ -31,4 +35,13 @@ def random_input(
         return torch.randint(8, 1024, tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
     if name == "conditioning_scale":
         return torch.rand(tuple(shape), generator=generator)
+    if name == "sample" and shape[1] == COLOURS:
+        return _image(shape, generator).to(TORCH_DTYPES[spec.dtype])
     return torch.randn(tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
+
+
+def _image(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Colours that run into one another, as in a photograph: noise in every pixel is no image that a VAE has seen."""
+    batch, channels, height, width = shape
+    colours = torch.rand(batch, channels, -(-height // SPOT), -(-width // SPOT), generator=generator) * 2 - 1
+    return functional.interpolate(colours, (height, width), mode="bilinear")

@@ -16,10 +16,16 @@ from ..engines.specs import ImageShapes
 from ..families import TextEncoder, find_family
 from ..weights.lora_file import Fusion, LoraFile
 from .checkpoints import Checkpoint
-from .components import ComponentModule, text_encoder_component, unet_component, vae_decoder_component
+from .components import (
+    ComponentModule,
+    text_encoder_component,
+    unet_component,
+    vae_decoder_component,
+    vae_encoder_component,
+)
 from .controlnet_components import cond_embedding_component, controlled_unet_component, controlnet_component
 from .layout import Part
-from .models import is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
+from .models import VaeHalf, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
 from .sources import Sources, pixels_per_latent
 from .trace import OPSET
 
@@ -62,6 +68,7 @@ def component_exports(
     shapes: ImageShapes,
     precision: str,
     loras: Mapping[str, LoraFile] | None = None,
+    text_only: bool = False,
 ) -> list[ComponentExport]:
     """The bundle's components, smallest first, so that errors show early.
 
@@ -72,10 +79,12 @@ def component_exports(
         shapes: image sizes and batch.
         precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
         loras: the opened LoRAs to fuse, in order, by the names of their records.
+        text_only: leave the VAE's encoder out.
     """
     exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], loras or {})
     return [
         *map(exports.text_encoder, find_family(checkpoint.family).text_encoders),
+        *([] if text_only else [exports.vae_encoder()]),
         exports.vae_decoder(),
         *map(exports.cond_embedding, sources.controlnets),
         *map(exports.controlnet, sources.controlnets),
@@ -104,14 +113,21 @@ class _Exports:
 
         return self._export(name, name, load, batch=str(self.shapes.batch), family=self.checkpoint.family)
 
+    def vae_encoder(self) -> ComponentExport:
+        is_small = is_tiny(self.sources.parts["vae"])
+        return self._vae("encoder", lambda vae: vae_encoder_component(vae, self.shapes, self._scale, is_small))
+
     def vae_decoder(self) -> ComponentExport:
+        return self._vae("decoder", lambda vae: vae_decoder_component(vae, self.shapes, self._scale))
+
+    def _vae(self, half: VaeHalf, make: Callable[[Any], ComponentModule]) -> ComponentExport:
         part = self.sources.parts["vae"]
         precision = PRECISIONS["fp32"] if needs_float32(part, self.checkpoint.family) else self.precision
 
         def load() -> ComponentModule:
-            return vae_decoder_component(load_vae(part, precision.dtype), self.shapes, self._scale)
+            return make(load_vae(part, precision.dtype, half))
 
-        return self._export("vae_decoder", "vae", load, precision=precision, shapes=self._sizes)
+        return self._export(f"vae_{half}", "vae", load, precision=precision, shapes=self._sizes)
 
     def cond_embedding(self, name: str) -> ComponentExport:
         part = controlnet(name)
@@ -189,5 +205,5 @@ def latent_scale(sources: Sources) -> int:
 
 
 def needs_float32(vae: Part, family: str) -> bool:
-    """Whether the VAE overflows in float16, in which case diffusers decodes in float32 too."""
+    """Whether the VAE overflows in float16, in which case diffusers encodes and decodes in float32 too."""
     return find_family(family).is_vae_upcast and not is_tiny(vae) and bool(vae.config.get("force_upcast", True))

@@ -146,6 +146,18 @@ class CastOutput(nn.Module):
         return self.module(*args).to(self.dtype)
 
 
+class VaeEncoder(nn.Module):
+    """An image in -1..1 to the distribution of its latents, or TAESD's latents; neither is scaled."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        encoded = self.vae.encode(sample, return_dict=False)[0]
+        return encoded if isinstance(encoded, Tensor) else encoded.parameters
+
+
 class VaeDecoder(nn.Module):
     """Latents, already divided by the scaling factor, to an image in -1..1."""
 
@@ -203,6 +215,17 @@ def denoiser_inputs(model: Any, specs: Specs) -> dict[str, TensorSpec]:
         inputs["time_ids"] = specs.rows(TIME_IDS)
         model.add_time_proj = CastOutput(model.add_time_proj, model.dtype)
     return inputs
+
+
+def vae_encoder_component(vae: Any, shapes: ImageShapes, latent_scale: int, is_tiny: bool) -> ComponentModule:
+    """The encoder: ``sample [B,3,H,W]`` in -1..1 to ``latent_parameters``.
+
+    Those are ``[B,8,h,w]``, four channels of means and four of log-variances; with ``is_tiny``, of TAESD,
+    ``[B,4,h,w]``, the latents themselves.
+    """
+    specs = Specs(vae.dtype, shapes, latent_scale)
+    channels = vae.config.latent_channels * (1 if is_tiny else 2)
+    return ComponentModule(VaeEncoder(vae), {"sample": specs.pixels()}, {"latent_parameters": specs.latents(channels)})
 
 
 def vae_decoder_component(vae: Any, shapes: ImageShapes, latent_scale: int) -> ComponentModule:

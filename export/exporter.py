@@ -40,6 +40,7 @@ class ExportOptions:
         shapes: image sizes and batch.
         precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
         lora_scale: factor on top of the LoRA's own alpha/rank.
+        text_only: leave out the VAE's encoder, so that no image can come in: the bundle is for text to image alone.
         random_weights: random weights in the place of all but the ControlNets', for measurements.
         replace: whether to replace a bundle that was made from other inputs.
     """
@@ -48,6 +49,7 @@ class ExportOptions:
     shapes: ShapeOptions = dataclasses.field(default_factory=ShapeOptions)
     precision: PrecisionName = "fp16"
     lora_scale: float = 1.0
+    text_only: bool = False
     random_weights: RandomWeights | None = None
     replace: bool = False
 
@@ -85,7 +87,7 @@ def export_bundle(
         sources = find_sources(entry, given, options.precision, progress.downloads)
         for note in sources.notes:
             progress.note(note)
-        loras = check_sources(sources, entry.family, options.lora_scale)
+        loras = check_sources(sources, entry.family, options.lora_scale, options.text_only)
         for name, lora in loras.items():
             if name != "lora" or not sources.lora or not sources.lora.repo:  # published ones are known to be whole
                 progress.note(f"fuses {lora}")
@@ -129,7 +131,9 @@ class _Export:
         self.scheduler = scheduler_constants(entry.sampler, sources.scheduler_config)
         with Stage(progress, "hash the weight files"):
             self.records: dict[str, tuple[SourceFile, ...]] = source_records(sources)
-        self.exports = component_exports(entry, sources, self.records, self.shapes, options.precision, loras)
+        self.exports = component_exports(
+            entry, sources, self.records, self.shapes, options.precision, loras, options.text_only
+        )
 
     def run(self, out: Path) -> Bundle:
         with Workspace.open(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,8 +16,14 @@ from ..weights.lora_file import LoraFile, Shapes
 from ..weights.lora_names import published_layers
 from ..weights.safetensors_file import SafetensorsFile
 from .layout import Part
-from .part_weights import Fuser, open_part
+from .part_weights import Fuser, PartWeights, open_part
 from .sources import Sources
+
+VaeHalf = Literal["encoder", "decoder"]
+VAE_HALVES: dict[VaeHalf, tuple[str, ...]] = {  # and the modules of each
+    "encoder": ("encoder", "quant_conv"),
+    "decoder": ("post_quant_conv", "decoder"),
+}
 
 
 def load_unet(part: Part, dtype: torch.dtype, fuser: Fuser | None = None) -> nn.Module:
@@ -44,9 +50,17 @@ def load_text_encoder(part: Part, class_name: str, dtype: torch.dtype, fuser: Fu
     return encoder
 
 
-def load_vae(part: Part, dtype: torch.dtype) -> nn.Module:
-    """``diffusers.AutoencoderKL``, or ``AutoencoderTiny`` for TAESD; errors as of :func:`load_unet`."""
-    return open_part(part, _vae_class(part)).load(dtype)
+def load_vae(part: Part, dtype: torch.dtype, half: VaeHalf | None = None) -> nn.Module:
+    """``diffusers.AutoencoderKL``, or ``AutoencoderTiny`` for TAESD; errors as of :func:`load_unet`.
+
+    With ``half`` it can only encode or decode, and the other half need not be in the file.
+    """
+    return _open_vae(part, half).load(dtype)
+
+
+def _open_vae(part: Part, half: VaeHalf | None = None) -> PartWeights:
+    unused = [module for other, modules in VAE_HALVES.items() if half not in (None, other) for module in modules]
+    return open_part(part, _vae_class(part), unused)
 
 
 def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
@@ -54,8 +68,16 @@ def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
     return open_part(part, _controlnet_class()).load(dtype)
 
 
-def check_sources(sources: Sources, family: str, lora_scale: float = 1.0) -> dict[str, LoraFile]:
+def check_sources(
+    sources: Sources, family: str, lora_scale: float = 1.0, text_only: bool = False
+) -> dict[str, LoraFile]:
     """Compare the headers of all weight files with the configurations, before any time is spent.
+
+    Args:
+        sources: where the weights are.
+        family: of the base.
+        lora_scale: factor of the checkpoint's LoRA.
+        text_only: whether the VAE's encoder is not needed.
 
     Returns:
         The LoRAs to fuse, open, in order, by the names of their records (:attr:`.sources.Sources.weights`).
@@ -69,10 +91,23 @@ def check_sources(sources: Sources, family: str, lora_scale: float = 1.0) -> dic
     for encoder in find_family(family).text_encoders:
         cls = getattr(transformers, encoder.class_name)
         modules[encoder.component] = open_part(sources.parts[encoder.component], cls).module
-    open_part(sources.parts["vae"], _vae_class(sources.parts["vae"]))
+    _check_vae(sources.parts["vae"], text_only)
     for name in sources.controlnets:
         open_part(sources.parts[controlnet(name)], _controlnet_class())
     return open_loras(sources, {name: layer_shapes(module) for name, module in modules.items()}, family, lora_scale)
+
+
+def _check_vae(part: Part, text_only: bool) -> None:
+    """Tell a file that lacks the encoder from one that does not fit at all."""
+    decoder = _open_vae(part, "decoder")
+    if text_only:
+        return
+    if not decoder.has_stored("encoder"):
+        raise WeightsError(
+            f"{part.weights[0].path} holds the VAE's decoder without its encoder, which images in need: take a whole "
+            "--vae, or --text-only for a bundle of text to image"
+        )
+    _open_vae(part)
 
 
 def check_unet_sources(part: Part, family: str) -> nn.Module:
@@ -116,7 +151,7 @@ def layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def is_tiny(part: Part) -> bool:
-    """Whether the part is a TAESD decoder."""
+    """Whether the part is a TAESD."""
     return part.config.get("_class_name") == "AutoencoderTiny"
 
 

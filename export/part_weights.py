@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -56,12 +56,18 @@ class PartWeights:
         module: its parameters are on the meta device, its buffers have their values.
         stored: the files.
         plan: the module's parameters by name, in the order of the files.
+        beginning: of the part's key names, where the files may hold other parts.
     """
 
     part: Part
     module: nn.Module
     stored: StoredWeights
     plan: Plan
+    beginning: str
+
+    def has_stored(self, module: str) -> bool:
+        """Whether the files hold weights of a direct child of the module, loaded or not."""
+        return any(name.startswith(f"{self.beginning}{module}.") for name in self.stored.names)
 
     def load(self, dtype: torch.dtype, fuser: Fuser | None = None) -> nn.Module:
         """The module with its weights, in evaluation mode.
@@ -101,23 +107,29 @@ class PartWeights:
         )
 
 
-def open_part(part: Part, cls: Any) -> PartWeights:
+def open_part(part: Part, cls: Any, unused: Collection[str] = ()) -> PartWeights:
     """Compare the headers of a part's files with its configuration, before any time is spent.
 
     Args:
         part: configuration and files.
         cls: the module's class, of diffusers or transformers.
+        unused: direct children of the module that become None; their weights may be missing.
 
     Raises:
         WeightsError: the configuration is not one of that class; tensors are left over or missing, which are listed;
             one has another shape, or is quantized in a way that is not known.
     """
     module = empty_module(part, cls)
+    for name in unused:
+        if getattr(module, name, None) is not None:
+            setattr(module, name, None)
     expected = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
     stored = StoredWeights([found.path for found in part.weights])
     beginning = _beginning(part, stored)
     plan = _plan(part, stored, beginning, expected, cls.__name__)
-    _check_names(part, stored, plan, beginning, expected, cls.__name__)
+    not_loaded = {name for name in plan if name.partition(".")[0] in unused}
+    spare = {plan.pop(name).source for name in not_loaded}
+    _check_names(part, stored, plan, beginning, expected, spare, cls.__name__)
     for name, planned in plan.items():
         stored.check_dtype(planned.source)
         if tuple(planned.shape) != expected[name]:
@@ -125,7 +137,7 @@ def open_part(part: Part, cls: Any) -> PartWeights:
                 f"{stored.path(planned.source)}: {planned.source} has the shape {list(planned.shape)}, "
                 f"{_title(part, cls.__name__)} has {list(expected[name])}: these weights are another model's"
             )
-    return PartWeights(part, module, stored, plan)
+    return PartWeights(part, module, stored, plan, beginning)
 
 
 def empty_module(part: Part, cls: Any) -> Any:
@@ -171,11 +183,17 @@ def _renamed(name: str, expected: Mapping[str, Any]) -> str:
 
 
 def _check_names(
-    part: Part, stored: StoredWeights, plan: Plan, beginning: str, expected: Mapping[str, Any], kind: str
+    part: Part,
+    stored: StoredWeights,
+    plan: Plan,
+    beginning: str,
+    expected: Mapping[str, Any],
+    spare: set[str],
+    kind: str,
 ) -> None:
-    """Compare both ways; what remains in the plan is exactly what the module expects."""
+    """Compare both ways, but for ``spare`` names; what remains in the plan is exactly what the module expects."""
     harmless = re.compile(HARMLESS.get(kind, "(?!)"))
-    used = {planned.source for name, planned in plan.items() if name in expected}
+    used = spare | {planned.source for name, planned in plan.items() if name in expected}
     for name in plan.keys() - expected.keys():
         del plan[name]
     surplus = {n for n in stored.names if n.startswith(beginning) and n not in used and not harmless.fullmatch(n)}

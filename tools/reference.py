@@ -93,7 +93,9 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         from transformers import CLIPTokenizer
 
         family, dtype = find_family(manifest.family), PRECISIONS[manifest.precision].dtype
-        loras = check_sources(sources, manifest.family, manifest.origin.lora_scale or 1.0).values()
+        loras = check_sources(
+            sources, manifest.family, manifest.origin.lora_scale or 1.0, text_only=not manifest.has_encoder
+        ).values()
         # The base without LoRAs, for diffusers to fuse; in float32, because the sum must be rounded once.
         modules: dict[str, Any] = {
             encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, torch.float32)
@@ -101,7 +103,7 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         }
         modules |= {name: CLIPTokenizer.from_pretrained(str(path)) for name, path in sources.tokenizers.items()}
         modules["unet"] = load_unet(sources.parts["unet"], torch.float32)
-        modules["vae"] = load_vae(sources.parts["vae"], dtype)
+        modules["vae"] = load_vae(sources.parts["vae"], dtype, None if manifest.has_encoder else "decoder")
         # From the base's configuration, and not from the manifest's constants, which it is to check.
         modules["scheduler"] = make_scheduler(manifest.sampler.kind, sources.scheduler_config)
         settings = _pipeline_settings(manifest)

@@ -29,7 +29,7 @@ if os.environ.get("CI") == "true":  # there it is installed, and must not hide t
     importlib.import_module("tensorrt_rtx")
 else:
     pytest.importorskip("tensorrt_rtx")
-NETWORKS = {"text_encoder", "unet", "vae_decoder"}
+NETWORKS = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("vae_decoder: load"):
+        if line.startswith("vae_encoder: load"):
             process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()

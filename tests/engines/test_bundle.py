@@ -245,7 +245,7 @@ def test_unknown_components_are_named_with_those_there_are(sd15_bundle: Path) ->
     """A network that is not in the bundle: the message lists those that are."""
     message = refusal(lambda: Bundle.load(sd15_bundle).component("controlnet"))
     assert "'controlnet'" in message
-    assert "text_encoder, unet, vae_decoder" in message
+    assert "text_encoder, unet, vae_decoder, vae_encoder" in message
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])

@@ -25,7 +25,7 @@ from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.stored_models import VARIABLE, StoredModel, StoredModelWarning, find_stored_model
 
 CPU = torch.device("cpu")
-NETWORKS = {"text_encoder", "unet", "vae_decoder"}
+NETWORKS = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, find_sources
 
 ONE, TWO, UNET = "Hyper-SD15-1step-lora", "Hyper-SD15-2steps-lora", "Hyper-SDXL-1step-Unet"
-PARTS = ["text_encoder", "vae_decoder", "unet"]  # in the order in which they are made
+PARTS = ["text_encoder", "vae_encoder", "vae_decoder", "unet"]  # in the order in which they are made
 
 # The command line with tracing replaced; each trace is noted in a file of all processes, and takes a while.
 SLOW_CLI = """
@@ -417,11 +417,25 @@ def test_components_of_a_neighbour_are_linked(run: Run, cheap: Any, tmp_path: Pa
     run(ONE, "one")
     _, second = run(TWO, "two")
     assert second.traced == ["unet"]
-    assert [note.split()[0] for note in second.notes] == PARTS[:2]
+    assert [note.split()[0] for note in second.notes] == PARTS[:3]
     for name in PARTS:
         pairs = [tmp_path / bundle / name / "model.onnx_data" for bundle in ("one", "two")]
         assert os.path.samefile(*pairs) == (name != "unet")
     Bundle.load(tmp_path / "two", hashes=True)
+
+
+def test_a_bundle_for_text_alone_lacks_one_component(run: Run, cheap: Any, tmp_path: Path) -> None:
+    """With --text-only the rest is that of a whole bundle; one does not pass for the other."""
+    whole, _ = run(out="whole")
+    bundle, second = run(out="text", text_only=True)
+    assert second.traced == []
+    assert set(whole.manifest.components) - set(bundle.manifest.components) == {"vae_encoder"}
+    assert not (bundle.root / "vae_encoder").exists()
+    with pytest.raises(UserError, match="--replace"):
+        run(out="text")
+    replaced, third = run(out="text", replace=True)
+    assert third.traced == []
+    assert replaced.manifest == whole.manifest
 
 
 def test_an_interrupted_export_takes_components_of_a_neighbour(run: Run, cheap: Any, tmp_path: Path) -> None:
@@ -455,8 +469,8 @@ def _other_text_config(base: Path) -> None:
 NOT_REUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "precision": ({"precision": "fp16"}, PARTS),
     "batch": ({"shapes": ShapeOptions(batch=2)}, PARTS),
-    "height": ({"shapes": ShapeOptions(height=72)}, ["vae_decoder", "unet"]),
-    "range": ({"shapes": ShapeOptions(dynamic={"width": (64, 64, 128)})}, ["vae_decoder", "unet"]),
+    "height": ({"shapes": ShapeOptions(height=72)}, ["vae_encoder", "vae_decoder", "unet"]),
+    "range": ({"shapes": ShapeOptions(dynamic={"width": (64, 64, 128)})}, ["vae_encoder", "vae_decoder", "unet"]),
     "lora scale": ({"lora_scale": 0.5}, ["unet"]),
     "lora": ({"name": TWO}, ["unet"]),
     "guidance": ({"name": "Hyper-SD15-8steps-CFG-lora"}, ["unet"]),

@@ -65,7 +65,8 @@ def test_components_depend_on_the_loras_that_change_them(find: Find, loras: dict
     assert len(set(unets)) == len(unets)
     encoders = [variant["text_encoder"] for variant in (plain, *variants)]
     assert encoders[0] == encoders[1] == encoders[2] != encoders[3] == encoders[4] == encoders[5]
-    assert {variant["vae_decoder"] for variant in (plain, *variants)} == {plain["vae_decoder"]}
+    for half in ("vae_encoder", "vae_decoder"):
+        assert {variant[half] for variant in (plain, *variants)} == {plain[half]}
     assert keys(find(), 0.5)["unet"] != plain["unet"]
     assert keys(find(), 0.5)["text_encoder"] == plain["text_encoder"]
 

@@ -162,7 +162,8 @@ def test_given_vae_wins_over_the_fixed_one(tiny_repos: Path, hub: FakeHub) -> No
     shapes = image_shapes(ShapeOptions(), 64)
     exports = component_exports(SDXL, sources, records, shapes, "fp16")
     assert {export.name: export.precision.name for export in exports} == {
-        "text_encoder": "fp16", "text_encoder_2": "fp16", "vae_decoder": "fp32", "unet": "fp16",
+        "text_encoder": "fp16", "text_encoder_2": "fp16", "vae_encoder": "fp32", "vae_decoder": "fp32",
+        "unet": "fp16",
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from hypersd.engines.precision import PRECISIONS
 from hypersd.engines.specs import Range, TensorSpec
 from hypersd.errors import ExportError
 from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, reference_cases
-from hypersd.export.components import ComponentModule, vae_decoder_component
+from hypersd.export.components import ComponentModule, vae_decoder_component, vae_encoder_component
 from hypersd.export.layout import DiffusersBase
 from hypersd.export.models import load_vae
 from hypersd.export.repositories import LocalFolder
@@ -49,6 +49,7 @@ SD15_CONTRACT: Contract = {
         ],
         [("out_sample", "float32", (1, 4, 8, 8))],
     ),
+    "vae_encoder": ([("sample", "float32", (1, 3, 64, 64))], [("latent_parameters", "float32", (1, 8, 8, 8))]),
     "vae_decoder": ([("latent_sample", "float32", (1, 4, 8, 8))], [("sample", "float32", (1, 3, 64, 64))]),
 }
 
@@ -69,6 +70,10 @@ def sdxl_contract(dtype: str, text: Any, rows: Any, batch: Any, h: Any, w: Any, 
                 ("time_ids", dtype, (rows, 6)),
             ],
             [("out_sample", dtype, (rows, 4, h, w))],
+        ),
+        "vae_encoder": (
+            [("sample", dtype, (batch, 3, height, width))],
+            [("latent_parameters", dtype, (batch, 8, h, w))],
         ),
         "vae_decoder": ([("latent_sample", dtype, (batch, 4, h, w))], [("sample", dtype, (batch, 3, height, width))]),
     }
@@ -181,6 +186,7 @@ def test_attention_and_group_norm_stay_whole(which: str, bundle: Bundle, tiny_re
     base = tiny_repos / {"sd15": SD15_REPO, "sdxl": SDXL_REPO}[bundle.manifest.family]
     modules = {
         "unet": UNet2DConditionModel.from_pretrained(base / "unet"),
+        "vae_encoder": AutoencoderKL.from_pretrained(base / "vae").encoder,
         "vae_decoder": AutoencoderKL.from_pretrained(base / "vae").decoder,
     }
     expected = {name: (layers, 0) for name, layers in TEXT_LAYERS[which].items()}
@@ -250,7 +256,8 @@ def test_half_precision_graph_has_no_wider_weights(sdxl_dynamic_bundle: Path, sd
 # --- the components of a base ----------------------------------------------------------------------------------------
 
 
-def test_sdxls_own_vae_stays_float32_in_a_half_precision_bundle(tiny_repos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_sdxls_own_vae_stays_float32_in_a_half_precision_bundle(half: str, tiny_repos: Path, tmp_path: Path) -> None:
     """A VAE whose configuration says force_upcast is loaded, traced and described in float32 (it overflows in fp16)."""
     from hypersd.export.checkpoints import find_checkpoint
     from hypersd.export.component_exports import component_exports
@@ -264,7 +271,7 @@ def test_sdxls_own_vae_stays_float32_in_a_half_precision_bundle(tiny_repos: Path
     )
     sources = find_sources(entry, options, "fp16")
     exports = component_exports(entry, sources, source_records(sources), image_shapes(ShapeOptions(), 64), "fp16")
-    export = next(export for export in exports if export.name == "vae_decoder")
+    export = next(export for export in exports if export.name == f"vae_{half}")
     component = export.load()
     assert export.precision == FP32
     assert {p.dtype for p in component.module.parameters()} == {torch.float32}
@@ -288,6 +295,19 @@ def test_tiny_decoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> N
     check_graph(files[0], dtype.itemsize)
     check_outputs(files[0], cases, FP32 if dtype == torch.float32 else PRECISIONS["fp16"])
     assert [tuple(case.expected[0].shape) for case in cases] == [(1, 3, 64, 64), (3, 3, 96, 64)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiny_encoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> None:
+    """TAESD's encoder gives latents, as many channels as the decoder takes."""
+    part = DiffusersBase(LocalFolder(tiny_repos / "madebyollin/taesd")).part_in("", "vae")
+    shapes = image_shapes(ShapeOptions(dynamic={"width": (64, 64, 96), "batch": (1, 1, 3)}), 64)
+    component = vae_encoder_component(load_vae(part, dtype, "encoder"), shapes, 8, is_tiny=True)
+    cases = reference_cases(component)
+    files = trace(component, tmp_path / "model.onnx")
+    check_graph(files[0], dtype.itemsize)
+    check_outputs(files[0], cases, FP32 if dtype == torch.float32 else PRECISIONS["fp16"])
+    assert [tuple(case.expected[0].shape) for case in cases] == [(1, 4, 8, 8), (3, 4, 8, 12)]
 
 
 # --- a small component, to see the checks fail -----------------------------------------------------------------------

@@ -37,7 +37,7 @@ from hypersd.export import ExportOptions, export_bundle
 from .made_by_hand import gpu, machine, refusal, shapes
 
 pytest.importorskip("tensorrt_rtx")
-NETWORKS = {"text_encoder", "vae_decoder", "unet"}
+NETWORKS = {"text_encoder", "vae_encoder", "vae_decoder", "unet"}
 needs_no_gpu = pytest.mark.skipif(this_machine().gpu is not None, reason="this machine has a GPU")
 
 
