@@ -51,11 +51,6 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--control-end", type=_number, metavar="X", help="part of the steps, 0..1, until which it acts", **each
     )
-    group.add_argument(
-        "--resize-mode",
-        choices=["crop", "stretch"],
-        help="fit FILE to the size of the image: cut to its aspect, or distorted (default: crop)",
-    )
     group.add_argument("--save-control", action="store_true", help="also write the preprocessed control images")
 
 
@@ -96,15 +91,15 @@ class Controls:
     sources: Mapping[str, ControlImage]
     arguments: Mapping[str, Any]
     thresholds: tuple[float, float]
+    resize_mode: str
 
     def images(self, width: int, height: int) -> dict[str, Image]:
         """The control images at the image's size, fitted before they are preprocessed: edges stay sharp."""
         from ..runtime.control_images import preprocess
         from ..runtime.image_files import fit
 
-        mode = self.arguments["resize_mode"]
         return {
-            name: preprocess(fit(image.image, width, height, mode), image.preprocess, self.thresholds)
+            name: preprocess(fit(image.image, width, height, self.resize_mode), image.preprocess, self.thresholds)
             for name, image in self.sources.items()
         }
 
@@ -113,7 +108,6 @@ class Controls:
         return {
             "control_image": {name: image.file.name for name, image in self.sources.items()},
             "preprocess": {name: self.words(name) for name in self.sources},
-            "resize_mode": self.arguments["resize_mode"],
         }
 
     def words(self, name: str) -> str:
@@ -160,9 +154,8 @@ def read_controls(args: argparse.Namespace, manifest: Manifest) -> Controls | No
         "controlnet_conditioning_scale": scales or None,
         "control_guidance_start": starts or None,
         "control_guidance_end": ends or None,
-        "resize_mode": args.resize_mode or "crop",
     }
-    return Controls(sources=sources, arguments=arguments, thresholds=thresholds)
+    return Controls(sources=sources, arguments=arguments, thresholds=thresholds, resize_mode=args.resize_mode or "crop")
 
 
 def _values(args: argparse.Namespace, option: str, names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -193,7 +186,7 @@ def _check_lonely(args: argparse.Namespace) -> None:
     """Reject options that have no effect without a control image."""
     from ..errors import RequestError
 
-    for option in (*PER_CONTROLNET, "canny_low", "canny_high", "resize_mode", "save_control"):
+    for option in (*PER_CONTROLNET, "canny_low", "canny_high", "save_control"):
         if getattr(args, option) not in (None, False, []):
             raise RequestError(f"{_spelt(option)} is about a control image: expected --control-image FILE with it")
 

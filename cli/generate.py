@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, open_bundle
 from .control_options import add_control_options, read_controls
+from .image_options import add_image_options, read_init_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     add_allow_random_weights(parser)
+    parser.add_argument(
+        "--resize-mode",
+        choices=["crop", "stretch", "fill"],
+        help="fit --image, --mask and --control-image to the size of the output: cut to its aspect, distorted, or with "
+        "the edges' colours around them (default: crop)",
+    )
+    add_image_options(parser)
     add_control_options(parser)
 
 
@@ -59,10 +67,18 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     bundle = open_bundle(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
-    controls = read_controls(args, bundle.manifest)  # a file that is no image is reported before the engines are loaded
+    # A file that is no image is reported before the engines are loaded.
+    controls, init = read_controls(args, bundle.manifest), read_init_image(args)
+    _check_resize_mode(args)
     pipe = _load(args, bundle)
-    control = _control_params(pipe, controls, args)
-    images = _generate_all(pipe.manifest, lambda i: _generate_one(pipe, args, i, control), controls, args)
+    given = {"resize_mode": args.resize_mode or "crop", **(init.arguments if init else {})}
+    given |= _control_params(pipe, controls, args, given)
+    if init:
+        _say(init.words(pipe.decide(_params(args, **given))))
+    metadata = {**(init.metadata if init else {}), **(controls.metadata() if controls else {})}
+    if metadata:
+        metadata["resize_mode"] = given["resize_mode"]
+    images = _generate_all(pipe.manifest, lambda i: _generate_one(pipe, args, i, given), metadata, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -116,7 +132,7 @@ def _load(args: argparse.Namespace, bundle: Bundle) -> Pipeline:
     return pipe
 
 
-def _params(args: argparse.Namespace, index: int = 0, **control: Any) -> Params:
+def _params(args: argparse.Namespace, index: int = 0, **given: Any) -> Params:
     """The params of the image of that index."""
     from ..runtime.params import Params
 
@@ -131,17 +147,20 @@ def _params(args: argparse.Namespace, index: int = 0, **control: Any) -> Params:
         width=args.width,
         seed=args.seed + index,
         force=args.force,
-        **control,
+        **given,
     )
 
 
 def _generate_all(
     manifest: Manifest,
     generate_one: Callable[[int], PipelineOutput],
-    controls: Controls | None,
+    given: Mapping[str, Any],
     args: argparse.Namespace,
 ) -> list[Image]:
-    """Generate and write every image; ``generate_one`` generates the image of an index."""
+    """Generate and write every image; ``generate_one`` generates the image of an index.
+
+    ``given`` is metadata for every image besides its request.
+    """
     from ..runtime.metadata import image_metadata
     from .console import err, out
     from .image_output import numbered, write_png
@@ -150,7 +169,7 @@ def _generate_all(
     for i in range(args.count):
         result = generate_one(i)
         path = numbered(args.output, i, args.count)
-        metadata = image_metadata(manifest, result.request, args.seed + i) | (controls.metadata() if controls else {})
+        metadata = {**image_metadata(manifest, result.request, args.seed + i), **given}
         write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
@@ -173,22 +192,21 @@ def _idle_controls(request: Request) -> list[str]:
     ]
 
 
-def _control_params(pipe: Pipeline, controls: Controls | None, args: argparse.Namespace) -> dict[str, Any]:
+def _control_params(
+    pipe: Pipeline, controls: Controls | None, args: argparse.Namespace, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The params of the control images, which are fitted and preprocessed once for all images."""
     from ..errors import RequestError
-    from .console import err, out
+    from .console import out
     from .image_output import write_png
 
     if controls is None:
         return {}
-    request = pipe.decide(_params(args, control_image=controls.sources, **controls.arguments))
+    request = pipe.decide(_params(args, control_image=controls.sources, **controls.arguments, **given))
     images = controls.images(request.width, request.height)
     for name, image in images.items():
-        given = controls.sources[name]
-        line = (
-            f"{name} follows {given.file} ({given.image.width}x{given.image.height}), preprocess {controls.words(name)}"
-        )
-        err().print(line, markup=False, soft_wrap=True)
+        file, opened = controls.sources[name].file, controls.sources[name].image
+        _say(f"{name} follows {file} ({opened.width}x{opened.height}), preprocess {controls.words(name)}")
         if args.save_control:
             path = args.output.with_name(f"{args.output.stem}-control-{name}.png")
             if path.resolve() in {source.file.resolve() for source in controls.sources.values()}:
@@ -198,13 +216,26 @@ def _control_params(pipe: Pipeline, controls: Controls | None, args: argparse.Na
     return {"control_image": images, **controls.arguments}
 
 
-def _generate_one(pipe: Pipeline, args: argparse.Namespace, index: int, control: Mapping[str, Any]) -> PipelineOutput:
+def _say(line: str) -> None:
+    from .console import err
+
+    err().print(line, markup=False, soft_wrap=True)
+
+
+def _check_resize_mode(args: argparse.Namespace) -> None:
+    from ..errors import RequestError
+
+    if args.resize_mode and not (args.image or args.control_image):
+        raise RequestError("--resize-mode fits images to the output: expected --image or --control-image with it")
+
+
+def _generate_one(pipe: Pipeline, args: argparse.Namespace, index: int, given: Mapping[str, Any]) -> PipelineOutput:
     from .console import step_bar
 
-    params = _params(args, index, **control)
+    params = _params(args, index, **given)
     if pipe.one_graph or pipe.is_graphed:  # neither reports steps: a callback would prevent one graph of the image
         return pipe.generate(params)
-    with step_bar(f"image {index + 1} of {args.count}", _steps(pipe, args)) as advance:
+    with step_bar(f"image {index + 1} of {args.count}", pipe.decide(params).steps) as advance:
         return pipe.generate(params, callback_on_step_end=lambda *_: advance())
 
 
@@ -234,6 +265,7 @@ def _check_one_graph(args: argparse.Namespace) -> None:
     given = {
         "--guidance-scale": args.guidance_scale,
         "--negative-prompt": args.negative_prompt,
+        "--image": args.image,
         "--control-image": args.control_image,
         "--target": args.target,
         "--precision": args.precision,
@@ -242,7 +274,3 @@ def _check_one_graph(args: argparse.Namespace) -> None:
     }
     if args.one_graph and (others := [option for option, value in given.items() if value]):
         raise RequestError(f"a one-graph has no {others[0]}: leave it or --one-graph out")
-
-
-def _steps(pipe: Pipeline, args: argparse.Namespace) -> int:
-    return len(args.timesteps) if args.timesteps else args.steps or pipe.manifest.sampler.num_inference_steps

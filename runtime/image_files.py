@@ -38,13 +38,25 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         RequestError: it is missing, no image, or damaged.
     """
+    with _opened(path) as image:
+        return to_rgb(image)
+
+
+def open_alpha(path: str | Path) -> Image.Image | None:
+    """The mask of an image file's transparent pixels (:func:`alpha_mask`); errors as of :func:`open_image`."""
+    with _opened(path) as image:
+        return alpha_mask(image)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     shown = repr(str(path))
     if not os.path.isfile(path):  # Path.is_file raises for a long name
         raise RequestError(f"image {shown} is not there: expected a file such as photo.jpg")
     with warnings.catch_warnings(), reading(shown):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
-            return to_rgb(image)
+            yield image
 
 
 @contextmanager
