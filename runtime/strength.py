@@ -76,7 +76,7 @@ def first_step(steps: int, strength: float, keep_steps: bool) -> int:
     if kept < 1:
         raise RequestError(
             f"strength {strength:g} of {steps} step{'s' if steps > 1 else ''} leaves none: expected at least "
-            f"{_smallest_strength(steps)}, or keep_steps=True (--keep-steps) to run all of them from there"
+            f"{_smallest_strength(steps):g}, or keep_steps=True (--keep-steps) to run all of them from there"
         )
     return steps - kept
 

@@ -55,18 +55,20 @@ def mask(box: tuple[int, int, int, int]) -> Image.Image:
 MASKS = {"part": mask((16, 8, 47, 39)), "pixel": mask((24, 40, 24, 40)), "whole": mask((0, 0, SIDE, SIDE))}
 
 
+def make_judge(name: str, kind: str, parts: dict[str, Any]) -> Any:
+    family, more = ("XL", {"add_watermarker": False}) if "SDXL" in name else ("", {"requires_safety_checker": False})
+    pipe = getattr(diffusers, f"StableDiffusion{family}{kind}Pipeline")(**parts, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def judges(reference: Callable[[str], Any]) -> Callable[[str, str], Any]:
-    """``judges(name, kind)``: diffusers' pipeline of that kind, ``Img2Img`` or ``Inpaint``, with ``reference``'s parts."""
+    """``judges(name, kind)``: diffusers' pipeline, ``Img2Img`` or ``Inpaint``, with ``reference``'s parts."""
 
     @functools.cache
     def judge(name: str, kind: str) -> Any:
-        family, more = (
-            ("XL", {"add_watermarker": False}) if "SDXL" in name else ("", {"requires_safety_checker": False})
-        )
-        pipe = getattr(diffusers, f"StableDiffusion{family}{kind}Pipeline")(**reference(name).components, **more)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return make_judge(name, kind, reference(name).components)
 
     return judge
 
@@ -160,11 +162,8 @@ def test_with_a_controlnet(
     controlled_reference: Callable[..., Any],
 ) -> None:
     """Its range of steps is counted from the first one that runs."""
-    parts = controlled_reference(name, "canny").components
-    family, more = ("XL", {"add_watermarker": False}) if "SDXL" in name else ("", {"requires_safety_checker": False})
-    kind = "Inpaint" if masked else "Img2Img"
-    judge = getattr(diffusers, f"StableDiffusion{family}ControlNet{kind}Pipeline")(**parts, **more)
-    judge.set_progress_bar_config(disable=True)
+    kind = "ControlNetInpaint" if masked else "ControlNetImg2Img"
+    judge = make_judge(name, kind, controlled_reference(name, "canny").components)
     arguments = {"image": photo(), "strength": 0.6, "control_guidance_end": 0.5, **settings(name)}
     arguments |= {"controlnet_conditioning_scale": 0.8} | ({"mask_image": MASKS["part"]} if masked else {})
     pipe = Pipeline.load(export_controlled(name))
@@ -240,7 +239,7 @@ REJECTED = [
     ({"image": photo(), "strength": "half"}, "strength 'half' is out of range"),
     (
         {"image": photo(), "num_inference_steps": 1},
-        "strength 0.8 of 1 step leaves none: expected at least 1.0, or keep",
+        "strength 0.8 of 1 step leaves none: expected at least 1, or keep",
     ),
     ({"image": photo(), "num_inference_steps": 4, "strength": 0.2}, "of 4 steps leaves none: expected at least 0.25"),
     ({"image": photo(), "strength": 0.01, "keep_steps": True}, "keep_steps with strength 0.01: num_inference_steps 4"),

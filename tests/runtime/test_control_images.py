@@ -341,7 +341,7 @@ def test_every_mode_is_rgb_or_a_refusal(mode: str) -> None:
 def test_fitting_is_diffusers_to_the_pixel(size: tuple[int, int], target: tuple[int, int]) -> None:
     """Which filter, which side is cut, and on which side the odd pixel goes."""
     image = source(*size)
-    for ours, theirs in (("crop", "crop"), ("stretch", "default")):
+    for ours, theirs in (("crop", "crop"), ("stretch", "default"), ("fill", "fill")):
         fitted = fit(image, *target, ours)
         expected = JUDGE.resize(image, target[1], target[0], resize_mode=theirs)
         assert (fitted.size, fitted.mode) == (target, "RGB")
