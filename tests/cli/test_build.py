@@ -473,7 +473,7 @@ def test_info_tells_of_targets(rtx_bundle: Path, capsys: pytest.CaptureFixture[s
     assert facts["built for"] == f"TensorRT-RTX {target.version}"
     assert facts["GPUs"] == "portable"
     assert facts["images"] == "1 of 64 x 64"
-    assert facts["components"] == "3 of 3"
+    assert facts["components"] == "4 of 4"
     plans = target.plans.values()
     assert facts["weights"] == f"{sum(plan.weights_memory or 0 for plan in plans) / 1e6:,.1f} MB"
     assert facts["activations"] == f"{max(plan.activation_memory or 0 for plan in plans) / 1e6:,.1f} MB"
@@ -525,7 +525,7 @@ def test_info_of_an_unfinished_target(rtx_bundle: Path, copy, capsys: pytest.Cap
     assert re.search(r"weights +unknown", out)
     assert re.search(r"activations +\d.* MB", out)
     change_manifest(bundle, lambda m: m["engines"][name]["plans"].pop("unet"))
-    assert "2 of 3" in run(capsys, "info", bundle)[0]
+    assert "3 of 4" in run(capsys, "info", bundle)[0]
 
 
 def test_info_names_attentions_in_plain_kernels(rtx_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
