@@ -23,7 +23,7 @@ OTHER_MODELS = {
     "model.diffusion_model.joint_blocks.": "SD3",
     "model.diffusion_model.double_blocks.": "FLUX",
 }
-OTHER_INPUTS = {5: "depth", 7: "upscaling", 8: "pix2pix", 9: "inpainting"}  # by the UNet's input channels
+OTHER_INPUTS = {5: "depth", 7: "upscaling", 8: "pix2pix"}  # by the UNet's input channels
 OTHER_TEXT_WIDTHS = {1024: "SD2.x", 1280: "the SDXL refiner"}  # by the UNet's cross_attention_dim
 UNET_DEFAULTS = {"layers_per_block": 2, "transformer_layers_per_block": 1}  # diffusers'
 
@@ -46,14 +46,17 @@ def open_base(
     if revision or variant:
         raise WeightsError(f"--base {location} is one file: leave --revision and --variant out")
     _check_single_file(file.path, checkpoint)
-    return SingleFileBase(file, open_known(checkpoint.base, None, progress))
+    channels = _first_layer(SafetensorsFile(file.path))[1:2]
+    unet = {"in_channels": channels[0]} if channels else {}
+    return SingleFileBase(file, open_known(checkpoint.base, None, progress), unet)
 
 
 def check_family(model_index: Mapping[str, Any], checkpoint: Checkpoint, base: str) -> None:
     """Reject a base in diffusers layout whose pipeline is another family's."""
-    class_name, wanted = model_index.get("_class_name"), find_family(checkpoint.family)
-    if class_name != wanted.pipeline_class:
-        found = next((family.title for family in FAMILIES.values() if family.pipeline_class == class_name), class_name)
+    class_name = model_index.get("_class_name")
+    titles = {name: f.title for f in FAMILIES.values() for name in (f.pipeline_class, f.inpaint_pipeline_class)}
+    found = titles.get(class_name, class_name)
+    if found != find_family(checkpoint.family).title:
         raise WeightsError(_other_family(f"{base} holds a {found} model", checkpoint))
 
 
@@ -64,7 +67,7 @@ def check_unet_config(config: Mapping[str, Any], checkpoint: Checkpoint, base: s
         WeightsError: the UNet takes other inputs, or is a smaller one that was distilled from the family's.
     """
     family = find_family(checkpoint.family)
-    _check_channels(config.get("in_channels", family.latent_channels), family, base)
+    _check_channels(config.get("in_channels", family.latent_channels), checkpoint, base)
     if other := OTHER_TEXT_WIDTHS.get(config.get("cross_attention_dim", 0)):
         raise WeightsError(_other_family(f"{base} holds {other}", checkpoint))
     found = UNET_DEFAULTS | {key: config[key] for key in family.unet_layout if key in config}
@@ -135,12 +138,17 @@ def _check_single_file(path: Path, checkpoint: Checkpoint) -> None:
         raise WeightsError(f"--base {path} holds no {wanted.title} model in the original Stable Diffusion's key names")
     if found != wanted:
         raise WeightsError(_other_family(f"{path} holds a {found.title} model", checkpoint))
-    conv_in = f"{UNET}input_blocks.0.0.weight"
-    shape = file.shape(conv_in) if conv_in in file.names else ()
-    if len(shape) == 4:
-        _check_channels(shape[1], wanted, str(path))
+    if shape := _first_layer(file):
+        _check_channels(shape[1], checkpoint, str(path))
         if shape[0] == _full_width(wanted) and not all(_has(file.names, UNET + layer) for layer in wanted.unet_marks):
             raise WeightsError(_distilled(str(path), checkpoint))
+
+
+def _first_layer(file: SafetensorsFile) -> tuple[int, ...]:
+    """The shape of a UNet's first convolution in a single file; empty if there is none."""
+    name = f"{UNET}input_blocks.0.0.weight"
+    shape = file.shape(name) if name in file.names else ()
+    return shape if len(shape) == 4 else ()
 
 
 def _full_width(family: Family) -> int:
@@ -152,12 +160,19 @@ def _has(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
-def _check_channels(channels: Any, family: Family, base: str) -> None:
-    if channels != family.latent_channels:
+def _check_channels(channels: Any, checkpoint: Checkpoint, base: str) -> None:
+    """Check that a UNet's input is latents, or latents with a mask and a masked image."""
+    family = find_family(checkpoint.family)
+    if channels not in (family.latent_channels, family.inpainting_channels):
         use = OTHER_INPUTS.get(channels)
         raise WeightsError(
             f"{base}: the UNet takes {channels} channels{f', as for {use}' if use else ''}, expected "
-            f"{family.latent_channels}: take a --base for text to image"
+            f"{family.latent_channels}, or {family.inpainting_channels} for inpainting: take another --base"
+        )
+    if channels == family.inpainting_channels and checkpoint.kind == "unet":
+        raise WeightsError(
+            f"{base} is for inpainting, and {checkpoint.name} is a whole UNet that would replace its own: "
+            "take a checkpoint that is a LoRA, or a --base for text to image"
         )
 
 

@@ -180,7 +180,9 @@ def text_encoder_component(kind: TextEncoder, encoder: Any, shapes: ImageShapes)
 
 
 def unet_component(unet: Any, shapes: ImageShapes, guided: bool, latent_scale: int) -> ComponentModule:
-    """The UNet: ``sample [B,4,h,w]``, ``timestep [1]``, ``encoder_hidden_states [B,77,C]`` to ``out_sample``.
+    """The UNet: ``sample [B,4,h,w]``, ``timestep [1]``, ``encoder_hidden_states [B,77,C]`` to ``out_sample [B,4,h,w]``.
+
+    ``sample`` has nine channels if the UNet is for inpainting: latents, mask, and the latents of the masked image.
 
     Args:
         unet: a ``UNet2DConditionModel``.
@@ -190,7 +192,7 @@ def unet_component(unet: Any, shapes: ImageShapes, guided: bool, latent_scale: i
     """
     specs = denoiser_specs(unet, shapes, guided, latent_scale)
     inputs = denoiser_inputs(unet, specs)
-    return ComponentModule(Unet(unet), inputs, {"out_sample": inputs["sample"]})
+    return ComponentModule(Unet(unet), inputs, {"out_sample": specs.latents(unet.config.out_channels)})
 
 
 def denoiser_specs(model: Any, shapes: ImageShapes, guided: bool, latent_scale: int) -> Specs:

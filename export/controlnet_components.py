@@ -100,7 +100,7 @@ def controlled_unet_component(unet: Any, shapes: ImageShapes, guided: bool, late
     inputs = denoiser_inputs(unet, specs)
     residuals = {residual_input(name): spec for name, spec in _residuals(unet, specs).items()}
     module = ControlledUnet(unet, len(residuals))
-    return ComponentModule(module, inputs | residuals, {"out_sample": inputs["sample"]})
+    return ComponentModule(module, inputs | residuals, {"out_sample": specs.latents(unet.config.out_channels)})
 
 
 def _cond_embedding(controlnet: Any, specs: Specs) -> TensorSpec:

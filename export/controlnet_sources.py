@@ -25,9 +25,9 @@ from .repositories import open_files
 
 CLASS_NAME = "ControlNetModel"
 EMBEDDING_CHANNELS = (16, 32, 96, 256)  # diffusers' default
-# The settings that a ControlNet has in common with its UNet.
+# The settings that a ControlNet has in common with its UNet. Its input is latents alone, also for an inpainting UNet.
 UNET_SETTINGS = (
-    *("in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention"),
+    *("flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention"),
     *("block_out_channels", "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn"),
     *("norm_num_groups", "norm_eps", "cross_attention_dim", "attention_head_dim", "num_attention_heads"),
     *("use_linear_projection", "upcast_attention", "resnet_time_scale_shift", "transformer_layers_per_block"),

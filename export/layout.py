@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -52,6 +53,10 @@ class Base(Protocol):
         """Its commit, if it is on the Hub."""
         ...
 
+    def config(self, name: str) -> dict[str, Any]:
+        """The configuration of the part of that name, which :meth:`part` has too."""
+        ...
+
     def part(self, name: str, variant: str | None = None) -> Part:
         """The part of that name; ``variant="fp16"`` selects its half-precision weight files."""
         ...
@@ -70,6 +75,9 @@ class DiffusersBase:
     @property
     def revision(self) -> str | None:
         return self.files.revision
+
+    def config(self, name: str) -> dict[str, Any]:
+        return read_json(get_file(self.files, f"{name}/config.json"))
 
     def part(self, name: str, variant: str | None = None) -> Part:
         return self.part_in(f"{name}/", name, variant)
@@ -97,22 +105,28 @@ class DiffusersBase:
 class SingleFileBase:
     """One file with the weights of every part, in the original Stable Diffusion's key names.
 
-    ``files`` is a repository of the same family, for configurations and tokenizers.
+    Attributes:
+        file: the weights.
+        files: a repository of the same family, for configurations and tokenizers.
+        unet: settings of its UNet in the place of those of that repository's.
     """
 
     file: Found
     files: Files
+    unet: Mapping[str, Any]
     revision = None
 
     @property
     def location(self) -> str:
         return str(self.file.path.resolve())
 
+    def config(self, name: str) -> dict[str, Any]:
+        config = read_json(get_file(self.files, f"{name}/config.json"))
+        return {**config, **self.unet} if name == "unet" else config
+
     def part(self, name: str, variant: str | None = None) -> Part:
-        config = get_file(self.files, f"{name}/config.json")
-        return Part(
-            name=name, folder=config.path.parent, config=read_json(config), weights=(self.file,), single_file=True
-        )
+        folder = get_file(self.files, f"{name}/config.json").path.parent
+        return Part(name=name, folder=folder, config=self.config(name), weights=(self.file,), single_file=True)
 
 
 class ComponentSource(Protocol):

@@ -146,10 +146,8 @@ def _read_configs(base: Base, checkpoint: Checkpoint) -> tuple[dict[str, Any], d
     """The base's ``model_index.json``, and the configurations of UNet, VAE and scheduler, all checked."""
     model_index = read_json(get_file(base.files, "model_index.json"))
     check_family(model_index, checkpoint, base.location)
-    configs = {
-        name: read_json(get_file(base.files, f"{name}/{kind}config.json"))
-        for name, kind in (("unet", ""), ("vae", ""), ("scheduler", "scheduler_"))
-    }
+    configs = {name: base.config(name) for name in ("unet", "vae")}
+    configs["scheduler"] = read_json(get_file(base.files, "scheduler/scheduler_config.json"))
     check_scheduler(configs["scheduler"], base.location)
     check_unet_config(configs["unet"], checkpoint, base.location)
     return model_index, configs

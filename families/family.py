@@ -48,6 +48,8 @@ class Family:
         is_vae_upcast: whether diffusers decodes in float32 if the VAE's configuration has ``force_upcast``.
         pipeline_class: diffusers' pipeline.
         controlnet_pipeline_class: its pipeline for ControlNets.
+        inpaint_pipeline_class: its pipeline for inpainting, and for bases that were trained for that.
+        controlnet_inpaint_pipeline_class: the same with ControlNets.
         pipeline_parts: components of that pipeline that are left out, as it takes them.
         pipeline_settings: its other settings.
         single_file_prefix: beginning of a key that only this family's single-file checkpoints have.
@@ -71,6 +73,8 @@ class Family:
     is_vae_upcast: bool = False
     pipeline_class: str
     controlnet_pipeline_class: str
+    inpaint_pipeline_class: str
+    controlnet_inpaint_pipeline_class: str
     pipeline_parts: Mapping[str, None] = dataclasses.field(default_factory=dict)
     pipeline_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     single_file_prefix: str
@@ -82,6 +86,11 @@ class Family:
     def text_encoder(self, component: str) -> TextEncoder:
         """The text encoder of that name; KeyError if there is none."""
         return {encoder.component: encoder for encoder in self.text_encoders}[component]
+
+    @property
+    def inpainting_channels(self) -> int:
+        """Input channels of a denoiser for inpainting: the latents, a mask, and the latents of the masked image."""
+        return 2 * self.latent_channels + 1
 
     @property
     def encoder_names(self) -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -34,6 +36,8 @@ from hypersd.export.tokenizer import write_byte_tokenizer
 
 SD15_REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
+SD15_INPAINT_REPO = "stable-diffusion-v1-5/stable-diffusion-inpainting"
+SDXL_INPAINT_REPO = "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
 HYPER_REPO = "ByteDance/Hyper-SD"
 CONTROLNETS = {
     "lllyasviel/control_v11p_sd15_canny": "SD15",
@@ -73,17 +77,17 @@ def tiny_vae() -> AutoencoderTiny:
     )  # fmt: skip
 
 
-def sd15_unet() -> UNet2DConditionModel:
+def sd15_unet(in_channels: int = 4) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        in_channels=in_channels, sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=32, attention_head_dim=4,
     )  # fmt: skip
 
 
-def sdxl_unet() -> UNet2DConditionModel:
+def sdxl_unet(in_channels: int = 4) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        in_channels=in_channels, sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
         cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
@@ -101,6 +105,10 @@ def write_sd15(root: Path) -> UNet2DConditionModel:
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     save_pipeline(pipe, folder)
+    torch.manual_seed(16)
+    parts = {**pipe.components, "unet": sd15_unet(in_channels=9)}
+    inpaint = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    save_pipeline(inpaint, root / SD15_INPAINT_REPO)
     return pipe.unet
 
 
@@ -118,6 +126,9 @@ def write_sdxl(root: Path) -> UNet2DConditionModel:
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
     save_pipeline(pipe, folder)
+    torch.manual_seed(11)
+    parts = {**pipe.components, "unet": sdxl_unet(in_channels=9)}
+    save_pipeline(StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False), root / SDXL_INPAINT_REPO)
     return pipe.unet
 
 

@@ -119,6 +119,31 @@ def export_controlled(bundles_folder: Path, source_options, controlnet_sources) 
 
 
 @pytest.fixture(scope="session")
+def inpainting_options(tiny_repos: Path, source_options) -> Callable[..., object]:
+    """``inpainting_options(name)``: as ``source_options``, with a tiny base for inpainting (9 channels)."""
+    from make_tiny_repos import SD15_INPAINT_REPO, SDXL_INPAINT_REPO
+
+    def options(name: str, **changes: Any) -> object:
+        base = SDXL_INPAINT_REPO if "SDXL" in name else SD15_INPAINT_REPO
+        return source_options(name, **{"base": str(tiny_repos / base), **changes})
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def export_inpainting(bundles_folder: Path, inpainting_options) -> Callable[[str], Path]:
+    """``export_inpainting(name)``: the fp32 bundle of such a base. Do not write to it."""
+    from hypersd.export import ExportOptions, export_bundle
+
+    @functools.cache
+    def export(name: str) -> Path:
+        options = ExportOptions(sources=inpainting_options(name), precision="fp32")
+        return export_bundle(name, bundles_folder / f"{name}-inpainting", options).root
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def batch_of_three_bundle(bundles_folder: Path, source_options) -> Path:
     """A tiny SD1.5 in fp32 whose components take three images at a time. Do not write to it."""
     from hypersd.export import ExportOptions, ShapeOptions, export_bundle

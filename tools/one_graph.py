@@ -43,13 +43,18 @@ def add_one_graph(bundle: Bundle | str | Path, params: Params, progress: Progres
         The bundle with the graph. A graph of the same components and settings is not composed again.
 
     Raises:
-        RequestError: a setting is out of range, or the bundle's images need guidance or ControlNets.
+        RequestError: a setting is out of range, or the bundle's images need guidance, ControlNets or a mask.
     """
     root, progress = bundle.root if isinstance(bundle, Bundle) else Path(bundle), progress or Silent()
     with lock_file(root, lambda: progress.note(f"waiting for another build in {root} to end")):
         bundle = Bundle.load(root)
         manifest = bundle.manifest
         check_can_compose(manifest.checkpoint, manifest.sampler.guidance_scale, list(manifest.controlnets))
+        if manifest.is_inpainting:
+            raise RequestError(
+                f"{bundle.root} is made of a base for inpainting, {manifest.origin.base}, which a one-graph does not "
+                "support: export a --base for text to image"
+            )
         request, wide = decide(manifest, params), manifest.shapes.batch
         if not wide.min <= request.batch <= wide.max:
             raise RequestError(f"batch {request.batch} is outside this bundle's {wide}: export one with --batch")

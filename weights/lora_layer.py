@@ -99,11 +99,24 @@ class LoraLayer:
         except (RuntimeError, IndexError):
             found = ()
         if not (_fits(found, weight) and self._rank() != 0 and self._besides_fit(shapes, weight)):
-            listed = ", ".join(f"{part} {list(shape)}" for part, shape in sorted(shapes.items()))
-            raise WeightsError(
-                f"{self.file.path}: the layer {self.module} ({listed}) does not change a weight of {list(weight)}: "
-                "this LoRA was made for another base"
-            )
+            raise WeightsError(f"{self.file.path}{self._why_misfit(found, weight, shapes)}")
+
+    def _why_misfit(
+        self, found: tuple[int, ...], weight: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+    ) -> str:
+        """The reason why a change of the shape ``found`` cannot be added to a weight, after the file's path."""
+        if self.module == "conv_in" and len(weight) == 4 and found[:1] == weight[:1]:
+            channels = math.prod(found[1:]) // math.prod(weight[2:])
+            if channels != weight[1]:
+                return (
+                    f" changes the first layer (conv_in) of a UNet that takes {channels} channels, the base's takes "
+                    f"{weight[1]}; for inpainting they take 9, others 4: take a LoRA of that kind, or without conv_in"
+                )
+        listed = ", ".join(f"{part} {list(shape)}" for part, shape in sorted(shapes.items()))
+        return (
+            f": the layer {self.module} ({listed}) does not change a weight of {list(weight)}: "
+            "this LoRA was made for another base"
+        )
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """``down [rank, in * kernel]``, ``up [out, rank]`` in float32, and the scale of their product.

@@ -218,11 +218,11 @@ def test_single_files_as_other_programs_save_them(
 @pytest.mark.parametrize(
     ("family", "names", "words"),
     [
-        ("sd15", {CONV_IN: (320, 9, 3, 3)}, ["9 channels", "inpainting"]),
+        ("sd15", {CONV_IN: (320, 5, 3, 3)}, ["5 channels", "depth", "or 9 for inpainting"]),
         ("sd15", {CONV_IN: (320, 8, 3, 3)}, ["8 channels", "pix2pix"]),
         ("sd15", {CONV_IN: (320, 4, 3, 3)}, ["fewer layers", "BK-SDM"]),
         ("sdxl", {CONV_IN: (320, 4, 3, 3)}, ["fewer layers", "SSD-1B"]),
-        ("sdxl", {CONV_IN: (320, 9, 3, 3)}, ["9 channels", "inpainting"]),
+        ("sdxl", {CONV_IN: (320, 9, 3, 3)}, ["fewer layers", "SSD-1B"]),
     ],
 )
 def test_single_files_of_other_unets(
@@ -232,7 +232,7 @@ def test_single_files_of_other_unets(
     tmp_path: Path,
     hub: FakeHub,
 ) -> None:
-    """Inpainting, editing and distilled UNets are told by their header."""
+    """UNets for other inputs and distilled ones are told by their header, those for inpainting too."""
     with pytest.raises(WeightsError) as error:
         find_single(hub, family, one_file(tmp_path, family, names))
     one_line(error, "base.safetensors", *words)

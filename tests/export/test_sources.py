@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from make_tiny_repos import SD15_REPO, SDXL_REPO
+from make_tiny_repos import SD15_INPAINT_REPO, SD15_REPO, SDXL_INPAINT_REPO, SDXL_REPO
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ WHOLE_UNET = find_checkpoint("Hyper-SDXL-1step-Unet")
 DEMO15, DEMOXL = find_checkpoint("Hyper-Demo15-4steps-lora"), find_checkpoint("Hyper-DemoXL-1step-Unet")
 ENTRIES = {"sd15": SD15, "sdxl": SDXL}
 FAMILIES = pytest.mark.parametrize("family", BASES)
+INPAINT_BASES = {"sd15": SD15_INPAINT_REPO, "sdxl": SDXL_INPAINT_REPO}
 DEMO_ROOT = Path(__file__).parents[1] / "assets/demo"
 
 
@@ -571,6 +572,21 @@ def test_a_single_file_holds_the_same_model(
 
 
 @FAMILIES
+def test_a_single_file_for_inpainting(
+    family: str, single_files: dict[str, Path], tiny_repos: Path, wide_hub: FakeHub, tmp_path: Path
+) -> None:
+    """The header tells the nine channels, in the configuration of the published base; the rest is as ever."""
+    folder = tiny_repos / INPAINT_BASES[family]
+    unet = load(DiffusersBase(LocalFolder(folder)).part("unet"), family)
+    tensors = load_file(single_files[family]) | ldm_unet(unet)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "base.safetensors")
+    sources = find(family, tiny_repos, base=str(tmp_path / "base.safetensors"))
+    check_sources(sources, family)
+    assert sources.parts["unet"].config["in_channels"] == 9
+    assert_same(load(sources.parts["unet"], family), unet)
+
+
+@FAMILIES
 def test_a_lora_is_fused_into_a_single_file(
     family: str, single_files: dict[str, Path], tiny_repos: Path, wide_hub: FakeHub
 ) -> None:
@@ -835,7 +851,7 @@ def test_configurations_of_other_components(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"in_channels": 9}, ["9 channels", "inpainting"]),
+        ({"in_channels": 8}, ["8 channels", "pix2pix", "or 9 for inpainting"]),
         ({"cross_attention_dim": 1024}, ["holds SD2.x", "needs SD1.5"]),
         ({"cross_attention_dim": 1280}, ["holds the SDXL refiner"]),
         ({"mid_block_type": None}, ["fewer layers", "SSD-1B"]),
@@ -847,7 +863,7 @@ def test_configurations_of_other_components(
 def test_unets_of_other_uses(
     changes: dict[str, Any], words: list[str], copy_base: Callable[[str], Path], tiny_repos: Path
 ) -> None:
-    """Inpainting UNets, latent consistency models and the like are told apart before their weights are read."""
+    """Editing UNets, latent consistency models and the like are told apart before their weights are read."""
     folder = copy_base("sd15")
     path = folder / "unet/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
