@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import HyperSDError
 
 #: subcommands and their modules, in the order of --help
-COMMANDS = ("list", "export", "build", "info", "generate", "batch", "serve", "verify", "bench", "push")
+COMMANDS = ("list", "export", "build", "info", "generate", "video", "batch", "serve", "verify", "bench", "push")
 INTERRUPTED = 130
 
 

@@ -14,8 +14,10 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from ..errors import HyperSDError
@@ -87,6 +89,32 @@ def step_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=total)
         yield lambda: bar.advance(task)
+
+
+@contextlib.contextmanager
+def frame_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show frames per second and the time left; the value is a function of the frames so far and of their number.
+
+    What the first call finds done does not count for the speed.
+    """
+    console = err()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.fields[number]} frames, {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: list[TaskID] = []
+
+        def show(frames: int, total: int | None) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(name, completed=frames, total=total, number=total or "?", rate="starting"))
+            bar.update(tasks[0], completed=frames)
+            if speed := bar.tasks[0].speed:
+                bar.update(tasks[0], rate=f"{speed:.2f} frames/s")
+
+        yield show
 
 
 class DownloadBar:

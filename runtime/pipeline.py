@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .one_graph_function import fixed_params
 from .params import Params, decide
 from .request import GenerationSettings, Request, make_settings
 from .runner import AfterStep, make_one_graph_runner, make_runner
+from .stream import Stream
 from .text import ClipTokenizer, TextEmbeddings, TokenizedTexts, load_tokenizers
 from .tiling import check_tile
 
@@ -271,6 +272,24 @@ class Pipeline:
         if crop is not None:
             generated = [crop.paste(image) for image in generated]
         return PipelineOutput(images=generated, timings=clock.timings(), request=request, seed=used_seed)
+
+    def stream(
+        self,
+        frames: Iterable[Any],
+        prompt: str,
+        *,
+        control: str | Sequence[str] = (),
+        skip_similar: float | None = None,
+        look_ahead: int = 1,
+        **params: Any,
+    ) -> Stream:
+        """Iterate over images, one for each frame of a video or a camera: see :class:`.stream.Stream`.
+
+        Raises:
+            RequestError: a param is out of range.
+        """
+        given = Params(prompt=prompt, **params)
+        return Stream(self, frames, given, control=control, skip_similar=skip_similar, look_ahead=look_ahead)
 
     def decide(self, params: Params) -> Request:
         """Check ``params``, and make every decision that :meth:`generate` would make, without generating.

@@ -32,7 +32,7 @@ check_workflows() {
 
 check_shell() { git ls-files -z '*.sh' .ci/run | xargs -0 .venv/bin/shellcheck -x; }
 
-set_up export,dev,tensorrt-rtx,openvino,train-demo,ray,docs
+set_up export,dev,tensorrt-rtx,openvino,train-demo,ray,video,docs
 
 if (($# == 0)); then
     failed=()

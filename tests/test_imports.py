@@ -21,6 +21,7 @@ MAY_IMPORT = {  # DESIGN's directions: a room and the rooms below it that it may
     "cluster": {"serve", "runtime", *BELOW_RUNTIME},
     "triton_backend": {"serve", "runtime", *BELOW_RUNTIME},
     "serve": {"runtime", *BELOW_RUNTIME},
+    "video": {"runtime", *BELOW_RUNTIME},
     "export": BELOW_RUNTIME,
     "runtime": BELOW_RUNTIME,
     "samplers": {"errors"},
@@ -30,11 +31,22 @@ MAY_IMPORT = {  # DESIGN's directions: a room and the rooms below it that it may
     "errors": set[str](),
 }
 ROOMS = [room for room in MAY_IMPORT if room != "errors"]
-WITHOUT_EXPORT = ("serve", "cluster", "triton_backend", "runtime", "samplers", "weights", "families", "engines")
+WITHOUT_EXPORT = (
+    "serve",
+    "cluster",
+    "triton_backend",
+    "video",
+    "runtime",
+    "samplers",
+    "weights",
+    "families",
+    "engines",
+)
 WRAPPED = {  # a library and the only module that imports it; the bench also times a rival that stands on ONNX Runtime
     "onnxruntime": {"engines/onnx_runtime.py", "tools/bench/optimum_contender.py"},
     "openvino": {"engines/openvino.py"},
     "cv2": {"runtime/control_images.py"},
+    "av": {"video/source.py", "video/segments.py"},
     "tensorrt": set[str](),  # by name, in engines/tensorrt/api.py
     "tensorrt_rtx": set[str](),
 }

@@ -1,0 +1,179 @@
+"""Generate an image from every frame of a video, and write them as a video with the same times and sound.
+
+Finished segments are kept in OUTPUT.segments until the video is whole: after an interruption the same command continues
+there. Every frame has the same seed, so that what stays the same in the video stays the same in the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import (
+    BUNDLE_HELP,
+    add_allow_random_weights,
+    add_backend,
+    add_image_settings,
+    folder,
+    open_bundle,
+)
+
+if TYPE_CHECKING:
+    from ..runtime import Pipeline
+    from ..video.conversion import Progress, VideoJob
+
+EXTRA = "video"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the bundle, the two videos, the prompt, the settings of the images, and the engines."""
+    parser.add_argument("bundle", type=folder, help=BUNDLE_HELP)
+    parser.add_argument("source", metavar="INPUT", help="a video file, an address, or with --format a device")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a name in .mp4, .m4v, .mov, .mkv or .webm")
+    parser.add_argument("prompt", help="text that describes the images")
+    parser.add_argument("--strength", type=float, metavar="X", help="above 0 to 1, how far frames become noise (0.8)")
+    parser.add_argument("--keep-steps", action="store_true", help="run all steps over what --strength leaves of them")
+    add_image_settings(parser)
+    parser.add_argument("--resize-mode", choices=["crop", "stretch", "fill"], default="crop", help="default: crop")
+    parser.add_argument("--seed", type=int, default=0, help="of every frame (default: 0)")
+    parser.add_argument(
+        "--control", action="append", default=[], metavar="NAME", help="a ControlNet that follows the frames"
+    )
+    parser.add_argument("--control-scale", type=float, metavar="X", help="strength of the ControlNets")
+    parser.add_argument(
+        "--skip-similar", type=float, metavar="X", help="repeat the last image for frames of this similarity, e.g. 0.98"
+    )
+    parser.add_argument("--frames", type=_count, metavar="N", help="stop after N frames")
+    parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
+    parser.add_argument("--replace", action="store_true", help="overwrite OUTPUT, and segments of other settings")
+    group = parser.add_argument_group("cameras and streams", "Ctrl-C ends them; the video is written then")
+    group.add_argument("--format", metavar="NAME", help="FFmpeg's name of the device, such as v4l2 for /dev/video0")
+    group.add_argument(
+        "--input-option",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of FFmpeg, such as video_size=640x480",
+    )
+    add_backend(parser, "as for generate (default: auto)")
+    parser.add_argument("--target", metavar="NAME", help="TensorRT engines: a target, or a part of its name")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
+    add_allow_random_weights(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, such as framerate=30")
+    return name, value
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert the video, showing frames per second and the time left."""
+    from ..engines.files import lock_file
+    from ..video.conversion import check_places, convert_video
+    from .console import err, frame_bar
+
+    job = _job(args)
+    check_places(job)  # before the engines are loaded
+    bundle = open_bundle(args.bundle)
+    bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
+    pipe = _load(args, bundle)
+    waiting = f"waiting for another process that writes {job.output}"
+    with lock_file(job.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
+        try:
+            with frame_bar(str(job.output)) as show:
+                progress = convert_video(pipe, job, lambda now: show(now.frames, now.total))
+        except KeyboardInterrupt:
+            if not job.segments_folder.exists():
+                raise
+            words = f"finished segments are in {job.segments_folder}: the same command continues"
+            raise KeyboardInterrupt(words) from None
+    _say_end(job, progress)
+
+
+def _job(args: argparse.Namespace) -> VideoJob:
+    from ..runtime.params import Params
+    from ..video.conversion import VideoJob
+
+    width, height = args.size or (None, None)
+    params = Params(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        eta=args.eta,
+        guidance_scale=args.guidance_scale,
+        height=height,
+        width=width,
+        seed=args.seed,
+        strength=args.strength,
+        keep_steps=args.keep_steps,
+        controlnet_conditioning_scale=args.control_scale,
+        resize_mode=args.resize_mode,
+        force=args.force,
+    )
+    return VideoJob(
+        source=args.source,
+        output=args.output,
+        params=params,
+        control=tuple(args.control),
+        skip_similar=args.skip_similar,
+        format=args.format,
+        options=dict(args.input_option),
+        most_frames=args.frames,
+        has_audio=not args.no_audio,
+        replace=args.replace,
+    )
+
+
+def _load(args: argparse.Namespace, bundle: Any) -> Pipeline:
+    """Load the pipeline, and print which backend runs where."""
+    import time
+
+    from ..runtime import Pipeline
+    from .console import StageNotes, say_loaded
+
+    began, progress = time.perf_counter(), StageNotes()
+    progress.start(f"loading {args.bundle}")
+    try:
+        pipe = Pipeline.load(bundle, args.backend, args.device, args.target, progress, precision=args.precision)
+    finally:
+        progress.hide()
+    say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
+    return pipe
+
+
+def _say_end(job: VideoJob, progress: Progress) -> None:
+    """Print what was written; a source that was not whole is an error all the same."""
+    from ..errors import UserError
+    from .console import out
+
+    line = f"{job.output}  {progress.frames} frames{''.join(f', {words}' for words in _remarks(progress))}"
+    out().print(line, markup=False, soft_wrap=True)
+    reasons = [f"{progress.damaged} packets could not be decoded"] if progress.damaged else []
+    reasons += [progress.problem] if progress.problem else []
+    if reasons:
+        raise UserError(f"{job.source} is not whole ({', '.join(reasons)}): {job.output} has what could be decoded")
+    if progress.interrupted:
+        raise KeyboardInterrupt(f"{job.output} has the frames until then")
+
+
+def _remarks(progress: Progress) -> Iterator[str]:
+    if progress.found:
+        yield f"{progress.found} of them from an earlier run"
+    if made := progress.frames - progress.found:
+        yield f"{made / progress.seconds:.2f} frames/s"
+    if progress.repeated:
+        yield f"{progress.repeated} repeat the one before"
+    if progress.dropped:
+        yield f"{progress.dropped} of the source were left out, to keep up with it"
