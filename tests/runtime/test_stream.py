@@ -11,12 +11,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from frame_pipe import SIZE, FramePipe, stream_threads
 from PIL import Image
 
 from hypersd.errors import RequestError
@@ -24,30 +24,7 @@ from hypersd.runtime.params import Params
 from hypersd.runtime.similar_frames import MOST_SKIPPED, SimilarFrames
 from hypersd.runtime.stream import Stream
 
-SIZE = 16
 WAIT = 20.0  # seconds after which a thread is taken for stuck
-
-
-class Standin:
-    """A pipeline whose image is its frame, darkened; ``begin`` is called with the params of every image."""
-
-    device = torch.device("cpu")
-    manifest = SimpleNamespace(controlnets={})
-
-    def __init__(self, begin: Callable[[Params], None] = lambda params: None) -> None:
-        self.begin = begin
-        self.calls: list[Params] = []
-
-    def decide(self, params: Params) -> Any:
-        if params.strength is not None and not 0 < params.strength <= 1:
-            raise RequestError(f"strength {params.strength}: expected 0 to 1")
-        count = 1 if isinstance(params.prompt, str) else len(params.prompt)
-        return SimpleNamespace(width=SIZE, height=SIZE, batch=count * params.num_images_per_prompt)
-
-    def generate(self, params: Params) -> Any:
-        self.calls.append(params)
-        self.begin(params)
-        return SimpleNamespace(images=[params.image.point(lambda value: value // 2)])
 
 
 def frame(value: int) -> Image.Image:
@@ -60,11 +37,13 @@ def value(image: Image.Image) -> int:
 
 def stream(frames: Any, begin: Callable[[Params], None] = lambda params: None, **words: Any) -> Stream:
     options = {name: words.pop(name) for name in ("control", "skip_similar", "look_ahead") if name in words}
-    return Stream(Standin(begin), frames, Params(**{"prompt": "a cat", "seed": 1, **words}), **options)  # type: ignore[arg-type]
+    pipe: Any = FramePipe(begin)
+    return Stream(pipe, frames, Params(**{"prompt": "a cat", "seed": 1, **words}), **options)
 
 
-def stream_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hypersd-")]
+def calls_of(images: Stream) -> list[Params]:
+    pipe: Any = images._pipe
+    return pipe.calls
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -82,7 +61,7 @@ def no_threads_stay() -> Iterator[None]:
 
 def test_images_come_in_order_one_for_each_frame() -> None:
     with stream(map(frame, range(0, 60, 2)), look_ahead=3) as images:
-        assert [value(image) for image in images] == list(range(30))
+        assert [value(image) for image in images] == list(range(0, 60, 2))
     assert images.given == 30
     assert next(images, None) is None, "an ended stream stays ended"
 
@@ -115,7 +94,7 @@ def test_a_frame_is_read_while_another_is_generated() -> None:
     def begin(params: Params) -> None:
         assert is_read.wait(WAIT)
 
-    assert [value(image) for image in stream(frames(), begin)] == [1, 2]
+    assert [value(image) for image in stream(frames(), begin)] == [2, 4]
 
 
 def test_two_images_ahead_are_generated_side_by_side() -> None:
@@ -144,7 +123,7 @@ def test_params_change_while_it_runs() -> None:
     for i, _ in enumerate(pipe):
         if i == 2:
             pipe.update(prompt="a dog", strength=0.75, seed=5)
-    calls = pipe._pipe.calls  # type: ignore[attr-defined]
+    calls = calls_of(pipe)
     assert [(call.prompt, call.strength, call.seed) for call in calls[:3]] == [("a cat", 0.5, 1)] * 3
     assert [(call.prompt, call.strength, call.seed) for call in calls[4:]] == [("a dog", 0.75, 5)] * 5
     assert pipe.params.prompt == "a dog"
@@ -164,7 +143,7 @@ def test_a_wrong_change_changes_nothing() -> None:
 def test_a_stream_without_a_seed_draws_one_for_all_frames() -> None:
     pipe = stream(map(frame, range(5)), seed=None)
     list(pipe)
-    assert {call.seed for call in pipe._pipe.calls} == {pipe.seed}  # type: ignore[attr-defined]
+    assert {call.seed for call in calls_of(pipe)} == {pipe.seed}
 
 
 def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
@@ -176,7 +155,7 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
     with pytest.raises(OSError, match="the camera has gone"):
         for image in pipe:
             values.append(value(image))
-    assert values == [1, 2, 3]
+    assert values == [2, 4, 6]
     assert next(pipe, None) is None
 
 
@@ -190,7 +169,7 @@ def test_an_error_of_the_source_comes_after_the_images_before_it() -> None:
 )
 def test_a_wrong_frame_is_an_error_in_its_place(bad: Any, words: str) -> None:
     pipe = stream([frame(2), bad, frame(4)])
-    assert value(next(pipe)) == 1
+    assert value(next(pipe)) == 2
     with pytest.raises(RequestError, match=words):
         next(pipe)
     assert next(pipe, None) is None
@@ -202,7 +181,7 @@ def test_an_error_of_a_network_is_raised_in_its_place() -> None:
             raise RuntimeError("out of memory")
 
     pipe = stream(map(frame, (2, 4, 6)), begin)
-    assert value(next(pipe)) == 1
+    assert value(next(pipe)) == 2
     with pytest.raises(RuntimeError, match="out of memory"):
         next(pipe)
 
@@ -282,9 +261,9 @@ def test_similar_frames_are_skipped_as_in_streamdiffusion() -> None:
 def test_a_still_scene_is_generated_every_eleventh_frame() -> None:
     pipe = stream([frame(200)] * 23, skip_similar=0.98)
     images = list(pipe)
-    assert (pipe.given, pipe.skipped, len(pipe._pipe.calls)) == (23, 20, 3)  # type: ignore[attr-defined]
+    assert (pipe.given, pipe.skipped, len(calls_of(pipe))) == (23, 20, 3)
     images[0].paste((255, 0, 0), (0, 0, SIZE, SIZE))
-    assert {value(image) for image in images[1:]} == {100}, "a repeated image is the caller's own"
+    assert {value(image) for image in images[1:]} == {200}, "a repeated image is the caller's own"
 
 
 def test_a_change_of_params_is_seen_in_a_still_scene() -> None:
@@ -292,7 +271,7 @@ def test_a_change_of_params_is_seen_in_a_still_scene() -> None:
     for i, _ in enumerate(pipe):
         if i == 1:
             pipe.update(prompt="a dog")
-    assert [call.prompt for call in pipe._pipe.calls] == ["a cat", "a dog"]  # type: ignore[attr-defined]
+    assert [call.prompt for call in calls_of(pipe)] == ["a cat", "a dog"]
 
 
 # Wrong words
