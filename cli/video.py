@@ -103,9 +103,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _job(args: argparse.Namespace) -> VideoJob:
+    from ..errors import RequestError
     from ..runtime.params import Params
     from ..video.conversion import VideoJob
 
+    if args.control_scale is not None and not args.control:
+        raise RequestError("--control-scale is about a ControlNet: expected --control NAME with it")
     width, height = args.size or (None, None)
     params = Params(
         prompt=args.prompt,

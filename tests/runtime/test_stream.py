@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ import torch
 from frame_pipe import SIZE, FramePipe, stream_threads
 from PIL import Image
 
+from hypersd import Pipeline
 from hypersd.errors import RequestError
+from hypersd.runtime.control_images import canny
+from hypersd.runtime.image_files import fit
 from hypersd.runtime.params import Params
 from hypersd.runtime.similar_frames import MOST_SKIPPED, SimilarFrames
 from hypersd.runtime.stream import Stream
@@ -235,6 +239,31 @@ def test_a_stream_that_is_dropped_ends_its_threads() -> None:
     del pipe
     gc.collect()
     wait_until(lambda: not stream_threads())
+
+
+# Images
+
+
+def test_images_are_those_of_single_calls(demo_canny_bundle: Path) -> None:
+    """To the pixel: of any size, with two at a time, with a ControlNet that sees the frames, and after a change."""
+    pipe, generator = Pipeline.load(demo_canny_bundle), np.random.default_rng(0)
+    (name,) = pipe.manifest.controlnets
+    frames = [Image.fromarray(generator.integers(0, 256, (90 + 8 * i, 130, 3), np.uint8)) for i in range(4)]
+    floats = np.asarray(fit(frames[0], 96, 96), np.float32) / 255
+    words: dict[str, Any] = {"strength": 0.5, "keep_steps": True, "seed": 3}
+    with pipe.stream([*frames, floats], "a red circle", control=name, look_ahead=2, **words) as images:
+        streamed = list(images)
+    for source, image in zip([*frames, frames[0]], streamed, strict=True):
+        edges = {name: canny(fit(source, 96, 96))}
+        single = pipe("a red circle", image=source, control_image=edges, **words).images[0]
+        assert image.tobytes() == single.tobytes()
+    with pipe.stream(frames * 2, "a red circle", output_type="np", **words) as images:
+        first = next(images)
+        images.update(prompt="a green star", strength=0.75)
+        last = list(images)[-1]
+    assert np.array_equal(first, pipe("a red circle", image=frames[0], output_type="np", **words).images[0])
+    words["strength"] = 0.75
+    assert np.array_equal(last, pipe("a green star", image=frames[3], output_type="np", **words).images[0])
 
 
 # Similar frames
