@@ -19,6 +19,7 @@ from .arguments import (
     folder,
     open_bundle,
 )
+from .image_options import add_strength
 
 if TYPE_CHECKING:
     from ..runtime import Pipeline
@@ -33,22 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="INPUT", help="a video file, an address, or with --format a device")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a name in .mp4, .m4v, .mov, .mkv or .webm")
     parser.add_argument("prompt", help="text that describes the images")
-    parser.add_argument("--strength", type=float, metavar="X", help="above 0 to 1, how far frames become noise (0.8)")
-    parser.add_argument("--keep-steps", action="store_true", help="run all steps over what --strength leaves of them")
     add_image_settings(parser)
-    parser.add_argument("--resize-mode", choices=["crop", "stretch", "fill"], default="crop", help="default: crop")
     parser.add_argument("--seed", type=int, default=0, help="of every frame (default: 0)")
-    parser.add_argument(
-        "--control", action="append", default=[], metavar="NAME", help="a ControlNet that follows the frames"
+    group = parser.add_argument_group("frames", "each is the init image of an image")
+    add_strength(group)
+    group.add_argument(
+        "--resize-mode",
+        choices=["crop", "stretch", "fill"],
+        default="crop",
+        help="fit frames to the size of the images: cut to its aspect, distorted, or with edges filled (default: crop)",
     )
-    parser.add_argument("--control-scale", type=float, metavar="X", help="strength of the ControlNets")
-    parser.add_argument(
+    group.add_argument(
+        "--control", action="append", default=[], metavar="NAME", help="a ControlNet that sees the frames, too"
+    )
+    group.add_argument("--control-scale", type=float, metavar="X", help="strength of the ControlNets")
+    group.add_argument(
         "--skip-similar", type=float, metavar="X", help="repeat the last image for frames of this similarity, e.g. 0.98"
     )
-    parser.add_argument("--frames", type=_count, metavar="N", help="stop after N frames")
+    group.add_argument("--frames", type=_count, metavar="N", help="stop after N frames")
     parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
     parser.add_argument("--replace", action="store_true", help="overwrite OUTPUT, and segments of other settings")
-    group = parser.add_argument_group("cameras and streams", "Ctrl-C ends them; the video is written then")
+    group = parser.add_argument_group("cameras and streams", "frames that come too fast are left out; Ctrl-C ends it")
     group.add_argument("--format", metavar="NAME", help="FFmpeg's name of the device, such as v4l2 for /dev/video0")
     group.add_argument(
         "--input-option",

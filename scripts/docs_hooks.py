@@ -24,6 +24,7 @@ PYTHON: dict[str, tuple[str, ...]] = {
     "hypersd.runtime": (),
     "hypersd.runtime.params": ("Params",),
     "hypersd.runtime.request": ("Request",),
+    "hypersd.runtime.stream": ("Stream",),
     "hypersd.runtime.image_files": ("open_image", "fit"),
     "hypersd.runtime.control_images": ("canny", "scribble", "preprocess"),
     "hypersd.errors": (),

@@ -248,8 +248,6 @@ def _settings(pipe: Pipeline, job: VideoJob) -> dict[str, Any]:
         "source_version": [file.st_size, file.st_mtime_ns] if file else time.time_ns(),
         **image,
         "bundle": hashlib.sha256(msgspec.json.encode(pipe.manifest)).hexdigest(),
-        "strength": stream.request.strength,
-        "keep_steps": stream.request.keep_steps,
         "resize_mode": job.params.resize_mode,
         "control": job.control,
         "skip_similar": job.skip_similar,

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from stand_in_service import RunningServer
+from tiny_videos import write_video
 
 from hypersd.cli import main, make_parser
 from hypersd.engines import Bundle
@@ -89,6 +90,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, demo_canny_bundle: Path) -> 
     pixels = np.full((80, 120, 3), 250, np.uint8)
     pixels[20:60, 40:80] = (200, 30, 30)
     Image.fromarray(pixels).save(root / "photo.jpg")
+    write_video(root / "in.mp4", (0, 100, 200))
     return root
 
 
@@ -147,7 +149,8 @@ def test_block_runs(block: Block, clone: Path, monkeypatch: pytest.MonkeyPatch, 
         code = block.code.replace(SERVICE, address).replace("localhost:8000", address)
         block = block._replace(code=code)
     (controlnet,) = Bundle.load(clone / "bundles" / "xl-canny").manifest.controlnets  # the stand-in's own name
-    block = block._replace(code=block.code.replace('"canny":', f'"{controlnet}":'))
+    for words in ('"{}":', '"{}"', "--control {}"):
+        block = block._replace(code=block.code.replace(words.format("canny"), words.format(controlnet)))
     if block.language == "bash":
         run_bash(block)
     else:
