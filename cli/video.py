@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="text that describes the images")
     add_image_settings(parser)
     parser.add_argument("--seed", type=int, default=0, help="of every frame (default: 0)")
-    group = parser.add_argument_group("frames", "each is the init image of an image")
+    group = parser.add_argument_group("frames", "each is an init image")
     add_strength(group)
     group.add_argument(
         "--resize-mode",

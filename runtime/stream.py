@@ -89,8 +89,7 @@ class Stream(Iterator[Any]):
         self._controls = _control_kinds(pipe, control, params)
         seed = random_seed() if params.seed is None else params.seed
         self._params, self._request = self._checked(dataclasses.replace(params, seed=seed))
-        (noise_seed,) = seed if isinstance(seed, (list, tuple)) else (seed,)
-        self._similar = None if skip_similar is None else SimilarFrames(skip_similar, int(noise_seed))
+        self._similar = None if skip_similar is None else SimilarFrames(skip_similar, (self._request.seeds or (0,))[0])
         self._changes = self._seen_changes = 0
         self.given = self.skipped = 0
         # torch's current stream is a thread's own: tensors from a worker's thread are for the stream of the caller.

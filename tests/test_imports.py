@@ -16,7 +16,7 @@ import hypersd
 ROOT = Path(hypersd.__file__).parent
 BELOW_RUNTIME = {"samplers", "weights", "families", "engines", "errors"}
 MAY_IMPORT = {  # DESIGN's directions: a room and the rooms below it that it may import; every file's own room besides
-    "cli": {"tools", "serve", "cluster", "triton_backend", "export", "runtime", *BELOW_RUNTIME},
+    "cli": {"tools", "serve", "cluster", "triton_backend", "video", "export", "runtime", *BELOW_RUNTIME},
     "tools": {"export", "runtime", *BELOW_RUNTIME},
     "cluster": {"serve", "runtime", *BELOW_RUNTIME},
     "triton_backend": {"serve", "runtime", *BELOW_RUNTIME},

@@ -146,13 +146,13 @@ def _video_packets(segments: Sequence[Path], stream: Any, last_duration: Fractio
 
 
 def _audio_packets(container: Any, copies: Mapping[int, Any], end: Fraction | None) -> Iterator[Any]:
-    import av
+    from av.error import FFmpegError
 
     packets = container.demux(list(container.streams.audio))
     while True:
         try:
             packet = next(packets, None)
-        except av.error.FFmpegError:  # a truncated file, which its video has told
+        except FFmpegError:  # a truncated file, which its video has told
             return
         if packet is None:
             return
@@ -165,11 +165,11 @@ def _audio_packets(container: Any, copies: Mapping[int, Any], end: Fraction | No
 @contextlib.contextmanager
 def in_words(path: Path) -> Iterator[None]:
     """Turn PyAV's errors of writing a file into those of Python, and of a missing encoder into one line."""
-    import av
+    from av.error import FFmpegError
 
     try:
         yield
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         if isinstance(error, OSError):

@@ -72,6 +72,7 @@ class VideoSource:
 
     def __init__(self, place: str, format: str | None = None, options: Mapping[str, str] | None = None) -> None:
         import av
+        from av.error import FFmpegError
 
         self.place = place
         av.logging.set_level(av.logging.FATAL)  # FFmpeg's lines about the rest come as exceptions, too
@@ -79,7 +80,7 @@ class VideoSource:
             self._container: Any = av.open(place, format=format, options=dict(options or {}))
         except FileNotFoundError as error:
             raise RequestError(f"{place} is not there: expected a video file, an address or a device") from error
-        except (av.error.FFmpegError, OSError) as error:
+        except (FFmpegError, OSError) as error:
             words = f"{place} cannot be read as a video ({error.strerror or one_line(error)})"
             raise RequestError(f"{words}: expected a file, an address or a device that FFmpeg reads") from error
         except ValueError as error:  # an unknown format
@@ -104,7 +105,7 @@ class VideoSource:
 
     def frames(self) -> Iterator[VideoFrame]:
         """All frames in order; times always rise. What cannot be decoded is left out and counted."""
-        import av
+        from av.error import FFmpegError
 
         packets = self._container.demux(self._stream)
         while True:
@@ -113,7 +114,7 @@ class VideoSource:
                     if self._is_closed or (packet := next(packets, None)) is None:
                         break
                     decoded = self._decoded(packet)
-            except av.error.FFmpegError as error:
+            except FFmpegError as error:
                 self.problem = one_line(error)
                 break
             yield from map(self._timed, decoded)
@@ -136,7 +137,7 @@ class VideoSource:
         self.close()
 
     def _decoded(self, packet: Any) -> Sequence[Any]:
-        import av
+        from av.error import FFmpegError
 
         if packet.pts is not None:
             self._packets_end = max(self._packets_end, packet.pts + (packet.duration or 0))
@@ -145,7 +146,7 @@ class VideoSource:
                 self.damaged += 1
                 return ()
             return packet.decode()
-        except av.error.FFmpegError:
+        except FFmpegError:
             self.damaged += 1
             return ()
 
