@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -11,9 +13,10 @@ from ..errors import BundleError, DeviceError, RequestError
 from .bundle import Bundle
 from .engine import Engine
 from .image_shapes import narrowed
+from .late_engine import LATE, LateEngine
 from .manifest import Manifest
 from .progress import Progress, Silent
-from .specs import EngineTarget
+from .specs import Component, EngineTarget
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
 from .tensorrt.targets import target_name
@@ -194,18 +197,26 @@ def load_choice(
     if choice.precision is not None:
         from .openvino import OpenVinoEngine
 
-        return {
-            name: OpenVinoEngine(name, bundle.path(component.onnx), component, choice.precision)
-            for name, component in components.items()
-        }
+        load = functools.partial(OpenVinoEngine, precision=choice.precision)
+        return _on_the_cpu(bundle, components, load)
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
     resolved = resolve_device(device)
-    stream = torch.cuda.Stream(resolved) if resolved.type == "cuda" else None  # torch has few: one for all networks
+    if resolved.type == "cpu":
+        return _on_the_cpu(bundle, components, functools.partial(OnnxRuntimeEngine, device=resolved))
+    stream = torch.cuda.Stream(resolved)  # torch has few: one for all networks
     return {
         name: OnnxRuntimeEngine(name, bundle.path(component.onnx), component, resolved, stream=stream)
         for name, component in components.items()
     }
+
+
+def _on_the_cpu(
+    bundle: Bundle, components: Mapping[str, Component], load: Callable[[str, Path, Component], Engine]
+) -> dict[str, Engine]:
+    """Engines on the CPU, those that only some calls run not loaded yet."""
+    loaders = {name: functools.partial(load, name, bundle.path(part.onnx), part) for name, part in components.items()}
+    return {name: LateEngine(components[name], make) if name in LATE else make() for name, make in loaders.items()}
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:

@@ -13,6 +13,7 @@ from ..engines.precision import PRECISIONS, PrecisionName
 from ..engines.progress import Progress, Silent, Stage
 from ..engines.specs import Component
 from ..errors import RequestError, UserError
+from ..families import find_family
 from ..weights.lora_file import LoraFile
 from ..weights.safetensors_file import SafetensorsFile
 from .check import check_graph, check_outputs, reference_cases
@@ -87,6 +88,7 @@ def export_bundle(
         sources = find_sources(entry, given, options.precision, progress.downloads)
         for note in sources.notes:
             progress.note(note)
+        _check_text_only(options, sources, entry.family)
         loras = check_sources(sources, entry.family, options.lora_scale, options.text_only)
         for name, lora in loras.items():
             if name != "lora" or not sources.lora or not sources.lora.repo:  # published ones are known to be whole
@@ -110,6 +112,12 @@ def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
     check_scale(options.lora_scale, "lora_scale")
     for lora in options.sources.added_loras:
         check_scale(lora.scale, f"{lora.location}: the LoRA's scale")
+
+
+def _check_text_only(options: ExportOptions, sources: Sources, family: str) -> None:
+    """A UNet for inpainting has the latents of an image among its inputs, in every call."""
+    if options.text_only and sources.parts["unet"].config.get("in_channels") == find_family(family).inpainting_channels:
+        raise RequestError(f"{sources.base} is for inpainting, which needs the VAE's encoder: leave --text-only out")
 
 
 class _Export:

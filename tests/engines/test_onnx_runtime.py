@@ -369,7 +369,19 @@ def test_threads_follow_the_cores(
     """In a container the machine's cores are not ours: ONNX Runtime's own guess would be too many threads."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     engines = load_engines(Bundle.load(sd15_bundle), "onnxruntime", "cpu")
-    assert session_threads == [cores] * len(engines)
+    assert session_threads == [cores] * (len(engines) - 1), "the VAE's encoder comes later"
+
+
+def test_the_encoder_is_loaded_at_its_first_run(session_threads: list[int], sd15_bundle: Path) -> None:
+    """A pipeline that is given no image does not pay for it; threads that need it at once load it once."""
+    engine = load_engines(Bundle.load(sd15_bundle), "onnxruntime", "cpu")["vae_encoder"]
+    loaded, images = len(session_threads), {"sample": torch.zeros(1, 3, 64, 64)}
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(lambda _: engine.run(images)["latent_parameters"].clone(), range(4))
+    assert len(session_threads) == loaded + 1
+    assert all(torch.equal(first, other) for other in others)
+    with pytest.raises(EngineError, match="sample"):
+        engine.run({"sample": torch.zeros(1, 3, 64, 72)})
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's CPU affinity")

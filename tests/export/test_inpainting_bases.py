@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from hypersd.engines import Bundle
 from hypersd.errors import RequestError, WeightsError
+from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.component_exports import component_exports
 from hypersd.export.controlnet_sources import ControlNetSource
@@ -117,6 +118,13 @@ def test_the_family_still_counts(tiny_repos: Path) -> None:
     with pytest.raises(WeightsError) as error:
         find("sd15", tiny_repos, base=str(tiny_repos / SDXL_INPAINT_REPO))
     one_line(error, "holds a SDXL model", "needs SD1.5")
+
+
+def test_text_alone_is_not_for_inpainting(inpainting_options: Options, tmp_path: Path) -> None:
+    """The UNet takes an image's latents in every call."""
+    options = ExportOptions(sources=inpainting_options("Hyper-SD15-1step-lora"), text_only=True)
+    with pytest.raises(RequestError, match=r"stable-diffusion-inpainting is for inpainting, .*leave --text-only out"):
+        export_bundle("Hyper-SD15-1step-lora", tmp_path / "out", options)
 
 
 def test_no_one_graph(export_inpainting: Callable[[str], Path]) -> None:
