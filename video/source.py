@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,7 @@ USUAL_RATE = Fraction(25)  # frames per second, where a source does not say
 #: formats whose headers say how long the video is; of others FFmpeg estimates it
 WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "asf")
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+BETWEEN_FRAMES = 0.002  # seconds
 CLOSING_SECONDS = 2.0  # for a read in another thread to end
 
 
@@ -114,6 +116,10 @@ class VideoSource:
                     if self._is_closed or (packet := next(packets, None)) is None:
                         break
                     decoded = self._decoded(packet)
+            except BlockingIOError:  # cameras of macOS, between two frames; it has ended the iterator as well
+                time.sleep(BETWEEN_FRAMES)
+                packets = self._container.demux(self._stream)
+                continue
             except FFmpegError as error:
                 self.problem = one_line(error)
                 break

@@ -354,6 +354,28 @@ def test_an_interruption_ends_a_camera_and_its_video_is_written(tmp_path: Path) 
     assert len(read_video(tmp_path / "out.mp4").times) == progress.frames == 7
 
 
+def test_a_camera_without_a_frame_yet_is_asked_again(source: Path) -> None:
+    """As FFmpeg's avfoundation, which does not wait for the next one."""
+
+    class Hesitant:
+        def __init__(self, container: Any) -> None:
+            self.container, self.calls = container, 0
+
+        def demux(self, stream: Any) -> Iterator[Any]:
+            self.calls += 1
+            if self.calls < 3:
+                raise av.error.BlockingIOError(35, "Resource temporarily unavailable")
+            yield from self.container.demux(stream)
+
+        def close(self) -> None:
+            self.container.close()
+
+    with VideoSource(str(source)) as video:
+        video._container = hesitant = Hesitant(video._container)
+        assert len(list(video.frames())) == 12
+    assert hesitant.calls == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
