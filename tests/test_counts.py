@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 import pytest
 from counting import counting_pipe
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,6 +97,19 @@ def test_torch_operations_of_an_image(
     assert sum(work.kernels.values()) <= kernels, work.kernels
     assert work.allocated <= allocated
     assert work.copied <= copied
+
+
+def test_operations_that_an_init_image_adds(sd15_bundle: Path) -> None:
+    """An image of the output's size: one conversion, the encoder's sample with its noise, and noise added once."""
+    pipe = Pipeline.load(sd15_bundle)
+    image = Image.new("RGB", (64, 64), "orange")
+    plain = work_of(pipe)
+    started = work_of(pipe, image=image, strength=1.0)
+    masked = work_of(pipe, image=image, mask_image=image.convert("L"))
+    assert sum((started.kernels - plain.kernels).values()) <= 0, started.kernels - plain.kernels
+    assert sum((masked.kernels - plain.kernels).values()) <= 0, masked.kernels - plain.kernels
+    assert started.allocated - plain.allocated <= 0
+    assert masked.allocated - plain.allocated <= 0
 
 
 def test_operations_that_a_step_adds(sd15_bundle: Path) -> None:

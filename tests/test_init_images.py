@@ -268,3 +268,72 @@ def test_bad_input_is_named(arguments: dict[str, Any], message: str, load: Calla
         load(SAMPLERS[0])(PROMPT, **{"num_inference_steps": 4, **arguments})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+INPAINTING = ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora"]
+
+
+@pytest.fixture(scope="module")
+def inpainting(tiny_repos: Path, export_inpainting: Callable[[str], Path]) -> Callable[[str], tuple[Pipeline, Any]]:
+    """``inpainting(name)``: the pipeline of a base with nine channels, and diffusers' own with the same LoRA."""
+    from make_tiny_repos import SD15_INPAINT_REPO, SDXL_INPAINT_REPO
+
+    @functools.cache
+    def load_both(name: str) -> tuple[Pipeline, Any]:
+        repo = SDXL_INPAINT_REPO if "SDXL" in name else SD15_INPAINT_REPO
+        judge = diffusers.AutoPipelineForInpainting.from_pretrained(str(tiny_repos / repo))
+        judge.load_lora_weights(str(tiny_repos / "ByteDance/Hyper-SD"), weight_name=f"{name}.safetensors")
+        judge.fuse_lora()
+        judge.scheduler = diffusers.TCDScheduler.from_config(judge.scheduler.config)
+        judge.set_progress_bar_config(disable=True)
+        return Pipeline.load(export_inpainting(name)), judge
+
+    return load_both
+
+
+@pytest.mark.parametrize("name", INPAINTING)
+@pytest.mark.parametrize("changes", [{"strength": s} for s in STRENGTHS] + [{"num_images_per_prompt": 2}])
+def test_a_base_for_inpainting_sees_the_mask(
+    name: str, changes: dict[str, Any], inpainting: Callable[[str], tuple[Pipeline, Any]]
+) -> None:
+    """Mask and masked image are five more channels of the UNet, whose noise is drawn after that of the latents."""
+    pipe, judge = inpainting(name)
+    arguments = {"image": photo(), "mask_image": MASKS["part"], "strength": 1.0, **settings(name), **changes}
+    ours, theirs = both(pipe, judge, **arguments)
+    assert np.abs(ours - theirs).max() < TOLERANCE
+    assert theirs.std() > 0.05
+
+
+@pytest.mark.parametrize("name", INPAINTING)
+@pytest.mark.parametrize("strength", [0.6, None])
+def test_a_base_for_inpainting_without_a_mask(
+    name: str, strength: float | None, inpainting: Callable[[str], tuple[Pipeline, Any]]
+) -> None:
+    """Everything is masked: diffusers' image of a white mask; without an image, that of any image."""
+    pipe, judge = inpainting(name)
+    given = {"image": photo(), "strength": strength} if strength else {}
+    ours = pipe(PROMPT, **given, **settings(name), seed=SEED, output_type="np").images
+    arguments = {"image": photo(), "mask_image": MASKS["whole"], "strength": strength or 1.0, **settings(name)}
+    theirs = judge(
+        PROMPT, **arguments, height=SIDE, width=SIDE, generator=torch.Generator().manual_seed(SEED), output_type="np"
+    ).images
+    assert np.abs(ours - theirs).max() < TOLERANCE
+
+
+def test_a_float32_encoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, reference: Callable[[str], Any]) -> None:
+    """SDXL's own VAE stays float32: its sample is drawn in float32, and becomes latents of half precision."""
+    name = "Hyper-SDXL-1step-lora"
+    pipe, judge = Pipeline.load(sdxl_mixed_bundle), make_judge(name, "Img2Img", reference(name).components)
+    assert pipe.engines["vae_encoder"].outputs["latent_parameters"].dtype == "float32"
+    call = {"strength": 0.6, "num_inference_steps": 4, "guidance_scale": 0.0, "eta": 0.0}
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).half()
+    ours = pipe(PROMPT, image=photo(), latents=noise, **call, seed=SEED, output_type="latent").images
+    generator = torch.Generator().manual_seed(SEED)
+    pixels = judge.image_processor.preprocess(photo())
+    sample = judge.prepare_latents(pixels, None, 1, 1, torch.float32, "cpu", generator, add_noise=False)
+    start = judge.scheduler.add_noise(sample, noise.float(), torch.tensor([499]))
+    theirs = judge(PROMPT, image=photo(), latents=start, **call, output_type="latent").images
+    error = (ours.float() - theirs).abs()
+    assert ours.dtype == torch.float16
+    assert error.max() < 0.05 * theirs.abs().max()
+    assert error.mean() < 5e-3 * theirs.abs().mean()

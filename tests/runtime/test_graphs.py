@@ -62,6 +62,22 @@ def assert_same(graphed: Pipeline, plain: Pipeline, calls: list[dict[str, Any]],
 
 
 @FAMILIES
+def test_a_run_from_an_image_is_one_graph(family: str, request: pytest.FixtureRequest) -> None:
+    """The encoder is inside; image, mask and a strength that leaves as many steps are inputs, not keys."""
+    graphed, plain, capture = make_pipes(request.getfixturevalue(f"{family}_bundle"))
+    images = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5 + i), 20).convert("RGB") for i in range(2)]
+    mask = Image.linear_gradient("L")
+    for i in range(5):
+        image = images[i % 2]
+        for call in (
+            {"image": image, "strength": [0.5, 0.6][i % 2], "num_inference_steps": 4, "eta": 1.0},
+            {"image": image, "mask_image": mask.rotate(90 * i), "num_inference_steps": 2},
+        ):
+            assert_same(graphed, plain, [call], rounds=1)
+    assert capture.image_captures == 2
+
+
+@FAMILIES
 def test_images_are_those_of_the_plain_pipeline(family: str, request: pytest.FixtureRequest) -> None:
     """Settings that alternate, each with a graph of its own, under prompts and seeds that share it."""
     graphed, plain, capture = make_pipes(request.getfixturevalue(f"{family}_bundle"))
