@@ -22,7 +22,7 @@ class Call:
         settings: those that decide how images are computed.
         tokenized: the prompts, after the negative ones if they are encoded.
         images: images on the host, one or as many as prompts of each, by the name of the image function's input:
-            control images [N, 3, H, W] in 0..1, the init image [N, 3, H, W] in -1..1, the mask [N, 1, H, W].
+            control images [N, 3, H, W] in 0..1, an init image and a mask (:mod:`.starts`).
         generator: the source of the noise.
         latents: the caller's own noise; None for the generator's.
         clock: times the stages.

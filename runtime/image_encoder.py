@@ -34,10 +34,10 @@ class ImageEncoder:
     def parameters(self, image: Tensor) -> Tensor:
         """Mean and log-variance of the latents [N, 8, h, w], or TAESD's latents [N, 4, h, w].
 
-        ``image`` is [N, 3, H, W] in -1..1. The result is a tensor of the caller's own.
+        ``image`` is [N, 3, H, W] in -1..1. The result may be the engine's buffer.
         """
         rows = image.to(TORCH_DTYPES[self.engine.inputs["sample"].dtype]).contiguous()
-        return run_rows(self.engine, {"sample": rows})["latent_parameters"].clone()
+        return run_rows(self.engine, {"sample": rows})["latent_parameters"]
 
     def latents(self, parameters: Tensor, noise: Tensor | None, batch: int) -> Tensor:
         """Scaled latents [batch, 4, h, w]: a sample of the distribution (Kingma and Welling, arXiv:1312.6114, eq. 10).
@@ -45,10 +45,15 @@ class ImageEncoder:
         ``noise`` [N or batch, 4, h, w] is standard normal, and None for an encoder that gives latents.
         """
         if noise is not None:
-            mean, logvar = parameters.repeat_interleave(len(noise) // len(parameters), dim=0).chunk(2, dim=1)
+            mean, logvar = repeated(parameters, len(noise)).chunk(2, dim=1)
             parameters = mean + torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE)) * noise
         latents = parameters.to(self.dtype) * self.vae.scaling_factor
-        return latents.repeat_interleave(batch // len(latents), dim=0)
+        return repeated(latents, batch)
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """Each row as often as makes ``count`` rows."""
+    return rows if len(rows) == count else rows.repeat_interleave(count // len(rows), dim=0)
 
 
 def make_encoder(manifest: Manifest, engines: Mapping[str, Engine], dtype: torch.dtype) -> ImageEncoder | None:

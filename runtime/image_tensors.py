@@ -38,10 +38,20 @@ def to_tensor(
         rows = [to_tensor(one, width, height, resize_mode, mode=mode, least=least) for one in image]
         return torch.cat(rows)
     if isinstance(image, Image.Image):
-        pixels = np.asarray(fit(to_rgb(image), width, height, resize_mode).convert(mode))
-        rows = np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1), np.float32)
-        return torch.from_numpy(rows / 255.0).unsqueeze(0)
+        return from_bytes(to_bytes(image, width, height, resize_mode, mode))
     return _checked(_rows(image, CHANNELS[mode]), CHANNELS[mode], width, height, least)
+
+
+def to_bytes(image: Image.Image, width: int, height: int, resize_mode: str, mode: str = "RGB") -> Tensor:
+    """An image as it lies in memory: uint8 [1, height, width, 3], for ``mode`` ``"L"`` [1, height, width, 1]."""
+    fitted = fit(to_rgb(image), width, height, resize_mode)
+    pixels = np.array(fitted if mode == "RGB" else fitted.convert(mode))  # a copy, which torch may write to
+    return torch.from_numpy(pixels).view(1, height, width, CHANNELS[mode])
+
+
+def from_bytes(pixels: Tensor) -> Tensor:
+    """Bytes [N, H, W, C] on any device as float32 [N, C, H, W] in 0..1, with the rounding of diffusers."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
 
 
 def _rows(image: Any, channels: int) -> Tensor:

@@ -10,7 +10,7 @@ from ..engines.specs import LARGEST_SIDE
 from ..errors import RequestError
 from ..samplers.numbers import whole_number
 from .image_files import blurred, to_rgb
-from .image_tensors import to_tensor
+from .image_tensors import to_bytes, to_tensor
 from .mask_crop import MaskCrop, find_crop
 from .params import Params
 from .request import Request
@@ -20,9 +20,10 @@ LARGEST_BLUR = 1024  # pixels
 
 
 def make_init_images(params: Params, request: Request) -> dict[str, Tensor]:
-    """The image [N, 3, H, W] in -1..1 and the mask [M, 1, H, W] of zeros and ones, float32 on the host, by input.
+    """The image and the mask on the host, by input: as :func:`.starts.make_start` takes them.
 
-    N and M are 1 or the number of prompts. A UNet for inpainting has both in any case: without an image all is masked.
+    There is one of each, or one for each prompt. A UNet for inpainting has both in any case: without an image all is
+    masked.
 
     Raises:
         RequestError: one is no image, or of another size, or there are neither one nor as many as prompts.
@@ -31,9 +32,8 @@ def make_init_images(params: Params, request: Request) -> dict[str, Tensor]:
         return {}
     if params.image is None:
         size = request.height, request.width
-        return {IMAGE: torch.zeros(1, 3, *size), MASK: torch.ones(1, 1, *size)}
-    fitting = (request.width, request.height, params.resize_mode)
-    images = {IMAGE: _counted("image", to_tensor(params.image, *fitting), request) * 2 - 1}
+        return {IMAGE: torch.zeros(1, 3, *size), MASK: torch.ones(1, 1, *size, dtype=torch.uint8)}
+    images = {IMAGE: _counted("image", _image(params, request), request)}
     if request.starts_from == "mask":
         images[MASK] = _mask(params, request)
     return images
@@ -61,10 +61,19 @@ def crop_images(params: Params, request: Request) -> tuple[Params, MaskCrop | No
     return crop.cut(params), crop
 
 
+def _image(params: Params, request: Request) -> Tensor:
+    fitting, given = (request.width, request.height, params.resize_mode), params.image
+    images = given if isinstance(given, (list, tuple)) else [given]
+    if images and all(isinstance(image, Image.Image) for image in images):
+        rows = [to_bytes(image, *fitting) for image in images]  # the rest is done on the device
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    return to_tensor(given, *fitting)
+
+
 def _mask(params: Params, request: Request) -> Tensor:
     """The mask; white everywhere if none was given."""
     if params.mask_image is None:
-        return torch.ones(1, 1, request.height, request.width)
+        return torch.ones(1, 1, request.height, request.width, dtype=torch.uint8)
     radius, given = _blur(params), params.mask_image
     if radius:
         masks = given if isinstance(given, (list, tuple)) else [given]
@@ -75,7 +84,7 @@ def _mask(params: Params, request: Request) -> Tensor:
         rows = to_tensor(given, request.width, request.height, params.resize_mode, mode="L")
     except RequestError as error:
         raise RequestError(f"mask_{error}") from error  # which begins with "image: "
-    return (_counted("mask_image", rows, request) >= 0.5).float()
+    return (_counted("mask_image", rows, request) >= 0.5).to(torch.uint8)
 
 
 def _blur(params: Params) -> int:

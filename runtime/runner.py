@@ -23,7 +23,7 @@ from .image_function import ImageFunction
 from .one_graph_function import OneGraphFunction
 from .pixels import to_images, to_pixels
 from .request import GenerationSettings, Request
-from .starts import draw, latents_shape
+from .starts import START_IMAGES, draw, latents_shape
 from .text import ClipTokenizer, TextConditioner
 
 AfterStep = Callable[[Denoiser, int, int, Tensor], "Tensor | None"]
@@ -139,7 +139,8 @@ class Runner:
         where = {"device": self.device, "dtype": self.dtype}
         encoder = self.stages and self.stages.image_encoder
         return {
-            **{name: image.to(**where) for name, image in call.images.items()},
+            **{name: image.to(self.device) for name, image in call.images.items() if name in START_IMAGES},
+            **{name: image.to(**where) for name, image in call.images.items() if name not in START_IMAGES},
             **draw(call, encoder, latents_shape(self.manifest, call.request), **where),
             **self.function.make_constants(call.request, call.settings),
         }

@@ -13,12 +13,15 @@ from ..errors import RequestError
 from ..samplers import Plan, Sampler
 from ..samplers.noise import randn
 from .call import Call
-from .image_encoder import ImageEncoder
+from .image_encoder import ImageEncoder, repeated
+from .image_tensors import from_bytes
 from .request import GenerationSettings, Request
 
-# Inputs of a run besides the unit-variance noise, ``latents``: images in -1..1, the mask (1 is repainted), and the
-# noise of the encoder's samples of the image and of the image without its masked part.
+# Inputs of a run besides the unit-variance noise, ``latents``: images, bytes [N, H, W, 3] or floats [N, 3, H, W] in
+# 0..1; the mask, bytes [M, 1, H, W], 1 where the image is repainted; and the noise of the encoder's samples of the
+# image and of the image without its masked part.
 IMAGE, MASK, IMAGE_NOISE, MASKED_IMAGE_NOISE = "image", "mask", "image_noise", "masked_image_noise"
+START_IMAGES = (IMAGE, MASK)  # in their own types: normalized before they are rounded to the latents' type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ def make_start(
     noise = inputs["latents"]
     if settings.starts_from == "noise" or encoder is None:
         return Start(noise, noise)
-    image, batch, image_latents = inputs[IMAGE], len(noise), None
+    image, batch, image_latents = _signed(inputs[IMAGE], noise.dtype), len(noise), None
     if settings.encodes_image:
         image_latents = encoder.latents(encoder.parameters(image), inputs.get(IMAGE_NOISE), batch)
     latents = noise
@@ -69,18 +72,19 @@ def make_start(
         latents = sampler.add_noise(image_latents, noise, plan[0].t)
     if settings.starts_from == "image":
         return Start(latents, noise)
-    mask = _at_latents(inputs[MASK], noise)
+    full_mask = inputs[MASK].to(noise.dtype)
+    mask = torch.nn.functional.interpolate(full_mask, size=noise.shape[2:])  # the nearest pixel, as in diffusers
     if not settings.is_inpainting:
-        return Start(latents, noise, image_latents, mask.repeat_interleave(batch // len(mask), dim=0))
-    kept = encoder.parameters(image * (inputs[MASK] < 0.5))
+        return Start(latents, noise, image_latents, repeated(mask, batch))
+    kept = encoder.parameters(image * (1 - full_mask))
     masked_latents = encoder.latents(kept, inputs.get(MASKED_IMAGE_NOISE), batch)
-    extra = torch.cat([mask.repeat_interleave(batch // len(mask), dim=0), masked_latents], dim=1)
-    return Start(latents, noise, extra_channels=extra)
+    return Start(latents, noise, extra_channels=torch.cat([repeated(mask, batch), masked_latents], dim=1))
 
 
-def _at_latents(mask: Tensor, latents: Tensor) -> Tensor:
-    """A mask of the image's size [M, 1, H, W] at the latents' size: the nearest pixel, as in diffusers."""
-    return torch.nn.functional.interpolate(mask, size=latents.shape[2:])
+def _signed(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as the encoder takes them: in -1..1, [N, 3, H, W]."""
+    pixels = image if image.is_floating_point() else from_bytes(image)
+    return (pixels * 2 - 1).to(dtype)
 
 
 def draw(
