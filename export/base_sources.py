@@ -53,7 +53,7 @@ def open_base(
 
 def check_family(model_index: Mapping[str, Any], checkpoint: Checkpoint, base: str) -> None:
     """Reject a base in diffusers layout whose pipeline is another family's."""
-    class_name = model_index.get("_class_name")
+    class_name = str(model_index.get("_class_name"))
     titles = {name: f.title for f in FAMILIES.values() for name in (f.pipeline_class, f.inpaint_pipeline_class)}
     found = titles.get(class_name, class_name)
     if found != find_family(checkpoint.family).title:
