@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import HyperSDError, validation_in_words
+from .edits import edit_body, read_edit
 from .guard import Guard
 from .image_codec import encode
 from .intake import read_request
@@ -78,26 +79,38 @@ def make_app(service: Service, settings: ServeSettings) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service, settings: ServeSettings) -> None:
-    @app.post(
-        "/v1/images/generations",
-        response_model=Generation,
-        responses={200: {"content": IMAGES, "description": "the images"}, **FAILURES},
-        summary="Generate images",
-    )
+    answers: dict[str, Any] = {
+        "response_model": Generation,
+        "responses": {200: {"content": IMAGES, "description": "the images"}, **FAILURES},
+    }
+
+    @app.post("/v1/images/generations", summary="Generate images", **answers)
     async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
         """Answers with JSON, or with the image itself if `Accept` names image/png, image/jpeg or image/webp."""
-        wanted = _wanted_format(request, body)
-        service_request = await asyncio.to_thread(lambda: read_request(body, service.models(), settings))
-        images = await _while_connected(request, service.generate(service_request, settings.timeout))
-        output_format = wanted or body.output_format
-        files = await asyncio.to_thread(_encode_all, images, output_format, body.output_compression)
-        if wanted:
-            headers = {
-                "X-Hypersd-Seed": str(images[0].seed),
-                "X-Hypersd-Timings": json.dumps(dict(images[0].timings)),
-            }
-            return Response(files[0], media_type=f"image/{wanted}", headers=headers)
-        return _generation(service_request, images, files, output_format)
+        return await _answer(request, body, service, settings)
+
+    answers["responses"][403] = {"model": Failure, "description": "the page of another site asks"}
+
+    @app.post("/v1/images/edits", summary="Generate images from an image", openapi_extra=edit_body(), **answers)
+    async def edit(request: Request) -> Any:
+        """Answers as to a request for images. A form carries images as files, JSON in base64."""
+        return await _answer(request, await read_edit(request), service, settings)
+
+
+async def _answer(request: Request, body: GenerationRequest, service: Service, settings: ServeSettings) -> Any:
+    """Generate the images that a body asks for."""
+    wanted = _wanted_format(request, body)
+    service_request = await asyncio.to_thread(lambda: read_request(body, service.models(), settings))
+    images = await _while_connected(request, service.generate(service_request, settings.timeout))
+    output_format = wanted or body.output_format
+    files = await asyncio.to_thread(_encode_all, images, output_format, body.output_compression)
+    if wanted:
+        headers = {
+            "X-Hypersd-Seed": str(images[0].seed),
+            "X-Hypersd-Timings": json.dumps(dict(images[0].timings)),
+        }
+        return Response(files[0], media_type=f"image/{wanted}", headers=headers)
+    return _generation(service_request, images, files, output_format)
 
 
 def _wanted_format(request: Request, body: GenerationRequest) -> str | None:
@@ -125,7 +138,7 @@ def _generation(
         ],
         model=service_request.model,
         output_format=output_format,  # type: ignore[arg-type]
-        size=f"{request.width}x{request.height}",
+        size="{}x{}".format(*images[-1].image.size),
         steps=request.steps,
         eta=request.eta,
         waited=max(one.waited for one in images),

@@ -8,9 +8,10 @@ from collections.abc import Hashable, Sequence
 
 from PIL import Image
 
+from ..errors import RequestError
 from ..runtime import Pipeline
 from ..runtime.control_images import preprocess
-from ..runtime.image_files import fit
+from ..runtime.image_files import blurred, fit, to_rgb
 from ..runtime.params import Params
 from ..runtime.request import Request
 from ..runtime.text import TruncationWarning
@@ -19,7 +20,7 @@ from .service_request import ServiceRequest
 
 
 def make_jobs(pipe: Pipeline, service_request: ServiceRequest) -> list[Job]:
-    """Check a request and make one job for each of its images; takes milliseconds, more with control images.
+    """Check a request and make one job for each of its images; takes milliseconds, more with images to fit.
 
     Raises:
         RequestError: the params are out of range for this pipeline.
@@ -27,28 +28,44 @@ def make_jobs(pipe: Pipeline, service_request: ServiceRequest) -> list[Job]:
     params = dataclasses.replace(service_request.params, seed=None, num_images_per_prompt=1)
     request = pipe.decide(params)
     control = _control_images(pipe, service_request, request)
-    key = call_key(service_request.model, request)
+    params, image, mask = _init_image(params, request)
+    key = call_key(service_request.model, request, mask is not None)
     return [
-        Job(model=service_request.model, seed=seed, params=params, request=request, control=control, key=key)
+        Job(
+            model=service_request.model,
+            seed=seed,
+            params=params,
+            request=request,
+            control=control,
+            image=image,
+            mask=mask,
+            key=key if params.padding_mask_crop is None else object(),  # a call repaints a part of one image
+        )
         for seed in service_request.seeds
     ]
 
 
-def call_key(model: str, request: Request) -> Hashable:
+def call_key(model: str, request: Request, has_mask: bool = False) -> Hashable:
     """A value that is equal for images that one call can generate."""
     settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
-    return (model, *settings, request.height, request.width, request.controls, request.negative_prompts is None)
+    start = (request.starts_from, request.strength, request.keep_steps, has_mask)
+    sizes = (request.height, request.width)
+    return (model, *settings, *start, *sizes, request.controls, request.negative_prompts is None)
 
 
 def call_params(jobs: Sequence[Job]) -> Params:
     """The params of one call that generates the images of jobs with equal keys."""
     first, requests = jobs[0], [job.request for job in jobs]
+    is_alone = first.params.padding_mask_crop is not None
+    images, masks = [job.image for job in jobs], [job.mask for job in jobs]
     return dataclasses.replace(
         first.params,
         prompt=[request.prompts[0] for request in requests],
         negative_prompt=[request.negative_prompts[0] for request in requests if request.negative_prompts] or None,
         seed=[job.seed for job in jobs],
         control_image={name: [job.control[name] for job in jobs] for name in first.control} or None,
+        image=None if first.image is None else first.image if is_alone else images,
+        mask_image=None if first.mask is None else first.mask if is_alone else masks,
     )
 
 
@@ -71,6 +88,32 @@ def warm_up(pipe: Pipeline) -> None:
 def keep_prompts_out_of_the_log() -> None:
     """Silence the warning that quotes long prompts, which Python prints and keeps: clients' prompts are private."""
     warnings.simplefilter("ignore", TruncationWarning)
+
+
+def _init_image(params: Params, request: Request) -> tuple[Params, Image.Image | None, Image.Image | None]:
+    """The init image and the mask in the output size, and the params for them.
+
+    Fitting takes time that the thread of the device does not have; what is fitted is not changed by fitting it again.
+    """
+    image, mask = params.image, params.mask_image
+    rest = dataclasses.replace(params, image=None, mask_image=None)
+    if image is not None and mask is not None:
+        _check_aspect(image, mask)
+    if image is None or params.padding_mask_crop is not None:  # which cuts the part out of the whole
+        return rest, image, mask
+    fitting = (request.width, request.height, params.resize_mode)
+    if mask is not None:
+        mask = fit(blurred(to_rgb(mask), params.mask_blur), *fitting)
+    return dataclasses.replace(rest, mask_blur=0), fit(image, *fitting), mask
+
+
+def _check_aspect(image: Image.Image, mask: Image.Image) -> None:
+    """Reject a mask that covers other parts of the image than it seems to: both are cropped to the output's aspect."""
+    if abs(image.width * mask.height - mask.width * image.height) > max(image.size):  # more than a rounded pixel
+        raise RequestError(
+            f"mask of {mask.width}x{mask.height} pixels for an image of {image.width}x{image.height}: expected the "
+            "same size, or the same aspect"
+        )
 
 
 def _control_images(pipe: Pipeline, service_request: ServiceRequest, request: Request) -> dict[str, Image.Image]:

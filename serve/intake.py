@@ -1,26 +1,34 @@
-"""Reads the body of an HTTP or live request: limits of the service, defaults of the API, control images."""
+"""Reads the body of an HTTP or live request: limits of the service, defaults of the API, images."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
 from ..errors import RequestError
 from ..runtime.params import LARGEST_SEED, Params
-from .image_codec import decode_control_image
-from .schemas import GenerationRequest, ModelCard
+from .image_codec import decode_image, decode_image_and_alpha, decode_mask
+from .schemas import EditRequest, GenerationRequest, ModelCard
 from .service_errors import UnknownModelError
 from .service_request import ServiceRequest
 from .settings import ServeSettings
 
+ALPHA = "alpha"  # in place of a mask: the transparent pixels of the image
+#: fields that have no effect without another
+NEEDED = {
+    "control_image": ("control_scale", "control_start", "control_end", "preprocess"),
+    "image": ("mask", "strength", "keep_steps"),
+}
+
 
 def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: ServeSettings) -> ServiceRequest:
-    """Turn a body into a request. Decodes its control images, which takes milliseconds.
+    """Turn a body into a request. Decodes its images, which takes milliseconds.
 
     Raises:
-        RequestError: the body exceeds the service's limits, or a control image cannot be read.
+        RequestError: the body exceeds the service's limits, or an image cannot be read.
     """
     for name in ("prompt", "negative_prompt"):
         if len(getattr(body, name) or "") > settings.max_prompt:
@@ -46,6 +54,7 @@ def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: 
         control_guidance_start=body.control_start,
         control_guidance_end=body.control_end,
         resize_mode=body.resize_mode or "crop",
+        **_init_image(body, card, settings),
     )
     return ServiceRequest(model=card.id, params=params, preprocess=body.preprocess)
 
@@ -73,11 +82,46 @@ def _seeds(seed: int | None, count: int) -> tuple[int, ...]:
 
 
 def _check_lonely(body: GenerationRequest) -> None:
-    """Reject fields that have no effect without a control image."""
-    if body.control_image is None:
-        for name in ("control_scale", "control_start", "control_end", "preprocess", "resize_mode"):
+    """Reject fields that have no effect without an image."""
+    for image, fields in NEEDED.items():
+        for name in fields:
+            if getattr(body, image) is None and getattr(body, name) is not None:
+                raise RequestError(f"{name} has no effect without {image}: send {image}, or leave {name} out")
+    if body.image is None and body.control_image is None and body.resize_mode is not None:
+        raise RequestError("resize_mode has no effect without image or control_image: leave it out")
+
+
+def _init_image(body: GenerationRequest, card: ModelCard, settings: ServeSettings) -> dict[str, Any]:
+    """The params about the init image and the mask."""
+    if body.image is None:
+        return {}
+    if not card.has_encoder:
+        raise RequestError(f"image: {card.id} was exported with --text-only: export it again without, or leave it out")
+    image, alpha = decode_image_and_alpha("image", body.image, settings.max_pixels)
+    mask = _mask(body, alpha, settings)
+    if mask is None:
+        for name in ("padding_mask_crop", "mask_blur"):
             if getattr(body, name) is not None:
-                raise RequestError(f"{name} has no effect without a control image: send control_image, or leave it out")
+                raise RequestError(f"{name} has no effect without a mask: send mask, or leave {name} out")
+    return {
+        "image": image,
+        "mask_image": mask,
+        "strength": body.strength,
+        "keep_steps": body.keep_steps is not False,
+        "padding_mask_crop": body.padding_mask_crop,
+        "mask_blur": body.mask_blur or 0,
+    }
+
+
+def _mask(body: GenerationRequest, alpha: Image.Image | None, settings: ServeSettings) -> Image.Image | None:
+    """The mask that the body names; for an edit without one the transparent pixels of the image, if there are any."""
+    if body.mask is None:
+        return alpha if isinstance(body, EditRequest) else None
+    if body.mask == ALPHA:
+        if alpha is None:
+            raise RequestError("mask alpha: image has no transparent pixel: expected some where it is to be repainted")
+        return alpha
+    return decode_mask("mask", body.mask, settings.max_pixels)
 
 
 def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSettings) -> dict[str, Image.Image]:
@@ -87,10 +131,10 @@ def _control_images(body: GenerationRequest, card: ModelCard, settings: ServeSet
     if not names:
         raise RequestError(f"control_image: {card.id} has no ControlNet: leave control_image out")
     given = body.control_image
-    if isinstance(given, str):
+    if not isinstance(given, dict):
         if len(names) > 1:
             raise RequestError(f"control_image: expected an object with images for some of {', '.join(names)}")
         given = {names[0]: given}
     if unknown := sorted(given.keys() - {*names}):
         raise RequestError(f"control_image {unknown[0]!r}: {card.id} has no such ControlNet, it has {', '.join(names)}")
-    return {name: decode_control_image(text, settings.max_pixels) for name, text in given.items()}
+    return {name: decode_image("control_image", file, settings.max_pixels) for name, file in given.items()}

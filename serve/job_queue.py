@@ -26,6 +26,7 @@ class Job:
         params: of this image, without its seed.
         request: the decided params.
         control: the images that the ControlNets see, in the output size, by the ControlNets' names.
+        image: the init image, in the output size unless ``params`` ask for a part of it, or None; likewise ``mask``.
         key: equal for jobs that one call of a pipeline can generate.
         result: the image; if it is cancelled while the job waits, the image is not generated.
     """
@@ -36,6 +37,8 @@ class Job:
     request: Request
     control: dict[str, Image.Image]
     key: Hashable
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
     result: Future[GeneratedImage] = dataclasses.field(default_factory=Future)
     queued_at: float = dataclasses.field(default_factory=time.monotonic)
 

@@ -22,6 +22,8 @@ from .service_request import GeneratedImage
 from .settings import ServeSettings
 
 SUBPROTOCOL = "hypersd.live"
+LENGTH_BYTES = 4  # of the length that begins a binary message
+BAD_FRAME = "a binary message: expected the length of its header (4 bytes, big-endian), the header (JSON) and an image"
 TRY_AGAIN_LATER, POLICY_VIOLATION = 1013, 1008  # RFC 6455, section 7.4, and its registry
 
 
@@ -59,7 +61,7 @@ class _Connection:
 
     def __init__(self, socket: WebSocket, service: Service, settings: ServeSettings) -> None:
         self.socket, self.service, self.settings = socket, service, settings
-        self._newest: str | None = None
+        self._newest: str | bytes | None = None
         self._arrived = asyncio.Event()
         self._superseded = asyncio.Event()  # of the input that is being answered
 
@@ -79,39 +81,45 @@ class _Connection:
     async def _read(self) -> None:
         """Keep the input that arrived last."""
         while True:
-            text = await self._receive()
-            if text is None:
-                await self._send_problem(None, 400, "a binary frame: expected an input as JSON in a text frame")
-                continue
+            message = await self._receive()
             if self._newest is not None:
                 self.service.metrics.saw_dropped("superseded", 1)
-            self._newest = text
+            self._newest = message
             self._arrived.set()
             self._superseded.set()
 
-    async def _receive(self) -> str | None:
-        """The next message; None for one that is not text."""
+    async def _receive(self) -> str | bytes:
         message = await self.socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
-        return message.get("text")
+        text = message.get("text")
+        return message["bytes"] if text is None else text
 
     async def _generate(self) -> None:
         while True:
             await self._arrived.wait()
             self._arrived.clear()
             self._superseded = asyncio.Event()
-            text, self._newest = self._newest, None
-            if text is not None:
-                await self._answer(text)
+            message, self._newest = self._newest, None
+            if message is not None:
+                await self._answer(message)
 
-    async def _answer(self, text: str) -> None:
+    async def _answer(self, message: str | bytes) -> None:
         """Generate from an input and send its images, or its error."""
+        text, image = _unframed(message)
+        if image is not None and not text:
+            await self._send_problem(None, 400, BAD_FRAME)
+            return
         try:
             body = LiveInput.model_validate_json(text)
         except ValidationError as error:
             await self._send_problem(_id_of(text), 400, *validation_in_words(error))
             return
+        if image is not None:
+            if body.image is not None:
+                await self._send_problem(body.id, 400, "image comes twice: send it in the header or after it", "image")
+                return
+            body = body.model_copy(update={"image": image})
         try:
             service_request = await asyncio.to_thread(lambda: read_request(body, self.service.models(), self.settings))
             images = await self.service.generate(service_request, self.settings.timeout, self._superseded)
@@ -140,7 +148,19 @@ def is_same_origin(headers: Headers) -> bool:
     return origin is None or origin.partition("://")[2] == headers.get("host")
 
 
-def _id_of(text: str) -> int | None:
+def _unframed(message: str | bytes) -> tuple[str | bytes, bytes | None]:
+    """An input as JSON, and its init image: a binary message is framed as those of the answers (:func:`_frame`).
+
+    The JSON is empty if the message is shorter than its frame says.
+    """
+    if isinstance(message, str):
+        return message, None
+    (length,) = struct.unpack_from(">I", message) if len(message) >= LENGTH_BYTES else (0,)
+    end = LENGTH_BYTES + length
+    return (message[LENGTH_BYTES:end], message[end:]) if end <= len(message) else (b"", b"")
+
+
+def _id_of(text: str | bytes) -> int | None:
     """The ``id`` of an invalid input, if it has one."""
     try:
         number = json.loads(text).get("id")
@@ -157,8 +177,8 @@ def _header(body: LiveInput, model: str, image: GeneratedImage, index: int, coun
         "count": count,
         "seed": image.seed,
         "mime": f"image/{body.output_format}",
-        "width": request.width,
-        "height": request.height,
+        "width": image.image.width,
+        "height": image.image.height,
         "steps": request.steps,
         "eta": request.eta,
         "model": model,

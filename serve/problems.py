@@ -11,6 +11,7 @@ from .service_errors import TimedOutError, UnavailableError, UnknownModelError
 CODES = {
     400: "invalid_request",
     401: "invalid_api_key",
+    403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 
 from ..engines.manifest import LARGEST_GUIDANCE
+from ..engines.specs import LARGEST_SIDE
 from ..engines.vocabulary import Preprocess
+from ..runtime.init_images import LARGEST_BLUR
 from ..runtime.params import LARGEST_SEED
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 ProblemType = Literal["invalid_request_error", "authentication_error", "server_error"]
+
+
+def _image_file(value: object) -> object:
+    if not isinstance(value, (str, bytes)):
+        raise ValueError("expected a PNG, JPEG or WebP file in base64")
+    return value
+
+
+#: a file in base64, as JSON carries it; or its bytes, as forms and binary messages do
+ImageFile = Annotated[str | bytes, PlainValidator(_image_file), WithJsonSchema({"type": "string"})]
 
 
 class GenerationRequest(BaseModel):
@@ -34,7 +46,28 @@ class GenerationRequest(BaseModel):
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="of the first image; a random one if left out")
     guidance_scale: float | None = Field(None, ge=0, le=LARGEST_GUIDANCE, description="1 or less for none")
     negative_prompt: str | None = Field(None, description="text to keep away from; acts with guidance only")
-    control_image: str | dict[str, str] | None = Field(
+    image: ImageFile | None = Field(
+        None, description="the init image, which replaces noise: PNG, JPEG or WebP in base64, or as a data: URL"
+    )
+    mask: ImageFile | None = Field(
+        None,
+        description="the part of image to repaint: the transparent pixels, or the white ones if none is transparent; "
+        "`alpha` for the transparent pixels of image itself",
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, description="how far image is turned into noise (default: 0.8, with a mask 1)"
+    )
+    keep_steps: bool | None = Field(
+        None, description="false to run only the part of the steps that strength leaves (default: true, all of them)"
+    )
+    padding_mask_crop: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_SIDE,
+        description="pixels around the mask: this part alone is repainted, at the full size",
+    )
+    mask_blur: int | None = Field(None, ge=0, le=LARGEST_BLUR, description="pixels by which the mask is blurred")
+    control_image: ImageFile | dict[str, ImageFile] | None = Field(
         None,
         description="PNG, JPEG or WebP in base64, or as a data: URL; for several ControlNets an object by name",
     )
@@ -46,7 +79,9 @@ class GenerationRequest(BaseModel):
     preprocess: Preprocess | None = Field(
         None, description="preprocessing of control images; the ControlNet's own if left out"
     )
-    resize_mode: Literal["crop", "stretch"] | None = Field(None, description="how they are fitted (default: crop)")
+    resize_mode: Literal["crop", "stretch", "fill"] | None = Field(
+        None, description="how images are fitted to the size (default: crop)"
+    )
 
     # Fields that OpenAI's clients may send and that have no effect here.
     user: str | None = None
@@ -56,6 +91,15 @@ class GenerationRequest(BaseModel):
     moderation: str | None = None
     stream: Literal[False] | None = None
     partial_images: Literal[0] | None = None
+
+
+class EditRequest(GenerationRequest):
+    """Asks for images that start from an image. Without a mask, the transparent pixels of the image are one."""
+
+    image: ImageFile = Field(  # pyright: ignore[reportIncompatibleVariableOverride]  # required here
+        description="PNG, JPEG or WebP: a file, or in base64, or as a data: URL"
+    )
+    input_fidelity: str | None = None  # OpenAI's, without effect
 
 
 class LiveInput(GenerationRequest):
@@ -149,6 +193,7 @@ class ModelCard(BaseModel):
     width: Side
     height: Side
     controlnets: list[ControlNet]
+    has_encoder: bool = Field(description="it can start from an image")
     changed_on_disk: bool = Field(description="another bundle lies in the folder by now; the loaded one is served")
 
 

@@ -282,6 +282,7 @@ def _model_card(name: str, pipe: Pipeline, created: int, has_changed: bool) -> M
             ControlNet(name=net, preprocess=settings.preprocess, control_scale=settings.conditioning_scale)
             for net, settings in manifest.controlnets.items()
         ],
+        has_encoder=manifest.has_encoder,
         changed_on_disk=has_changed,
     )
 

@@ -19,7 +19,8 @@ class ServiceRequest:
     Attributes:
         model: the name of a served bundle.
         params: of all images: ``seed`` is a sequence of one seed for each image, ``num_images_per_prompt`` its length,
-            ``control_image`` maps the ControlNets' names to RGB images of any size, or is None.
+            ``control_image`` maps the ControlNets' names to RGB images of any size, or is None; ``image`` and
+            ``mask_image`` are images of any size, or None.
         preprocess: how control images are preprocessed; None for each ControlNet's own way.
     """
 

@@ -271,8 +271,8 @@ def test_wrong_fields_are_named(body: dict[str, Any], param: str | None, client:
         ({"size": "0x0"}, ""),
         ({"steps": 9}, "9"),
         ({"seed": 2**63 - 1, "n": 2}, "the last seed is above"),
-        ({"control_scale": 1}, "control_scale has no effect without a control image"),
-        ({"resize_mode": "crop"}, "resize_mode has no effect without a control image"),
+        ({"control_scale": 1}, "control_scale has no effect without control_image"),
+        ({"resize_mode": "crop"}, "resize_mode has no effect without image or control_image"),
         ({"control_image": {"depth": ""}}, "has no such ControlNet"),
     ],
 )
@@ -323,6 +323,7 @@ def test_models(client: httpx.Client, net: str) -> None:
         "width": {"min": 96, "default": 96, "max": 96, "multiple": 8},
         "height": {"min": 96, "default": 96, "max": 96, "multiple": 8},
         "controlnets": [{"name": net, "preprocess": "canny", "control_scale": 1.0}],
+        "has_encoder": True,
         "max_count": 8,
         "changed_on_disk": False,
     }

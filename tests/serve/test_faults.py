@@ -19,7 +19,7 @@ from PIL import Image
 from serve_sockets import answer, dial, error_of, exchange, head, until_closed, whole
 from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, file_of, wait_until
 
-from hypersd.serve.image_codec import decode_control_image
+from hypersd.serve.image_codec import decode_image
 from hypersd.serve.settings import ServeSettings
 
 GENERATIONS = "/v1/images/generations"
@@ -212,17 +212,23 @@ HOSTILE = {
     "a png that has fewer rows than it says": png(3000, 3000, rows(30, 30)),
     "a png of 2^31 pixels a side": png(2**31 - 1, 2**31 - 1, rows(8, 8)),
     "a png whose pixels are no zlib": png(32, 32, b"nonsense"),
-    "a png of 17 megapixels": png(17_000, 1_000, rows(17_000, 1_000)),
+    "a png of 34 megapixels": png(34_000, 1_000, rows(34_000, 1_000)),
     "a strip": png(8, 1_500_000, rows(8, 1_500_000)),
     "a png with a large text": png(32, 32, rows(32, 32), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100 << 20), 9))),
 }
 
 
+def with_image(field: str, text: str) -> bytes:
+    """A body with an image in this field; a mask has an init image beside it."""
+    beside = {"image": base64.b64encode(file_of(PHOTO)).decode()} if field == "mask" else {}
+    return json.dumps({"prompt": "", **beside, field: text}).encode()
+
+
+@pytest.mark.parametrize("field", ["control_image", "image", "mask"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_files_that_are_not_control_images(name: str, demo_server: RunningServer) -> None:
-    text = base64.b64encode(HOSTILE[name]).decode()
-    message = rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
-    assert message.startswith("control")
+def test_files_that_are_not_images(name: str, field: str, demo_server: RunningServer) -> None:
+    message = rejected(demo_server, with_image(field, base64.b64encode(HOSTILE[name]).decode()))
+    assert message.startswith(field) or (name == "a strip" and "1500000" in message)
 
 
 def test_a_bomb_is_rejected_before_it_is_unpacked(demo_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +237,8 @@ def test_a_bomb_is_rejected_before_it_is_unpacked(demo_server: RunningServer, mo
     loaded: list[object] = []
     monkeypatch.setattr("hypersd.serve.image_codec.to_rgb", loaded.append)
     text = base64.b64encode(data).decode()
-    assert "pixels" in rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
+    for field in ("control_image", "image"):
+        assert "pixels" in rejected(demo_server, with_image(field, text))
     assert loaded == []
 
 
@@ -263,19 +270,21 @@ def test_no_address_is_opened(text: str, demo_server: RunningServer, monkeypatch
     def note(event: str, arguments: tuple[Any, ...]) -> None:
         opened.append((event, arguments))
 
-    assert "control" in rejected(demo_server, json.dumps({"prompt": "", "control_image": text}).encode())
+    for field in ("control_image", "image", "mask"):
+        assert field in rejected(demo_server, with_image(field, text))
     monkeypatch.setattr("builtins.open", note)
     monkeypatch.setattr("socket.socket", note)
     with pytest.raises(Exception, match="control_image"):
-        decode_control_image(text, 1 << 20)
+        decode_image("control_image", text, 1 << 20)
     assert opened == []
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_valid_control_images(kind: str, mode: str, demo_server: RunningServer) -> None:
+def test_valid_images(kind: str, mode: str, demo_server: RunningServer) -> None:
     text = base64.b64encode(file_of(PHOTO.convert(mode), kind)).decode()
-    assert exchange(demo_server.address, whole(json.dumps({"prompt": "", "control_image": text}).encode()))[0] == 200
+    for field in ("control_image", "image", "mask"):
+        assert exchange(demo_server.address, whole(with_image(field, text)))[0] == 200
 
 
 # Clients that disconnect

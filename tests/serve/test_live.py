@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, wait_until
+from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, file_of, wait_until
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
@@ -39,6 +40,12 @@ def image(connection: ClientConnection) -> tuple[dict[str, Any], bytes]:
     assert isinstance(frame, bytes), frame
     (length,) = struct.unpack_from(">I", frame)
     return json.loads(frame[4 : 4 + length]), frame[4 + length :]
+
+
+def framed(body: dict[str, Any], file: bytes = b"") -> bytes:
+    """An input and its init image, framed as the server frames its images."""
+    header = json.dumps(body).encode()
+    return struct.pack(">I", len(header)) + header + file
 
 
 def problem(connection: ClientConnection) -> dict[str, Any]:
@@ -105,7 +112,40 @@ def test_control_images(live: ClientConnection, photo_base64: str) -> None:
     assert image(live)[1] != free
 
 
+def test_a_frame_starts_from_its_image(live: ClientConnection, demo_server: RunningServer, photo) -> None:
+    """As an edit over HTTP does, to the byte; with a mask, too."""
+    mask = "data:image/png;base64," + base64.b64encode(file_of(photo)).decode()
+    file = file_of(photo, "JPEG")
+    for more in ({}, {"strength": 0.5}, {"mask": mask}):
+        body = {"prompt": PROMPT, "seed": 3, "steps": 2, **more}
+        live.send(framed({"id": 7, **body}, file))
+        header, got = image(live)
+        assert header["id"] == 7
+        answer = httpx.post(
+            demo_server.url + "/v1/images/edits",
+            json={**body, "image": base64.b64encode(file).decode()},
+            headers={"Accept": "image/png"},
+            timeout=LONG,
+        )
+        assert got == answer.content
+
+
 # The newest wins
+
+
+def test_the_newest_frame_wins(gated: GatedPipeline, start_server, photo) -> None:
+    """Frames of a camera do not queue: of thirty that come while an image is under way, the last is generated."""
+    server, file = start_server(gated), file_of(photo, "JPEG")
+    gated.gate.clear()
+    with open_live(server) as live:
+        live.send(framed({"id": 0, "prompt": "0"}, file))
+        wait_until(lambda: gated.calls)
+        for number in range(1, 31):
+            live.send(framed({"id": number, "prompt": str(number)}, file))
+        wait_until(lambda: superseded(server) == 29)
+        gated.gate.set()
+        assert [image(live)[0]["id"] for _ in range(2)] == [0, 30]
+    assert gated.prompts == ["0", "30"]
 
 
 def test_the_newest_input_wins(gated: GatedPipeline, start_server) -> None:
@@ -202,9 +242,26 @@ def test_bad_input_is_told_in_the_http_apis_words(live: ClientConnection, demo_s
     assert expected["message"] == "'nothing' is not known: leave it out"
 
 
-def test_a_binary_frame_is_told(live: ClientConnection) -> None:
-    live.send(b"\xff\x00")
-    assert "text" in problem(live)["error"]["message"]
+@pytest.mark.parametrize(
+    ("frame", "number", "words"),
+    [
+        (b"", None, "a binary message: expected the length"),
+        (b"\xff\x00", None, "a binary message: expected the length"),
+        (b"\0\0\0\0", None, "a binary message: expected the length"),
+        (struct.pack(">I", 2**32 - 1) + b"{}", None, "a binary message: expected the length"),
+        (framed({"id": 4}), 4, "prompt is missing"),
+        (struct.pack(">I", 2) + b"\xff\xfe", None, "the body is not valid JSON"),
+        (framed({"id": 4, "prompt": ""}), 4, "image is empty"),
+        (framed({"id": 4, "prompt": ""}, b"no image"), 4, "image is not an image"),
+        (framed({"id": 4, "prompt": "", "image": "AAAA"}, b"x"), 4, "image comes twice"),
+        (framed({"id": 4, "prompt": "", "strength": 2}, b"x"), 4, "strength: "),
+    ],
+)
+def test_a_bad_frame_is_told(frame: bytes, number: int | None, words: str, live: ClientConnection) -> None:
+    live.send(frame)
+    answer = problem(live)
+    assert answer["id"] == number
+    assert answer["error"]["message"].startswith(words)
     ask(live, 5)
     assert image(live)[0]["id"] == 5
 

@@ -21,6 +21,7 @@ EXAMPLES = 25
 SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 OPERATIONS = (
     ("POST", "/v1/images/generations"),
+    ("POST", "/v1/images/edits"),
     ("GET", "/v1/models"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
@@ -45,7 +46,10 @@ def description(demo_server: RunningServer) -> schemathesis.BaseSchema:
 
 @pytest.mark.parametrize(
     ("method", "path", "mode"),
-    [(*OPERATIONS[0], GenerationMode.NEGATIVE), *((*operation, GenerationMode.POSITIVE) for operation in OPERATIONS)],
+    [
+        *((*post, GenerationMode.NEGATIVE) for post in OPERATIONS[:2]),
+        *((*operation, GenerationMode.POSITIVE) for operation in OPERATIONS),
+    ],
 )
 def test_answers_are_as_described(
     method: str, path: str, mode: GenerationMode, description: schemathesis.BaseSchema
