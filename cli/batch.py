@@ -1,8 +1,9 @@
 """Generate the images of a file of prompts, on all GPUs of a Ray cluster.
 
 FILE has one prompt per line, or is named *.jsonl and has one object per line with the fields of a request to `hypersd
-serve`, such as {"prompt": "a cat", "seed": 7, "steps": 4}. Images are named LINE-SEED.png; images.jsonl in the output
-folder lists them. A second run generates only images that are missing or have changed settings.
+serve`, such as {"prompt": "a cat", "seed": 7, "steps": 4}. There, image, mask and control_image may be paths of files,
+relative to FILE. Images are named LINE-SEED.png; images.jsonl in the output folder lists them. A second run generates
+only images that are missing or have changed settings.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ import ray.data
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..errors import EngineError, HyperSDError, one_line
+from ..errors import EngineError, HyperSDError, RequestError, one_line
 from ..serve.image_codec import encode
 from ..serve.intake import read_request
 from ..serve.schemas import GenerationRequest
 from ..serve.service import LocalService
 from ..serve.settings import ServeSettings
 from .bundles import BundleShelf, SharedBundle, find_or_fetch, share
+from .job_images import with_files
 from .jobs import KEY_NAME, PromptJob
 
 BLOCK = 16  # images that an actor takes and returns at a time
@@ -62,7 +63,7 @@ class Result:
 
 
 class Desk(BundleShelf):
-    """The actors' contact on the machine that started them: files of the bundle, and attempts at each block."""
+    """The actors' contact on the machine that started them: files of the bundle, images, and attempts at each block."""
 
     def __init__(self, bundle: SharedBundle) -> None:
         super().__init__([bundle])
@@ -72,6 +73,13 @@ class Desk(BundleShelf):
         """Count a beginning of the block that starts with ``file``; the number of earlier ones."""
         self._attempts[file] += 1
         return self._attempts[file] - 1
+
+    def read_image(self, path: str) -> bytes | RequestError:
+        """A file that a line names; an error is returned, because Ray would wrap it."""
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            return RequestError(f"{path} cannot be read any more ({error.strerror or error}): put it back")
 
 
 class BatchReplica:
@@ -113,12 +121,19 @@ class BatchReplica:
     async def _generate(self, row: dict[str, str]) -> dict[str, Any]:
         try:
             body = GenerationRequest.model_validate_json(row["body"])
+            body = await asyncio.to_thread(with_files, body, self._read_image)
             service_request = await asyncio.to_thread(read_request, body, self._service.models(), LIMITS)
             [image] = await self._service.generate(service_request, A_DAY)
         except HyperSDError as error:
             return {"file": row["file"], "error": str(error)}
         metadata = {**image.metadata, KEY_NAME: row["key"]}
         return {"file": row["file"], "png": await asyncio.to_thread(encode, image.image, "png", None, metadata)}
+
+    def _read_image(self, path: str) -> bytes:
+        content: Any = ray.get(self._desk.read_image.remote(path))
+        if isinstance(content, RequestError):
+            raise content
+        return content
 
 
 def connect(address: str | None) -> None:

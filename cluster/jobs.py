@@ -19,6 +19,7 @@ from ..errors import RequestError, validation_in_words
 from ..runtime.metadata import METADATA_KEY
 from ..runtime.params import LARGEST_SEED
 from ..serve.schemas import GenerationRequest
+from .job_images import FIELDS, with_digests, with_paths
 
 JSON_LINES = (".jsonl", ".ndjson")
 KEY_NAME = "batch_key"  # in an image's metadata
@@ -52,7 +53,7 @@ class PromptJob:
     @property
     def settings(self) -> str:
         """Equal for images that one call may generate."""
-        return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", "control_image"})
+        return self.body.model_dump_json(exclude={"prompt", "negative_prompt", "seed", *FIELDS})
 
     def is_generated(self, folder: Path) -> bool:
         """Whether a folder has the image with the present settings."""
@@ -64,7 +65,8 @@ def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping
 
     Args:
         path: one prompt per line; or, if its name ends in .jsonl, one object per line with the fields of a request of
-            the HTTP service. Empty lines are counted and skipped.
+            the HTTP service, in which an image may be the path of a file relative to this one. Empty lines are counted
+            and skipped.
         manifest: the bundle's.
         first_seed: the seed of line 1; each following line adds 1, unless it names its own.
         defaults: fields of requests, for lines without them.
@@ -115,7 +117,10 @@ def _read_body(path: Path, line: int, text: str, defaults: Mapping[str, Any]) ->
     body = _checked(f"{path} line {line}", {**defaults, **fields})
     if body.output_format != "png":
         raise RequestError(f"{path} line {line}: output_format {body.output_format}: expected png, or none")
-    return body
+    try:
+        return with_paths(body, path.parent)
+    except RequestError as error:
+        raise RequestError(f"{path} line {line}: {error}") from error
 
 
 def _checked(where: str, fields: Mapping[str, Any]) -> GenerationRequest:
@@ -140,5 +145,5 @@ def _bundle_key(manifest: Manifest) -> str:
 
 
 def _key(bundle: str, body: GenerationRequest) -> str:
-    fields = body.model_dump(exclude_none=True, exclude=WITHOUT_EFFECT)
+    fields = with_digests(body).model_dump(exclude_none=True, exclude=WITHOUT_EFFECT)
     return hashlib.sha256(json.dumps([bundle, fields], sort_keys=True).encode()).hexdigest()[:32]

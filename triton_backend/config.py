@@ -12,7 +12,9 @@ PROMPT = "prompt"
 NEGATIVE_PROMPT = "negative_prompt"
 SEED = "seed"
 CONTROL_IMAGE = "control_image"
-IMAGE = "image"
+IMAGE = "image"  # the init image in a request, the finished one in a response
+MASK_IMAGE = "mask_image"
+KEEP_STEPS = "keep_steps"
 #: inputs of one number, by the pipeline's arguments
 NUMBERS = {
     "steps": "num_inference_steps",
@@ -26,7 +28,13 @@ CONTROL_NUMBERS = {
     "control_start": "control_guidance_start",
     "control_end": "control_guidance_end",
 }
-WHOLE = ("steps", "width", "height")
+IMAGE_NUMBERS = {
+    "strength": "strength",
+    KEEP_STEPS: "keep_steps",
+    "padding_mask_crop": "padding_mask_crop",
+    "mask_blur": "mask_blur",
+}
+WHOLE = ("steps", "width", "height", "padding_mask_crop", "mask_blur")
 QUEUE = 64  # requests that may wait, as in `hypersd serve`
 TIMEOUT = 60_000_000  # microseconds that a request may wait
 
@@ -108,25 +116,31 @@ class TensorConfig:
 def input_configs(manifest: Manifest) -> list[TensorConfig]:
     """Inputs of a request, one row per image.
 
-    Control images are PNG, JPEG or WebP files, one for each ControlNet in the bundle's order, empty for none. They
-    are strings, not UINT8: only requests of equal shapes are batched, and files have unequal lengths.
+    Images are PNG, JPEG or WebP files, empty for none; of control images there is one for each ControlNet in the
+    bundle's order. They are strings, not UINT8: only requests of equal shapes are batched, and files have unequal
+    lengths.
     """
     numbers = dict(NUMBERS)
     if manifest.controlnets:
         numbers |= CONTROL_NUMBERS
+    if manifest.has_encoder:
+        numbers |= IMAGE_NUMBERS
     configs = [
         TensorConfig(name=PROMPT, data_type="TYPE_STRING"),
         TensorConfig(name=NEGATIVE_PROMPT, data_type="TYPE_STRING", optional=True),
         TensorConfig(name=SEED, data_type="TYPE_INT64", optional=True),
-        *(
-            TensorConfig(name=name, data_type="TYPE_INT32" if name in WHOLE else "TYPE_FP32", optional=True)
-            for name in numbers
-        ),
+        *(TensorConfig(name=name, data_type=_number_type(name), optional=True) for name in numbers),
     ]
     if manifest.controlnets:
         dims = (len(manifest.controlnets),)
         configs.append(TensorConfig(name=CONTROL_IMAGE, data_type="TYPE_STRING", dims=dims, optional=True))
+    if manifest.has_encoder:
+        configs += [TensorConfig(name=name, data_type="TYPE_STRING", optional=True) for name in (IMAGE, MASK_IMAGE)]
     return configs
+
+
+def _number_type(name: str) -> str:
+    return "TYPE_BOOL" if name == KEEP_STEPS else "TYPE_INT32" if name in WHOLE else "TYPE_FP32"
 
 
 def output_configs() -> list[TensorConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 from PIL import Image
 
+from hypersd.cluster.job_images import PATH, with_files
 from hypersd.cluster.jobs import KEY_NAME, PromptJob, read_jobs
 from hypersd.engines import Bundle, Manifest
 from hypersd.errors import RequestError
@@ -100,3 +102,59 @@ def test_a_file_that_is_no_image_is_generated_again(content: bytes, tmp_path: Pa
     job = read_jobs(write(tmp_path / "p.txt", "a cat"), manifest, 0, {})[0]
     (tmp_path / job.file).write_bytes(content)
     assert not job.is_generated(tmp_path)
+
+
+def write_photo(path: Path, colour: str = "red") -> Path:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16), colour).save(path)
+    return path
+
+
+def test_images_are_paths_relative_to_the_file(tmp_path: Path, manifest: Manifest) -> None:
+    """Wherever the command runs; or base64, as over HTTP. An image is read when its line is generated."""
+    photo = write_photo(tmp_path / "photos/a.png")
+    text = base64.b64encode(photo.read_bytes()).decode()
+    lines = (
+        {"prompt": "", "image": "photos/a.png", "mask": "alpha"},
+        {"prompt": "", "image": str(photo), "mask": "photos/a.png"},
+        {"prompt": "", "image": text, "mask": f"data:image/png;base64,{text}"},
+        {"prompt": "", "control_image": {"canny": "photos/a.png"}},
+    )
+    bodies = [job.body for job in read_jobs(write(tmp_path / "p.jsonl", *lines), manifest, 0, {})]
+    assert [body.image for body in bodies] == [f"{PATH}{photo}", f"{PATH}{photo}", text, None]
+    assert [body.mask for body in bodies] == ["alpha", f"{PATH}{photo}", f"data:image/png;base64,{text}", None]
+    assert with_files(bodies[3], lambda path: Path(path).read_bytes()).control_image == {"canny": photo.read_bytes()}
+    assert with_files(bodies[2], lambda path: b"").image == text
+
+
+def test_an_image_is_generated_again_if_a_file_it_starts_from_changes(tmp_path: Path, manifest: Manifest) -> None:
+    """By its contents, not by its name or time."""
+    path = write(tmp_path / "p.jsonl", {"prompt": "", "image": "photos/a.png", "seed": 3})
+    write_photo(tmp_path / "photos/a.png")
+    (job,) = read_jobs(path, manifest, 0, {})
+    write_image(job, tmp_path)
+    write_photo(tmp_path / "photos/a.png")
+    assert read_jobs(path, manifest, 0, {})[0].is_generated(tmp_path)
+    write_photo(tmp_path / "photos/a.png", "blue")
+    assert not read_jobs(path, manifest, 0, {})[0].is_generated(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image": "photos/none.png"}, "line 1: image 'photos/none.png' is not there: expected the path of an image"),
+        ({"image": ""}, "line 1: image '' is not there"),
+        ({"image": "a" * 300}, "is not there"),
+        ({"image": "nul\0"}, "is not there"),
+        ({"image": "photos"}, "line 1: image 'photos' is not there"),
+        ({"image": "p.jsonl"}, "line 1: image 'p.jsonl' is not an image that can be read"),
+        ({"mask": "photos/none.png"}, "line 1: mask 'photos/none.png' is not there"),
+        ({"control_image": {"canny": "none.png"}}, "line 1: control_image 'none.png' is not there"),
+    ],
+)
+def test_an_image_that_is_not_there_is_named_early(
+    fields: dict[str, Any], message: str, tmp_path: Path, manifest: Manifest
+) -> None:
+    write_photo(tmp_path / "photos/a.png")
+    with pytest.raises(RequestError, match=message):
+        read_jobs(write(tmp_path / "p.jsonl", {"prompt": "", **fields}), manifest, 0, {})

@@ -39,6 +39,7 @@ from hypersd.cluster.replica import Replica
 ONGOING = 2  # requests that a replica takes with max_batch=1
 QUEUE = 16
 PROMPT = "a red circle on a blue background"
+PHOTO = Image.linear_gradient("L").convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,11 @@ def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pi
     wrong, unknown = cluster.generate(size="8x8"), cluster.generate(model="other")
     assert (wrong.status_code, unknown.status_code) == (400, 404)
     assert re.match(r"(height|width) 8 is outside this bundle's 96", wrong.json()["error"]["message"])
+    file = io.BytesIO()
+    PHOTO.save(file, "PNG")
+    form: dict[str, Any] = {"data": {"prompt": PROMPT, "seed": 11, "steps": 2}, "files": {"image": file.getvalue()}}
+    call: dict[str, Any] = {"seed": 11, "num_inference_steps": 2, "image": PHOTO, "keep_steps": True}
+    assert is_image_of(pipeline, image(cluster.client.post("/v1/images/edits", **form)), PROMPT, **call)
     assert cluster.client.get("/healthz").status_code == 200
     assert b'code="200",path="/v1/images/generations"' in cluster.client.get("/metrics").content
 
@@ -246,6 +252,8 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     """Finished images are kept, missing and changed ones generated; a line that fails stops no other."""
     lines: list[dict[str, Any]] = [{"prompt": f"{PROMPT} {i}", "steps": 4} for i in range(48)]
     lines[40]["size"] = "64x64"  # which the bundle does not support
+    lines[27] |= {"image": "photo.png", "strength": 0.5}  # a path, from the file of prompts
+    PHOTO.save(tmp_path / "photo.png")
     folder = tmp_path / "images"
     first = run_batch(lines, "--actors", "1")
     wait_until(lambda: first.poll() is not None or len(list(folder.glob("*.png"))) >= 8)
@@ -270,8 +278,11 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     listed = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
     assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(times)
     for entry in listed[::9]:
+        call: dict[str, Any] = {"seed": entry["seed"], "num_inference_steps": 4}
+        if entry["line"] == 28:
+            call |= {"image": PHOTO, "strength": 0.5, "keep_steps": True}
         with Image.open(folder / entry["file"]) as image:
-            assert is_image_of(pipeline, image, entry["prompt"], seed=entry["seed"], num_inference_steps=4)
+            assert is_image_of(pipeline, image, entry["prompt"], **call)
 
 
 def times_of(folder: Path) -> dict[str, int]:

@@ -239,6 +239,63 @@ def test_control_images(load, export_controlled) -> None:
     assert not np.array_equal(image(plain), image(followed))
 
 
+@pytest.fixture(scope="session")
+def demo(load, demo_bundle: Path) -> TritonPythonModel:
+    return load(demo_bundle)
+
+
+def file_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_init_images_and_masks(demo: TritonPythonModel) -> None:
+    """Files as for control images, an empty one for none; the settings are the pipeline's, and all steps run."""
+    ring, mask = sketch_of_a_ring(), Image.new("L", (80, 100))
+    mask.paste(255, (40, 20, 70, 80))
+    files = {"image": file_of(ring), "mask_image": file_of(mask)}
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"image": files["image"]}, {"image": ring, "keep_steps": True}),
+        ({"image": files["image"], "strength": 0.3}, {"image": ring, "keep_steps": True, "strength": 0.3}),
+        (
+            {"image": files["image"], "strength": 0.5, "keep_steps": np.array([[False]])},
+            {"image": ring, "strength": 0.5},
+        ),
+        (files, {"image": ring, "mask_image": mask, "keep_steps": True}),
+        (
+            {**files, "padding_mask_crop": 4},
+            {"image": ring, "mask_image": mask, "keep_steps": True, "padding_mask_crop": 4},
+        ),
+        ({"image": b"", "mask_image": b""}, {}),
+    ]
+    responses = demo.execute([InferenceRequest(prompt="a ring", seed=1, steps=4, **inputs) for inputs, _ in asked])
+    images = [image(response) for response in responses]
+    for got, (_, call) in zip(images, asked, strict=True):
+        assert np.array_equal(got, generated(demo, "a ring", seed=1, num_inference_steps=4, **call))
+    assert len({got.tobytes() for got in images}) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"image": b"no image"}, "image is not an image"),
+        ({"mask_image": b"no image"}, "mask_image is about an init image: expected image with it"),
+        ({"strength": 0.5}, "strength is about an init image"),
+        ({"image": "ring", "mask_image": b"no image"}, "mask_image is not an image"),
+        ({"image": "ring", "strength": 0.0}, "strength 0 would give the image back"),
+        ({"image": "ring", "mask_blur": 3}, "mask_blur: expected a mask with it"),
+        ({"image": "ring", "strength": 0.1, "keep_steps": np.array([[False]])}, "leaves none"),
+    ],
+)
+def test_bad_init_images_fail_alone(inputs: dict[str, Any], message: str, demo: TritonPythonModel) -> None:
+    inputs = {name: file_of(sketch_of_a_ring()) if isinstance(value, str) else value for name, value in inputs.items()}
+    bad, good = demo.execute([InferenceRequest(prompt="x", **inputs), InferenceRequest(prompt="a cat", seed=1)])
+    assert failure(bad)[0] == "INVALID_ARG"
+    assert message in failure(bad)[1]
+    assert np.array_equal(image(good), generated(demo, "a cat", seed=1))
+
+
 def test_the_repositorys_own_file_and_path(sd15_bundle: Path, tmp_path: Path) -> None:
     """model.py as written finds the bundle by the written path, also after both were moved."""
     shutil.copytree(sd15_bundle, tmp_path / "here/bundles/demo")

@@ -44,8 +44,14 @@ def test_layout_and_configuration(sd15_bundle: Path, tmp_path: Path) -> None:
     required = [tensor.name for tensor in config.input if not tensor.optional]
     assert required == ["prompt"]
     assert {tensor.name for tensor in config.input} == {
-        *("prompt", "negative_prompt", "seed", "steps", "eta", "guidance_scale", "width", "height")
+        *("prompt", "negative_prompt", "seed", "steps", "eta", "guidance_scale", "width", "height"),
+        *("image", "mask_image", "strength", "keep_steps", "padding_mask_crop", "mask_blur"),
     }
+    kinds = config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    types = {tensor.name: kinds[tensor.data_type].name for tensor in config.input}
+    assert [types[name] for name in ("image", "strength", "keep_steps", "mask_blur")] == [
+        *("TYPE_STRING", "TYPE_FP32", "TYPE_BOOL", "TYPE_INT32")
+    ]
     outputs = {tensor.name: list(tensor.dims) for tensor in config.output}
     assert outputs == {"image": [-1, -1, 3], "seed": [1]}
 
