@@ -1,15 +1,15 @@
-// A sheet of paper: dark strokes on white, with an eraser and undo.
+// Something to draw on: strokes with a pointer or the keyboard's pen, and undo. By itself a sheet of paper: dark strokes on white.
 
 const INK = "#000";
-const PAPER = "#fff";
+const SIDE = 512; // the longer one of a canvas, in pixels
+export const PAPER = "#fff";
 
 export class Sheet {
-  /** `onChange` is called after every piece of a stroke. */
-  constructor(canvas, { brush, eraser, onChange }) {
+  /** `tool()` is a stroke's `{ kind, width, colour }`; `onChange` is called after every piece of one. */
+  constructor(canvas, { tool, onChange }) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
-    this.brush = brush;
-    this.eraser = eraser;
+    this.tool = tool;
     this.onChange = onChange;
     this.strokes = [];
     this.redraw();
@@ -25,10 +25,9 @@ export class Sheet {
 
   /** Give the sheet the image's aspect ratio; strokes stay as they are. */
   setAspect(width, height) {
-    const side = 512;
     const longest = Math.max(width, height);
-    this.canvas.width = Math.round((side * width) / longest);
-    this.canvas.height = Math.round((side * height) / longest);
+    this.canvas.width = Math.round((SIDE * width) / longest);
+    this.canvas.height = Math.round((SIDE * height) / longest);
     this.redraw();
   }
 
@@ -53,15 +52,21 @@ export class Sheet {
   }
 
   begin(x, y, pressure = 1) {
-    this.stroke = { erases: this.eraser.checked, points: [] };
-    this.strokes.push(this.stroke);
-    this.canvas.parentElement.classList.remove("empty");
+    const { kind, colour } = this.tool();
+    this.stroke = { kind, colour, points: [] };
+    this.put(this.stroke);
     this.add(x, y, pressure);
   }
 
+  put(stroke) {
+    this.strokes.push(stroke);
+    this.canvas.parentElement.classList.remove("empty");
+  }
+
   add(x, y, pressure = 1) {
-    this.stroke.points.push({ x, y, width: Number(this.brush.value) * pressure });
+    this.stroke.points.push({ x, y, width: this.tool().width * pressure });
     this.drawEnd(this.stroke, this.stroke.points.length - 1);
+    this.show();
     this.onChange();
   }
 
@@ -78,42 +83,60 @@ export class Sheet {
 
   undo() {
     this.strokes.pop();
-    this.end();
-    this.redraw();
-    this.onChange();
+    this.changeAll();
   }
 
   clear() {
     this.strokes = [];
+    this.changeAll();
+  }
+
+  changeAll() {
     this.end();
     this.redraw();
     this.onChange();
   }
 
   redraw() {
-    this.context.fillStyle = PAPER;
-    this.context.fillRect(0, 0, this.canvas.width, this.canvas.height);
+    this.wipe();
     this.canvas.parentElement.classList.toggle("empty", this.isEmpty);
     for (const stroke of this.strokes) stroke.points.forEach((_, i) => this.drawEnd(stroke, i));
+    this.show();
   }
 
-  /** The line from the point before point `i` to it; a dot at the first. */
+  /** Bring what was drawn onto the canvas; here it is drawn there at once. */
+  show() {}
+
+  wipe() {
+    this.context.fillStyle = PAPER;
+    this.context.fillRect(0, 0, this.canvas.width, this.canvas.height);
+  }
+
   drawEnd(stroke, i) {
-    const [from, to] = [stroke.points[Math.max(i - 1, 0)], stroke.points[i]];
-    const { context } = this;
-    context.strokeStyle = stroke.erases ? PAPER : INK;
-    context.lineWidth = to.width;
-    context.lineCap = "round";
-    context.beginPath();
-    context.moveTo(from.x, from.y);
-    context.lineTo(to.x, to.y);
-    context.stroke();
+    drawLine(this.context, stroke, i, stroke.kind === "eraser" ? PAPER : INK);
   }
 
   /** The user's drawing as a PNG in a data: URL. */
   png() {
     return this.canvas.toDataURL("image/png");
   }
+}
+
+/** The line from the point before point `i` of a stroke to it; a dot at the first. */
+export function drawLine(context, { points }, i, colour) {
+  const [from, to] = [points[Math.max(i - 1, 0)], points[i]];
+  context.beginPath();
+  if (i === 0) {
+    context.fillStyle = colour;
+    context.arc(to.x, to.y, to.width / 2, 0, 2 * Math.PI);
+    return context.fill(); // a line without length would be nothing
+  }
+  context.strokeStyle = colour;
+  context.lineWidth = to.width;
+  context.lineCap = "round";
+  context.moveTo(from.x, from.y);
+  context.lineTo(to.x, to.y);
+  context.stroke();
 }
 
 /** The pressure of a pen that measures it; 1 for a mouse or a finger. */

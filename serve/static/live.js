@@ -1,31 +1,34 @@
-// The live page: type or draw with the pen, and the image follows.
+// The live page: type, draw, paint or stand before the camera, and the image follows.
 
 import { Sheet } from "./canvas.js";
 import { Pen } from "./pen.js";
-import { saveImages, showImage } from "./images.js";
+import { noteDropped, saveImages, showImage } from "./images.js";
 import { askModels, keepToken, token, Unauthorized } from "./server.js";
 import { body, bringBack, chooseControlNet, field, fieldOf, keep, offer, showExamples, showNumbers, throwDice } from "./settings.js";
 import { LiveSocket } from "./socket.js";
+import { Sources } from "./sources.js";
 
 const LARGE = 640 * 640; // pixels from which on JPEG is quicker than PNG
 const RETRY = 1000; // milliseconds
 const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of rejections after which the same input is worth another attempt
-const TOOLS = ["brush", "eraser"]; // they alone do not change the image
+const UNDER_WAY = 2; // frames of the camera: one that is generated, and one that then can begin at once
 
-const inputs = new Map(); // by id: the request and the time when it was sent
+const inputs = new Map(); // unanswered ones by id: the request, the file of its init image, and the time of asking
 let models = [];
 let number = 0; // of the next input
 let frame = 0;
 let countdown = 0;
+let resting = 0; // until when no frame of the camera is sent, after an error
 
-const sheet = new Sheet(field("canvas"), { brush: field("brush"), eraser: field("eraser"), onChange: changed });
+const sheet = new Sheet(field("canvas"), { tool, onChange: changed });
 new Pen(sheet, field("pen"));
+const sources = new Sources({ onChange: sourceChanged, onFrame: frameArrived, complain });
 const socket = new LiveSocket({ prepare, token, onOpen: opened, onClosed: closed, onImage: show, onError: reject });
 
 field("model").addEventListener("change", () => choose(field("model").value));
 field("controlnet").addEventListener("change", () => chooseControlNet(current()));
 field("seed").addEventListener("input", () => (field("keep-seed").checked = true));
-field("controls").addEventListener("input", ({ target }) => (TOOLS.includes(target.id) ? showNumbers() : changed()));
+field("controls").addEventListener("input", ({ target }) => (target.closest(".tool") ? showNumbers() : changed()));
 field("controls").addEventListener("submit", (event) => event.preventDefault());
 field("dice").addEventListener("click", dice);
 field("undo").addEventListener("click", () => sheet.undo());
@@ -67,6 +70,7 @@ function fill(served) {
 
 /** Fill the form from the page's address. */
 function fromAddress() {
+  if (!models.length) return; // they bring the form back when they come
   const kept = bringBack();
   choose(models.some(({ id }) => id === kept.model) ? kept.model : models[0].id, kept);
 }
@@ -76,7 +80,25 @@ function choose(id, kept) {
   offer(current());
   kept?.others();
   sheet.setAspect(current().width.default, current().height.default);
-  changed();
+  sources.offer(current());
+  sourceChanged();
+}
+
+/** The pen of the drawing for a ControlNet. */
+function tool() {
+  return { kind: field("eraser").checked ? "eraser" : "pen", width: Number(field("brush").value) };
+}
+
+/** A ControlNet is drawn for beside the text alone: a painting or the camera takes the place of its sheet. */
+function sourceChanged() {
+  field("drawing").hidden = sources.name !== "text" || !current()?.controlnets.length;
+  if (sources.name !== "camera") changed(); // its frames ask by themselves
+}
+
+/** Send a frame of the camera, unless the service has enough to do with earlier ones. */
+function frameArrived() {
+  if (inputs.size < UNDER_WAY && performance.now() > resting) changed();
+  else noteDropped();
 }
 
 const current = () => models.find(({ id }) => id === field("model").value);
@@ -86,7 +108,7 @@ function changed() {
   showNumbers();
   if (!models.length) return;
   document.body.dataset.asked = ""; // equal to `shown` once the image of the newest input is there
-  document.body.classList.add("busy");
+  document.body.classList.toggle("busy", sources.name !== "camera"); // which would be so all the time
   if (frame) return;
   frame = requestAnimationFrame(() => {
     frame = 0;
@@ -96,14 +118,20 @@ function changed() {
   });
 }
 
-function input() {
+async function input() {
   const request = { ...body(sheet), id: number };
   const { width, height } = current();
   request.output_format = width.default * height.default >= LARGE ? "jpeg" : "png";
-  inputs.set(number, { request, sent: performance.now() });
+  const asked = { request, sent: performance.now() };
+  inputs.set(number, asked);
   document.body.dataset.asked = number;
   number += 1;
-  return request;
+  const image = await sources.image();
+  if (image) {
+    Object.assign(request, image.fields);
+    asked.file = image.file;
+  }
+  return asked;
 }
 
 function opened() {
@@ -139,15 +167,20 @@ function status(message) {
 function show(header, image) {
   const asked = inputs.get(header.id);
   if (!asked) return;
-  for (const id of inputs.keys()) if (id < header.id) inputs.delete(id); // superseded
+  for (const id of inputs.keys()) if (id < header.id && inputs.delete(id)) noteDropped(); // superseded
   complain("");
-  showImage(header, image, asked.request, (performance.now() - asked.sent) / 1000);
-  if (header.index === header.count - 1) document.body.dataset.shown = header.id;
+  showImage(header, image, asked, (performance.now() - asked.sent) / 1000);
+  if (header.index === header.count - 1) {
+    inputs.delete(header.id);
+    document.body.dataset.shown = header.id;
+  }
   if (document.body.dataset.shown === document.body.dataset.asked) document.body.classList.remove("busy");
 }
 
 /** Show an input's error beside its field; the last image stays. */
 function reject(id, error) {
+  for (const earlier of inputs.keys()) if (id === null || earlier <= id) inputs.delete(earlier);
+  resting = performance.now() + RETRY;
   if (id !== null && id !== number - 1) return; // a newer input is on its way
   complain(error.message, fieldOf(error));
   if (PASSING.includes(error.code)) setTimeout(changed, RETRY);

@@ -1,6 +1,6 @@
 // The form: its values as a request's body, and in the page's address.
 
-const KEPT = ["model", "prompt", "steps", "seed", "count", "eta", "guidance", "size", "controlnet", "strength"];
+const KEPT = ["model", "prompt", "steps", "seed", "count", "eta", "guidance", "size", "controlnet", "control-scale", "strength"];
 const LARGEST_SEED = 2 ** 32; // bound of random seeds
 const SIZES = [512, 640, 768, 896, 1024, 1152, 1280, 1536];
 
@@ -15,8 +15,10 @@ const FIELDS = {
   width: "size",
   height: "size",
   control_image: "canvas",
-  control_scale: "strength",
-  controlnet_conditioning_scale: "strength",
+  control_scale: "control-scale",
+  controlnet_conditioning_scale: "control-scale",
+  image: "sources",
+  mask: "sources",
 };
 const KEEPING = 500; // milliseconds: browsers reject more frequent changes of the address
 
@@ -27,7 +29,7 @@ export const field = (name) => document.getElementById(name);
 /** The field that an error names, else the prompt's. */
 export function fieldOf({ param, message }) {
   const name = /^\w*/.exec(param ?? message)[0];
-  const known = field(FIELDS[name] ?? name)?.closest("#controls .prompt, #drawing:not([hidden]), .settings label:not([hidden])");
+  const known = field(FIELDS[name] ?? name)?.closest(".prompt, .panel > :not([hidden]), .settings label:not([hidden])");
   return known ? field(FIELDS[name] ?? name) : field("prompt");
 }
 
@@ -43,7 +45,6 @@ export function offer(model) {
   field("size-field").hidden = sizes.length < 2;
   const nets = model.controlnets;
   options(field("controlnet"), nets.map((net) => net.name), nets[0]?.name);
-  field("drawing").hidden = nets.length === 0;
   field("controlnet-field").hidden = nets.length < 2;
   if (nets.length) chooseControlNet(model);
   showNumbers();
@@ -51,7 +52,7 @@ export function offer(model) {
 
 export function chooseControlNet({ controlnets }) {
   const net = controlnets.find(({ name }) => name === field("controlnet").value);
-  field("strength").value = net.control_scale;
+  field("control-scale").value = net.control_scale;
 }
 
 /** Offer example prompts; the first one fills an empty prompt. */
@@ -82,10 +83,10 @@ function sizesOf({ width, height }) {
 
 /** Show the sliders' values as numbers. */
 export function showNumbers() {
-  for (const name of ["eta", "guidance", "strength", "brush"]) field(`${name}-value`).value = field(name).value;
+  for (const name of ["eta", "guidance", "control-scale", "brush", "painting-brush", "strength"]) field(`${name}-value`).value = field(name).value;
 }
 
-/** The form as a request's body, with the user's drawing if there is one. Invalid numbers are left for the service to reject. */
+/** The form as a request's body, with the drawing for a ControlNet if there is one. Invalid numbers are left for the service to reject. */
 export function body(sheet) {
   const request = {
     model: field("model").value,
@@ -99,7 +100,7 @@ export function body(sheet) {
   if (!field("guidance-field").hidden) request.guidance_scale = field("guidance").valueAsNumber;
   if (!field("drawing").hidden && !sheet.isEmpty) {
     request.control_image = { [field("controlnet").value]: sheet.png() };
-    request.control_scale = field("strength").valueAsNumber;
+    request.control_scale = field("control-scale").valueAsNumber;
   }
   return request;
 }

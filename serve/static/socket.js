@@ -46,7 +46,7 @@ export class LiveSocket {
     this.socket = socket;
   }
 
-  /** Send the input that `make` returns; it is called when the input can go, or never if a newer one comes before. */
+  /** Send the message that `make` promises; it is called when the input can go, or never if a newer one comes before. */
   send(make) {
     this.pending = make;
     this.flush();
@@ -56,8 +56,8 @@ export class LiveSocket {
     return this.socket?.readyState === WebSocket.OPEN;
   }
 
-  flush() {
-    if (!this.pending || !this.isOpen) return;
+  async flush() {
+    if (!this.pending || !this.isOpen || this.isMaking) return;
     // The server drops superseded inputs, so an input is sent at once, except on a slow line with unsent data.
     if (this.socket.bufferedAmount > UNSENT) {
       clearTimeout(this.flushing);
@@ -66,7 +66,12 @@ export class LiveSocket {
     }
     const make = this.pending;
     this.pending = null;
-    this.socket.send(JSON.stringify(make()));
+    this.isMaking = true; // an image is compressed meanwhile
+    const message = await make()
+      .then(({ request, file }) => (file ? framed(request, file) : JSON.stringify(request)))
+      .finally(() => (this.isMaking = false));
+    if (this.isOpen) this.socket.send(message);
+    this.flush();
   }
 
   receive(data) {
@@ -89,6 +94,16 @@ export class LiveSocket {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.tryNow(), wait);
   }
+}
+
+/** A binary message: the request's length (4 bytes), the request (JSON), and the file of its init image. */
+async function framed(request, file) {
+  const header = new TextEncoder().encode(JSON.stringify(request));
+  const message = new Uint8Array(4 + header.length + file.size);
+  new DataView(message.buffer).setUint32(0, header.length);
+  message.set(header, 4);
+  message.set(new Uint8Array(await file.arrayBuffer()), 4 + header.length);
+  return message;
 }
 
 function base64url(text) {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from live_page import CHROMIUM, FAKE_CAMERA, OFFLINE, PATIENCE, Server
 from PIL import Image
 from stand_in_service import GatedPipeline, RunningServer, StandInService, file_of
 
@@ -87,3 +88,63 @@ def photo() -> Image.Image:
 @pytest.fixture(scope="session")
 def photo_base64(photo: Image.Image) -> str:
     return base64.b64encode(file_of(photo)).decode()
+
+
+@pytest.fixture(scope="session")
+def server(demo_canny_bundle: Path) -> Iterator[Server]:
+    """A `hypersd serve` in a process of its own."""
+    server = Server(str(demo_canny_bundle))
+    server.start()
+    server.wait_ready()
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Callable[..., Any]]:
+    """``chromium(*arguments)``: a browser. Not for the session: Playwright leaves an event loop in the thread."""
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright, contextlib.ExitStack() as stack:
+
+        def launch(*arguments: str) -> Any:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*OFFLINE, *arguments])
+            stack.callback(browser.close)
+            return browser
+
+        yield launch
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: Callable[..., Any]) -> Any:
+    return chromium(*FAKE_CAMERA)
+
+
+@pytest.fixture
+def open_page(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
+    """``open_page(fragment, **context)``: the page with an image on it. It must not complain or look elsewhere."""
+    contexts, problems = [], []
+
+    def open_page(
+        fragment: str = "", url: str = server.url, wait: bool = True, browser: Any = browser, **options: Any
+    ) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1200, "height": 1000}, **options})
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.problems = problems
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: _is_elsewhere(request.url, url) and problems.append(request.url))
+        page.goto(url + fragment)
+        if wait:
+            page.wait_for_selector("body[data-shown]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def _is_elsewhere(address: str, url: str) -> bool:
+    return not address.startswith((url, url.replace("http", "ws"), "blob:", "data:"))
