@@ -10,15 +10,16 @@ import argparse
 import functools
 import re
 import shlex
-import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from stand_in_service import RunningServer
+from stand_in_service import LONG, RunningServer
 from tiny_videos import write_video
 
 from hypersd.cli import main, make_parser
@@ -90,6 +91,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, demo_canny_bundle: Path) -> 
     pixels = np.full((80, 120, 3), 250, np.uint8)
     pixels[20:60, 40:80] = (200, 30, 30)
     Image.fromarray(pixels).save(root / "photo.jpg")
+    Image.fromarray(255 - pixels).convert("L").save(root / "mask.png")
     write_video(root / "in.mp4", (0, 100, 200))
     return root
 
@@ -117,10 +119,15 @@ def run_pip(words: list[str]) -> None:
 
 def run_curl(words: list[str]) -> None:
     """Send the request that curl would send."""
-    headers = dict(words[i + 1].split(": ") for i, word in enumerate(words) if word == "-H")
-    body = words[words.index("-d") + 1].encode()
-    with urllib.request.urlopen(urllib.request.Request(f"http://{words[0]}", body, headers)) as answer:
-        Path(words[words.index("-o") + 1]).write_bytes(answer.read())
+    given = list(pairwise(words))
+    request: dict[str, Any] = {"headers": dict(value.split(": ") for option, value in given if option == "-H")}
+    if form := [value.split("=", 1) for option, value in given if option == "-F"]:
+        request["data"] = {name: value for name, value in form if value[0] != "@"}
+        request["files"] = {name: (value[1:], Path(value[1:]).read_bytes()) for name, value in form if value[0] == "@"}
+    else:
+        request["content"] = dict(given)["-d"].encode()
+    answer = httpx.post(f"http://{words[0]}", timeout=LONG, **request).raise_for_status()
+    Path(dict(given)["-o"]).write_bytes(answer.content)
 
 
 def run_hypersd(words: list[str]) -> None:
