@@ -40,7 +40,8 @@ A WebSocket (subprotocol `hypersd.live`) for which the newest input wins. With a
 `bearer.` followed by the token in URL-safe base64 without padding.
 
 - **To the service**: a text frame with a `GenerationRequest` and `id`, a number of your choice, as JSON. It replaces an
-  earlier input that has not started.
+  earlier input that has not started. Or a binary frame with the length of that JSON (4 bytes, big-endian), the JSON
+  without `image`, and the file of the init image.
 - **From the service**, for each image: a binary frame with the length of a header (4 bytes, big-endian), the header as
   JSON (`id`, `index`, `count`, `seed`, `mime`, `width`, `height`, `steps`, `eta`, `model`, `waited`, `timings`) and the
   image file.

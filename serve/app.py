@@ -46,6 +46,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     for status, words in {
         400: "the request is wrong",
         401: "the token is missing or wrong",
+        403: "the page of another site asks",
         404: "no such model",
         408: "the body came too slowly",
         413: "the body is too large",
@@ -54,6 +55,7 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         504: "not finished in time",
     }.items()
 }
+GENERATION_FAILURES = (400, 401, 404, 408, 413, 500, 503, 504)
 T = TypeVar("T")
 
 
@@ -79,21 +81,29 @@ def make_app(service: Service, settings: ServeSettings) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service, settings: ServeSettings) -> None:
-    answers: dict[str, Any] = {
-        "response_model": Generation,
-        "responses": {200: {"content": IMAGES, "description": "the images"}, **FAILURES},
-    }
-
-    @app.post("/v1/images/generations", summary="Generate images", **answers)
+    @app.post(
+        "/v1/images/generations",
+        response_model=Generation,
+        responses=_answers("the images", *GENERATION_FAILURES, content=IMAGES),
+        summary="Generate images",
+    )
     async def generate(request: Request, body: Annotated[GenerationRequest, Body()]) -> Any:
         """Answers with JSON, or with the image itself if `Accept` names image/png, image/jpeg or image/webp."""
         return await _answer(request, body, service, settings)
 
-    answers["responses"][403] = {"model": Failure, "description": "the page of another site asks"}
-
-    @app.post("/v1/images/edits", summary="Generate images from an image", openapi_extra=edit_body(), **answers)
+    @app.post(
+        "/v1/images/edits",
+        response_model=Generation,
+        responses=_answers("the images", *sorted((403, *GENERATION_FAILURES)), content=IMAGES),
+        summary="Generate images from an image",
+        openapi_extra=edit_body(),
+    )
     async def edit(request: Request) -> Any:
-        """Answers as to a request for images. A form carries images as files, JSON in base64."""
+        """Starts from `image`; the other fields are those of a GenerationRequest.
+
+        A form (multipart/form-data) carries images as files, JSON in base64. Without a mask, the transparent pixels of
+        the image are one.
+        """
         return await _answer(request, await read_edit(request), service, settings)
 
 

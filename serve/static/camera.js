@@ -31,8 +31,12 @@ export class Camera {
     this.isMirrored = track.getSettings().facingMode !== "environment"; // a phone's back camera is no mirror
     this.video.classList.toggle("mirrored", this.isMirrored);
     this.video.srcObject = stream;
-    await this.video.play();
-    this.watch(stream);
+    try {
+      await this.video.play();
+    } catch (error) {
+      if (this.stream === stream) throw new Error(`The camera cannot be shown (${error.message}): choose Camera again.`);
+    }
+    this.watch(stream); // which does nothing if it was stopped meanwhile
   }
 
   stop() {

@@ -17,6 +17,7 @@ const FIELDS = {
   control_image: "canvas",
   control_scale: "control-scale",
   controlnet_conditioning_scale: "control-scale",
+  keep_steps: "strength",
   image: "sources",
   mask: "sources",
 };
