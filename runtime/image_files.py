@@ -148,11 +148,11 @@ def alpha_mask(image: Image.Image) -> Image.Image | None:
         RequestError: the image is damaged, or smaller than a latent.
     """
     _check_whole(image)
+    if image.mode == "La":  # of which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.mode not in ALPHA_MODES and "transparency" not in image.info:
         return None
-    upright = _upright(image)
-    plain = upright.convert("LA" if upright.mode == "La" else "RGBA")
-    mask = ImageOps.invert(plain.getchannel("A"))
+    mask = ImageOps.invert(_upright(image).convert("RGBA").getchannel("A"))
     return mask if mask.getbbox() else None
 
 
