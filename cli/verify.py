@@ -2,7 +2,8 @@
 
 Loads the bundle's sources with diffusers, generates the same prompts and seeds with both, and prints the differences of
 text, each step's latents, decoder and image. Writes each pair side by side: our image, diffusers', the difference at
-full contrast. A bundle's ControlNets add images along a few lines, each ControlNet alone and all together.
+full contrast. A bundle's ControlNets add images along a few lines, each ControlNet alone and all together. One more
+image starts from an init image. A base for inpainting repaints a part of one in all of them.
 Ends with exit code 1 if an image differs by more than the threshold.
 """
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare every image, print and write the results, then judge them."""
     from ..runtime import Pipeline
-    from ..tools import reference, verification
+    from ..tools import reference, verification, verify_cases
     from .console import DownloadBar, err, out, spinner
 
     bundle = open_bundle(args.bundle)
@@ -45,15 +46,13 @@ def run(args: argparse.Namespace) -> None:
         pipe = Pipeline.load(bundle, args.backend, precision=args.precision)
     threshold = _threshold(args.min_psnr, verification.find_threshold(pipe))
     folder = args.out or verify_folder(args.bundle)
-    cases = _cases(args.prompt or verification.PROMPTS, args.seed, list(pipe.manifest.controlnets))
-    followed = verification.control_image(pipe.manifest)
+    cases = verify_cases.make_cases(pipe.manifest, args.prompt or verify_cases.PROMPTS, args.seed)
     err().print("loading the bundle's sources with diffusers")
     theirs = reference.load_reference(pipe.manifest, DownloadBar(err()))
     comparisons = []
-    for i, (prompt, seed, controlnets) in enumerate(cases):
-        images = dict.fromkeys(controlnets, followed)
+    for i, case in enumerate(cases):
         with spinner(f"generating image {i + 1} of {len(cases)} with both"):
-            comparisons.append(verification.compare(pipe, theirs, prompt, seed, args.steps, images))
+            comparisons.append(verification.compare(pipe, theirs, case, args.steps))
         _report(comparisons[-1], folder / f"pair-{i}.png")
     _write_figures(folder, bundle, pipe, comparisons)
     verification.check_thresholds(comparisons, threshold)
@@ -77,23 +76,15 @@ def _threshold(min_psnr: float | None, usual: Threshold) -> Threshold:
     return dataclasses.replace(usual, psnr=min_psnr)
 
 
-def _cases(prompts: Sequence[str], seed: int, controlnets: list[str]) -> list[tuple[str, int, list[str]]]:
-    """Prompt, seed and ControlNets of every image: each prompt without any, the first with each and with all."""
-    plain: list[tuple[str, int, list[str]]] = [(prompt, seed + i, []) for i, prompt in enumerate(prompts)]
-    together = [controlnets] if len(controlnets) > 1 else []
-    return plain + [(prompts[0], seed, names) for names in [*([name] for name in controlnets), *together]]
-
-
 def _report(comparison: Comparison, path: Path) -> None:
     """Write the pair, and print its table."""
     from ..tools.verification import side_by_side
     from .console import out
     from .image_output import write_png
 
-    write_png(path, side_by_side(comparison), {"prompt": comparison.prompt, "seed": comparison.seed})
-    control = f", with {' and '.join(comparison.controlnets)}" if comparison.controlnets else ""
-    line = f"\n{comparison.prompt!r}, seed {comparison.seed}{control}: {path}"
-    out().print(line, markup=False, soft_wrap=True)
+    case = comparison.case
+    write_png(path, side_by_side(comparison), {"prompt": case.prompt, "seed": case.seed})
+    out().print(f"\n{case}: {path}", markup=False, soft_wrap=True)
     out().print(_table(comparison))
 
 
@@ -105,9 +96,10 @@ def _write_figures(folder: Path, bundle: Bundle, pipe: Pipeline, comparisons: Se
 
     images = [
         ImageFigures(
-            prompt=each.prompt,
-            seed=each.seed,
-            controlnets=each.controlnets,
+            prompt=each.case.prompt,
+            seed=each.case.seed,
+            controlnets=each.case.controlnets,
+            starts_from=each.case.starts_from,
             psnr=each.image.psnr if math.isfinite(each.image.psnr) else None,
             largest=each.image.largest,
         )

@@ -47,6 +47,7 @@ class Family:
         has_zeroed_negatives: whether the base was trained with zeros, not with an empty text, for no prompt.
         is_vae_upcast: whether diffusers decodes in float32 if the VAE's configuration has ``force_upcast``.
         pipeline_class: diffusers' pipeline.
+        img2img_pipeline_class: its pipeline for init images.
         controlnet_pipeline_class: its pipeline for ControlNets.
         inpaint_pipeline_class: its pipeline for inpainting, and for bases that were trained for that.
         controlnet_inpaint_pipeline_class: the same with ControlNets.
@@ -72,6 +73,7 @@ class Family:
     has_zeroed_negatives: bool = False
     is_vae_upcast: bool = False
     pipeline_class: str
+    img2img_pipeline_class: str
     controlnet_pipeline_class: str
     inpaint_pipeline_class: str
     controlnet_inpaint_pipeline_class: str

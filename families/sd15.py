@@ -10,6 +10,7 @@ SD15 = Family(
     text_encoders=(TextEncoder(component="text_encoder", tokenizer="tokenizer", class_name="CLIPTextModel"),),
     default_size=512,
     pipeline_class="StableDiffusionPipeline",
+    img2img_pipeline_class="StableDiffusionImg2ImgPipeline",
     controlnet_pipeline_class="StableDiffusionControlNetPipeline",
     inpaint_pipeline_class="StableDiffusionInpaintPipeline",
     controlnet_inpaint_pipeline_class="StableDiffusionControlNetInpaintPipeline",

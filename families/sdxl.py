@@ -30,6 +30,7 @@ SDXL = Family(
     has_zeroed_negatives=True,
     is_vae_upcast=True,
     pipeline_class="StableDiffusionXLPipeline",
+    img2img_pipeline_class="StableDiffusionXLImg2ImgPipeline",
     controlnet_pipeline_class="StableDiffusionXLControlNetPipeline",
     inpaint_pipeline_class="StableDiffusionXLInpaintPipeline",
     controlnet_inpaint_pipeline_class="StableDiffusionXLControlNetInpaintPipeline",

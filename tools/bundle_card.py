@@ -108,6 +108,7 @@ def _verified(figures: VerifyFigures) -> str:
         (
             image.prompt,
             ", ".join(image.controlnets) or "none",
+            image.starts_from,
             str(image.seed),
             "equal" if image.psnr is None else f"{image.psnr:.1f}",
             f"{image.largest:.1e}",
@@ -115,7 +116,7 @@ def _verified(figures: VerifyFigures) -> str:
         for image in figures.images
     ]
     words = f"`hypersd verify` on {figures.backend}: differences from diffusers' images, in parts of full scale."
-    headings = ("prompt", "ControlNets", "seed", "PSNR dB", "largest error")
+    headings = ("prompt", "ControlNets", "starts from", "seed", "PSNR dB", "largest error")
     return f"## Verification\n\n{words}\n\n{_table(headings, rows)}"
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..engines import Manifest
 from ..engines.component_names import controlnet
@@ -30,29 +29,43 @@ from ..export.sources import SourceOptions, Sources, find_sources
 from ..families import find_family
 from ..runtime.request import Request
 from .reference_loras import fuse_lora
+from .verify_cases import Case, control_image
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """diffusers' pipelines of a bundle's sources: without ControlNets, and with all of the bundle's."""
+    """diffusers' pipelines of a bundle's sources.
+
+    Attributes:
+        plain: from the text alone; for a base that was trained for inpainting, with an init image and a mask.
+        controlled: the same with all of the bundle's ControlNets.
+        from_image: from an init image.
+        controlnets: the ControlNets' names.
+    """
 
     plain: Any
     controlled: Any | None = None
+    from_image: Any | None = None
     controlnets: tuple[str, ...] = ()
 
-    def for_request(self, request: Request, images: Mapping[str, Image.Image]) -> tuple[Any, dict[str, Any]]:
-        """The pipeline for a request with these control images, and its arguments for them."""
-        if not images:
-            return self.plain, {}
-        # diffusers runs all ControlNets: one without an image gets another's image, at strength 0
-        some, used = next(iter(images.values())), {c.name: c.conditioning_scale for c in request.controls}
-        sources = [images.get(name, some) for name in self.controlnets]
+    def for_case(self, case: Case, request: Request, manifest: Manifest) -> tuple[Any, dict[str, Any]]:
+        """The pipeline for a case, and its arguments for images; ``request`` is the case's."""
+        arguments = case.images(manifest)
+        if case.starts_from != "noise":
+            arguments["strength"] = request.strength
+        if case.starts_from == "image":
+            return self.from_image, arguments  # which takes its size from the image
+        arguments |= {"height": request.height, "width": request.width}
+        if not case.controlnets:
+            return self.plain, arguments
+        # diffusers runs all ControlNets: those that take no part see the same image, at strength 0
+        used, image = {c.name: c.conditioning_scale for c in request.controls}, control_image(manifest)
         scales = [used.get(name, 0.0) for name in self.controlnets]
         is_one = len(scales) == 1  # which diffusers takes without a list
-        return self.controlled, {
-            "image": sources[0] if is_one else sources,
-            "controlnet_conditioning_scale": scales[0] if is_one else scales,
-        }
+        name = "control_image" if case.starts_from == "mask" else "image"
+        arguments[name] = image if is_one else [image] * len(scales)
+        arguments["controlnet_conditioning_scale"] = scales[0] if is_one else scales
+        return self.controlled, arguments
 
 
 def load_reference(manifest: Manifest, progress: DownloadProgress | None = None) -> Reference:
@@ -63,15 +76,22 @@ def load_reference(manifest: Manifest, progress: DownloadProgress | None = None)
         DownloadError: a source is not available any more.
     """
     sources = find_reference_sources(manifest, progress)
-    pipe = load_pipeline(manifest, sources)
-    if not manifest.controlnets:
-        return Reference(pipe)
+    family, pipe = find_family(manifest.family), load_pipeline(manifest, sources)
+    controlled = from_image = None
     with quiet():
-        dtype = PRECISIONS[manifest.precision].dtype
-        nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
-        controlled = _with_controlnets(manifest, pipe, nets)
-    controlled.set_progress_bar_config(disable=True)
-    return Reference(pipe, controlled, tuple(manifest.controlnets))
+        if manifest.has_encoder and not manifest.is_inpainting:
+            from_image = _in_pipeline(family.img2img_pipeline_class, manifest, pipe.components)
+        if manifest.controlnets:
+            dtype = PRECISIONS[manifest.precision].dtype
+            nets = [load_controlnet(sources.parts[controlnet(name)], dtype) for name in manifest.controlnets]
+            parts = {**pipe.components, "controlnet": nets if len(nets) > 1 else nets[0]}
+            controlled = _in_pipeline(_controlled_class(manifest), manifest, parts)
+    return Reference(pipe, controlled, from_image, tuple(manifest.controlnets))
+
+
+def _controlled_class(manifest: Manifest) -> str:
+    family = find_family(manifest.family)
+    return family.controlnet_inpaint_pipeline_class if manifest.is_inpainting else family.controlnet_pipeline_class
 
 
 def find_reference_sources(manifest: Manifest, progress: DownloadProgress | None = None) -> Sources:
@@ -89,7 +109,6 @@ def find_reference_sources(manifest: Manifest, progress: DownloadProgress | None
 def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
     """diffusers' own pipeline of these sources, in the bundle's precision and without ControlNets."""
     with quiet():
-        import diffusers
         from transformers import CLIPTokenizer
 
         family, dtype = find_family(manifest.family), PRECISIONS[manifest.precision].dtype
@@ -106,13 +125,12 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         modules["vae"] = load_vae(sources.parts["vae"], dtype, None if manifest.has_encoder else "decoder")
         # From the base's configuration, and not from the manifest's constants, which it is to check.
         modules["scheduler"] = make_scheduler(manifest.sampler.kind, sources.scheduler_config)
-        settings = _pipeline_settings(manifest)
-        pipe: Any = getattr(diffusers, family.pipeline_class)(**modules, **family.pipeline_parts, **settings)
+        class_name = family.inpaint_pipeline_class if manifest.is_inpainting else family.pipeline_class
+        pipe = _in_pipeline(class_name, manifest, {**modules, **family.pipeline_parts})
         for lora in loras:
             fuse_lora(pipe, lora)
         for name in ("unet", *family.encoder_names):
             getattr(pipe, name).to(dtype)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -123,13 +141,13 @@ def _pipeline_settings(manifest: Manifest) -> dict[str, Any]:
     return {**family.pipeline_settings, **(zeros if family.has_zeroed_negatives else {})}
 
 
-def _with_controlnets(manifest: Manifest, pipe: Any, nets: Sequence[Any]) -> Any:
-    """The same components in a pipeline with ControlNets."""
+def _in_pipeline(class_name: str, manifest: Manifest, parts: Mapping[str, Any]) -> Any:
+    """Components in a pipeline of diffusers that prints no progress."""
     import diffusers
 
-    parts = {**pipe.components, "controlnet": list(nets) if len(nets) > 1 else nets[0]}
-    pipeline_class = getattr(diffusers, find_family(manifest.family).controlnet_pipeline_class)
-    return pipeline_class(**parts, **_pipeline_settings(manifest))
+    pipe = getattr(diffusers, class_name)(**parts, **_pipeline_settings(manifest))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _source_options(manifest: Manifest) -> SourceOptions:

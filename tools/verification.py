@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..engines import Manifest
 from ..engines.compare import THRESHOLDS, Threshold, peak_signal_to_noise
+from ..engines.engine import TORCH_DTYPES
 from ..errors import VerifyError
 from ..runtime import Pipeline
 from ..runtime.request import Request
 from .reference import Reference
-
-PROMPTS = ("a photo of a cat", "a red car in front of a blue house")
+from .verify_cases import Case, control_image, init_image
 
 
 def find_threshold(pipe: Pipeline) -> Threshold:
@@ -32,7 +32,8 @@ class Difference:
     """Difference between one stage's result and diffusers'.
 
     Attributes:
-        stage: ``text``, ``step 1`` and so on, ``decode`` (of diffusers' own latents) or ``image``.
+        stage: ``text``, ``encode`` (of an init image), ``step 1`` and so on, ``decode`` (of diffusers' own latents) or
+            ``image``.
         psnr: peak signal-to-noise ratio in dB; the peak is full scale for images, the reference's span elsewhere.
         ssim: structural similarity; None for arrays without rows and columns.
         mean: mean error, in parts of the peak.
@@ -48,59 +49,38 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One prompt and seed, with the ControlNets that were used."""
+    """One image from both."""
 
-    prompt: str
-    seed: int
+    case: Case
     differences: tuple[Difference, ...]
     ours: Image.Image
     theirs: Image.Image
-    controlnets: tuple[str, ...] = ()
 
     @property
     def image(self) -> Difference:
         return self.differences[-1]
 
 
-def compare(
-    pipe: Pipeline,
-    reference: Reference,
-    prompt: str,
-    seed: int,
-    steps: int | None = None,
-    images: Mapping[str, Image.Image] | None = None,
-) -> Comparison:
+def compare(pipe: Pipeline, reference: Reference, case: Case, steps: int | None = None) -> Comparison:
     """Generate one image with both and compare every stage.
 
     Args:
         pipe: the bundle's pipeline.
         reference: diffusers' pipelines (:func:`load_reference`).
-        prompt: text of the image.
-        seed: of the noise.
+        case: the image.
         steps: number of steps; None for the manifest's.
-        images: control images of the usual size, by the ControlNet's name; None runs no ControlNet.
     """
-    differences = list(_compare_text(pipe, reference.plain, prompt))
-    request, ours, our_steps = _generate_ours(pipe, prompt, seed, steps, images or {})
-    theirs, their_steps = _generate_theirs(request, reference, seed, images or {})
+    differences = list(_compare_text(pipe, reference.plain, case.prompt))
+    if case.starts_from != "noise":
+        differences.append(_compare_encoders(pipe, reference.plain.vae))
+    request, ours, our_steps = _generate_ours(pipe, case, steps)
+    theirs, their_steps = _generate_theirs(request, reference, case, pipe.manifest)
     for i, (mine, judged) in enumerate(zip(our_steps, their_steps, strict=True), start=1):
         differences.append(measure_difference(f"step {i}", _rows_last(mine), _rows_last(judged)))
     decoded = (pipe.decode(their_steps[-1].to(pipe.device, pipe.dtype)) * 0.5 + 0.5).clamp(0, 1)
     differences.append(measure_difference("decode", _rows_last(decoded), theirs, peak=1.0))
     differences.append(measure_difference("image", ours, theirs, peak=1.0))
-    names = tuple(control.name for control in request.controls)
-    return Comparison(prompt, seed, tuple(differences), _image(ours), _image(theirs), names)
-
-
-def control_image(manifest: Manifest) -> Image.Image:
-    """White lines on black, of the bundle's usual size: a control image for ControlNets of any kind."""
-    width, height = manifest.shapes.width.opt, manifest.shapes.height.opt
-    image = Image.new("RGB", (width, height))
-    draw = ImageDraw.Draw(image)
-    stroke = max(1, min(width, height) // 64)
-    draw.ellipse((width // 8, height // 8, width // 2, height // 2), outline="white", width=stroke)
-    draw.rectangle((width // 3, height // 3, width * 7 // 8, height * 3 // 4), outline="white", width=stroke)
-    return image
+    return Comparison(case, tuple(differences), _image(ours), _image(theirs))
 
 
 def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Difference]:
@@ -114,24 +94,40 @@ def _compare_text(pipe: Pipeline, reference: Any, prompt: str) -> Iterator[Diffe
         yield measure_difference("pooled text", _array(ours.text_embeds), _array(theirs[2]))
 
 
-def _generate_ours(
-    pipe: Pipeline, prompt: str, seed: int, steps: int | None, images: Mapping[str, Image.Image]
-) -> tuple[Request, np.ndarray, list[Tensor]]:
+def _compare_encoders(pipe: Pipeline, vae: Any) -> Difference:
+    """The distribution of the init image's latents before anything is drawn, or TAESD's latents."""
+    engine, own = pipe.engines["vae_encoder"], vae.dtype
+    dtype = TORCH_DTYPES[engine.inputs["sample"].dtype]
+    pixels = np.asarray(init_image(pipe.manifest), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+    sample = torch.from_numpy(pixels).to(dtype).contiguous()
+    ours = engine.run({"sample": sample.to(engine.device)})["latent_parameters"]
+    with torch.no_grad():
+        theirs = vae.to(dtype).encode(sample, return_dict=False)[0]  # diffusers encodes SDXL's in float32 too
+    vae.to(own)
+    theirs = theirs if isinstance(theirs, Tensor) else theirs.parameters
+    return measure_difference("encode", _rows_last(ours), _rows_last(theirs))
+
+
+def _generate_ours(pipe: Pipeline, case: Case, steps: int | None) -> tuple[Request, np.ndarray, list[Tensor]]:
     """The request, the image and the latents after every step."""
     seen: list[Tensor] = []
+    sampler = pipe.manifest.sampler
+    planned = steps or len(sampler.timesteps or ()) or sampler.num_inference_steps
     result = pipe(
-        prompt,
+        case.prompt,
+        **case.images(pipe.manifest),
+        strength=case.strength(planned),
         num_inference_steps=steps,
-        seed=seed,
+        seed=case.seed,
         output_type="np",
-        control_image=images or None,
+        control_image=dict.fromkeys(case.controlnets, control_image(pipe.manifest)) or None,
         callback_on_step_end=lambda *step: seen.append(step[3]["latents"].clone()),
     )
     return result.request, result.images[0], seen
 
 
 def _generate_theirs(
-    request: Request, reference: Reference, seed: int, images: Mapping[str, Image.Image]
+    request: Request, reference: Reference, case: Case, manifest: Manifest
 ) -> tuple[np.ndarray, list[Tensor]]:
     """diffusers' image of the same request, and its latents after every step."""
     seen: list[Tensor] = []
@@ -143,16 +139,14 @@ def _generate_theirs(
     schedule: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
     if request.timesteps is not None:
         schedule = {"timesteps": list(request.timesteps)}
-    pipe, control = reference.for_request(request, images)
+    pipe, images = reference.for_case(case, request, manifest)
     result = pipe(
         request.prompts[0],
-        **control,
+        **images,
         **schedule,
         eta=request.eta,
         guidance_scale=request.guidance_scale,
-        height=request.height,
-        width=request.width,
-        generator=torch.Generator("cpu").manual_seed(seed),
+        generator=torch.Generator("cpu").manual_seed(case.seed),
         output_type="np",
         callback_on_step_end=keep,
     )
@@ -188,13 +182,13 @@ def check_thresholds(comparisons: Sequence[Comparison], threshold: Threshold) ->
     """Check that every image is close enough.
 
     Raises:
-        VerifyError: an image is not; the message names its seed.
+        VerifyError: an image is not; the message names its prompt and seed.
     """
     for comparison in comparisons:
         found = comparison.image
         if not (found.psnr >= threshold.psnr and found.largest <= threshold.largest):  # NaN is not close enough
             raise VerifyError(
-                f"seed {comparison.seed} is at {found.psnr:.1f} dB with a largest error of {found.largest:.1e}, "
+                f"{comparison.case} is at {found.psnr:.1f} dB with a largest error of {found.largest:.1e}, "
                 f"expected {threshold.psnr:g} dB or more and {threshold.largest:.0e} or less: "
                 "these are not diffusers' images"
             )

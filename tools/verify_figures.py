@@ -15,11 +15,15 @@ FIGURES = "figures.json"  # in the folder of the pairs
 
 
 class ImageFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """An image's difference from diffusers': PSNR in dB (None: equal), largest error in parts of full scale."""
+    """An image's difference from diffusers': PSNR in dB (None: equal), largest error in parts of full scale.
+
+    ``starts_from`` is ``"noise"``, ``"image"`` or ``"mask"``.
+    """
 
     prompt: str
     seed: int
     controlnets: tuple[str, ...] = ()
+    starts_from: str = "noise"
     psnr: float | None
     largest: float
 

@@ -26,6 +26,7 @@ from hypersd.export.sources import SourceOptions
 from hypersd.runtime import Pipeline
 from hypersd.tools.reference import load_reference
 from hypersd.tools.verification import check_thresholds, compare, find_threshold
+from hypersd.tools.verify_cases import Case
 from hypersd.weights.safetensors_file import SafetensorsFile
 
 NAME = "Hyper-SD15-1step-lora"
@@ -249,7 +250,7 @@ def test_diffusers_generates_the_same_images(name: str, changes: dict[str, str],
     bundle = export_random(name, **changes)
     pipe = Pipeline.load(bundle.root)
     assert pipe.manifest.vae.tiny == ("vae" in changes)
-    comparison = compare(pipe, load_reference(pipe.manifest), "a photo of a cat", 0)
+    comparison = compare(pipe, load_reference(pipe.manifest), Case(prompt="a photo of a cat", seed=0))
     check_thresholds([comparison], find_threshold(pipe))
 
 

@@ -172,7 +172,7 @@ def test_the_card_says_what_it_is(sd15_bundle: Path, tmp_path: Path) -> None:
     assert "base_model" not in fields, "the base is a folder here, which is nobody else's affair"
     assert str(Path(bundle.manifest.origin.base).parent) not in card
     assert f'Pipeline.load("{REPO}")' in body
-    assert "| a \\| cat | none | 0 | 101.2 | 1.0e-05 |" in body
+    assert "| a \\| cat | none | noise | 0 | 101.2 | 1.0e-05 |" in body
     other = msgspec.structs.replace(bundle.manifest, checkpoint="Hyper-SD15-2steps-lora")
     assert "Verification" not in write_card(REPO, other)
 

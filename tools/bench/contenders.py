@@ -78,7 +78,7 @@ def _of_bundle(name: str, summary: str, module: str, libraries: tuple[str, ...] 
         options=options,
         libraries=libraries,
         holds_halves=arguments.get("precision") == "bf16",
-        why_not=_why_no_compiler if arguments.get("mode") == "compiled" else _no_reason,
+        why_not={"eager": _why_not_text_to_image, "compiled": _why_not_compiled}.get(arguments.get("mode"), _no_reason),
     )
 
 
@@ -98,16 +98,26 @@ def _why_no_one_graph(context: Context) -> str | None:
     return None if has else "the bundle has no graph of the whole image: export it with --one-graph"
 
 
-def _why_no_compiler(_: Context) -> str | None:
+def _why_not_compiled(context: Context) -> str | None:
     """torch.compile writes C++ for processors and looks for these compilers."""
+    if reason := _why_not_text_to_image(context):
+        return reason
     if any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++")):
         return None
     return "torch.compile needs a C++ compiler: install g++"
 
 
+def _why_not_text_to_image(context: Context) -> str | None:
+    """The others are timed as they make an image of a text."""
+    if context.bundle.manifest.is_inpainting:
+        return "the bundle's UNet is for inpainting, the bench times it from text to image"
+    return None
+
+
 def _why_not_optimum(context: Context) -> str | None:
-    has = context.bundle.manifest.controlnets
-    return "the bundle's UNet has inputs for ControlNets, which optimum does not feed" if has else None
+    if context.bundle.manifest.controlnets:
+        return "the bundle's UNet has inputs for ControlNets, which optimum does not feed"
+    return _why_not_text_to_image(context)
 
 
 def _optimum_options(context: Context) -> dict[str, Any]:

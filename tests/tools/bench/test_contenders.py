@@ -118,14 +118,20 @@ def test_compiled_means_the_unet_and_the_decoder(sd15_bundle: Path, monkeypatch:
     assert runner.generate(settings_of(sd15_bundle)).stages["step 1"] > 0
 
 
-def test_a_compiled_contender_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_contender_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, sd15_bundle: Path) -> None:
     """On a machine without one the reason is told and not found out after minutes."""
-    from hypersd.tools.bench.contenders import Context
-
     monkeypatch.setattr("shutil.which", lambda name: None)
-    context = Context(None, "cpu", Path())  # pyright: ignore[reportArgumentType]
+    context = Context(Bundle.load(sd15_bundle), "cpu", Path())
     assert "install g++" in (find_contender("diffusers-compiled").why_not_here(context, False) or "")
     assert find_contender("diffusers").why_not_here(context, False) is None
+
+
+def test_a_base_for_inpainting_is_timed_alone(export_inpainting: Callable[[str], Path]) -> None:
+    """The others' UNets would get latents alone."""
+    context = Context(Bundle.load(export_inpainting("Hyper-SD15-1step-lora")), "cpu", Path())
+    assert find_contender("hypersd").why_not(context) is None
+    for name in ("diffusers", "diffusers-compiled", "optimum"):
+        assert "for inpainting" in (find_contender(name).why_not(context) or "")
 
 
 def test_an_unknown_contender_is_rejected_with_all_names() -> None:
