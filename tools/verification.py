@@ -15,6 +15,7 @@ from ..engines import Manifest
 from ..engines.compare import THRESHOLDS, Threshold, peak_signal_to_noise
 from ..engines.engine import TORCH_DTYPES
 from ..errors import VerifyError
+from ..export.libraries import quiet
 from ..runtime import Pipeline
 from ..runtime.request import Request
 from .reference import Reference
@@ -101,9 +102,9 @@ def _compare_encoders(pipe: Pipeline, vae: Any) -> Difference:
     pixels = np.asarray(init_image(pipe.manifest), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
     sample = torch.from_numpy(pixels).to(dtype).contiguous()
     ours = engine.run({"sample": sample.to(engine.device)})["latent_parameters"]
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         theirs = vae.to(dtype).encode(sample, return_dict=False)[0]  # diffusers encodes SDXL's in float32 too
-    vae.to(own)
+        vae.to(own)
     theirs = theirs if isinstance(theirs, Tensor) else theirs.parameters
     return measure_difference("encode", _rows_last(ours), _rows_last(theirs))
 
@@ -140,16 +141,17 @@ def _generate_theirs(
     if request.timesteps is not None:
         schedule = {"timesteps": list(request.timesteps)}
     pipe, images = reference.for_case(case, request, manifest)
-    result = pipe(
-        request.prompts[0],
-        **images,
-        **schedule,
-        eta=request.eta,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(case.seed),
-        output_type="np",
-        callback_on_step_end=keep,
-    )
+    with quiet():
+        result = pipe(
+            request.prompts[0],
+            **images,
+            **schedule,
+            eta=request.eta,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(case.seed),
+            output_type="np",
+            callback_on_step_end=keep,
+        )
     return result.images[0], seen
 
 
