@@ -78,7 +78,9 @@ def _of_bundle(name: str, summary: str, module: str, libraries: tuple[str, ...] 
         options=options,
         libraries=libraries,
         holds_halves=arguments.get("precision") == "bf16",
-        why_not={"eager": _why_not_text_to_image, "compiled": _why_not_compiled}.get(arguments.get("mode"), _no_reason),
+        why_not={"eager": _why_not_text_to_image, "compiled": _why_not_compiled}.get(
+            arguments.get("mode", ""), _no_reason
+        ),
     )
 
 
