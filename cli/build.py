@@ -186,7 +186,8 @@ def say_next(bundle: Bundle, out: Console, err: Console, why_not: str | None = N
     if bundle.manifest.random_weights:
         out.print(f"measure with: hypersd bench {quoted(bundle.root)}", markup=False, soft_wrap=True)
         return
-    command = f'hypersd generate {quoted(bundle.root)} "{prompt}"'
+    images = " --image photo.jpg --mask mask.png" if bundle.manifest.is_inpainting else ""
+    command = f'hypersd generate {quoted(bundle.root)} "{prompt}"{images}'
     out.print(f"generate with: {command}", markup=False, soft_wrap=True)
     if names := list(bundle.manifest.controlnets):
         given = "photo.jpg" if len(names) == 1 else f"{names[0]}=photo.jpg"

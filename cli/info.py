@@ -189,7 +189,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
     return {
         "checkpoint": manifest.checkpoint + scale,
         **({"random weights": "yes, for measurements: its images are noise"} if manifest.random_weights else {}),
-        "base": base + (f", VAE of {origin.vae}" if origin.vae else ""),
+        "base": base + (f", VAE of {origin.vae}" if origin.vae else "") + _base_use(manifest),
         **({"LoRAs": ", ".join(origin.described_loras)} if origin.added_loras else {}),
         "VAE": _vae(manifest),
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
@@ -201,6 +201,10 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": ", ".join(["ONNX Runtime", *_backends(bundle)]),
     }
+
+
+def _base_use(manifest: Manifest) -> str:
+    return "; for inpainting" if manifest.is_inpainting else ""
 
 
 def _vae(manifest: Manifest) -> str:

@@ -56,13 +56,21 @@ def _metadata(manifest: Manifest, licence: str | None) -> str:
 
 
 def _usage(repo_id: str, manifest: Manifest) -> str:
-    control = '\n    control_image="photo.png",' if manifest.controlnets else ""
-    option = " --control-image photo.png" if manifest.controlnets else ""
-    call = f'pipe("a photo of a cat"{"," + control if control else ""}' + ("\n)" if control else ")")
+    """A call with the images that the bundle takes, on the command line and in Python."""
+    photo, options, arguments = 'Image.open("photo.png")', "", ['"a photo of a cat"']
+    if manifest.is_inpainting:
+        options += " --image photo.png --mask mask.png"
+        arguments += [f"image={photo}", 'mask_image=Image.open("mask.png")']
+    if names := list(manifest.controlnets):
+        is_one = len(names) == 1
+        options += " --control-image photo.png" if is_one else f" --control-image {names[0]}=photo.png"
+        arguments.append(f"control_image={photo}" if is_one else f'control_image={{"{names[0]}": {photo}}}')
+    imported = "from PIL import Image\n\n" if len(arguments) > 1 else ""
+    call = "".join(f"\n    {argument}," for argument in arguments) + "\n" if imported else arguments[0]
     return (
         "## Use\n\n```bash\n"
-        f'hypersd generate {repo_id} "a photo of a cat"{option}\n```\n\n```python\n'
-        f'from hypersd import Pipeline\n\npipe = Pipeline.load("{repo_id}")\nimage = {call}.images[0]\n```'
+        f'hypersd generate {repo_id} "a photo of a cat"{options}\n```\n\n```python\n{imported}'
+        f'from hypersd import Pipeline\n\npipe = Pipeline.load("{repo_id}")\nimage = pipe({call}).images[0]\n```'
     )
 
 
@@ -76,7 +84,8 @@ def _settings(manifest: Manifest) -> list[tuple[str, ...]]:
         ("guidance scale", f"{sampler.guidance_scale:g}"),
         ("image", f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time"),
         ("precision", manifest.precision),
-        ("decoder", "tiny (TAESD)" if manifest.vae.tiny else "full"),
+        ("VAE", ("tiny (TAESD)" if manifest.vae.tiny else "full") + ("" if manifest.has_encoder else ", decoder only")),
+        *([("base", "for inpainting")] if manifest.is_inpainting else []),
         *([("ControlNets", ", ".join(manifest.controlnets))] if manifest.controlnets else []),
         *([("LoRAs", ", ".join(manifest.origin.described_loras))] if manifest.origin.added_loras else []),
     ]

@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -182,3 +183,26 @@ def test_figures_of_another_bundle_are_left_out(sd15_bundle: Path, copy_bundle, 
     write_figures(tmp_path / "figures.json", other, "onnxruntime", [])
     assert read_figures(tmp_path / "figures.json", Bundle.load(sd15_bundle)) is None
     assert read_figures(tmp_path / "missing.json", other) is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "inpainting", "controlled"])
+def test_the_cards_python_runs(
+    kind: str,
+    export_tiny: Callable[[str], Path],
+    export_inpainting: Callable[[str], Path],
+    export_controlled: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the images that the bundle takes, in files of the names that it gives them."""
+    export = {"plain": export_tiny, "inpainting": export_inpainting, "controlled": export_controlled}[kind]
+    root = export("Hyper-SD15-1step-lora")
+    card = write_card(str(root), Bundle.load(root).manifest)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.png", "mask.png"):
+        Image.linear_gradient("L").save(name)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert made["image"].size == (64, 64)
+    assert ("mask_image" in code, "control_image" in code) == (kind == "inpainting", kind == "controlled")
