@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -10,6 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ..errors import RequestError
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # clients are told what is wrong with their bodies
 MEDIA_TYPE = "multipart/form-data"
 MOST_PARTS = 64
 LONGEST_NAME = 80  # characters of a name that an error repeats

@@ -332,12 +332,14 @@ FORMS: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_damaged_forms(name: str, demo_server: RunningServer) -> None:
+def test_damaged_forms(name: str, demo_server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    """They do not fill the log."""
     content_type, body, words = FORMS[name]
     status, _, answer = exchange(demo_server.address, whole(body, EDITS, Content_Type=content_type))
     assert status == 400, answer
     assert words in error_of(answer)["message"]
     assert len(error_of(answer)["message"]) < 300
+    assert caplog.records == []
 
 
 def test_pages_of_other_sites_cannot_send_forms(demo_server: RunningServer, photo: Image.Image) -> None:
