@@ -106,7 +106,7 @@ def image(response: httpx.Response) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
 
 
-def is_image_of(pipe: Pipeline, image: Image.Image, prompt: str, **call: Any) -> bool:
+def is_image_of(pipe: Pipeline, image: Image.Image, prompt: str, /, **call: Any) -> bool:
     return ImageChops.difference(image, pipe(prompt, **call).images[0]).getbbox() is None
 
 
