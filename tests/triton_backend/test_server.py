@@ -7,7 +7,10 @@ Skipped where it is not installed, in a folder of its own: its release 24.10 rea
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
@@ -97,18 +101,20 @@ def wait_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path
 
 
 def infer(client: httpx.Client, model: str, **inputs: Any) -> httpx.Response:
-    """A request of one row for an image."""
-    types = {str: "BYTES", int: "INT32", float: "FP32"}
-    tensors = [
-        {
-            "name": name,
-            "shape": [1, 1],
-            "datatype": "INT64" if name == "seed" else types[type(value)],
-            "data": [value],
-        }
-        for name, value in inputs.items()
-    ]
-    return client.post(f"models/{model}/infer", json={"inputs": tensors})
+    """A request of one row for an image. Files follow the JSON (Triton's extension for binary tensors)."""
+    types = {str: "BYTES", bytes: "BYTES", int: "INT32", float: "FP32", bool: "BOOL"}
+    tensors: list[dict[str, Any]] = []
+    files = b""
+    for name, value in inputs.items():
+        tensor = {"name": name, "shape": [1, 1], "datatype": "INT64" if name == "seed" else types[type(value)]}
+        if isinstance(value, bytes):
+            files += struct.pack("<I", len(value)) + value
+            tensors.append({**tensor, "parameters": {"binary_data_size": 4 + len(value)}})
+        else:
+            tensors.append({**tensor, "data": [value]})
+    header = json.dumps({"inputs": tensors}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(header))}
+    return client.post(f"models/{model}/infer", content=header + files, headers=headers)
 
 
 def outputs(response: httpx.Response) -> dict[str, np.ndarray]:
@@ -131,6 +137,21 @@ def test_concurrent_requests_get_the_pipelines_images(server: httpx.Client, sd15
         assert found["seed"].tolist() == [[inputs["seed"]]]
     assert responses[-1].status_code == 400
     assert "was not distilled for 700 steps" in responses[-1].json()["error"]
+
+
+def test_images_start_from_files(server: httpx.Client, sd15_bundle: Path) -> None:
+    """The input `image` is another tensor than the output of that name."""
+    pipe, name, file = Pipeline.load(sd15_bundle), sd15_bundle.name, io.BytesIO()
+    photo = Image.linear_gradient("L").convert("RGB")
+    photo.save(file, "PNG")
+    asked = {"prompt": "a cat", "seed": 3, "steps": 4, "image": file.getvalue(), "strength": 0.6}
+    call: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "image": photo, "strength": 0.6}
+    found = outputs(infer(server, name, **asked, keep_steps=False))["image"][0]
+    assert np.array_equal(found, np.asarray(pipe("a cat", **call).images[0]))
+    found = outputs(infer(server, name, **asked, mask_image=file.getvalue()))["image"][0]
+    expected = pipe("a cat", **call, mask_image=photo, keep_steps=True).images[0]
+    assert np.array_equal(found, np.asarray(expected))
+    assert infer(server, name, prompt="a cat", image=b"no image").status_code == 400
 
 
 def test_the_configuration_is_taken_as_written(server: httpx.Client, sd15_bundle: Path) -> None:
