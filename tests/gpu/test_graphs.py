@@ -148,6 +148,23 @@ def test_control_images_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None
     assert_recorded(graphed, 3)
 
 
+def test_a_stream_draws_what_calls_draw(sd15_bundle: Path) -> None:
+    """Tensors too: they are for the stream of the caller, from whichever thread they come."""
+    pipe, _ = load(sd15_bundle)
+    generator, words = np.random.default_rng(0), {"num_inference_steps": 2, "strength": 0.5, "seed": 3}
+    frames = [Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)) for _ in range(WARM_UPS + 4)]
+    for output_type in ("pil", "pt"):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            made = [
+                np.asarray(image if output_type == "pil" else image.cpu())
+                for image in pipe.stream(frames, PROMPTS[0], output_type=output_type, look_ahead=2, **words)
+            ]
+        for frame, image in zip(frames, made, strict=True):
+            single = images_of(pipe, PROMPTS[0], image=frame, output_type=output_type, **words)[0]
+            assert np.array_equal(image, single)
+    assert_recorded(pipe, graphs=2)
+
+
 def test_a_thousand_calls_do_not_grow(sdxl_bundle: Path) -> None:
     """Nothing is allocated after the first calls: not by torch, and not on the device by anybody."""
     pipe, _ = load(sdxl_bundle)
