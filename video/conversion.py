@@ -125,7 +125,7 @@ def convert_video(pipe: Pipeline, job: VideoJob, on_frame: OnFrame) -> Progress:
     """Generate an image for every frame, and write them as a video with the frames' times and the source's sound.
 
     Frames are encoded in segments in a folder beside the output. After an interruption the same job takes the finished
-    ones; its video is that of a run without interruption. A live source cannot be continued: an interruption is its
+    ones; its images are those of a run without interruption. A live source cannot be continued: an interruption is its
     end, and the video is written.
 
     Args:

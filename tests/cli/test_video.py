@@ -96,7 +96,10 @@ def test_a_killed_conversion_goes_on(demo_canny_bundle: Path, tmp_path: Path, ca
     assert "320 frames, " in (said := capsys.readouterr().out)
     assert " of them from an earlier run" in said
     assert main(words(whole)) == 0
-    assert output.read_bytes() == whole.read_bytes()
+    made, expected = read_video(output), read_video(whole)
+    assert made.times == expected.times
+    # The images are the same; x264 was seen to decide otherwise for one of 36 macroblocks, once in ten runs.
+    assert np.abs(made.frames.astype(int) - expected.frames).mean(axis=(1, 2, 3)).max() < 0.5
     assert not first.parent.exists()
 
 
