@@ -30,6 +30,7 @@ TURNS: dict[Any, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+QUARTER_TURNS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -119,11 +120,20 @@ def _in_colours(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned and mirrored as EXIF says. Pillow's own function writes all tags anew, and fails if one is damaged."""
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # a damaged header, for which Pillow has errors of many kinds, says nothing
-        return image
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels of an image that is turned as its EXIF orientation says."""
+    return image.size[::-1] if _turn(image) in QUARTER_TURNS else image.size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # a damaged header, for which Pillow has errors of many kinds, says nothing
+        return None
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from ..engines.specs import LARGEST_SIDE
 from ..errors import RequestError
 from ..samplers.numbers import whole_number
-from .image_files import blurred, to_rgb
+from .image_files import blurred, to_rgb, upright_size
 from .image_tensors import to_bytes, to_tensor
 from .mask_crop import MaskCrop, find_crop
 from .params import Params
@@ -61,9 +63,36 @@ def crop_images(params: Params, request: Request) -> tuple[Params, MaskCrop | No
     return crop.cut(params), crop
 
 
+def check_aspects(params: Params) -> None:
+    """Check that a mask covers the parts of the image that it seems to cover: each is cut or filled by its own aspect.
+
+    Raises:
+        RequestError: PIL images and masks are of different aspects, and are not stretched to the output size.
+    """
+    if params.resize_mode == "stretch":
+        return
+    images, masks = _as_list(params.image), _as_list(params.mask_image)
+    for i in range(max(len(images), len(masks)) if images and masks else 0):
+        image, mask = images[i % len(images)], masks[i % len(masks)]
+        if isinstance(image, Image.Image) and isinstance(mask, Image.Image):
+            _check_aspect(upright_size(image), upright_size(mask))
+
+
+def _check_aspect(image: tuple[int, int], mask: tuple[int, int]) -> None:
+    if abs(image[0] * mask[1] - mask[0] * image[1]) > max(image):  # more than a rounded pixel
+        raise RequestError(
+            f"mask of {mask[0]}x{mask[1]} pixels for an image of {image[0]}x{image[1]}: expected the same size, or the "
+            "same aspect"
+        )
+
+
+def _as_list(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
 def _image(params: Params, request: Request) -> Tensor:
     fitting, given = (request.width, request.height, params.resize_mode), params.image
-    images = given if isinstance(given, (list, tuple)) else [given]
+    images = _as_list(given)
     if images and all(isinstance(image, Image.Image) for image in images):
         rows = [to_bytes(image, *fitting) for image in images]  # the rest is done on the device
         return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -74,9 +103,10 @@ def _mask(params: Params, request: Request) -> Tensor:
     """The mask; white everywhere if none was given."""
     if params.mask_image is None:
         return torch.ones(1, 1, request.height, request.width, dtype=torch.uint8)
+    check_aspects(params)
     radius, given = _blur(params), params.mask_image
     if radius:
-        masks = given if isinstance(given, (list, tuple)) else [given]
+        masks = _as_list(given)
         if not all(isinstance(mask, Image.Image) for mask in masks):
             raise RequestError("mask_blur: expected PIL masks; blur arrays and tensors yourself")
         given = [blurred(to_rgb(mask), radius) for mask in masks]

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Sequence
 
 from PIL import Image
 
-from ..errors import RequestError
 from ..runtime import Pipeline
 from ..runtime.control_images import preprocess
 from ..runtime.image_files import blurred, fit, to_rgb
+from ..runtime.init_images import check_aspects
 from ..runtime.params import Params
 from ..runtime.request import Request
 from ..runtime.text import TruncationWarning
@@ -98,22 +98,13 @@ def _init_image(params: Params, request: Request) -> tuple[Params, Image.Image |
     image, mask = params.image, params.mask_image
     rest = dataclasses.replace(params, image=None, mask_image=None)
     if image is not None and mask is not None:
-        _check_aspect(image, mask)
+        check_aspects(params)
     if image is None or params.padding_mask_crop is not None:  # which cuts the part out of the whole
         return rest, image, mask
     fitting = (request.width, request.height, params.resize_mode)
     if mask is not None:
         mask = fit(blurred(to_rgb(mask), params.mask_blur), *fitting)
     return dataclasses.replace(rest, mask_blur=0), fit(image, *fitting), mask
-
-
-def _check_aspect(image: Image.Image, mask: Image.Image) -> None:
-    """Reject a mask that covers other parts of the image than it seems to: both are cropped to the output's aspect."""
-    if abs(image.width * mask.height - mask.width * image.height) > max(image.size):  # more than a rounded pixel
-        raise RequestError(
-            f"mask of {mask.width}x{mask.height} pixels for an image of {image.width}x{image.height}: expected the "
-            "same size, or the same aspect"
-        )
 
 
 def _control_images(pipe: Pipeline, service_request: ServiceRequest, request: Request) -> dict[str, Image.Image]:

@@ -258,8 +258,22 @@ REJECTED = [
         {"image": photo(), "mask_image": np.ones((SIDE, SIDE), np.float32), "mask_blur": 2},
         "mask_blur: expected PIL masks",
     ),
+    ({"image": photo(), "mask_image": Image.new("L", (64, 96))}, "expected the same size, or the same aspect"),
     ({"image": photo(), "resize_mode": "default"}, "resize_mode 'default' is not known"),
 ]
+
+
+def test_a_mask_of_a_photo_that_lies_on_its_side(load: Callable[[str], Pipeline]) -> None:
+    """The aspects of mask and image are compared upright; of a stretched mask they do not matter."""
+    lying = photo().resize((96, 64))
+    lying.getexif()[0x0112] = 6
+    upright = lying.transpose(Image.Transpose.ROTATE_270)
+    upright.getexif().clear()
+    area = mask((8, 8, 40, 40)).resize((64, 96))
+    call = {"mask_image": area, "num_inference_steps": 2, "seed": 1, "output_type": "np"}
+    images = [load(SAMPLERS[0])(PROMPT, image=image, **call).images for image in (lying, upright)]
+    assert np.array_equal(*images)
+    load(SAMPLERS[0])(PROMPT, image=photo(), **call, resize_mode="stretch")
 
 
 @pytest.mark.parametrize(("arguments", "message"), REJECTED)
