@@ -32,7 +32,7 @@ from .specs import (
 )
 from .vocabulary import Preprocess
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 
@@ -152,7 +152,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     ``random_weights`` means that the weights are not the checkpoint's: such a bundle is for measurements.
     """
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     checkpoint: str
     random_weights: bool = False
     family: str

@@ -109,12 +109,14 @@ class Component(Record, frozen=True, kw_only=True):
     """One component of the bundle.
 
     ``key`` is the hash of everything that its ONNX file was made from: components of one key are interchangeable.
+    ``graph`` is the hash of that without the weights: components of one graph differ in nothing else.
     """
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     files: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     key: Sha256
+    graph: Sha256 | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.files)) != len(self.files):

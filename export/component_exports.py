@@ -29,7 +29,7 @@ from .models import VaeHalf, is_tiny, load_controlnet, load_text_encoder, load_u
 from .sources import Sources, pixels_per_latent
 from .trace import OPSET
 
-EXPORTER_VERSION = 3  # raise it when the exporter makes another graph or other specs from the same inputs
+EXPORTER_VERSION = 4  # raise it when the exporter makes another graph or other specs from the same inputs
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -41,6 +41,7 @@ class ComponentExport:
         name: its name in the bundle.
         part: the part of the sources that it is made from.
         key: hash of everything that its ONNX file depends on.
+        graph: hash of that without name and weights.
         precision: of its weights.
         load: loads the weights; called only if the component is not there yet.
     """
@@ -48,6 +49,7 @@ class ComponentExport:
     name: str
     part: str
     key: str
+    graph: str
     precision: Precision
     load: Callable[[], ComponentModule]
 
@@ -180,23 +182,30 @@ class _Exports:
         **more: Any,
     ) -> ComponentExport:
         config, precision = self.sources.parts[part].config, precision or self.precision
-        inputs = {
-            "name": name,
+        graph = {
+            "kind": name.partition("/")[0],
             "exporter": EXPORTER_VERSION,
             "tools": tool_versions(),
             "opset": OPSET,
             "precision": precision.name,
+            "config": {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"},
+            **more,
+        }
+        made_from = {
+            "name": name,
             "weights": [record.sha256 for record in self.records[part]],
             "loras": [
                 [lora.strength, *(record.sha256 for record in self.records[name])]
                 for name, lora in self.loras.items()
                 if part in lora.layers
             ],
-            "config": {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"},
-            **more,
+            "graph": graph,
         }
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        return ComponentExport(name, part, key, precision, load)
+        return ComponentExport(name, part, _hash(made_from), _hash(graph), precision, load)
+
+
+def _hash(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def latent_scale(sources: Sources) -> int:

@@ -19,7 +19,9 @@ from ..weights.safetensors_file import SafetensorsFile
 from .check import check_graph, check_outputs, reference_cases
 from .checkpoints import Checkpoint, find_checkpoint
 from .component_exports import ComponentExport, component_exports, tool_versions
+from .components import ComponentModule
 from .controlnet_sources import settings_of
+from .graph_weights import read_graph, write_graph
 from .libraries import quiet, release_memory
 from .lora_sources import check_scale
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
@@ -217,8 +219,7 @@ class _Export:
                 module = export.load()
             with Stage(self.progress, f"{export.name}: run in torch"):
                 cases = reference_cases(module)
-            with Stage(self.progress, f"{export.name}: trace to ONNX"):
-                files = trace(module, folder / "model.onnx")
+            files = self._write(export, module, folder / "model.onnx", workspace)
             inputs, outputs = module.inputs, module.outputs
             del module
             release_memory()
@@ -230,10 +231,21 @@ class _Export:
                 outputs=outputs,
                 files=tuple(file.relative_to(workspace.root).as_posix() for file in files),
                 key=export.key,
+                graph=export.graph,
             )
             with Stage(self.progress, f"{export.name}: hash"):
                 workspace.finish_component(export.name, component)
         return component
+
+    def _write(self, export: ComponentExport, module: ComponentModule, path: Path, workspace: Workspace) -> list[Path]:
+        """Write the ONNX file: with the graph of a component that differs in weights alone, or with a traced one."""
+        if found := workspace.find_graph(export.graph):
+            content, where = found
+            if (graph := read_graph(content, module.module)) is not None:
+                with Stage(self.progress, f"{export.name}: graph of {where}, new weights"):
+                    return write_graph(graph, module.module, path)
+        with Stage(self.progress, f"{export.name}: trace to ONNX"):
+            return trace(module, path)
 
     def _manifest(self, components: dict[str, Component], files: dict[str, FileRecord]) -> Manifest:
         options = self.options

@@ -1,6 +1,8 @@
 """Graph rewrites between tracing and checking, as a list of passes.
 
-A format that stores weights in fewer bits is a pass more: it puts its quantize and dequantize nodes into the graph.
+A pass sees names, types and shapes of weights, and no values: the graph serves other checkpoints too
+(:mod:`.graph_weights`). A format that stores weights in fewer bits is a pass more: it puts its quantize and dequantize
+nodes into the graph.
 """
 
 from __future__ import annotations

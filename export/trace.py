@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from ..engines.specs import Range, TensorSpec
 from .components import ComponentModule
+from .graph_weights import hide_weights, write_graph
 from .passes import PASSES
 
 OPSET = 23  # the first that keeps Attention whole; GroupNormalization is typed as its input since 21
@@ -23,7 +24,7 @@ TRACE_SEED = 0
 
 
 def trace(component: ComponentModule, path: Path) -> list[Path]:
-    """Export a component with torch's dynamo exporter, weights beside the graph as external data.
+    """Export a component, its weights beside the graph as external data.
 
     Args:
         component: the module and its specs.
@@ -32,8 +33,16 @@ def trace(component: ComponentModule, path: Path) -> list[Path]:
     Returns:
         The files written, the graph first.
     """
-    import onnx_ir as ir
+    return write_graph(trace_graph(component), component.module, path)
 
+
+def trace_graph(component: ComponentModule) -> Any:
+    """Trace a component with torch's dynamo exporter.
+
+    Returns:
+        The graph as an ``onnx_ir.Model`` without weights. It follows from the module's configuration alone: nothing
+        that shapes it has seen a weight.
+    """
     extents = {name: _trace_extent(extent, i) for i, (name, extent) in enumerate(component.ranges.items())}
     example = component.random_inputs(extents, TRACE_SEED)
     dims = tuple(_dynamic_dims(spec) for spec in component.inputs.values())
@@ -50,15 +59,11 @@ def trace(component: ComponentModule, path: Path) -> list[Path]:
             verbose=False,
         )
         assert program is not None  # None only comes back from the exporter that writes the file itself
-        weights = list(program.model.graph.initializers.values())
+        hide_weights(program.model, component.module)
         program.optimize()
-    model = program.model
     for rewrite in PASSES:
-        rewrite(model, component)
-    data = path.with_name(path.name + "_data")
-    ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
-    _drop_weights([*weights, *model.graph.initializers.values()])
-    return [path, data] if data.exists() else [path]
+        rewrite(program.model, component)
+    return program.model
 
 
 class Positional(nn.Module):
@@ -87,12 +92,6 @@ def _trace_extent(extent: Range, index: int) -> int:
 def _dynamic_dims(spec: TensorSpec) -> dict[int, Any] | None:
     dims = {axis: Dim.AUTO for axis, dim in enumerate(spec.shape) if isinstance(dim, Range)}
     return dims or None
-
-
-def _drop_weights(initializers: list[Any]) -> None:
-    """Release the module's weights: onnxscript's rewriter keeps the last graph that it saw alive."""
-    for value in initializers:
-        value.const_value = None
 
 
 @contextlib.contextmanager

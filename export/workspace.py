@@ -2,12 +2,14 @@
 
 Everything is written to a hidden sibling of the output, ``.NAME.partial``, which is renamed when it is whole. Finished
 components are recorded there, so that a second run resumes where the first one stopped. A component that a bundle
-beside the output already has, made from the same inputs, is linked instead of made again.
+beside the output already has, made from the same inputs, is linked instead of made again; one that differs in its
+weights alone lends its graph.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -138,6 +140,20 @@ class Workspace:
                         link_or_copy(bundle.path(file), self.root / file)
                     self._note(name, component, records)
                 return component
+        return None
+
+    def find_graph(self, graph: str) -> tuple[bytes, str] | None:
+        """The ONNX file of a component of that ``graph``, and the name of the component or of the bundle beside."""
+        for name, component in self._finished.components.items():
+            if component.graph == graph:
+                return (self.root / component.onnx).read_bytes(), name
+        for bundle in self._neighbours():
+            for component in bundle.manifest.components.values():
+                if component.graph == graph:
+                    with contextlib.suppress(OSError):  # it is being replaced or removed at this moment
+                        content = bundle.path(component.onnx).read_bytes()
+                        if hashlib.sha256(content).hexdigest() == bundle.manifest.files[component.onnx].sha256:
+                            return content, bundle.root.name
         return None
 
     def _neighbours(self) -> Iterator[Bundle]:

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
-def pytest_collection_finish() -> None:
-    """Keep the collector away from the libraries that the tests have imported: each full run would scan them all."""
-    gc.collect()
-    gc.freeze()
+frozen_modules = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Keep the collector away from the libraries that the tests have imported: each full run would scan them all.
+
+    An export makes a full run for each component.
+    """
+    global frozen_modules
+    if len(sys.modules) > frozen_modules + 20:
+        gc.collect()
+        gc.freeze()
+        frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

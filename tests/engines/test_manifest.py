@@ -38,6 +38,7 @@ MANIFEST: dict[str, Any] = small_manifest(
             "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8], "rows_per_image": 1}},
             "files": ["unet/model.onnx", "unet/model.onnx_data"],
             "key": HASH,
+            "graph": HASH,
         }
     },
     files={
@@ -93,6 +94,7 @@ ONE_GRAPH: dict[str, Any] = {
         "outputs": {"images": {"dtype": "uint8", "shape": [1, 64, 64, 3], "rows_per_image": 1}},
         "files": ["one-graph-2steps.onnx", "unet/model.onnx_data"],
         "key": HASH,
+        "graph": None,
     },
     "num_inference_steps": 2,
     "timesteps": None,
@@ -420,6 +422,7 @@ def test_missing_keys_are_rejected_by_name(keys: tuple[str | int, ...]) -> None:
         (("components", "unet", "inputs", "sample", "shape"), [True]),
         (("components", "unet", "inputs", "sample", "shape"), ["batch"]),
         (("components", "unet", "key"), ""),
+        (("components", "unet", "graph"), HASH[1:]),
         (("origin", "weights"), None),
         (("versions", "hypersd"), 1),
         (("engines",), []),

@@ -481,9 +481,12 @@ NOT_REUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_components_of_other_inputs_are_not_reused(what: str, run: Run, cheap: Any) -> None:
     """Only the components that depend on the difference are made again."""
     changes, remade = NOT_REUSED[what]
-    run(out="first")
-    _, second = run(out="second", **changes)
+    first, _ = run(out="first")
+    bundle, second = run(out="second", **changes)
     assert second.traced == remade
+    pairs = {name: (first.manifest.components[name], bundle.manifest.components[name]) for name in remade}
+    differs = {one.graph != other.graph for one, other in pairs.values()}
+    assert differs == {"lora" not in what}, "a LoRA changes weights alone"
 
 
 @pytest.mark.parametrize("change", [_other_text_weights, _other_text_config], ids=["weights", "configuration"])

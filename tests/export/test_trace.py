@@ -25,7 +25,8 @@ from hypersd.engines.precision import PRECISIONS
 from hypersd.engines.specs import Range, TensorSpec
 from hypersd.errors import ExportError
 from hypersd.export.check import CHECK_SEED, Case, check_graph, check_outputs, reference_cases
-from hypersd.export.components import ComponentModule, vae_decoder_component, vae_encoder_component
+from hypersd.export.components import TOKENS, ComponentModule, vae_decoder_component, vae_encoder_component
+from hypersd.export.graph_weights import PREFIX
 from hypersd.export.layout import DiffusersBase
 from hypersd.export.models import load_vae
 from hypersd.export.repositories import LocalFolder
@@ -223,7 +224,7 @@ def test_files_tell_nothing_of_this_machine(which: str, bundle: Bundle, tiny_rep
 
 @BUNDLES
 def test_weights_are_external(which: str, bundle: Bundle) -> None:
-    """Weights lie beside the graph in one file that the manifest lists; the graph holds small constants only."""
+    """Weights lie beside the graph in one file that the manifest lists; the graph holds small ones and constants."""
     for name, model in graphs(bundle).items():
         component = bundle.manifest.components[name]
         assert component.files == (f"{name}/model.onnx", f"{name}/model.onnx_data")
@@ -231,7 +232,8 @@ def test_weights_are_external(which: str, bundle: Bundle) -> None:
         assert len(external) >= (1 if "embedding" in name else 10), "an image's embedding is tiny"
         assert {e.value for t in external for e in t.external_data if e.key == "location"} == {"model.onnx_data"}
         inline = [t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL]
-        assert all(len(t.raw_data) <= 1024 for t in inline)
+        assert all(len(t.raw_data) <= 1024 for t in inline if t.name.startswith(PREFIX))
+        assert all(len(t.raw_data) <= TOKENS**2 for t in inline), "the largest is a text encoder's mask"
         constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
         assert all(len(t.raw_data) <= 1024 for t in constants)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -34,8 +35,13 @@ def manifest_of(components: dict[str, Component], files: dict[str, FileRecord]) 
     )  # fmt: skip
 
 
+def hash_of(name: str) -> str:
+    """Stands for the hash of a component's graph."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 def component(name: str, key: str) -> Component:
-    return Component(inputs={}, outputs={}, files=(f"{name}/model.onnx",), key=key * 64)
+    return Component(inputs={}, outputs={}, files=(f"{name}/model.onnx",), key=key * 64, graph=hash_of(name))
 
 
 def build(out: Path, parts: Parts = PARTS, replace: bool = False, made: list[str] | None = None) -> Bundle:
@@ -339,6 +345,22 @@ def test_without_hard_links_it_is_copied(tmp_path: Path, monkeypatch: pytest.Mon
     assert_whole(tmp_path / "second", PARTS)
 
 
+def found_graph(out: Path, name: str) -> tuple[bytes, str] | None:
+    with Workspace.open(out, lambda: None) as workspace:
+        workspace.resume()
+        return workspace.find_graph(hash_of(name))
+
+
+def test_a_graph_is_found_in_a_neighbour_or_among_the_finished_components(tmp_path: Path) -> None:
+    """Whatever its weights are: the keys differ. The name tells where the graph comes from."""
+    assert found_graph(tmp_path / "out", "unet") is None
+    build(tmp_path / "first", {"unet": ("c", b"graph")})
+    assert found_graph(tmp_path / "out", "unet") == (b"graph", "first")
+    assert found_graph(tmp_path / "out", "text_encoder") is None
+    interrupted(tmp_path / "out", 1)
+    assert found_graph(tmp_path / "out", "text_encoder") == (PARTS["text_encoder"][1], "text_encoder")
+
+
 @pytest.mark.parametrize("damage", ["gone", "shorter", "altered", "manifest", "newer"])
 def test_a_damaged_neighbour_is_not_taken(damage: str, tmp_path: Path) -> None:
     """A neighbour's file counts only if it is the one that its manifest describes: else it is made anew."""
@@ -349,9 +371,10 @@ def test_a_damaged_neighbour_is_not_taken(damage: str, tmp_path: Path) -> None:
     elif damage == "manifest":
         manifest.write_text("{")
     elif damage == "newer":
-        manifest.write_text(manifest.read_text().replace('"schema_version": 3', '"schema_version": 4'))
+        manifest.write_text(manifest.read_text().replace('"schema_version": 4', '"schema_version": 5'))
     else:
         file.write_bytes(file.read_bytes()[:-1] + (b"" if damage == "shorter" else b"!"))
+    assert found_graph(tmp_path / "second", "unet") is None
     made: list[str] = []
     build(tmp_path / "second", made=made)
     assert "unet" in made
