@@ -159,7 +159,7 @@ def test_edges_are_followed(name: str, row: str, controlled_pipeline, figures) -
 
 
 def leading_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def leading(sampler: DDIM, steps: int) -> list[int]:
+    def leading(sampler: DDIM, steps: int, strength: float = 1.0) -> list[int]:
         return [i * (1000 // steps) + sampler.config.steps_offset for i in reversed(range(steps))]
 
     monkeypatch.setattr(DDIM, "spaced_timesteps", leading)
