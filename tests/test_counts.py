@@ -137,12 +137,17 @@ GRAPHS = {
 
 @pytest.mark.parametrize(("bundle", "component"), GRAPHS)
 def test_nodes_of_graphs(bundle: str, component: str, request: pytest.FixtureRequest) -> None:
-    """More nodes are more launches; what a runtime has one kernel for must not come in pieces, nor be cast around."""
+    """More nodes are more launches; what a runtime has one kernel for must not come in pieces, nor be cast around.
+
+    A node of weights alone, such as a linear layer's Transpose, is run once by every runtime while it loads.
+    """
     opened = Bundle.load(request.getfixturevalue(bundle))
     graph = onnx.load(opened.path(opened.component(component).onnx), load_external_data=False).graph
-    nodes = Counter(node.op_type for node in graph.node)
+    weights = {tensor.name for tensor in graph.initializer}
+    launched = [node for node in graph.node if not weights.issuperset(node.input)]
+    nodes = Counter(node.op_type for node in launched)
     most, *kinds = GRAPHS[bundle, component]
-    assert len(graph.node) <= most, nodes
+    assert len(launched) <= most, nodes
     assert [nodes[kind] for kind in KINDS] == kinds
 
 
