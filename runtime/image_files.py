@@ -126,7 +126,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height in pixels of an image that is turned as its EXIF orientation says."""
-    return image.size[::-1] if _turn(image) in QUARTER_TURNS else image.size
+    return (image.height, image.width) if _turn(image) in QUARTER_TURNS else image.size
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -65,6 +65,8 @@ def transparent(mode: str) -> Image.Image:
     """16x8 pixels, whose left half is transparent."""
     image = Image.new("RGBA", (16, 8), (200, 100, 50, 255))
     image.paste((0, 0, 0, 0), (0, 0, 8, 8))
+    if mode == "La":  # Pillow's direct conversion loses the alpha
+        return image.convert("LA").convert("La")
     if mode != "P":
         return image.convert(mode)
     indexed = Image.new("P", image.size, 1)

@@ -112,7 +112,7 @@ def test_unknown_output_types_are_refused_before_any_work(sd15_bundle: Path) -> 
     pipe, engines = counting_pipe(sd15_bundle)
     with pytest.raises(RequestError, match="pil, np, pt, latent"):
         pipe(PROMPT, output_type="jpg")
-    assert [engine.rows for engine in engines.values()] == [[]] * 3
+    assert [engine.rows for engine in engines.values()] == [[]] * 4
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,8 @@ def test_without_guidance_the_unet_runs_once_a_step_with_one_row(
     assert engines["unet"].rows == [1] * steps
     assert engines["unet"].timesteps == pipe.sampler.timesteps(steps)
     assert engines["vae_decoder"].rows == [1]
-    for name in set(engines) - {"unet", "vae_decoder"}:
+    assert engines["vae_encoder"].rows == []
+    for name in set(engines) - {"unet", "vae_decoder", "vae_encoder"}:
         assert engines[name].rows == [1], "the negative prompt has no effect, so it is not encoded"
 
 

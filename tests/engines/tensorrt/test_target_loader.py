@@ -18,6 +18,7 @@ from hypersd import Pipeline
 from hypersd.engines import Bundle, load
 from hypersd.engines.bundle import write_manifest
 from hypersd.engines.engine import NullEngine
+from hypersd.engines.late_engine import LateEngine
 from hypersd.engines.load import Choice, choose
 from hypersd.engines.manifest import FileRecord, Manifest
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
@@ -74,7 +75,7 @@ def test_real_engines_without_a_gpu_are_passed_over_with_the_reason(rtx_bundle: 
     (name,) = bundle.manifest.engines
     assert choice.passed_over.keys() == {name}
     assert "CUDA" in choice.passed_over[name] or "driver" in choice.passed_over[name]
-    assert {type(engine) for engine in load_engines(bundle).values()} == {OnnxRuntimeEngine}
+    assert {type(engine) for engine in load_engines(bundle).values()} == {OnnxRuntimeEngine, LateEngine}
     assert choose(bundle, device="cpu").passed_over == {}, "who asks for the CPU does not ask why"
 
 
