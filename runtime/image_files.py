@@ -178,15 +178,17 @@ def fit(image: Image.Image, width: int, height: int, resize_mode: str = "crop") 
             (``"default"`` in diffusers) keeps everything, and not the aspect.
     """
     check_resize_mode(resize_mode)
+    if image.size == (width, height):  # resizing it would copy it
+        return image
     if resize_mode == "stretch":
         return image.resize((width, height), Image.Resampling.LANCZOS)
     # The side that takes the target's extent: the shorter one where the excess is cut, the longer one where it fits in.
     follows_width = (width * image.height > image.width * height) == (resize_mode == "crop")
     inner = (
-        width if follows_width else image.width * height // image.height,
-        image.height * width // image.width if follows_width else height,
+        width if follows_width else max(1, image.width * height // image.height),
+        max(1, image.height * width // image.width) if follows_width else height,
     )
-    if not 0 < inner[0] * inner[1] <= LARGEST_RESIZE:
+    if inner[0] * inner[1] > LARGEST_RESIZE:
         raise RequestError(f"image of {image.width}x{image.height} pixels is a strip: crop it first")
     resized = image.resize(inner, Image.Resampling.LANCZOS)
     left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2

@@ -51,7 +51,7 @@ def to_bytes(image: Image.Image, width: int, height: int, resize_mode: str, mode
 
 def from_bytes(pixels: Tensor) -> Tensor:
     """Bytes [N, H, W, C] on any device as float32 [N, C, H, W] in 0..1, with the rounding of diffusers."""
-    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255.0
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
 
 
 def _rows(image: Any, channels: int) -> Tensor:

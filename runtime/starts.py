@@ -83,8 +83,9 @@ def make_start(
 
 def _signed(image: Tensor, dtype: torch.dtype) -> Tensor:
     """Images as the encoder takes them: in -1..1, [N, 3, H, W]."""
-    pixels = image if image.is_floating_point() else from_bytes(image)
-    return (pixels * 2 - 1).to(dtype)
+    if image.is_floating_point():
+        return (image * 2 - 1).to(dtype)
+    return from_bytes(image).mul_(2).sub_(1).to(dtype)
 
 
 def draw(

@@ -16,7 +16,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hypersd.errors import RequestError
 from hypersd.runtime.control_images import canny, scribble
@@ -343,8 +343,10 @@ def test_fitting_is_diffusers_to_the_pixel(size: tuple[int, int], target: tuple[
     image = source(*size)
     for ours, theirs in (("crop", "crop"), ("stretch", "default"), ("fill", "fill")):
         fitted = fit(image, *target, ours)
-        expected = JUDGE.resize(image, target[1], target[0], resize_mode=theirs)
         assert (fitted.size, fitted.mode) == (target, "RGB")
+        if ours == "fill" and min(*ImageOps.contain(image, target).size) <= 1:
+            continue  # diffusers fails where a side has no pixel left
+        expected = JUDGE.resize(image, target[1], target[0], resize_mode=theirs)
         assert fitted.tobytes() == expected.tobytes()
 
 
