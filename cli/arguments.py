@@ -50,6 +50,13 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def count(text: str) -> int:
+    """A number of things, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
 def size_word(size: tuple[int, int] | None) -> str | None:
     """Format (width, height) as ``1024x768``."""
     return None if size is None else f"{size[0]}x{size[1]}"

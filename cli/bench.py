@@ -12,7 +12,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from .arguments import BUNDLE_HELP, folder, open_bundle, size, size_word
+from .arguments import BUNDLE_HELP, count, folder, open_bundle, size, size_word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[], metavar="N", help="default: the checkpoint's own")
     parser.add_argument("--size", type=size, metavar="WxH", help="in pixels, within the bundle's range")
     parser.add_argument("--eta", type=float, help="0..1, stochasticity")
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="images of each (default: 5)")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="images of each (default: 5)")
     parser.add_argument(
-        "--warmup", type=_count, metavar="N", help="images before them that do not count (default: 1; 3 on a GPU)"
+        "--warmup", type=count, metavar="N", help="images before them that do not count (default: 1; 3 on a GPU)"
     )
     parser.add_argument("--prompt", default="a photo of a cat", metavar="TEXT", help="default: a photo of a cat")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
@@ -36,12 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--python", nargs="+", type=_named, default=[], metavar="NAME=PYTHON", help="interpreter of a contender"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
-    return int(text)
 
 
 def _named(text: str) -> tuple[str, str]:

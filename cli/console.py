@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -23,6 +25,7 @@ from rich.progress import (
 from ..errors import HyperSDError
 
 if TYPE_CHECKING:
+    from ..engines import Bundle
     from ..engines.load import Choice
     from ..runtime import Pipeline
 
@@ -206,6 +209,22 @@ class StageNotes(StageLines):
         self.hide()
         if note:
             self.notes.append(note)
+
+
+def load_pipeline(args: argparse.Namespace, bundle: Bundle, **options: Any) -> Pipeline:
+    """Load a pipeline on the engines that a command's options name, and print which backend runs where."""
+    began, progress = time.perf_counter(), StageNotes()
+    from ..runtime import Pipeline
+
+    progress.start(f"loading {args.bundle}")
+    try:
+        pipe = Pipeline.load(
+            bundle, args.backend, args.device, args.target, progress, precision=args.precision, **options
+        )
+    finally:
+        progress.hide()
+    say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
+    return pipe
 
 
 def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> None:

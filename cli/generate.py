@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, open_bundle
 from .control_options import add_control_options, read_controls
-from .image_options import add_image_options, read_init_image
+from .image_options import add_image_options, add_resize_mode, read_init_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,12 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     add_allow_random_weights(parser)
-    parser.add_argument(
-        "--resize-mode",
-        choices=["crop", "stretch", "fill"],
-        help="fit --image, --mask and --control-image to the size of the output: cut to its aspect, distorted, or with "
-        "the edges' colours around them (default: crop)",
-    )
+    add_resize_mode(parser, "--image, --mask and --control-image")
     add_image_options(parser)
     add_control_options(parser)
 
@@ -100,35 +95,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, bundle: Bundle) -> Pipeline:
-    """Load the pipeline, and print which backend runs where."""
-    import time
-
-    began = time.perf_counter()
+    """Load the pipeline, and name the output where the command does not."""
     from ..errors import RequestError
-    from ..runtime import Pipeline
-    from ..runtime.one_graph_function import find_one_graph
-    from ..runtime.params import LARGEST_SEED
-    from .console import StageNotes, say_loaded
+    from .console import load_pipeline
 
-    if args.count > 1 and args.seed + args.count - 1 > LARGEST_SEED:
-        raise RequestError(f"--seed {args.seed} with --count {args.count}: the last seed is above {LARGEST_SEED}")
-    progress = StageNotes()
-    progress.start(f"loading {args.bundle}")
-    try:
-        pipe = Pipeline.load(
-            bundle,
-            args.backend,
-            args.device,
-            args.target,
-            progress,
-            precision=args.precision,
-            vae_tile=args.vae_tile,
-            one_graph=find_one_graph(bundle.manifest, _params(args)) if args.one_graph else None,
-        )
-    finally:
-        progress.hide()
+    if args.count > 1:
+        from ..runtime.params import LARGEST_SEED
+
+        if args.seed + args.count - 1 > LARGEST_SEED:
+            raise RequestError(f"--seed {args.seed} with --count {args.count}: the last seed is above {LARGEST_SEED}")
+    one_graph = None
+    if args.one_graph:
+        from ..runtime.one_graph_function import find_one_graph
+
+        one_graph = find_one_graph(bundle.manifest, _params(args))
+    pipe = load_pipeline(args, bundle, vae_tile=args.vae_tile, one_graph=one_graph)
     args.output = args.output or Path(f"{pipe.manifest.checkpoint}-{args.seed}.png")
-    say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
     return pipe
 
 

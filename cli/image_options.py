@@ -36,6 +36,16 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask-blur", type=int, metavar="PIXELS", help="blur the edge of the mask (default: 0)")
 
 
+def add_resize_mode(parser: argparse._ActionsContainer, images: str) -> None:
+    """Add the option of how ``images`` are fitted to the size of the output."""
+    parser.add_argument(
+        "--resize-mode",
+        choices=["crop", "stretch", "fill"],
+        help=f"fit {images} to the size of the output: cut to its aspect, distorted, or with the edges' colours around "
+        "(default: crop)",
+    )
+
+
 def add_strength(group: argparse._ArgumentGroup) -> None:
     """Add the options of how far an init image is changed."""
     group.add_argument(

@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .arguments import (
     BUNDLE_HELP,
     add_allow_random_weights,
     add_backend,
     add_image_settings,
+    count,
     folder,
     open_bundle,
 )
-from .image_options import add_strength
+from .image_options import add_resize_mode, add_strength
 
 if TYPE_CHECKING:
-    from ..runtime import Pipeline
     from ..video.conversion import Progress, VideoJob
 
 EXTRA = "video"
@@ -38,12 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every frame (default: 0)")
     group = parser.add_argument_group("frames", "each is an init image")
     add_strength(group)
-    group.add_argument(
-        "--resize-mode",
-        choices=["crop", "stretch", "fill"],
-        default="crop",
-        help="fit frames to the size of the images: cut to its aspect, distorted, or with edges filled (default: crop)",
-    )
+    add_resize_mode(group, "frames")
     group.add_argument(
         "--control", action="append", default=[], metavar="NAME", help="a ControlNet that sees the frames, too"
     )
@@ -51,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--skip-similar", type=float, metavar="X", help="repeat the last image for frames of this similarity, e.g. 0.98"
     )
-    group.add_argument("--frames", type=_count, metavar="N", help="stop after N frames")
+    group.add_argument("--frames", type=count, metavar="N", help="stop after N frames")
     parser.add_argument("--no-audio", action="store_true", help="leave the sound out")
     parser.add_argument("--replace", action="store_true", help="overwrite OUTPUT, and segments of other settings")
     group = parser.add_argument_group("cameras and streams", "frames that come too fast are left out; Ctrl-C ends it")
@@ -71,12 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_allow_random_weights(parser)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
-    return int(text)
-
-
 def _named(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -88,13 +77,13 @@ def run(args: argparse.Namespace) -> None:
     """Convert the video, showing frames per second and the time left."""
     from ..engines.files import lock_file
     from ..video.conversion import check_places, convert_video
-    from .console import err, frame_bar
+    from .console import err, frame_bar, load_pipeline
 
     job = _job(args)
     check_places(job)  # before the engines are loaded
     bundle = open_bundle(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
-    pipe = _load(args, bundle)
+    pipe = load_pipeline(args, bundle)
     waiting = f"waiting for another process that writes {job.output}"
     with lock_file(job.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
         try:
@@ -128,7 +117,7 @@ def _job(args: argparse.Namespace) -> VideoJob:
         strength=args.strength,
         keep_steps=args.keep_steps,
         controlnet_conditioning_scale=args.control_scale,
-        resize_mode=args.resize_mode,
+        resize_mode=args.resize_mode or "crop",
         force=args.force,
     )
     return VideoJob(
@@ -143,23 +132,6 @@ def _job(args: argparse.Namespace) -> VideoJob:
         has_audio=not args.no_audio,
         replace=args.replace,
     )
-
-
-def _load(args: argparse.Namespace, bundle: Any) -> Pipeline:
-    """Load the pipeline, and print which backend runs where."""
-    import time
-
-    from ..runtime import Pipeline
-    from .console import StageNotes, say_loaded
-
-    began, progress = time.perf_counter(), StageNotes()
-    progress.start(f"loading {args.bundle}")
-    try:
-        pipe = Pipeline.load(bundle, args.backend, args.device, args.target, progress, precision=args.precision)
-    finally:
-        progress.hide()
-    say_loaded(pipe, time.perf_counter() - began, progress.notes, auto=args.backend == "auto")
-    return pipe
 
 
 def _say_end(job: VideoJob, progress: Progress) -> None:
