@@ -190,6 +190,7 @@ def _append(url: str, file: BinaryIO, size: int, bar_class: type[Any]) -> None:
                         bar.update(-have)
                     for chunk in response.iter_raw():
                         file.write(chunk)
+                        file.flush()  # a killed process loses nothing that has arrived
                         bar.update(len(chunk))
             except HTTPError as error:
                 if file.tell() <= have or isinstance(error, HfHubHTTPError):
