@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..engines import BuildOptions, Bundle
     from ..export.checkpoints import Checkpoint
     from ..export.exporter import ExportOptions
+    from ..export.lora_slot import SlotOptions
     from .build import Builder
     from .console import StageLines
 
@@ -94,6 +95,15 @@ def _add_form(group: argparse._ArgumentGroup) -> None:
         "--text-only",
         action="store_true",
         help="text to image alone: leave out the VAE's encoder, which init images need (--image)",
+    )
+    group.add_argument(
+        "--lora-slot",
+        type=int,
+        metavar="RANK",
+        help="let the bundle take LoRA files at run time, whose ranks add up to RANK, such as 32 (generate --use-lora)",
+    )
+    group.add_argument(
+        "--lora-slot-text", action="store_true", help="let the text encoders take them too, not the UNet alone"
     )
     group.add_argument(
         "--dynamic",
@@ -239,9 +249,21 @@ def _export_options(args: argparse.Namespace) -> ExportOptions:
         precision=args.precision,
         lora_scale=args.lora_scale,
         text_only=args.text_only,
+        lora_slot=_slot_options(args),
         random_weights=RandomWeights() if args.random_weights else None,
         replace=args.replace,
     )
+
+
+def _slot_options(args: argparse.Namespace) -> SlotOptions | None:
+    from ..errors import RequestError
+    from ..export.lora_slot import SlotOptions
+
+    if args.lora_slot is not None:
+        return SlotOptions(rank=args.lora_slot, with_text=args.lora_slot_text)
+    if args.lora_slot_text:
+        raise RequestError("--lora-slot-text: give the slot's rank with it, --lora-slot RANK")
+    return None
 
 
 def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, str]:

@@ -18,6 +18,7 @@ from .component_names import (
     one_graph_file,
     residual_input,
 )
+from .lora_slot import LORA, LoraSlot
 from .precision import PrecisionName
 from .specs import (
     Component,
@@ -32,7 +33,7 @@ from .specs import (
 )
 from .vocabulary import Preprocess
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_NAME = "bundle.json"
 ENGINES_FOLDER = "engines"
 
@@ -152,7 +153,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     ``random_weights`` means that the weights are not the checkpoint's: such a bundle is for measurements.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     checkpoint: str
     random_weights: bool = False
     family: str
@@ -165,6 +166,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     force_zeros_for_empty_prompt: bool
     controlnets: dict[str, ControlNetSettings] = msgspec.field(default_factory=dict)
     components: dict[str, Component]
+    lora_slot: LoraSlot | None = None
     files: dict[str, FileRecord]
     origin: Origin
     versions: dict[str, str]
@@ -177,6 +179,7 @@ class Manifest(Record, frozen=True, kw_only=True):
         named = {file for component in self.components.values() for file in component.files}
         if unlisted := sorted(named - self.files.keys()):
             raise ValueError(f"component files without a record: {', '.join(unlisted)}")
+        self._check_slot()
         for name in self.controlnets:
             self._check_controlnet(name)
         for name, one_graph in self.one_graphs.items():
@@ -194,6 +197,13 @@ class Manifest(Record, frozen=True, kw_only=True):
     def has_encoder(self) -> bool:
         """Whether the bundle encodes images, so that generation can start from one."""
         return "vae_encoder" in self.components
+
+    def _check_slot(self) -> None:
+        """A component takes ``lora`` if the slot gives it places, and of their size."""
+        sizes = {name: self.lora_slot.size(name) for name in self.lora_slot.components} if self.lora_slot else {}
+        inputs = {name: part.inputs[LORA].shape for name, part in self.components.items() if LORA in part.inputs}
+        if inputs != {name: (size,) for name, size in sizes.items()}:
+            raise ValueError(f"the inputs {LORA} {inputs} are not those of the LoRA slot, which has {sizes}")
 
     def _check_controlnet(self, name: str) -> None:
         """A ControlNet is two components, and a UNet that accepts its residuals."""

@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from .engine import TORCH_DTYPES
+from .lora_slot import LORA
 from .specs import TensorSpec
 
 COLOURS = 3  # channels of an image; latents have more
+FACTOR = 0.05  # deviation of a LoRA's factors, whose product is then some tenths of a layer's output
 SPOT = 8  # pixels between the random colours of an image
 
 
 def random_input(
     name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens, a timestep, sizes in pixels, a scale, an image in -1..1, or unit-variance latents and embeddings.
+    """Tokens, a timestep, sizes in pixels, a scale, factors of a LoRA, an image in -1..1, or unit-variance latents and embeddings.
 
     Args:
         name: the input's.
@@ -35,6 +37,8 @@ def random_input(
         return torch.randint(8, 1024, tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])
     if name == "conditioning_scale":
         return torch.rand(tuple(shape), generator=generator)
+    if name == LORA:
+        return (torch.randn(tuple(shape), generator=generator) * FACTOR).to(TORCH_DTYPES[spec.dtype])
     if name == "sample" and shape[1] == COLOURS:
         return _image(shape, generator).to(TORCH_DTYPES[spec.dtype])
     return torch.randn(tuple(shape), generator=generator).to(TORCH_DTYPES[spec.dtype])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..engines.component_names import cond_embedding, controlnet
+from ..engines.lora_slot import LoraSlot
 from ..engines.manifest import SourceFile
 from ..engines.precision import PRECISIONS, Precision
 from ..engines.specs import ImageShapes
@@ -25,6 +26,7 @@ from .components import (
 )
 from .controlnet_components import cond_embedding_component, controlled_unet_component, controlnet_component
 from .layout import Part
+from .lora_slot import with_slot
 from .models import VaeHalf, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
 from .sources import Sources, pixels_per_latent
 from .trace import OPSET
@@ -71,6 +73,7 @@ def component_exports(
     precision: str,
     loras: Mapping[str, LoraFile] | None = None,
     text_only: bool = False,
+    slot: LoraSlot | None = None,
 ) -> list[ComponentExport]:
     """The bundle's components, smallest first, so that errors show early.
 
@@ -82,8 +85,9 @@ def component_exports(
         precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
         loras: the opened LoRAs to fuse, in order, by the names of their records.
         text_only: leave the VAE's encoder out.
+        slot: through which UNet and text encoders take LoRAs at run time.
     """
-    exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], loras or {})
+    exports = _Exports(checkpoint, sources, records, shapes, PRECISIONS[precision], loras or {}, slot)
     return [
         *map(exports.text_encoder, find_family(checkpoint.family).text_encoders),
         *([] if text_only else [exports.vae_encoder()]),
@@ -104,6 +108,7 @@ class _Exports:
     shapes: ImageShapes
     precision: Precision
     loras: Mapping[str, LoraFile]
+    slot: LoraSlot | None
 
     def text_encoder(self, kind: TextEncoder) -> ComponentExport:
         name, dtype = kind.component, self.precision.dtype
@@ -111,9 +116,10 @@ class _Exports:
 
         def load() -> ComponentModule:
             encoder = load_text_encoder(part, kind.class_name, dtype, self._fusion(name))
-            return text_encoder_component(kind, encoder, self.shapes)
+            return self._slotted(name, encoder, text_encoder_component(kind, encoder, self.shapes))
 
-        return self._export(name, name, load, batch=str(self.shapes.batch), family=self.checkpoint.family)
+        more = {"batch": str(self.shapes.batch), "family": self.checkpoint.family, **self._slot_key(name)}
+        return self._export(name, name, load, **more)
 
     def vae_encoder(self) -> ComponentExport:
         is_small = is_tiny(self.sources.parts["vae"])
@@ -153,10 +159,21 @@ class _Exports:
 
         def load() -> ComponentModule:
             loaded = load_unet(part, self.precision.dtype, self._fusion("unet"))
-            return make(loaded, self.shapes, guided, self._scale)
+            return self._slotted("unet", loaded, make(loaded, self.shapes, guided, self._scale))
 
         more = {"shapes": self._sizes, "latent_scale": self._scale, "residuals": bool(self.sources.controlnets)}
+        more |= self._slot_key("unet")
         return self._export("unet", "unet", load, guided=guided, **more)
+
+    def _slotted(self, name: str, model: Any, component: ComponentModule) -> ComponentModule:
+        """The component with its LoRA slot, if the bundle gives it one."""
+        if self.slot is None or name not in self.slot.components:
+            return component
+        return with_slot(component, model, self.slot.rank, self.slot.layers[name])
+
+    def _slot_key(self, name: str) -> dict[str, Any]:
+        """The slot's part of the hash: its places follow from the configuration."""
+        return {"lora_slot": self.slot.rank} if self.slot is not None and name in self.slot.components else {}
 
     def _load_controlnet(self, part: str) -> Any:
         return load_controlnet(self.sources.parts[part], self.precision.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ..engines.bundle import Bundle
+from ..engines.lora_slot import LoraSlot
 from ..engines.manifest import MANIFEST_NAME, FileRecord, Manifest, SourceFile
 from ..engines.precision import PRECISIONS, PrecisionName
 from ..engines.progress import Progress, Silent, Stage
@@ -23,6 +24,7 @@ from .components import ComponentModule
 from .controlnet_sources import settings_of
 from .graph_weights import read_graph, write_graph
 from .libraries import quiet, release_memory
+from .lora_slot import SlotOptions, make_slot
 from .lora_sources import check_scale
 from .manifest_parts import default_size, origin, sampler_settings, scheduler_constants, source_records, vae_settings
 from .models import check_sources
@@ -44,6 +46,7 @@ class ExportOptions:
         precision: type of weights and activations; sampling arithmetic runs in it too, as in diffusers.
         lora_scale: factor on top of the LoRA's own alpha/rank.
         text_only: leave out the VAE's encoder, so that no image can come in: the bundle is for text to image alone.
+        lora_slot: through which UNet and text encoders take LoRAs at run time; None for no slot.
         random_weights: random weights in the place of all but the ControlNets', for measurements.
         replace: whether to replace a bundle that was made from other inputs.
     """
@@ -53,6 +56,7 @@ class ExportOptions:
     precision: PrecisionName = "fp16"
     lora_scale: float = 1.0
     text_only: bool = False
+    lora_slot: SlotOptions | None = None
     random_weights: RandomWeights | None = None
     replace: bool = False
 
@@ -91,11 +95,12 @@ def export_bundle(
         for note in sources.notes:
             progress.note(note)
         _check_text_only(options, sources, entry.family)
-        loras = check_sources(sources, entry.family, options.lora_scale, options.text_only)
-        for name, lora in loras.items():
+        checked = check_sources(sources, entry.family, options.lora_scale, options.text_only)
+        for name, lora in checked.loras.items():
             if name != "lora" or not sources.lora or not sources.lora.repo:  # published ones are known to be whole
                 progress.note(f"fuses {lora}")
-        return _Export(entry, sources, loras, options, progress).run(out)
+        slot = None if options.lora_slot is None else make_slot(options.lora_slot, checked.shapes)
+        return _Export(entry, sources, checked.loras, slot, options, progress).run(out)
 
 
 def _default_out(entry: Checkpoint, options: ExportOptions) -> Path:
@@ -112,6 +117,8 @@ def _check_options(entry: Checkpoint, options: ExportOptions) -> None:
     if entry.kind == "unet" and options.lora_scale != 1.0:
         raise RequestError(f"{entry.name} is a whole UNet, not a LoRA: leave --lora-scale out")
     check_scale(options.lora_scale, "lora_scale")
+    if options.lora_slot is not None:
+        options.lora_slot.check()
     for lora in options.sources.added_loras:
         check_scale(lora.scale, f"{lora.location}: the LoRA's scale")
 
@@ -130,11 +137,13 @@ class _Export:
         entry: Checkpoint,
         sources: Sources,
         loras: dict[str, LoraFile],
+        slot: LoraSlot | None,
         options: ExportOptions,
         progress: Progress,
     ) -> None:
         self.entry = entry
         self.sources = sources
+        self.slot = slot
         self.options = options
         self.progress = progress
         self.shapes = image_shapes(options.shapes, default_size(sources, entry.family))
@@ -142,7 +151,7 @@ class _Export:
         with Stage(progress, "hash the weight files"):
             self.records: dict[str, tuple[SourceFile, ...]] = source_records(sources)
         self.exports = component_exports(
-            entry, sources, self.records, self.shapes, options.precision, loras, options.text_only
+            entry, sources, self.records, self.shapes, options.precision, loras, options.text_only, slot
         )
 
     def run(self, out: Path) -> Bundle:
@@ -262,6 +271,7 @@ class _Export:
             controlnets={name: settings_of(net.location) for name, net in self.sources.controlnets.items()},
             force_zeros_for_empty_prompt=bool(self.sources.model_index.get("force_zeros_for_empty_prompt", True)),
             components=components,
+            lora_slot=self.slot,
             files=files,
             origin=origin(self.sources, self.records, options.sources.variant, options.lora_scale),
             versions=tool_versions(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any, Literal
 
 import torch
@@ -10,11 +10,10 @@ from torch import nn
 
 from ..engines.component_names import controlnet
 from ..errors import WeightsError
-from ..families import find_family, lora_title
+from ..families import find_family
 from ..weights.key_lists import describe_keys
-from ..weights.lora_file import LoraFile, Shapes
+from ..weights.lora_file import LoraFile, Shapes, open_lora
 from ..weights.lora_names import published_layers
-from ..weights.safetensors_file import SafetensorsFile
 from .layout import Part
 from .part_weights import Fuser, PartWeights, open_part
 from .sources import Sources
@@ -68,9 +67,20 @@ def load_controlnet(part: Part, dtype: torch.dtype) -> nn.Module:
     return open_part(part, _controlnet_class()).load(dtype)
 
 
-def check_sources(
-    sources: Sources, family: str, lora_scale: float = 1.0, text_only: bool = False
-) -> dict[str, LoraFile]:
+@dataclasses.dataclass(frozen=True)
+class CheckedSources:
+    """Sources that fit each other.
+
+    Attributes:
+        loras: the LoRAs to fuse, open, in order, by the names of their records (:attr:`.sources.Sources.weights`).
+        shapes: of all weights that a LoRA may change, by component and path.
+    """
+
+    loras: dict[str, LoraFile]
+    shapes: Shapes
+
+
+def check_sources(sources: Sources, family: str, lora_scale: float = 1.0, text_only: bool = False) -> CheckedSources:
     """Compare the headers of all weight files with the configurations, before any time is spent.
 
     Args:
@@ -78,9 +88,6 @@ def check_sources(
         family: of the base.
         lora_scale: factor of the checkpoint's LoRA.
         text_only: whether the VAE's encoder is not needed.
-
-    Returns:
-        The LoRAs to fuse, open, in order, by the names of their records (:attr:`.sources.Sources.weights`).
 
     Raises:
         WeightsError: configurations, weights and LoRAs do not fit each other.
@@ -94,7 +101,8 @@ def check_sources(
     _check_vae(sources.parts["vae"], text_only)
     for name in sources.controlnets:
         open_part(sources.parts[controlnet(name)], _controlnet_class())
-    return open_loras(sources, {name: layer_shapes(module) for name, module in modules.items()}, family, lora_scale)
+    shapes = {name: layer_shapes(module) for name, module in modules.items()}
+    return CheckedSources(open_loras(sources, shapes, family, lora_scale), shapes)
 
 
 def _check_vae(part: Part, text_only: bool) -> None:
@@ -132,16 +140,6 @@ def open_loras(sources: Sources, shapes: Shapes, family: str, lora_scale: float 
     for name, added in sources.added_loras.items():
         opened[name] = open_lora(added.files[0].path, shapes, family, added.scale)
     return opened
-
-
-def open_lora(path: Path, shapes: Shapes, family: str, scale: float = 1.0) -> LoraFile:
-    """Open a LoRA for a base of that family; arguments and errors as of :meth:`.lora_file.LoraFile.open`."""
-    title = find_family(family).title
-    if (found := lora_title(SafetensorsFile(path).names) or title) != title:
-        raise WeightsError(
-            f"{path} is a LoRA for {found}, the base is {title}: take one for {title}, or its own --base"
-        )
-    return LoraFile.open(path, shapes, scale)
 
 
 def layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 HASH = "0123456789abcdef" * 4
 BASE: dict[str, Any] = {
-    "schema_version": 4,
+    "schema_version": 5,
     "checkpoint": "Hyper-SD15-1step-lora",
     "family": "sd15",
     "precision": "fp32",

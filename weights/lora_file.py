@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..families import find_family, lora_title
 from .key_lists import listed
 from .lora_layer import LoraLayer, check_finite
 from .lora_names import ModuleNames, encoder_path, is_original, split_key
@@ -64,6 +65,16 @@ class LoraFile:
     def __str__(self) -> str:
         counts = ", ".join(f"{len(layers)} layers of {component}" for component, layers in self.layers.items())
         return f"{self.file.path.name}: {counts}, at scale {self.strength:g}"
+
+
+def open_lora(path: Path, shapes: Shapes, family: str, scale: float = 1.0) -> LoraFile:
+    """Open a LoRA for a base of that family; arguments and errors as of :meth:`LoraFile.open`."""
+    title = find_family(family).title
+    if (found := lora_title(SafetensorsFile(path).names) or title) != title:
+        raise WeightsError(
+            f"{path} is a LoRA for {found}, the base is {title}: take one for {title}, or its own --base"
+        )
+    return LoraFile.open(path, shapes, scale)
 
 
 @dataclasses.dataclass(frozen=True)

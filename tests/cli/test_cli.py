@@ -263,7 +263,7 @@ def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[...
     assert "altered" in fails("info", bundle, "--hashes")
     fresh()
     manifest = bundle / "bundle.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 4', '"schema_version": 5'))
+    manifest.write_text(manifest.read_text().replace('"schema_version": 5', '"schema_version": 6'))
     assert "upgrade hypersd" in fails("generate", bundle, "a cat")
 
 

@@ -51,7 +51,7 @@ def test_controlnets_keep_four_channels(name: str, inpainting_options: Options, 
     options = inpainting_options(name, controlnets=controlnet_sources(name, "canny"))
     checkpoint = find_checkpoint(name)
     sources = find_sources(checkpoint, options, "fp32")
-    loras = check_sources(sources, checkpoint.family)
+    loras = check_sources(sources, checkpoint.family).loras
     records = {part: tuple(file.record() for file in files) for part, files in sources.weights.items()}
     shapes = image_shapes(ShapeOptions(height=64, width=64), 64)
     exports = component_exports(checkpoint, sources, records, shapes, "fp32", loras)
@@ -82,7 +82,7 @@ def test_loras_that_change_the_first_layer(channels: int, inpainting_options: Op
     options = inpainting_options(name, added_loras=(LoraSource(location=str(tmp_path / "lora.safetensors")),))
     sources = find_sources(find_checkpoint(name), options, "fp32")
     if channels == 9:
-        assert check_sources(sources, "sd15").keys() == {"lora", "added_lora/1"}
+        assert check_sources(sources, "sd15").loras.keys() == {"lora", "added_lora/1"}
         return
     with pytest.raises(WeightsError) as error:
         check_sources(sources, "sd15")

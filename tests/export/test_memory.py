@@ -30,7 +30,7 @@ def test_no_weight_outlives_tracing(source_options: Callable[[str], SourceOption
         name: Range(name=name, min=extent, opt=extent, max=extent)
         for name, extent in (("batch", 1), ("height", 64), ("width", 64))
     }
-    loras = check_sources(sources, "sd15")
+    loras = check_sources(sources, "sd15").loras
     unet = load_unet(sources.parts["unet"], torch.float16, Fusion("unet", tuple(loras.values())))
     component = unet_component(unet, ImageShapes(**one), guided=False, latent_scale=8)
     weights = [weakref.ref(parameter) for parameter in unet.parameters()]

@@ -371,7 +371,7 @@ def test_a_damaged_neighbour_is_not_taken(damage: str, tmp_path: Path) -> None:
     elif damage == "manifest":
         manifest.write_text("{")
     elif damage == "newer":
-        manifest.write_text(manifest.read_text().replace('"schema_version": 4', '"schema_version": 5'))
+        manifest.write_text(manifest.read_text().replace('"schema_version": 5', '"schema_version": 6'))
     else:
         file.write_bytes(file.read_bytes()[:-1] + (b"" if damage == "shorter" else b"!"))
     assert found_graph(tmp_path / "second", "unet") is None
