@@ -42,6 +42,11 @@ def input_ids(encoder: str) -> str:
     return f"input_ids{encoder.removeprefix('text_encoder')}"
 
 
+def lora_input(component: str) -> str:
+    """A one-graph's input for a component's LoRA slot: ``lora`` of the UNet, ``lora_text_encoder`` and so on."""
+    return "lora" if component == "unet" else f"lora_{component}"
+
+
 def noise_input(step: int) -> str:
     """A one-graph's input for the noise that a step adds; steps count from 0."""
     return f"noise_{step}"

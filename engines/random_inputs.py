@@ -20,7 +20,9 @@ SPOT = 8  # pixels between the random colours of an image
 def random_input(
     name: str, spec: TensorSpec, shape: Sequence[int], vocabulary: int, generator: torch.Generator
 ) -> Tensor:
-    """Tokens, a timestep, sizes in pixels, a scale, factors of a LoRA, an image in -1..1, or unit-variance latents and embeddings.
+    """Tokens, a timestep, sizes in pixels, a scale, an image in -1..1, or unit-variance latents and embeddings.
+
+    A LoRA slot gets random factors.
 
     Args:
         name: the input's.

@@ -97,7 +97,7 @@ class Slotted(nn.Module):
 
 
 def with_slot(
-    component: ComponentModule, model: nn.Module, rank: int, layers: Mapping[str, SlotLayer]
+    component: ComponentModule, model: Any, rank: int, layers: Mapping[str, SlotLayer]
 ) -> ComponentModule:
     """A component that takes ``lora`` after its other inputs.
 

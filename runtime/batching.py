@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..engines import Engine
+from ..engines.lora_slot import LORA
 from ..engines.specs import dim_range
 
-SHARED = frozenset({"timestep", "conditioning_scale"})  # inputs that have no row per image
+SHARED = re.compile(rf"timestep|conditioning_scale|{LORA}(_text_encoder.*)?")  # inputs that have no row per image
 
 
 def run_rows(engine: Engine, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -19,7 +21,7 @@ def run_rows(engine: Engine, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor
     The tensors returned are the engine's buffers if one run was enough (see :class:`hypersd.engines.Engine`).
     """
     batch = dim_range(next(iter(engine.outputs.values())).shape[0])
-    rows = next(len(tensor) for name, tensor in feeds.items() if name not in SHARED)
+    rows = next(len(tensor) for name, tensor in feeds.items() if not SHARED.fullmatch(name))
     if batch.min <= rows <= batch.max:
         return engine.run(feeds)
     parts = [
@@ -36,5 +38,5 @@ def _run_part(engine: Engine, feeds: Mapping[str, Tensor], start: int, rows: int
         part = tensor[start : start + rows]
         return torch.cat([part, part[-1:].expand(padding, *part.shape[1:])]) if padding else part
 
-    outputs = engine.run({name: value if name in SHARED else cut(value) for name, value in feeds.items()})
+    outputs = engine.run({name: value if SHARED.fullmatch(name) else cut(value) for name, value in feeds.items()})
     return {name: output[:rows].clone() for name, output in outputs.items()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..samplers.noise import Generators
+from .adapters import PackedSlot
 from .clock import Clock
 from .request import GenerationSettings, Request
 from .text import TokenizedTexts
@@ -25,6 +26,7 @@ class Call:
             control images [N, 3, H, W] in 0..1, an init image and a mask (:mod:`.starts`).
         generator: the source of the noise.
         latents: the caller's own noise; None for the generator's.
+        slot: the LoRAs.
         clock: times the stages.
     """
 
@@ -34,4 +36,5 @@ class Call:
     images: Mapping[str, Tensor]
     generator: Generators
     latents: Tensor | None
+    slot: PackedSlot
     clock: Clock

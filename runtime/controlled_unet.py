@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..engines import Engine, Manifest
 from ..engines.component_names import RESIDUAL_INPUT, cond_embedding, controlnet, residual_input
+from ..engines.lora_slot import LORA
 from ..engines.zeroed_inputs import ZeroedInputs
 from .batching import run_rows
 
@@ -57,6 +58,7 @@ class ControlledUnet:
         embeddings: Mapping[str, Tensor],
         scales: Mapping[str, Tensor],
         extra_channels: Tensor | None = None,
+        lora: Tensor | None = None,
     ) -> Tensor:
         """The UNet's output [B, 4, h, w]; it may be the engine's buffer.
 
@@ -67,8 +69,9 @@ class ControlledUnet:
             scales: [1] float32 each, by name.
             extra_channels: [B, C, h, w], which an inpainting UNet takes after those of the sample, and ControlNets do
                 not take.
+            lora: the contents of the UNet's LoRA slot, if it has one.
         """
-        unet_feeds = dict(feeds)
+        unet_feeds = dict(feeds) if lora is None else {**feeds, LORA: lora}
         if extra_channels is not None:
             unet_feeds["sample"] = torch.cat([feeds["sample"], extra_channels], dim=1)
         if not active:

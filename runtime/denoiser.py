@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..engines.lora_slot import LORA
 from ..samplers import Plan
 from .controlled_unet import ControlledUnet
 from .request import GenerationSettings
@@ -39,6 +40,7 @@ class Denoiser:
         self.steps = {step.t: i for i, step in enumerate(plan)}
         self.timesteps = inputs["timesteps"]
         self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
+        self.lora = inputs.get(LORA)
         self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
         if embeddings.text_embeds is not None and "time_ids" in inputs:
             self.feeds["text_embeds"] = embeddings.text_embeds
@@ -49,7 +51,8 @@ class Denoiser:
         rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
         step = self.steps[t]
         feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
-        output = self.unet.run(feeds, self.settings.controls[step], self.controls, self.scales, self.extra_channels)
+        active, own = self.settings.controls[step], (self.extra_channels, self.lora)
+        output = self.unet.run(feeds, active, self.controls, self.scales, *own)
         if not self.settings.is_guided:
             return output
         negative, positive = output.chunk(2)

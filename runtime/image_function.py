@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..engines import Engine, Manifest
 from ..engines.engine import TORCH_DTYPES
+from ..engines.lora_slot import LORA
 from ..families import find_family
 from ..samplers import Plan, Sampler
 from ..samplers.loop import draw_noise, sample
 from ..samplers.noise import Generators
+from .adapters import PackedSlot
 from .batching import run_rows
 from .controlled_unet import ControlledUnet
 from .denoiser import Denoiser
@@ -111,6 +113,10 @@ class ImageFunction:
         if settings.output_type == "latent":
             return {"output": latents}
         return {"output": to_pixels(self.decode(latents), settings.output_type)}
+
+    def lora_inputs(self, slot: PackedSlot) -> dict[str, Tensor]:
+        """The contents of the UNet's LoRA slot as ``lora``, if it has one."""
+        return {LORA: slot.tensors["unet"]} if "unet" in slot.tensors else {}
 
     def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
         """The inputs that follow from the prompts: their embeddings under diffusers' names."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engines import Engine, Manifest
-from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
+from ..engines.component_names import IMAGES, LATENTS, input_ids, lora_input, noise_input
 from ..engines.engine import TORCH_DTYPES
 from ..engines.specs import OneGraph
 from ..errors import RequestError
@@ -17,6 +17,7 @@ from ..families import find_family
 from ..samplers import Sampler
 from ..samplers.loop import draw_noise
 from ..samplers.noise import Generators
+from .adapters import PackedSlot
 from .batching import run_rows
 from .params import Params
 from .request import GenerationSettings, Request
@@ -85,6 +86,10 @@ class OneGraphFunction:
     def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """No inputs: the graph holds its constants."""
         return {}
+
+    def lora_inputs(self, slot: PackedSlot) -> dict[str, Tensor]:
+        """The contents of the components' LoRA slots, by the graph's input."""
+        return {lora_input(component): tensor for component, tensor in slot.tensors.items()}
 
     def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
         """Token ids, int64 [B, 77], for each text encoder's input, a row for each image."""

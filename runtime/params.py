@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..engines.specs import ImageShapes, Range
 from ..errors import RequestError
 from ..samplers.noise import Generators
 from ..samplers.numbers import is_whole, real_number, whole_number
+from .adapters import choose_adapters
 from .controls import Control, PerControlNet, images_by_name, make_controls
 from .image_files import check_resize_mode
 from .pixels import check_output_type
@@ -63,6 +64,8 @@ class Params:
         mask_blur: radius in pixels by which the edge of the mask is blurred, in the mask's own size.
         resize_mode: ``"crop"`` keeps the aspect of the images given and cuts off the rest, ``"stretch"`` (``"default"``
             in diffusers) distorts them, ``"fill"`` keeps everything and fills the rest with the colours of the edge.
+        adapters: strengths, -10..10, of loaded LoRAs by name; others have no part in the image. Unlike in diffusers
+            nothing acts because it is loaded.
         force: allow numbers of steps that the checkpoint was not distilled for.
     """
 
@@ -90,6 +93,7 @@ class Params:
     padding_mask_crop: int | None = None
     mask_blur: int = 0
     resize_mode: str = "crop"
+    adapters: Mapping[str, float] | None = None
     force: bool = False
 
 
@@ -134,6 +138,7 @@ def decide(manifest: Manifest, params: Params, bundle_shapes: ImageShapes | None
         num_images_per_prompt=images,
         seeds=_seeds(params.seed, len(prompts) * images),
         controls=_controls(manifest, params),
+        adapters=choose_adapters(manifest, params.adapters),
         starts_from=starts_from,
         strength=strength,
         keep_steps=params.keep_steps,

@@ -19,6 +19,8 @@ from ..engines.progress import Progress
 from ..errors import BundleError, RequestError
 from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
+from .adapter import Adapter
+from .adapters import Adapters, PackedSlot
 from .call import Call
 from .clock import Clock
 from .controls import PerControlNet, images_by_name, make_conditions
@@ -94,6 +96,8 @@ class Pipeline:
             engine = engines[one_graph]
             self._runner = make_one_graph_runner(manifest, one_graph, engine, tokenizers, self.sampler)
         self.device, self.dtype = self._runner.device, self._runner.dtype
+        slots = manifest.lora_slot.components if manifest.lora_slot else []
+        self._adapters = Adapters(manifest, {name: engines[one_graph or name].device for name in slots})
 
     @property
     def _engines_name(self) -> str:
@@ -197,6 +201,7 @@ class Pipeline:
         padding_mask_crop: int | None = None,
         mask_blur: int = 0,
         resize_mode: str = "crop",
+        adapters: Mapping[str, float] | None = None,
         force: bool = False,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -230,6 +235,7 @@ class Pipeline:
             padding_mask_crop=padding_mask_crop,
             mask_blur=mask_blur,
             resize_mode=resize_mode,
+            adapters=adapters,
             force=force,
         )
         return self.generate(params, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -258,7 +264,8 @@ class Pipeline:
         generator, used_seed = _random_numbers(request, params.generator)
         settings = make_settings(self.manifest, request, params.output_type)
         with clock.stage("tokenize"):
-            tokenized = self._tokenize(request, settings)
+            slot = self._adapters.pack(request.adapters)
+            tokenized = self._tokenize(request, settings, slot)
         images, crop = {}, None
         if params.control_image is not None or request.starts_from != "noise":
             with clock.stage("prepare"):
@@ -267,7 +274,7 @@ class Pipeline:
         after_step = None
         if callback_on_step_end is not None:
             after_step = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        call = Call(request, settings, tokenized, images, generator, params.latents, clock)
+        call = Call(request, settings, tokenized, images, generator, params.latents, slot, clock)
         generated = self._runner.run(call, after_step)
         if crop is not None:
             generated = [crop.paste(image) for image in generated]
@@ -291,6 +298,36 @@ class Pipeline:
         given = Params(prompt=prompt, **params)
         return Stream(self, frames, given, control=control, skip_similar=skip_similar, look_ahead=look_ahead)
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The loaded LoRAs."""
+        return list(self._adapters)
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, strict: bool = False) -> Adapter:
+        """Load a LoRA file, which calls then take by name: ``pipe(prompt, adapters={"style": 0.8})``.
+
+        Layers without a place in the bundle's LoRA slot (convolutions, or the text encoders', as the export decided)
+        are left out, and a rank above the slot's is reduced to it; an :class:`.adapter.AdapterWarning` says so.
+
+        Args:
+            path: a ``.safetensors`` file in any layout that ``hypersd export --add-lora`` takes, except DoRA.
+            adapter_name: up to 100 letters, digits, spaces, _, . and -; by default the file's name without its ending.
+            strict: raise an error instead of leaving anything out.
+
+        Raises:
+            RequestError: the bundle has no LoRA slot, or the name is taken.
+            WeightsError: the file is damaged, or does not fit the bundle.
+        """
+        return self._adapters.load(path, adapter_name, strict)
+
+    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
+        """Forget a loaded LoRA, or all of them; calls that run keep theirs.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        self._adapters.unload(adapter_name)
+
     def decide(self, params: Params) -> Request:
         """Check ``params``, and make every decision that :meth:`generate` would make, without generating.
 
@@ -299,12 +336,13 @@ class Pipeline:
         """
         if self.one_graph is not None:
             params = fixed_params(self.manifest, self.one_graph, params)
-        return decide(self.manifest, params, self._bundle_shapes, self._engines_name)
+        request = decide(self.manifest, params, self._bundle_shapes, self._engines_name)
+        return dataclasses.replace(request, adapters=self._adapters.resolve(request.adapters))
 
     def encode_prompt(self, prompts: Sequence[str]) -> TextEmbeddings:
         """The text encoders' outputs for some prompts, one row each; those of recent prompts are cached."""
         self._runner.by_stages()
-        tokenized = self._runner.text.tokenize(prompts)
+        tokenized = self._runner.text.tokenize(prompts, self._adapters.pack(()))
         with self._runner.turn() as caller:
             return self._runner.text.encode(tokenized).map(lambda tensor: hand_out(tensor.clone(), caller))
 
@@ -314,12 +352,12 @@ class Pipeline:
         with self._runner.turn() as caller:
             return hand_out(stages.decode(latents).clone(), caller)  # the next turn may be another thread's
 
-    def _tokenize(self, request: Request, settings: GenerationSettings) -> TokenizedTexts:
+    def _tokenize(self, request: Request, settings: GenerationSettings, slot: PackedSlot) -> TokenizedTexts:
         """The negative prompts, if the text encoders have to see them, then the prompts."""
         negatives: tuple[str, ...] = ()
         if settings.is_guided and not settings.zeroed_negatives:
             negatives = request.negative_prompts or ("",) * len(request.prompts)
-        return self._runner.text.tokenize([*negatives, *request.prompts])
+        return self._runner.text.tokenize([*negatives, *request.prompts], slot)
 
     def _conditions(self, params: Params, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
         """The control images of the ControlNets that act, by the image function's input."""

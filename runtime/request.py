@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..engines import Manifest
 from ..families import find_family
+from .adapters import ChosenAdapter
 from .controls import Control
 
 StartsFrom = Literal["noise", "image", "mask"]
@@ -24,6 +25,7 @@ class Request:
         guidance_scale: above 1 for classifier-free guidance.
         seeds: one, or one for each image.
         controls: the ControlNets that take part.
+        adapters: the LoRAs that take part, by name.
         starts_from: ``"noise"``, an init ``"image"``, or ``"mask"`` for one with a mask.
         strength: above 0 to 1, how far the init image is turned into noise.
         keep_steps: whether the steps are spread over the part of the schedule that ``strength`` leaves.
@@ -41,6 +43,7 @@ class Request:
     num_images_per_prompt: int
     seeds: tuple[int, ...] | None
     controls: tuple[Control, ...] = ()
+    adapters: tuple[ChosenAdapter, ...] = ()
     starts_from: StartsFrom = "noise"
     strength: float = 1.0
     keep_steps: bool = False

@@ -143,6 +143,7 @@ class Runner:
             **{name: image.to(**where) for name, image in call.images.items() if name not in START_IMAGES},
             **draw(call, encoder, latents_shape(self.manifest, call.request), **where),
             **self.function.make_constants(call.request, call.settings),
+            **self.function.lora_inputs(call.slot),
         }
 
     def _to_host(self, pixels: Tensor) -> Tensor:

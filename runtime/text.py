@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..engines import Bundle, Engine
+from ..engines.lora_slot import LORA
 from ..errors import BundleError, one_line, warn_user
 from ..families import find_family
+from .adapters import NO_SLOT, PackedSlot
 from .batching import run_rows
 
 LONGEST_SHOWN = 200  # characters of a text in a warning
@@ -100,12 +102,14 @@ class TokenizedTexts:
     Attributes:
         texts: one a row.
         known: embeddings of one row each, by text, for cached texts.
+        slot: the LoRAs under which they are encoded.
         input_ids: token ids [1, 77] by text encoder, of each of the other texts.
         cut: the text cut off each of the other texts.
     """
 
     texts: tuple[str, ...]
     known: Mapping[str, TextEmbeddings]
+    slot: PackedSlot
     input_ids: Mapping[str, Mapping[str, Tensor]]
     cut: Mapping[str, str]
 
@@ -119,19 +123,26 @@ class TextConditioner:
     def __init__(self, tokenizers: Mapping[str, ClipTokenizer], engines: Mapping[str, Engine]) -> None:
         self._tokenizers = tokenizers
         self._engines = engines
-        self._kept: OrderedDict[str, tuple[TextEmbeddings, str]] = OrderedDict()  # with the text cut off
+        self._kept: OrderedDict[tuple[Hashable, str], tuple[TextEmbeddings, str]] = (
+            OrderedDict()
+        )  # with the text cut off
         self._lock = threading.Lock()  # guards the cache; threads may encode side by side
 
-    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
-        """Look up or tokenize some texts. Warns of text that is cut off, and names it."""
-        known, cut = self._known(texts)
+    def tokenize(self, texts: Sequence[str], slot: PackedSlot = NO_SLOT) -> TokenizedTexts:
+        """Look up or tokenize some texts. Warns of text that is cut off, and names it.
+
+        Args:
+            texts: one a row.
+            slot: the LoRAs under which they are encoded.
+        """
+        known, cut = self._known(texts, slot.text_key)
         new = [text for text in dict.fromkeys(texts) if text not in known]
         input_ids, cut_of_new = self._tokenize(new) if new else ({}, {})
         cut |= cut_of_new
         for rest in dict.fromkeys(cut[text] for text in texts):
             if rest:
                 _warn_of_truncation(rest)
-        return TokenizedTexts(tuple(texts), known, input_ids, cut_of_new)
+        return TokenizedTexts(tuple(texts), known, slot, input_ids, cut_of_new)
 
     def encode(self, tokenized: TokenizedTexts) -> TextEmbeddings:
         """One row a text, run through the text encoders where they are new.
@@ -140,8 +151,8 @@ class TextConditioner:
         """
         rows = dict(tokenized.known)
         for text, input_ids in tokenized.input_ids.items():
-            rows[text] = self._encode(input_ids)
-            self._keep(text, rows[text], tokenized.cut[text])
+            rows[text] = self._encode(input_ids, tokenized.slot)
+            self._keep((tokenized.slot.text_key, text), rows[text], tokenized.cut[text])
         first, *others = (rows[text] for text in tokenized.texts)
         return first.cat(*others) if others else first
 
@@ -156,28 +167,29 @@ class TextConditioner:
             cut = cut or dict(zip(texts, rests, strict=True))
         return ids, cut
 
-    def _encode(self, input_ids: Mapping[str, Tensor]) -> TextEmbeddings:
+    def _encode(self, input_ids: Mapping[str, Tensor], slot: PackedSlot) -> TextEmbeddings:
         """Run the text encoders on one text."""
         hidden, pooled = [], None
         for name, ids in input_ids.items():
             engine = self._engines[name]
-            outputs = run_rows(engine, {"input_ids": ids.to(engine.device)})
+            lora = {LORA: slot.tensors[name]} if name in slot.tensors else {}
+            outputs = run_rows(engine, {"input_ids": ids.to(engine.device), **lora})
             hidden.append(outputs["hidden_states"])
             pooled = outputs.get("text_embeds")
         joined = torch.cat(hidden, dim=-1)  # copies, so that the engines' buffers are free again
         return TextEmbeddings(joined, None if pooled is None else pooled.clone())
 
-    def _known(self, texts: Sequence[str]) -> tuple[dict[str, TextEmbeddings], dict[str, str]]:
+    def _known(self, texts: Sequence[str], under: Hashable) -> tuple[dict[str, TextEmbeddings], dict[str, str]]:
         with self._lock:
-            found = {text: self._kept[text] for text in texts if text in self._kept}
+            found = {text: self._kept[under, text] for text in texts if (under, text) in self._kept}
             for text in found:
-                self._kept.move_to_end(text)
+                self._kept.move_to_end((under, text))
         return {text: kept[0] for text, kept in found.items()}, {text: kept[1] for text, kept in found.items()}
 
-    def _keep(self, text: str, embeddings: TextEmbeddings, cut: str) -> None:
+    def _keep(self, key: tuple[Hashable, str], embeddings: TextEmbeddings, cut: str) -> None:
         with self._lock:
-            self._kept[text] = embeddings, cut
-            self._kept.move_to_end(text)
+            self._kept[key] = embeddings, cut
+            self._kept.move_to_end(key)
             if len(self._kept) > KEPT_TEXTS:
                 self._kept.popitem(last=False)
 

@@ -114,7 +114,7 @@ class Slotted(nn.Module):
         if self.form != "grouped":
             return x @ self.factors[2 * i].view(-1, self.rank)
         if id(x) not in self.by_input:  # q, k and v come one after another
-            group = [j for j in self.groups[i]]
+            group = self.groups[i]
             down = torch.cat([self.factors[2 * j].view(-1, self.rank) for j in group], dim=1)
             lows = (x @ down).chunk(len(group), dim=-1)
             self.by_input[id(x)] = (x, dict(zip(group, lows, strict=True)))
@@ -149,6 +149,7 @@ class Slotted(nn.Module):
 def write(folder: Path, family: str, form: str, rank: int, dtype: torch.dtype) -> Path:
     """Trace one form."""
     from diffusers import UNet2DConditionModel
+
     from hypersd.engines.specs import ImageShapes, Range, TensorSpec
     from hypersd.export.components import unet_component
     from hypersd.export.trace import trace
@@ -163,7 +164,9 @@ def write(folder: Path, family: str, form: str, rank: int, dtype: torch.dtype) -
     torch.set_default_dtype(torch.float32)
     side = SIDES[family]
     extents = [Range(name=n, min=v, opt=v, max=v) for n, v in (("batch", 1), ("height", side), ("width", side))]
-    component = unet_component(unet, ImageShapes(**dict(zip(("batch", "height", "width"), extents, strict=True))), False, 8)
+    component = unet_component(
+        unet, ImageShapes(**dict(zip(("batch", "height", "width"), extents, strict=True))), False, 8
+    )
     if form != "plain":
         slotted = Slotted(component.module, unet, rank, form)
         sizes = slotted.sizes if form == "inputs" else [sum(slotted.sizes)]
@@ -209,6 +212,7 @@ def serve(path: Path, backend: str) -> None:
         run: Any = lambda: session.run(None, feeds)  # noqa: E731
     else:
         import openvino as ov
+
         from hypersd.engines.openvino import take_angles
 
         model = ov.Core().read_model(path)

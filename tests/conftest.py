@@ -129,6 +129,21 @@ def export_controlled(bundles_folder: Path, source_options, controlnet_sources) 
 
 
 @pytest.fixture(scope="session")
+def export_slotted(bundles_folder: Path, source_options) -> Callable[[str], Path]:
+    """``export_slotted(name)``: the same with a LoRA slot of rank 12, of the text encoders too."""
+    from hypersd.export import ExportOptions, export_bundle
+    from hypersd.export.lora_slot import SlotOptions
+
+    @functools.cache
+    def export(name: str) -> Path:
+        slot = SlotOptions(rank=12, with_text=True)
+        options = ExportOptions(sources=source_options(name), precision="fp32", lora_slot=slot)
+        return export_bundle(name, bundles_folder / f"{name}-slotted", options).root
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def inpainting_options(tiny_repos: Path, source_options) -> Callable[..., object]:
     """``inpainting_options(name)``: as ``source_options``, with a tiny base for inpainting (9 channels)."""
     from make_tiny_repos import SD15_INPAINT_REPO, SDXL_INPAINT_REPO

@@ -25,7 +25,7 @@ MAY_IMPORT = {  # DESIGN's directions: a room and the rooms below it that it may
     "export": BELOW_RUNTIME,
     "runtime": BELOW_RUNTIME,
     "samplers": {"errors"},
-    "weights": {"errors"},
+    "weights": {"families", "errors"},
     "families": {"errors"},
     "engines": {"errors"},
     "errors": set[str](),
@@ -56,7 +56,6 @@ EXPORT_ONLY = (
     "peft",
     "accelerate",
     "huggingface_hub",
-    "safetensors",
     "onnx",
     "onnxscript",
 )

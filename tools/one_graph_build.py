@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..engines.bundle import Bundle
-from ..engines.component_names import IMAGES, LATENTS, input_ids, noise_input
+from ..engines.component_names import IMAGES, LATENTS, input_ids, lora_input, noise_input
 from ..engines.image_shapes import narrowed
+from ..engines.lora_slot import LORA
 from ..engines.specs import ImageShapes, Range, TensorSpec
 from ..families import find_family
 from ..runtime.request import Request
@@ -84,7 +85,9 @@ class _Composer:
         latents = self.components["unet"].inputs["sample"]
         noises = {noise_input(i): latents for i, step in enumerate(self.plan) if step.noisy}
         tokens = {input_ids(name): self.components[name].inputs["input_ids"] for name in self.family.encoder_names}
-        return {**tokens, LATENTS: latents, **noises}
+        slots = self.manifest.lora_slot.components if self.manifest.lora_slot else []
+        loras = {lora_input(name): self.components[name].inputs[LORA] for name in slots}
+        return {**tokens, LATENTS: latents, **noises, **loras}
 
     def _inline(self, component: str, call: str, feeds: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
         outputs = self.recorder.inline(component, call, self.graphs[component], feeds)
@@ -94,16 +97,21 @@ class _Composer:
         """The UNet's inputs that all steps share: the encoders' hidden states side by side, and SDXL's additions."""
         hidden, conditions = [], {}
         for name in self.family.encoder_names:
-            outputs = self._inline(name, name, {"input_ids": values[input_ids(name)]})
+            feeds = {"input_ids": values[input_ids(name)], **self._lora(name, values)}
+            outputs = self._inline(name, name, feeds)
             hidden.append(outputs.pop("hidden_states"))
             conditions |= outputs
         joined = hidden[0] if len(hidden) == 1 else self.recorder.node("Concat", *hidden, axis=-1)
-        conditions["encoder_hidden_states"] = joined
+        conditions |= {"encoder_hidden_states": joined, **self._lora("unet", values)}
         if self.family.size_conditioning is not None:
             shapes, time_ids = self.manifest.shapes, self.components["unet"].inputs["time_ids"]
             row = self.family.size_conditioning(shapes.height.opt, shapes.width.opt)
             conditions["time_ids"] = self.recorder.constant(np.array([row] * shapes.batch.opt, time_ids.dtype))
         return conditions
+
+    def _lora(self, component: str, values: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+        name = lora_input(component)
+        return {LORA: values[name]} if name in values else {}
 
     def _denoiser(self, conditions: Mapping[str, ir.Value]) -> Callable[[Recorded, int], Recorded]:
         calls: list[int] = []

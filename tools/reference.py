@@ -114,7 +114,7 @@ def load_pipeline(manifest: Manifest, sources: Sources) -> Any:
         family, dtype = find_family(manifest.family), PRECISIONS[manifest.precision].dtype
         loras = check_sources(
             sources, manifest.family, manifest.origin.lora_scale or 1.0, text_only=not manifest.has_encoder
-        ).values()
+        ).loras.values()
         # The base without LoRAs, for diffusers to fuse; in float32, because the sum must be rounded once.
         modules: dict[str, Any] = {
             encoder.component: load_text_encoder(sources.parts[encoder.component], encoder.class_name, torch.float32)

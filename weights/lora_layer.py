@@ -128,6 +128,10 @@ class LoraLayer:
         down, up = _factors(self._read())
         return down.flatten(1), up, self.scale()
 
+    def change(self) -> Tensor:
+        """What the layer adds to its weight [out, in * kernel], in float32; of a DoRA before the magnitude."""
+        return self._delta(self._read()).flatten(1) * self.scale()
+
     def scale(self) -> float:
         """The layer's own ``alpha / rank``; without an alpha it is 1."""
         rank = self._rank()
