@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, add_image_settings, folder, open_bundle
 from .control_options import add_control_options, read_controls
 from .image_options import add_image_options, add_resize_mode, read_init_image
+from .lora_options import add_lora_options, check_lora_options, load_loras
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_resize_mode(parser, "--image, --mask and --control-image")
     add_image_options(parser)
     add_control_options(parser)
+    add_lora_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,8 +67,10 @@ def run(args: argparse.Namespace) -> None:
     # A file that is no image is reported before the engines are loaded.
     controls, init = read_controls(args, bundle.manifest), read_init_image(args)
     _check_resize_mode(args)
+    check_lora_options(args, bundle.manifest)
     pipe = _load(args, bundle)
     given = {"resize_mode": args.resize_mode or "crop", **(init.arguments if init else {})}
+    given["adapters"] = load_loras(pipe, args)
     given |= _control_params(pipe, controls, args, given)
     if init:
         _say(init.words(pipe.decide(_params(args, **given))))

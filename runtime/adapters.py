@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from .adapter import Adapter, AdapterWarning, Factors, load_adapter, reduce, slo
 
 LARGEST_STRENGTH = 10.0
 KEPT_SLOTS = 4  # packed ones: tens of MB each, hundreds for SDXL with a high rank
-NAME = re.compile(r"[\w. -]{1,100}")
+LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +104,8 @@ class Adapters:
         path = Path(path)
         name = path.stem if name is None else name
         slot_of(self._manifest)
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise RequestError(f"adapter name {name!r}: expected up to 100 letters, digits, spaces, _, . and -")
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+            raise RequestError(f"adapter name {name!r}: expected up to {LONGEST_NAME} printable characters")
         self._check_free(name)
         adapter = load_adapter(self._manifest, path, name, strict)
         with self._lock:

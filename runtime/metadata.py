@@ -37,6 +37,7 @@ def image_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str,
         "strength": None if request.starts_from == "noise" else request.strength,
         "keep_steps": request.keep_steps or None,
         **_control_numbers(request),
+        "adapters": _adapters(request) or None,
         "checkpoint": manifest.checkpoint,
         "random_weights": manifest.random_weights or None,
         "base": manifest.origin.base,
@@ -47,6 +48,18 @@ def image_metadata(manifest: Manifest, request: Request, seed: int) -> dict[str,
         "sampler": manifest.sampler.kind,
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _adapters(request: Request) -> dict[str, dict[str, Any]]:
+    """The LoRAs by name: strength, file and its hash."""
+    return {
+        chosen.name: {
+            "strength": chosen.strength,
+            "file": chosen.adapter and chosen.adapter.path.name,
+            "sha256": chosen.adapter and chosen.adapter.sha256,
+        }
+        for chosen in request.adapters
+    }
 
 
 def _control_numbers(request: Request) -> dict[str, dict[str, float]]:

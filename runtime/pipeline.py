@@ -311,7 +311,7 @@ class Pipeline:
 
         Args:
             path: a ``.safetensors`` file in any layout that ``hypersd export --add-lora`` takes, except DoRA.
-            adapter_name: up to 100 letters, digits, spaces, _, . and -; by default the file's name without its ending.
+            adapter_name: by default the file's name without its ending.
             strict: raise an error instead of leaving anything out.
 
         Raises:
