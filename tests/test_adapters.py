@@ -11,13 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from capture_stand_in import Capturable, StandInCapture
+from counting import load_engines
 from lora_writers import kohya, layer_shapes, pairs, random_lora
+from PIL import Image
 from safetensors.torch import save_file
 
 from hypersd import Pipeline
+from hypersd.engines import Bundle, build_engines, openvino
 from hypersd.engines.lora_slot import LoraSlot
 from hypersd.export import ExportOptions, export_bundle
+from hypersd.export.lora_slot import SlotOptions
 from hypersd.export.lora_sources import LoraSource
+from hypersd.export.shapes import ShapeOptions
+from hypersd.runtime.params import Params
+from hypersd.runtime.text import load_tokenizers
+from hypersd.tools.one_graph import add_one_graph
 
 TOLERANCE = 2e-3  # of full scale
 SEED = 7
@@ -169,3 +178,130 @@ def test_every_layer_of_attention_has_a_place(
         for component, paths in wanted.items():
             placed = {path for path, layer in slot.layers[component].items() if layer.has_place}
             assert placed == {path.removeprefix("text_model.") for path in paths}
+
+
+def fused(name: str, file: Path, strength: float, source_options: Any, folder: Path, **options: Any) -> Path:
+    """The bundle of an export that fuses a LoRA, beside the others."""
+    controlnets = options.pop("controlnets", ())
+    added = (LoraSource(location=str(file), scale=strength),)
+    sources = source_options(name, added_loras=added, controlnets=controlnets)
+    return export_bundle(name, folder / name, ExportOptions(sources=sources, precision="fp32", **options)).root
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_kinds_without_thin_factors_are_decomposed(
+    kind: str, export_slotted: Callable[[str], Path], tmp_path: Path, source_options
+) -> None:
+    """LoHa and LoKr of a low rank act in the slot as they do when they are fused."""
+    name, generator = "Hyper-SD15-1step-lora", torch.Generator().manual_seed(3)
+    pipe = Pipeline.load(export_slotted(name))
+    assert pipe.manifest.lora_slot is not None
+    tensors = {}
+    for path, layer in pipe.manifest.lora_slot.layers["unet"].items():
+        outputs, inputs = layer.weight[:2]
+        if not layer.has_place or ".attn1." not in path or path.endswith("to_k"):
+            continue
+        shapes = {
+            "hada_w1_a": (outputs, 2),
+            "hada_w1_b": (2, inputs),
+            "hada_w2_a": (outputs, 2),
+            "hada_w2_b": (2, inputs),
+        }
+        if kind == "lokr":
+            shapes = {"lokr_w1": (2, 2), "lokr_w2_a": (outputs // 2, 2), "lokr_w2_b": (2, inputs // 2)}
+        for part, shape in shapes.items():
+            tensors[f"lora_unet_{path.replace('.', '_')}.{part}"] = torch.randn(shape, generator=generator) * 0.5
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, file)
+    expected = ours(Pipeline.load(fused(name, file, 0.7, source_options, tmp_path)), name)
+    plain = ours(pipe, name)
+    pipe.load_lora_weights(file, strict=True)
+    assert np.abs(ours(pipe, name, {"style": 0.7}) - expected).max() < TOLERANCE
+    assert np.abs(plain - expected).max() > 10 * TOLERANCE
+
+
+def test_controlnets_init_images_and_sizes_take_the_slot_too(
+    lora_files, bundles_folder: Path, tmp_path: Path, source_options, controlnet_sources
+) -> None:
+    """Whatever else a call asks for, it is the image of the same LoRA fused."""
+    name, file = "Hyper-SD15-4steps-lora", lora_files("Hyper-SD15-4steps-lora")[0]
+    form = {
+        "controlnets": controlnet_sources(name, "canny"),
+        "shapes": ShapeOptions(dynamic={"height": (64, 64, 96)}),
+    }
+    slot = SlotOptions(rank=8, with_text=True)
+    sources = source_options(name, controlnets=form["controlnets"])
+    options = ExportOptions(sources=sources, precision="fp32", shapes=form["shapes"], lora_slot=slot)
+    pipe = load(export_bundle(name, bundles_folder / f"{name}-slotted-controlled", options).root, [file])
+    reference = Pipeline.load(fused(name, file, 1.0, source_options, tmp_path, **form))
+    photo = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB")
+    calls: list[dict[str, Any]] = [
+        {"control_image": photo, "height": 96},
+        {"image": photo, "strength": 0.5},
+        {"image": photo, "mask_image": Image.linear_gradient("L"), "control_image": photo, "guidance_scale": 3.0},
+    ]
+    for call in calls:
+        image = ours(pipe, name, {"one": 1.0}, **call)
+        assert np.abs(image - ours(reference, name, **call)).max() < TOLERANCE
+        assert np.abs(image - ours(pipe, name, **call)).max() > 5 * TOLERANCE
+
+
+def test_adapters_share_one_recorded_graph(export_slotted: Callable[[str], Path], lora_files) -> None:
+    """Another adapter or strength is no new capture: the slot is an input of the whole image's graph."""
+    name = "Hyper-SD15-1step-lora"
+    bundle, capture = Bundle.load(export_slotted(name)), StandInCapture()
+    engines, tokenizers = load_engines(bundle, "onnxruntime", "cpu"), load_tokenizers(bundle)
+    capturable = {part: Capturable(engine) for part, engine in engines.items()}
+    pipes = [
+        Pipeline(bundle.manifest, capturable, tokenizers, capture=capture),
+        Pipeline(bundle.manifest, engines, tokenizers),
+    ]
+    for pipe in pipes:
+        for file in lora_files(name):
+            pipe.load_lora_weights(file)
+    for adapters in [{}, {"one": 1.0}, {"one": 0.5}, {"two": 0.5, "three": 1.0}, {}, {"one": 1.0}]:
+        graphed, plain = (ours(pipe, name, adapters) for pipe in pipes)
+        assert np.array_equal(graphed, plain), adapters
+    assert (capture.image_captures, capture.image_replays) == (1, 4)
+
+
+def test_a_one_graph_takes_the_slots_as_inputs(
+    export_slotted: Callable[[str], Path], lora_files, copy_bundle: Callable[..., Bundle]
+) -> None:
+    """UNet's and text encoders' slots, by the graph's own input names."""
+    name = "Hyper-SDXL-1step-Unet"
+    bundle = add_one_graph(copy_bundle(export_slotted(name)), Params(prompt=""))
+    (graph,) = bundle.manifest.one_graphs
+    assert bundle.manifest.one_graphs[graph].network.inputs.keys() > {
+        "lora",
+        "lora_text_encoder",
+        "lora_text_encoder_2",
+    }
+    whole, parts = Pipeline.load(bundle, one_graph=graph), load(bundle.root, lora_files(name)[:1])
+    whole.load_lora_weights(lora_files(name)[0])
+    for adapters in ({"one": 1.0}, {}, {"one": -0.5}):
+        images = [np.asarray(pipe(PROMPT, seed=SEED, adapters=adapters).images[0], np.int16) for pipe in (whole, parts)]
+        assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_tensorrt_rtx_builds_engines_with_a_slot(bundles_folder: Path, tmp_path: Path, source_options) -> None:
+    """Without a GPU: the parser and the builder take the graphs of every component."""
+    pytest.importorskip("tensorrt_rtx")
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), lora_slot=SlotOptions(rank=4, with_text=True), text_only=True)
+    bundle = build_engines(export_bundle(name, tmp_path / name, options), "tensorrt-rtx")
+    (target,) = bundle.manifest.engines.values()
+    assert target.plans.keys() == bundle.manifest.components.keys()
+    assert bundle.manifest.lora_slot is not None
+    assert bundle.manifest.lora_slot.components == ["unet", "text_encoder"]
+
+
+@pytest.mark.skipif(not openvino.is_installed(), reason="OpenVINO is not installed")
+def test_openvino_takes_the_slot(export_slotted: Callable[[str], Path], lora_files) -> None:
+    """The other engine of the CPU, in float32: the same image within its rounding."""
+    name = "Hyper-SDXL-8steps-CFG-lora"
+    file = lora_files(name)[0]
+    pipe = Pipeline.load(export_slotted(name), backend="openvino", precision="fp32")
+    pipe.load_lora_weights(file)
+    image, expected = ours(pipe, name, {"one": 1.0}), ours(load(export_slotted(name), [file]), name, {"one": 1.0})
+    assert np.abs(image - expected).max() < TOLERANCE

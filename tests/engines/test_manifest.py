@@ -33,13 +33,24 @@ MANIFEST: dict[str, Any] = small_manifest(
                     "dtype": "float32",
                     "shape": [{"name": "batch", "min": 1, "opt": 1, "max": 2}, 4, 8, 8],
                     "rows_per_image": 1,
-                }
+                },
+                "lora": {"dtype": "float32", "shape": [2 * (3 + 5 + 7 + 4)], "rows_per_image": 1},
             },
             "outputs": {"out_sample": {"dtype": "float32", "shape": [1, 4, 8, 8], "rows_per_image": 1}},
             "files": ["unet/model.onnx", "unet/model.onnx_data"],
             "key": HASH,
             "graph": HASH,
         }
+    },
+    lora_slot={
+        "rank": 2,
+        "layers": {
+            "unet": {
+                "attentions.0.to_q": {"weight": [5, 3], "down": 0, "up": 0},
+                "resnets.0.conv1": {"weight": [8, 8, 3, 3], "down": None, "up": None},
+                "attentions.0.proj_out": {"weight": [4, 7, 1, 1], "down": 3, "up": 5},
+            }
+        },
     },
     files={
         "unet/model.onnx": {"size": 3, "sha256": HASH},
@@ -181,6 +192,30 @@ def test_bundles_from_before_there_were_one_graphs_are_read() -> None:
 def test_bundles_from_before_there_were_random_weights_have_real_ones() -> None:
     """Older bundles lack the field, and still work."""
     assert not decode(text(changed("random_weights", to=DELETE)), WHERE).random_weights
+
+
+BAD_SLOTS = {
+    "rank": (("rank",), 4, "are not those of the LoRA slot"),
+    "rank zero": (("rank",), 0, "rank"),
+    "gap": (("layers", "unet", "attentions.0.proj_out", "down"), 4, "the place of attentions.0.proj_out"),
+    "overlap": (("layers", "unet", "attentions.0.proj_out", "up"), 4, "the place of attentions.0.proj_out"),
+    "half a place": (("layers", "unet", "resnets.0.conv1", "up"), 9, "the place of resnets.0.conv1"),
+    "no matrix": (("layers", "unet", "attentions.0.to_q", "weight"), [5], "the place of attentions.0.to_q"),
+    "another component": (("layers",), {"vae": {"x": {"weight": [1, 1], "down": 0, "up": 0}}}, "not those of"),
+}
+
+
+@pytest.mark.parametrize(("place", "value", "said"), BAD_SLOTS.values(), ids=BAD_SLOTS)
+def test_slots_whose_places_are_not_those_of_the_graph_are_rejected(
+    place: tuple[str, ...], value: Any, said: str
+) -> None:
+    """A LoRA in the wrong place would be a wrong image without a word."""
+    assert said in refusal(text(changed("lora_slot", *place, to=value)))
+
+
+def test_a_slot_without_its_input_and_an_input_without_its_slot_are_rejected() -> None:
+    assert "not those of the LoRA slot" in refusal(text(changed("lora_slot", to=None)))
+    assert "not those of the LoRA slot" in refusal(text(changed("components", "unet", "inputs", "lora", to=DELETE)))
 
 
 BAD_ONE_GRAPHS = {

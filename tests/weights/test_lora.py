@@ -22,10 +22,10 @@ from torch import Tensor
 from hypersd.errors import WeightsError
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.layout import DiffusersBase, Part
-from hypersd.export.models import check_sources, check_unet_sources, layer_shapes, load_unet, open_lora
+from hypersd.export.models import check_sources, check_unet_sources, layer_shapes, load_unet
 from hypersd.export.repositories import Found, LocalFolder
 from hypersd.export.sources import find_sources
-from hypersd.weights.lora_file import Fusion, LoraFile
+from hypersd.weights.lora_file import Fusion, LoraFile, open_lora
 from hypersd.weights.lora_names import published_layers
 
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
@@ -249,7 +249,7 @@ def test_a_published_file_covers_the_layers_that_it_should(
     sources = find_sources(find_checkpoint(name), source_options(name), "fp32")
     sources = dataclasses.replace(sources, lora=Found(tmp_path / "lora.safetensors", "lora.safetensors", repo))
     if words is None or repo is None:
-        assert check_sources(sources, "sd15").keys() == {"lora"}
+        assert check_sources(sources, "sd15").loras.keys() == {"lora"}
         return
     with pytest.raises(WeightsError, match=re.escape(words)):
         check_sources(sources, "sd15")
