@@ -191,6 +191,7 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         **({"random weights": "yes, for measurements: its images are noise"} if manifest.random_weights else {}),
         "base": base + (f", VAE of {origin.vae}" if origin.vae else "") + _base_use(manifest),
         **({"LoRAs": ", ".join(origin.described_loras)} if origin.added_loras else {}),
+        **_slot_fact(manifest),
         "VAE": _vae(manifest),
         "precision": f"{manifest.precision}, ONNX opset {manifest.opset}",
         "images": f"{shapes.width} x {shapes.height} pixels, {shapes.batch} at a time",
@@ -201,6 +202,15 @@ def _facts(bundle: Bundle) -> dict[str, str]:
         "written by": ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items()),
         "engines": ", ".join(["ONNX Runtime", *_backends(bundle)]),
     }
+
+
+def _slot_fact(manifest: Manifest) -> dict[str, str]:
+    """The rank of the LoRA slot, and the layers that it reaches."""
+    if (slot := manifest.lora_slot) is None:
+        return {}
+    placed = {name: sum(layer.has_place for layer in layers.values()) for name, layers in slot.layers.items()}
+    reached = " and ".join(f"{placed[name]} layers of {name}" for name in slot.components)
+    return {"LoRA slot": f"rank {slot.rank}, for {reached}"}
 
 
 def _base_use(manifest: Manifest) -> str:

@@ -96,9 +96,7 @@ class Slotted(nn.Module):
         return add
 
 
-def with_slot(
-    component: ComponentModule, model: Any, rank: int, layers: Mapping[str, SlotLayer]
-) -> ComponentModule:
+def with_slot(component: ComponentModule, model: Any, rank: int, layers: Mapping[str, SlotLayer]) -> ComponentModule:
     """A component that takes ``lora`` after its other inputs.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from ..engines.component_names import controlnet
 from ..errors import WeightsError
 from ..families import find_family
 from ..weights.key_lists import describe_keys
-from ..weights.lora_file import LoraFile, Shapes, open_lora
+from ..weights.lora_file import LoraFile, Shapes, check_family
 from ..weights.lora_names import published_layers
 from .layout import Part
 from .part_weights import Fuser, PartWeights, open_part
@@ -140,6 +141,12 @@ def open_loras(sources: Sources, shapes: Shapes, family: str, lora_scale: float 
     for name, added in sources.added_loras.items():
         opened[name] = open_lora(added.files[0].path, shapes, family, added.scale)
     return opened
+
+
+def open_lora(path: Path, shapes: Shapes, family: str, scale: float = 1.0) -> LoraFile:
+    """Open a LoRA for a base of that family; arguments and errors as of :meth:`.lora_file.LoraFile.open`."""
+    check_family(path, family)
+    return LoraFile.open(path, shapes, scale)
 
 
 def layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

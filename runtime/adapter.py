@@ -15,10 +15,11 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.files import sha256_file
 from ..engines.lora_slot import LORA, LoraSlot, SlotLayer
 from ..errors import RequestError, WeightsError, warn_user
-from ..weights.lora_file import LoraFile, open_lora
-from ..weights.lora_layer import LoraLayer
+from ..weights.lora_file import LoraFile, check_family
+from ..weights.lora_layer import LoraLayer, check_finite
 from ..weights.low_rank import balanced, factorize, ordered, squared_norm
 
+LARGEST_STRENGTH = 10.0
 NEGLIGIBLE = 1e-6  # share of a squared norm, below which it counts as rounding
 
 
@@ -89,10 +90,15 @@ def load_adapter(manifest: Manifest, path: Path, name: str, is_strict: bool = Fa
     slot = slot_of(manifest)
     if not path.is_file():
         raise WeightsError(f"LoRA {str(path)!r} is not a file: expected a .safetensors file")
-    lora = open_lora(path, slot.shapes, manifest.family)
+    check_family(path, manifest.family)
+    lora = LoraFile.match(path, slot.shapes)
     if any(layer.is_dora for _, layer in _layers(lora)):
         raise WeightsError(f"{path} is a DoRA, which depends on the base's weights: fuse it at export with --add-lora")
-    fitted = _Fitted(slot, lora)
+    try:
+        fitted = _Fitted(slot, lora)
+    except _NotFiniteError:
+        check_finite(lora.file)  # names the tensor
+        raise WeightsError(f"{path} holds numbers too large for float32: take another file") from None
     if not fitted.layers:
         raise WeightsError(f"{path}: {fitted.left_out}, and nothing is left: fuse it at export with --add-lora")
     notes = tuple(f"{path.name}: {note}" for note in (fitted.left_out, fitted.reduced) if note)
@@ -101,6 +107,16 @@ def load_adapter(manifest: Manifest, path: Path, name: str, is_strict: bool = Fa
     for note in notes:
         warn_user(note, AdapterWarning)
     return Adapter(name, path, sha256_file(path), fitted.rank, _stack(manifest, slot, fitted), notes, is_strict)
+
+
+class _NotFiniteError(Exception):
+    """A layer's norm is infinite or NaN."""
+
+
+def _finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise _NotFiniteError
+    return norm
 
 
 def _layers(lora: LoraFile) -> Iterator[tuple[tuple[str, str], LoraLayer]]:
@@ -114,6 +130,7 @@ class _Fitted:
 
     def __init__(self, slot: LoraSlot, lora: LoraFile) -> None:
         self.slot = slot
+        self.path = lora.file.path
         self.layers: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.original_rank = 0  # of the layers that lose a part
         self._lost = self._placed = self._error = 0.0  # squared norms
@@ -123,7 +140,7 @@ class _Fitted:
                 self.layers[component, path] = self._fit(layer)
             else:
                 self._outside[component] = self._outside.get(component, 0) + 1
-                self._lost += layer.change().square().sum().item()
+                self._lost += _finite(layer.change().square().sum().item())
 
     @property
     def rank(self) -> int:
@@ -149,15 +166,15 @@ class _Fitted:
         most = self.slot.rank
         if (factors := layer.factors()) is not None:
             down, up = factors[0], factors[1] * factors[2]
-            norm, rank = squared_norm(down, up), len(down)
+            norm, rank = _finite(squared_norm(down, up)), len(down)
             if rank > most:
                 down, up = ordered(down, up)
                 down, up = down[:most], up[:, :most]
         else:  # LoHa and LoKr are no product of two thin matrices
             change = layer.change()
-            norm, rank = change.square().sum().item(), min(change.shape)
+            norm, rank = _finite(change.square().sum().item()), min(change.shape)
             down, up = factorize(change, most)
-        error = max(0.0, norm - squared_norm(down, up))
+        error = 0.0 if rank <= most and factors is not None else max(0.0, norm - squared_norm(down, up))
         if error > NEGLIGIBLE * norm:
             self.original_rank = max(self.original_rank, rank)
         self._placed += norm
@@ -177,10 +194,16 @@ def _stack(manifest: Manifest, slot: LoraSlot, fitted: _Fitted) -> dict[str, Fac
                 view_down, view_up = view_layer(Factors(downs, ups), layer)
                 view_down[:, : len(down)] = down.T
                 view_up[: len(down)] = up.T
-        if not (torch.isfinite(downs).all() and torch.isfinite(ups).all()):
-            raise WeightsError(f"the factors of a LoRA overflow in {dtype}: fuse it at export with --add-lora")
+        limit = torch.finfo(dtype).max
+        if not (_largest(downs) <= limit and _largest(ups) * LARGEST_STRENGTH <= limit):
+            raise WeightsError(f"{fitted.path} has factors that overflow {dtype}: fuse it at export with --add-lora")
         stacked[component] = Factors(downs, ups)
     return stacked
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
 
 
 def placed(slot: LoraSlot, component: str) -> Iterable[tuple[str, SlotLayer]]:

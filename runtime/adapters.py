@@ -17,9 +17,8 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.lora_slot import LORA
 from ..errors import RequestError, warn_user
 from ..samplers.numbers import real_number
-from .adapter import Adapter, AdapterWarning, Factors, load_adapter, reduce, slot_of
+from .adapter import LARGEST_STRENGTH, Adapter, AdapterWarning, Factors, load_adapter, reduce, slot_of
 
-LARGEST_STRENGTH = 10.0
 KEPT_SLOTS = 4  # packed ones: tens of MB each, hundreds for SDXL with a high rank
 LONGEST_NAME = 100
 
@@ -161,10 +160,8 @@ class Adapters:
             for (_, rank, strength), own in zip(parts, factors, strict=True):
                 if component in own:
                     downs[:, begin : begin + rank] = own[component].downs
-                    ups[begin : begin + rank] = own[component].ups.float() * strength
+                    torch.mul(own[component].ups, strength, out=ups[begin : begin + rank])
                 begin += rank
-            if not torch.isfinite(ups).all():
-                raise RequestError(f"the adapters' strengths overflow {slot.dtype}: take smaller ones")
             tensors[component] = slot.to(self._devices[component])
         text = [(adapter.sha256, *rest) for adapter, *rest in parts if any(name != "unet" for name in adapter.factors)]
         return PackedSlot(tensors, tuple(text) or None)

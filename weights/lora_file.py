@@ -36,7 +36,7 @@ class LoraFile:
 
     @classmethod
     def open(cls, path: Path, shapes: Shapes, strength: float = 1.0) -> LoraFile:
-        """Open a file, and compare its header with a base; every tensor is read once, and dropped.
+        """Open a file, compare its header with a base, and read every tensor once, to find a NaN or an infinity.
 
         Args:
             path: a ``.safetensors`` file in any layout of ``docs/guides/loras.md``.
@@ -44,8 +44,19 @@ class LoraFile:
             strength: factor on top of the layers' own scales.
 
         Raises:
-            WeightsError: the file is damaged or no LoRA, holds a NaN or an infinity, has tensors of an unknown kind,
-                or changes modules that the base lacks or that have other shapes. All of them are listed.
+            WeightsError: as of :meth:`match`, or a tensor holds a NaN or an infinity.
+        """
+        lora = cls.match(path, shapes, strength)
+        check_finite(lora.file)
+        return lora
+
+    @classmethod
+    def match(cls, path: Path, shapes: Shapes, strength: float = 1.0) -> LoraFile:
+        """As :meth:`open`, without reading any tensor.
+
+        Raises:
+            WeightsError: the file is damaged or no LoRA, has tensors of an unknown kind, or changes modules that the
+                base lacks or that have other shapes. All of them are listed.
         """
         file = SafetensorsFile(path)
         settings = {component: read_settings(path, file.metadata, component) for component in shapes}
@@ -59,7 +70,6 @@ class LoraFile:
             weights = {encoder_path(module): shape for module, shape in shapes[component].items()}
             for module, layer in modules.items():
                 layer.check(weights[module])
-        check_finite(file)
         return cls(file, layers, strength)
 
     def __str__(self) -> str:
@@ -67,14 +77,17 @@ class LoraFile:
         return f"{self.file.path.name}: {counts}, at scale {self.strength:g}"
 
 
-def open_lora(path: Path, shapes: Shapes, family: str, scale: float = 1.0) -> LoraFile:
-    """Open a LoRA for a base of that family; arguments and errors as of :meth:`LoraFile.open`."""
+def check_family(path: Path, family: str) -> None:
+    """Reject a LoRA for another family.
+
+    Raises:
+        WeightsError: it is; the message names both.
+    """
     title = find_family(family).title
     if (found := lora_title(SafetensorsFile(path).names) or title) != title:
         raise WeightsError(
             f"{path} is a LoRA for {found}, the base is {title}: take one for {title}, or its own --base"
         )
-    return LoraFile.open(path, shapes, scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 from hypersd.errors import WeightsError
 from hypersd.export.checkpoints import find_checkpoint
 from hypersd.export.layout import DiffusersBase, Part
-from hypersd.export.models import check_sources, check_unet_sources, layer_shapes, load_unet
+from hypersd.export.models import check_sources, check_unet_sources, layer_shapes, load_unet, open_lora
 from hypersd.export.repositories import Found, LocalFolder
 from hypersd.export.sources import find_sources
-from hypersd.weights.lora_file import Fusion, LoraFile, open_lora
+from hypersd.weights.lora_file import Fusion, LoraFile
 from hypersd.weights.lora_names import published_layers
 
 BASES = {"sd15": SD15_REPO, "sdxl": SDXL_REPO}
