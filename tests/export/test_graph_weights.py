@@ -33,7 +33,7 @@ def exports_of(bundle: Bundle, given: SourceOptions) -> Iterator[ComponentExport
     manifest = bundle.manifest
     checkpoint = find_checkpoint(manifest.checkpoint)
     sources = find_sources(checkpoint, given, manifest.precision)
-    loras = check_sources(sources, checkpoint.family)
+    loras = check_sources(sources, checkpoint.family).loras
     records = source_records(sources)
     exports = component_exports(checkpoint, sources, records, manifest.shapes, manifest.precision, loras)
     assert {e.name: (e.key, e.graph) for e in exports} == {n: (c.key, c.graph) for n, c in manifest.components.items()}

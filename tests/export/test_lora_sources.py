@@ -50,7 +50,7 @@ def find(source_options: Callable[..., SourceOptions]) -> Find:
 def keys(sources: Sources, lora_scale: float = 1.0) -> dict[str, str]:
     """The components' keys."""
     records = {name: tuple(f.record() for f in files) for name, files in sources.weights.items()}
-    loras = check_sources(sources, "sd15", lora_scale)
+    loras = check_sources(sources, "sd15", lora_scale).loras
     shapes = image_shapes(ShapeOptions(height=64, width=64), 64)
     exports = component_exports(find_checkpoint(NAME), sources, records, shapes, "fp32", loras)
     return {export.name: export.key for export in exports}

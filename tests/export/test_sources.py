@@ -593,7 +593,7 @@ def test_a_lora_is_fused_into_a_single_file(
     """The converted UNet takes the LoRA like any other."""
     folder = wide_hub.root / BASES[family]
     single, plain = (find(family, tiny_repos, base=str(base)) for base in (single_files[family], folder))
-    fusions = [Fusion("unet", tuple(check_sources(s, family, 0.75).values())) for s in (single, plain)]
+    fusions = [Fusion("unet", tuple(check_sources(s, family, 0.75).loras.values())) for s in (single, plain)]
     unets = [s.parts["unet"] for s in (single, plain)]
     assert_same(*(load_unet(part, torch.float16, fusion) for part, fusion in zip(unets, fusions, strict=True)))
 
