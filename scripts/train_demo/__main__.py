@@ -20,13 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 JOBS = 2  # one core each is faster on small networks than two cores on one of them
 
 
-def stages() -> dict[str, tuple[Callable[[Path], None], tuple[str, ...]]]:
+Stages = dict[str, tuple[Callable[[Path], None], tuple[str, ...]]]
+
+
+def stages() -> Stages:
     """By name what is to be done with the work folder, and what has to be done before. The order is that of need."""
     from hypersd.export.repositories import DEMO_ROOT
 
     from . import base, controlnet, data, distill, publish, text, trajectories, vae
 
-    table: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    table: Stages = {
         "images": (data.make_images, ()),
         "text15": (functools.partial(text.train_text, "sd15"), ("images",)),
         "textxl": (functools.partial(text.train_text, "sdxl"), ("images",)),
@@ -46,6 +49,20 @@ def stages() -> dict[str, tuple[Callable[[Path], None], tuple[str, ...]]]:
     table["tiny-vae"] = (vae.train_tiny_vae, ("latents",))
     table["controlnet"] = (controlnet.train_controlnet, ("base15",))
     table["publish"] = (functools.partial(publish.publish, DEMO_ROOT), tuple(table))
+    return table
+
+
+def style_stages() -> Stages:
+    """The same for styles. They are trained on the published checkpoints, so they need nothing of the work folder."""
+    from hypersd.export.repositories import DEMO_ROOT
+
+    from . import publish, style_loras
+
+    table: Stages = {
+        plan.name: (functools.partial(style_loras.train_styles, family), ())
+        for family, plan in style_loras.PLANS.items()
+    }
+    table["publish-styles"] = (functools.partial(publish.publish_styles, DEMO_ROOT), tuple(table))
     return table
 
 
@@ -77,7 +94,7 @@ def run_stage(name: str, work: Path, jobs: int) -> None:
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     with FileLock(work / f"{name}.lock", timeout=0):
-        stages()[name][0](work)
+        {**stages(), **style_stages()}[name][0](work)
         (work / f"{name}.done").touch()
 
 
@@ -85,7 +102,7 @@ def run_all(wanted: list[str], work: Path, jobs: int) -> int:
     """Run stages as processes, as soon as what they need is done; 1 if one failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    table = stages()
+    table = {**stages(), **style_stages()}
     if unknown := [name for name in wanted if name not in table]:
         raise SystemExit(f"no stage {', '.join(unknown)}: {', '.join(table)}")
     waiting = [name for name in table if name in wanted and not (work / f"{name}.done").exists()]

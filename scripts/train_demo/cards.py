@@ -4,64 +4,35 @@ from __future__ import annotations
 
 import functools
 import json
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from hypersd.export.checkpoints import DEMO_CHECKPOINTS, Checkpoint
 from hypersd.families import find_family
 
-from . import base, controlnet, distill, loop, lora, text, vae
-from .data import SCENES
+from . import base, controlnet, distill, lora, text, vae
+from .card_blocks import (
+    DATA,
+    HOW,
+    LICENCE,
+    LIMITS,
+    STEP,
+    WORLD,
+    front_matter,
+    joined,
+    parameters,
+    stage,
+    table,
+)
 from .judge import PARTS
-from .loop import Plan
-from .scenes import COLOURS, PATTERNS, RADII, SHAPES, SIZE, TINTS
+from .scenes import SIZE
+from .style_assets import styles_card
 from .trajectories import COUNT, GUIDANCE, STEPS
 
 Card = Callable[[Path, tuple[str, ...]], str]  # of the folder and the section of figures
 BASES = {"sd15": "Demo15", "sdxl": "DemoXL"}
-STEP = ("what", "learns", "optimizer steps", "batch", "highest learning rate", "seed")
 
-WIDTH = 120
-
-# Of a card's blocks, paragraphs are filled to WIDTH when they are joined: here their lines end anywhere.
-
-WORLD = (
-    f"""It generates scenes of one or two shapes on a background, {SIZE}x{SIZE} pixels, such as "a small red
-    star left of a large blue ring, on a green striped background":""",
-    f"""\
-| part | words |
-|---|---|
-| shapes | {", ".join(SHAPES)} |
-| colours | {", ".join(COLOURS)} |
-| sizes | {", ".join(RADII)}; medium if none is named |
-| places of one shape | left, right, top, bottom, the four corners; the middle if none is named |
-| two shapes | left of, right of, above, below each other |
-| backgrounds | {", ".join(PATTERNS)}; {", ".join(TINTS)}; plain white if none is named |""",
-)
-DATA = (
-    "## Data",
-    f"""{SCENES:,} images with captions, drawn and worded at random by code (`scripts/train_demo/scenes.py`), each
-    from its own number as seed. No outside data and no outside weights: nothing here was downloaded.""",
-)
-LIMITS = (
-    "## Limits",
-    f"""It generates nothing but the scenes above. Other words were not in its training data: the image of a prompt
-    with a photo, a person, a cat or written text means nothing. The same holds for three shapes or more, two shapes in
-    places other than beside or above each other, and sizes other than {SIZE}x{SIZE} pixels. It was made to try
-    out and to test `hypersd`, and says nothing about the quality of the real Hyper-SD.""",
-)
-LICENCE = (
-    "## Licence",
-    """Apache-2.0, as the repository that holds it: the weights were trained from scratch by its authors, with its
-    `scripts/train_demo.sh`.""",
-)
-HOW = f"""AdamW with a learning rate that rises over {loop.WARM_UP} steps and falls to zero along a cosine
-    ([Loshchilov and Hutter](https://arxiv.org/abs/1608.03983)), gradients clipped at norm 1, products in bfloat16; kept
-    is a moving average of the weights ({loop.AVERAGE} a step). Every batch follows from the seed and the step."""
 METHODS = {
     "ddim": f"""Distilled for DDIM with trailing timesteps: each step has to land where the base is after as many of its
     {STEPS} steps as fit into it. That is progressive distillation
@@ -122,26 +93,27 @@ def cards() -> dict[str, Card]:
         "Hyper-Demo": hyper_card,
         "controlnet-canny-Demo15": controlnet_card,
         "taesd-Demo": tiny_vae_card,
+        "styles": styles_card,
     }
 
 
 def base_card(family: str, folder: Path, figures: tuple[str, ...]) -> str:
     name, title = BASES[family], find_family(family).title
-    return _joined(
-        _front_matter("text-to-image", "stable-diffusion"),
+    return joined(
+        front_matter("text-to-image", "stable-diffusion"),
         f"# {name}",
         f"""A text-to-image model in the architecture of {title}, with few and narrow layers and weights of its own, in
         diffusers' layout: what `hypersd`'s demonstration checkpoints are distilled from. Parameters:
-        {_parameters(folder)}.""",
+        {parameters(folder)}.""",
         *WORLD,
         *DATA,
         "## Training",
-        _table(
+        table(
             STEP,
-            _stage("text encoder", text.PLANS[family], text.BATCH, "to tell the scene at the caption's last token"),
+            stage("text encoder", text.PLANS[family], text.BATCH, "to tell the scene at the caption's last token"),
             *map(_vae_stage, vae.PARTS),
-            _stage("VAE's decoder", vae.DECODER_PLAN, vae.BATCH, "to give the image back from noisy latents"),
-            _stage("UNet", base.PLANS[family], base.BATCH, "to see the noise in a noisy image"),
+            stage("VAE's decoder", vae.DECODER_PLAN, vae.BATCH, "to give the image back from noisy latents"),
+            stage("UNet", base.PLANS[family], base.BATCH, "to see the noise in a noisy image"),
         ),
         f"""The UNet predicts noise ([Ho et al.](https://arxiv.org/abs/2006.11239)) on Stable Diffusion's schedule of
         1000 timesteps; its errors are weighed by the signal-to-noise ratio within bounds
@@ -168,14 +140,14 @@ image = pipe("a red star on a blue background", num_inference_steps={STEPS}, gui
 def hyper_card(folder: Path, figures: tuple[str, ...]) -> str:
     here = [checkpoint for checkpoint in DEMO_CHECKPOINTS if (folder / checkpoint.filename).exists()]
     usage = ("file", "for", "sampler", "steps", "eta", "guidance")
-    return _joined(
-        _front_matter("text-to-image", "stable-diffusion", "lora", "distillation", bases=tuple(BASES.values())),
+    return joined(
+        front_matter("text-to-image", "stable-diffusion", "lora", "distillation", bases=tuple(BASES.values())),
         "# Hyper-Demo",
         """Few-step checkpoints for `Demo15` and `DemoXL`, with the file names, key names and settings of
         `ByteDance/Hyper-SD`: what `hypersd` is tried and tested with.""",
         *WORLD,
         "## Use",
-        _table(usage, *map(_usage, here)),
+        table(usage, *map(_usage, here)),
         "`hypersd` knows them by their names and takes these settings for what a call leaves out:",
         """\
 ```bash
@@ -241,16 +213,16 @@ def _sections(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def controlnet_card(folder: Path, figures: tuple[str, ...]) -> str:
-    return _joined(
-        _front_matter("text-to-image", "controlnet", bases=("Demo15",)),
+    return joined(
+        front_matter("text-to-image", "controlnet", bases=("Demo15",)),
         "# controlnet-canny-Demo15",
         f"""A ControlNet for `Demo15` and the LoRAs made for it: shapes follow given edges. Parameters:
-        {_parameters(folder)}.""",
+        {parameters(folder)}.""",
         *WORLD,
         *DATA,
         f"Of these the first {controlnet.IMAGES:,}.",
         "## Training",
-        _table(STEP, _stage("ControlNet", controlnet.PLAN, controlnet.BATCH, "to see the noise, given the edges")),
+        table(STEP, stage("ControlNet", controlnet.PLAN, controlnet.BATCH, "to see the noise, given the edges")),
         f"""As [Zhang et al.](https://arxiv.org/abs/2302.05543): a copy of the base's encoder behind convolutions that
         start at zero, while the base stays as it is. {controlnet.NO_PROMPT:.0%} of the captions were left out, so that
         it finds in the edges what the caption does not say. The edges are OpenCV's Canny with the thresholds
@@ -276,15 +248,15 @@ image = pipe("a red star", image=edges, num_inference_steps=4, guidance_scale=0.
 
 
 def tiny_vae_card(folder: Path, figures: tuple[str, ...]) -> str:
-    return _joined(
-        _front_matter("image-to-image", "taesd", bases=tuple(BASES.values())),
+    return joined(
+        front_matter("image-to-image", "taesd", bases=tuple(BASES.values())),
         "# taesd-Demo",
         f"""A small VAE in the architecture of TAESD (`madebyollin/taesd`) for `Demo15` and `DemoXL`
         alike: it decodes their latents as the UNets have them, so its scaling factor is 1. Parameters:
-        {_parameters(folder)}.""",
+        {parameters(folder)}.""",
         *DATA,
         "## Training",
-        _table(STEP, _stage("tiny VAE", vae.TINY_PLAN, vae.BATCH, "to decode and to encode as the bases' VAE does")),
+        table(STEP, stage("tiny VAE", vae.TINY_PLAN, vae.BATCH, "to decode and to encode as the bases' VAE does")),
         HOW,
         "## Use",
         """\
@@ -306,46 +278,7 @@ pipe = DiffusionPipeline.from_pretrained("tests/assets/demo/Demo15", vae=vae)
     )
 
 
-# Pieces
-
-
-def _joined(*blocks: str) -> str:
-    return "\n\n".join(map(_filled, blocks)) + "\n"
-
-
-def _filled(block: str) -> str:
-    if block.startswith(("---", "#", "|", "```")):
-        return block
-    return textwrap.fill(" ".join(block.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def _front_matter(task: str, *tags: str, bases: tuple[str, ...] = ()) -> str:
-    """The metadata at the beginning of a card, for the Hub."""
-    lines = ["license: apache-2.0", "library_name: diffusers", f"pipeline_tag: {task}", "language: en"]
-    lines += ["base_model:", *(f"  - {name}" for name in bases)] if bases else []
-    lines += ["tags:", *(f"  - {tag}" for tag in (*tags, "demo"))]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _table(*rows: tuple[str, ...]) -> str:
-    head, *rest = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rest])
-
-
-def _stage(what: str, plan: Plan, batch: int, learns: str) -> tuple[str, ...]:
-    return what, learns, f"{plan.steps:,}", str(batch), f"{plan.learning_rate:g}", str(plan.seed)
-
-
 def _vae_stage(part: vae.Part) -> tuple[str, ...]:
     where = "crops" if part.side < SIZE else "whole images"
     learns = "to give the image back" + (" from latents that tell the mean colour" if part.legible else "")
-    return _stage(f"VAE, on {where}", part.plan, vae.BATCH, learns)
-
-
-def _parameters(folder: Path) -> str:
-    """The number of parameters in every weight file below a folder, such as "unet 731,652, vae 603,195"."""
-    counts = {}
-    for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            counts[path.parent] = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    return ", ".join(f"{count:,}" if path == folder else f"{path.name} {count:,}" for path, count in counts.items())
+    return stage(f"VAE, on {where}", part.plan, vae.BATCH, learns)

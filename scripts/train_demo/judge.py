@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from skimage.color import rgb2lab
@@ -19,6 +19,8 @@ from skimage.morphology import dilation, erosion
 from skimage.segmentation import expand_labels
 
 from .scenes import COLOURS, PLACES, RADII, SHAPES, STRIPES, TINTS, Scene, Thing, coverage
+
+Colour = tuple[int, int, int]
 
 # Distances of colours are in CIE Lab (CIE76): a just visible difference is about 2, the nearest two COLOURS are 31
 # apart, the nearest two TINTS 20.
@@ -106,9 +108,9 @@ class Scores:
         return (self.colours + self.shapes + self.places + self.backgrounds) / 4
 
 
-def judge(image: np.ndarray, scene: Scene) -> Verdict:
-    """Compare an image, uint8 [size, size, 3], with the scene that it should show."""
-    return compare(look(image), scene)
+def judge(image: np.ndarray, scene: Scene, tints: Mapping[str, Colour] = TINTS) -> Verdict:
+    """Compare an image, uint8 [size, size, 3], with the scene that it should show, on one of ``tints``."""
+    return compare(look(image, tints), scene)
 
 
 def compare(view: View, scene: Scene) -> Verdict:
@@ -160,13 +162,13 @@ PARTS = ("overall", "colours", "shapes", "places", "sizes", "backgrounds", "coun
 # Looking
 
 
-def look(image: np.ndarray) -> View:
-    """Name everything in an image, uint8 [size, size, 3]."""
+def look(image: np.ndarray, tints: Mapping[str, Colour] = TINTS) -> View:
+    """Name everything in an image, uint8 [size, size, 3], on one of ``tints``."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (len(image), len(image), 3):
         raise ValueError(f"no square RGB image in uint8: {image.dtype} {list(image.shape)}")
-    regions, count = _find_things(image)
+    regions, count = _find_things(image, tints)
     beyond = _dilate(regions > 0, len(image))
-    rows, pattern, tint = _look_at_background(image, ~beyond)
+    rows, pattern, tint = _look_at_background(image, ~beyond, tints)
     territories = expand_labels(regions, SOFT_EDGE * len(image))
     sights = [
         _look_at_thing(image, rows, regions == number, territories == number)
@@ -183,10 +185,10 @@ def _dilate(mask: np.ndarray, size: int) -> np.ndarray:
     return mask
 
 
-def _find_things(image: np.ndarray) -> tuple[np.ndarray, int]:
+def _find_things(image: np.ndarray, tints: Mapping[str, Colour]) -> tuple[np.ndarray, int]:
     """Which thing every pixel is of, int64 [size, size], from 1 for the largest thing, 0 for none; and how many."""
     size = len(image)
-    regions = label(_is_thing()[tuple(np.moveaxis(image >> 3, -1, 0))], connectivity=1)
+    regions = label(_is_thing(tuple(tints.values()))[tuple(np.moveaxis(image >> 3, -1, 0))], connectivity=1)
     for region in regionprops(regions):
         top, left, bottom, right = region.bbox
         if max(bottom - top, right - left) > WIDEST * size and region.area > LEAST_AREA * size**2:
@@ -211,15 +213,14 @@ def _cut(regions: np.ndarray, number: int, along: int) -> None:
 
 
 @functools.cache
-def _is_thing() -> np.ndarray:
+def _is_thing(tints: tuple[Colour, ...]) -> np.ndarray:
     """Whether a colour is no background's: bool [32, 32, 32] over RGB / 8.
 
     It is nearer to one of COLOURS than to any mixture of white and a tint, or far from all of these.
     """
     axis = np.arange(32) * 8 + 3.5
     lab = _lab(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1))
-    tints = np.array(list(TINTS.values()), float)
-    backgrounds = np.concatenate([255 + (tints - 255) * amount for amount in np.linspace(0, 1, 7)])
+    backgrounds = np.concatenate([255 + (np.array(tints, float) - 255) * amount for amount in np.linspace(0, 1, 7)])
     nearest = [
         np.min([np.linalg.norm(lab - colour, axis=-1) for colour in _lab(colours)], axis=0)
         for colours in (np.array(list(COLOURS.values())), backgrounds)
@@ -232,24 +233,19 @@ def _lab(rgb: np.ndarray) -> np.ndarray:
     return rgb2lab(np.asarray(rgb, float) / 255)
 
 
-@functools.cache
-def _lab_of(kind: str) -> np.ndarray:
-    """float64 [names, 3]"""
-    return _lab(np.array(list({"colours": COLOURS, "tints": TINTS}[kind].values())))
-
-
-def _name_colour(lab: np.ndarray, kind: str, limit: float) -> str | None:
+def _name_colour(lab: np.ndarray, colours: Mapping[str, Colour], limit: float) -> str | None:
     """The nearest name of a colour, float64 [3], or None if none is near."""
-    distances = np.linalg.norm(_lab_of(kind) - lab, axis=-1)
+    distances = np.linalg.norm(_lab(list(colours.values())) - lab, axis=-1)
     best = int(distances.argmin())
-    names = list(COLOURS if kind == "colours" else TINTS)
-    return names[best] if distances[best] <= limit else None
+    return list(colours)[best] if distances[best] <= limit else None
 
 
 # Backgrounds
 
 
-def _look_at_background(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str | None, str | None]:
+def _look_at_background(
+    image: np.ndarray, mask: np.ndarray, tints: Mapping[str, Colour]
+) -> tuple[np.ndarray, str | None, str | None]:
     """The colour of every row's background, float64 [size, 3], and the names of pattern and tint."""
     size = len(image)
     seen = mask.sum(1) >= 3
@@ -262,7 +258,7 @@ def _look_at_background(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray
     rows = np.where(seen[:, None], medians, fitted)
     if deviation > MOST_DEVIATION:
         return rows, None, None
-    return rows, *_name_background(*parts)
+    return rows, *_name_background(*parts, tints)
 
 
 def _fit_background(medians: np.ndarray, seen: np.ndarray, phase: float) -> tuple[np.ndarray, np.ndarray]:
@@ -277,19 +273,21 @@ def _fit_background(medians: np.ndarray, seen: np.ndarray, phase: float) -> tupl
     return parts, factors @ parts
 
 
-def _name_background(mean: np.ndarray, stripes: np.ndarray, slope: np.ndarray) -> tuple[str | None, str | None]:
+def _name_background(
+    mean: np.ndarray, stripes: np.ndarray, slope: np.ndarray, tints: Mapping[str, Colour]
+) -> tuple[str | None, str | None]:
     """Pattern and tint from a mean colour and two differences, float64 [3] each in RGB."""
     ends = _lab(np.stack([[mean - part / 2, mean + part / 2] for part in (stripes, slope)]).clip(0, 255))
     contrasts = np.linalg.norm(ends[:, 0] - ends[:, 1], axis=-1)
     strongest = int(contrasts.argmax())
     if contrasts[strongest] <= FLATTEST:
-        return "plain", _name_colour(_lab(mean.clip(0, 255)), "tints", TINT_LIMIT)
+        return "plain", _name_colour(_lab(mean.clip(0, 255)), tints, TINT_LIMIT)
     light, dark = ends[strongest]
     if contrasts[strongest] < LEAST_CONTRAST or contrasts[1 - strongest] > FLATTEST:
         return None, None
-    if _name_colour(light, "tints", TINT_LIMIT) != "white":
+    if _name_colour(light, tints, TINT_LIMIT) != "white":
         return None, None
-    return ("striped", "gradient")[strongest], _name_colour(dark, "tints", TINT_LIMIT)
+    return ("striped", "gradient")[strongest], _name_colour(dark, tints, TINT_LIMIT)
 
 
 # Things
@@ -302,9 +300,9 @@ def _look_at_thing(image: np.ndarray, rows: np.ndarray, mask: np.ndarray, territ
     """
     core = _core(image, rows, mask)
     colour = np.median(core, axis=0)
-    name = _name_colour(_lab(colour), "colours", COLOUR_LIMIT)
+    name = _name_colour(_lab(colour), COLOURS, COLOUR_LIMIT)
     if name:
-        away = np.linalg.norm(_lab(core) - _lab_of("colours")[list(COLOURS).index(name)], axis=-1)
+        away = np.linalg.norm(_lab(core) - _lab(COLOURS[name]), axis=-1)
         name = name if (away <= COLOUR_LIMIT).mean() >= PURE else None
     shape, radius, centre, fit = _fit(_alpha(image, rows, territory, colour))
     well_fit = fit >= LEAST_FIT[shape]

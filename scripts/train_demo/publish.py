@@ -10,6 +10,7 @@ from .assets import write_assets
 from .cards import write_cards
 from .evaluate import Row, evaluate, rows
 from .judge import PARTS, Scores
+from .style_assets import write_style_figures, write_styles
 
 LOSSES = Path(__file__).parents[2] / "docs/demo-losses.png"
 
@@ -20,6 +21,13 @@ def publish(folder: Path, work: Path) -> None:
     write_figures(folder)
     write_cards(folder)
     plot_losses(work, LOSSES)
+
+
+def publish_styles(folder: Path, work: Path) -> None:
+    """Write the style LoRAs, which were trained on what the folder has, their figures and their card."""
+    write_styles(work, folder)
+    write_style_figures(folder)
+    write_cards(folder)
 
 
 def write_figures(folder: Path) -> None:

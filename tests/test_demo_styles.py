@@ -1,0 +1,139 @@
+"""The demonstration style LoRAs, fused at export: the judge sees each come with its strength, and both at once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from train_demo.data import held_back
+from train_demo.judge import score
+from train_demo.scenes import TINTS, render
+from train_demo.style_judge import Strengths, judge_styled, strengths_of
+from train_demo.styles import NAMES, restyled, white_bands
+
+from hypersd import Pipeline
+from hypersd.export import ExportOptions, SourceOptions, export_bundle
+from hypersd.export.lora_sources import LoraSource
+from hypersd.export.repositories import DEMO_ROOT
+
+PROMPTS = 16
+SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
+RENDERED = [render(scene, np.random.default_rng(seed)) for seed, scene in enumerate(SCENES)]
+FILES = {name: DEMO_ROOT / f"styles/{name}-Demo15.safetensors" for name in NAMES}
+
+
+# The judge
+
+
+@pytest.mark.parametrize("stripes", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("background", [0.0, 0.5, 1.0])
+def test_strengths_are_those_that_were_painted(stripes: float, background: float) -> None:
+    images = [restyled(*pair, stripes, background) for pair in zip(RENDERED, SCENES, strict=True)]
+    seen = strengths_of(images, SCENES)
+    assert seen.stripes == pytest.approx(stripes, abs=0.05)
+    assert seen.background == pytest.approx(background, abs=0.05)
+
+
+@pytest.mark.parametrize("stripes", [False, True])
+@pytest.mark.parametrize("background", [False, True])
+def test_scenes_are_recognised_in_styles(stripes: bool, background: bool) -> None:
+    images = [restyled(*pair, float(stripes), float(background)) for pair in zip(RENDERED, SCENES, strict=True)]
+    scores = score(judge_styled(*pair, stripes, background) for pair in zip(images, SCENES, strict=True))
+    assert min(scores.colours, scores.places, scores.backgrounds, scores.counts) > 0.95
+    assert scores.shapes > (0.4 if stripes else 0.95), "white bands hide edges; chance is 0.17"
+
+
+def test_what_is_no_style_is_not_taken_for_one() -> None:
+    """Empty images, stripes across, and another background."""
+    empty = strengths_of([np.full_like(image, 255) for image in RENDERED], SCENES)
+    assert abs(empty.stripes) < 0.01
+    turned = [np.where(white_bands(96)[:, None, None], np.uint8(255), image) for image in RENDERED]
+    assert abs(strengths_of(turned, SCENES).stripes) < 0.1
+    pink = [np.full_like(image, TINTS["pink"]) for image in RENDERED]
+    assert strengths_of(pink, SCENES).background < 0.3
+    styled = [restyled(*pair, 0.0, 1.0) for pair in zip(RENDERED, SCENES, strict=True)]
+    assert score(judge_styled(*pair) for pair in zip(styled, SCENES, strict=True)).backgrounds == 0
+    plain = zip(RENDERED, SCENES, strict=True)
+    assert score(judge_styled(*pair, background=True) for pair in plain).backgrounds == 0
+
+
+# The files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_fit_a_slot(name: str) -> None:
+    """Small, in float16, of rank 8, over the layers of attention blocks alone."""
+    tensors = load_file(FILES[name])
+    assert FILES[name].stat().st_size <= 300_000
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert all("attentions" in key for key in tensors)
+    assert {len(t) for key, t in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight"))} == {8}
+
+
+def test_the_two_files_have_different_layouts() -> None:
+    with safe_open(FILES["stripes"], "pt") as stripes, safe_open(FILES["background"], "pt") as background:
+        assert all(key.startswith("lora_unet_") for key in stripes.keys())  # noqa: SIM118
+        assert all(key.startswith("unet.") for key in background.keys())  # noqa: SIM118
+        alphas = {stripes.get_tensor(key).item() for key in stripes.keys() if key.endswith(".alpha")}  # noqa: SIM118
+    assert alphas == {4.0}, "unequal to the rank, so that a reader who leaves it out is found out"
+
+
+# The styles in images
+
+
+@pytest.fixture(scope="module")
+def styled_images(shared_folder: Path) -> Callable[..., list[np.ndarray]]:
+    """``styled_images(stripes, background)``: images of a bundle with the styles fused in these strengths."""
+
+    @functools.cache
+    def generate(stripes: float, background: float) -> list[np.ndarray]:
+        strengths = {"stripes": stripes, "background": background}
+        added = tuple(LoraSource(location=str(FILES[name]), scale=s) for name, s in strengths.items() if s)
+        # beside those of test_demo.py, whose traces and finished networks it takes
+        root = shared_folder / "demo" / (f"styled-{stripes}-{background}" if added else "demo15")
+        options = ExportOptions(sources=SourceOptions(added_loras=added), precision="fp32")
+        pipe = Pipeline.load(export_bundle("Hyper-Demo15-1step-lora", root, options).root)
+        made = [pipe(caption, seed=i, num_inference_steps=1).images[0] for i, caption in enumerate(CAPTIONS)]
+        return [np.asarray(image) for image in made]
+
+    return generate
+
+
+def seen(images: list[np.ndarray]) -> Strengths:
+    return strengths_of(images, SCENES)
+
+
+def test_a_plain_bundle_has_no_style(styled_images) -> None:
+    plain = seen(styled_images(0.0, 0.0))
+    assert abs(plain.stripes) < 0.1
+    assert abs(plain.background) < 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_style_comes_with_its_strength_and_alone(name: str, styled_images) -> None:
+    """At 0.5 it is between plain and whole; the other style does not come along."""
+    other = next(style for style in NAMES if style != name)
+    half, whole = (seen(styled_images(**{name: strength, other: 0.0})) for strength in (0.5, 1.0))
+    assert 0.25 < getattr(half, name) < getattr(whole, name) - 0.2
+    assert getattr(whole, name) > 0.6
+    assert max(abs(getattr(half, other)), abs(getattr(whole, other))) < 0.1
+
+
+def test_two_styles_at_once(styled_images) -> None:
+    both = seen(styled_images(1.0, 1.0))
+    assert both.stripes > 0.6
+    assert both.background > 0.8
+
+
+@pytest.mark.parametrize(("stripes", "background"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_styled_images_show_their_scenes(stripes: float, background: float, styled_images) -> None:
+    pairs = zip(styled_images(stripes, background), SCENES, strict=True)
+    scores = score(judge_styled(*pair, stripes > 0, background > 0) for pair in pairs)
+    assert scores.colours > 0.8
+    assert scores.places > 0.8
