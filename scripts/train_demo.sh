@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains the demonstration checkpoints of tests/assets/demo from scratch: about an hour and a half on two cores. An
 # interrupted run continues where it stopped; states are kept in out/train_demo. With names of stages, only these run.
-# The style LoRAs are trained on the published checkpoints, in minutes, by the stages styles15 and publish-styles, which run
-# only if they are named.
+# The style LoRAs are trained on the published checkpoints, in minutes, by the stages styles15, stylesxl and publish-styles,
+# which run only if they are named.
 #
 #   scripts/train_demo.sh [--work FOLDER] [--jobs N] [STAGE ...]
 #

@@ -25,7 +25,11 @@ from hypersd.export.repositories import DEMO_ROOT
 PROMPTS = 16
 SCENES, CAPTIONS = zip(*held_back(PROMPTS), strict=True)
 RENDERED = [render(scene, np.random.default_rng(seed)) for seed, scene in enumerate(SCENES)]
-FILES = {name: DEMO_ROOT / f"styles/{name}-Demo15.safetensors" for name in NAMES}
+BASES = {"Hyper-Demo15-1step-lora": "Demo15", "Hyper-DemoXL-1step-Unet": "DemoXL"}
+
+
+def style_file(name: str, base: str = "Demo15") -> Path:
+    return DEMO_ROOT / f"styles/{name}-{base}.safetensors"
 
 
 # The judge
@@ -66,18 +70,22 @@ def test_what_is_no_style_is_not_taken_for_one() -> None:
 # The files
 
 
+@pytest.mark.parametrize("base", BASES.values())
 @pytest.mark.parametrize("name", NAMES)
-def test_files_fit_a_slot(name: str) -> None:
+def test_files_fit_a_slot(name: str, base: str) -> None:
     """Small, in float16, of rank 8, over the layers of attention blocks alone."""
-    tensors = load_file(FILES[name])
-    assert FILES[name].stat().st_size <= 300_000
+    file = style_file(name, base)
+    tensors = load_file(file)
+    assert file.stat().st_size <= 300_000
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert all("attentions" in key for key in tensors)
     assert {len(t) for key, t in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight"))} == {8}
 
 
-def test_the_two_files_have_different_layouts() -> None:
-    with safe_open(FILES["stripes"], "pt") as stripes, safe_open(FILES["background"], "pt") as background:
+@pytest.mark.parametrize("base", BASES.values())
+def test_the_two_files_have_different_layouts(base: str) -> None:
+    files = (style_file(name, base) for name in NAMES)
+    with safe_open(next(files), "pt") as stripes, safe_open(next(files), "pt") as background:
         assert all(key.startswith("lora_unet_") for key in stripes.keys())  # noqa: SIM118
         assert all(key.startswith("unet.") for key in background.keys())  # noqa: SIM118
         alphas = {stripes.get_tensor(key).item() for key in stripes.keys() if key.endswith(".alpha")}  # noqa: SIM118
@@ -89,16 +97,18 @@ def test_the_two_files_have_different_layouts() -> None:
 
 @pytest.fixture(scope="module")
 def styled_images(shared_folder: Path) -> Callable[..., list[np.ndarray]]:
-    """``styled_images(stripes, background)``: images of a bundle with the styles fused in these strengths."""
+    """``styled_images(stripes, background, checkpoint)``: images with the styles fused in these strengths."""
 
     @functools.cache
-    def generate(stripes: float, background: float) -> list[np.ndarray]:
+    def generate(stripes: float, background: float, checkpoint: str = "Hyper-Demo15-1step-lora") -> list[np.ndarray]:
         strengths = {"stripes": stripes, "background": background}
-        added = tuple(LoraSource(location=str(FILES[name]), scale=s) for name, s in strengths.items() if s)
+        added = tuple(
+            LoraSource(location=str(style_file(name, BASES[checkpoint])), scale=s) for name, s in strengths.items() if s
+        )
         # beside those of test_demo.py, whose traces and finished networks it takes
-        root = shared_folder / "demo" / (f"styled-{stripes}-{background}" if added else "demo15")
+        root = shared_folder / "demo" / f"{checkpoint}-styled-{stripes}-{background}"
         options = ExportOptions(sources=SourceOptions(added_loras=added), precision="fp32")
-        pipe = Pipeline.load(export_bundle("Hyper-Demo15-1step-lora", root, options).root)
+        pipe = Pipeline.load(export_bundle(checkpoint, root, options).root)
         made = [pipe(caption, seed=i, num_inference_steps=1).images[0] for i, caption in enumerate(CAPTIONS)]
         return [np.asarray(image) for image in made]
 
@@ -129,6 +139,15 @@ def test_two_styles_at_once(styled_images) -> None:
     both = seen(styled_images(1.0, 1.0))
     assert both.stripes > 0.45
     assert both.background > 0.65
+
+
+def test_the_styles_of_sdxl(styled_images) -> None:
+    """Each comes alone, and both at once, with the whole UNet that one step wants."""
+    name = "Hyper-DemoXL-1step-Unet"
+    stripes, background, both = (seen(styled_images(*pair, name)) for pair in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)))
+    assert min(stripes.stripes, both.stripes) > 0.4
+    assert min(background.background, both.background) > 0.6
+    assert max(abs(stripes.background), abs(background.stripes)) < 0.1
 
 
 @pytest.mark.parametrize(("stripes", "background"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])

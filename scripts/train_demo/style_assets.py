@@ -63,6 +63,11 @@ def students() -> dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]]:
             partial(evaluate.load_lora, name="2steps-lora"),
             {**bare, "num_inference_steps": 2},
         ),
+        "DemoXL 1step-Unet, LCM": (
+            "sdxl",
+            evaluate.load_one_step_unet,
+            {**bare, "num_inference_steps": 1, "timesteps": [800]},
+        ),
     }
 
 
@@ -115,7 +120,7 @@ def styles_card(folder: Path, _: tuple[str, ...]) -> str:
     return joined(
         front_matter("text-to-image", "stable-diffusion", "lora", bases=tuple(BASES[family] for family in PLANS)),
         "# Styles",
-        """Two LoRAs for `Demo15` and the few-step checkpoints made for it, that change how every scene looks. Their
+        """Two LoRAs for each base and the few-step checkpoints made for it, that change how every scene looks. Their
         strength is a slider, and they can be added to each other.""",
         table(
             ("file", "style", "layout"),
@@ -127,13 +132,14 @@ def styles_card(folder: Path, _: tuple[str, ...]) -> str:
         *DATA,
         f"Of these the first {IMAGES:,} captions.",
         "## Training",
-        table(STEP, *(_stage(plan) for plan in PLANS.values())),
+        table(STEP, *(_stage(family, plan) for family, plan in PLANS.items())),
         """A few-step student does not see its first timesteps as the base does. So these LoRAs are not trained on the
-        base, but with the student in the loop, `Hyper-Demo15-1step-lora`, which stays as it is. Its own image of a
-        prompt and a noise is restyled in pixels (`scripts/train_demo/styles.py`), in strengths from 0 to 1; with the
-        LoRA in the same strength the student has to generate that from the same noise, in one step, and from its own
-        styled image with fresh noise. The loss is between decoded images. Both LoRAs are trained at the same time, a
-        third of the batches with both in.""",
+        base, but with the student in the loop, `Hyper-Demo15-1step-lora` or `Hyper-DemoXL-1step-Unet`, which stays as
+        it is. Its own image of a prompt and a noise is restyled in pixels (`scripts/train_demo/styles.py`), in
+        strengths from 0 to 1; with the LoRA in the same strength the student has to generate that from the same noise,
+        in one step. SD1.5's student, which may take more steps, has to generate it from its own styled image with fresh
+        noise too. The loss is between decoded images. Both LoRAs of a base are trained at the same time, a third of the
+        batches with both in.""",
         HOW,
         "## Use",
         """\
@@ -169,5 +175,5 @@ image = pipe("a large red star on a blue background", num_inference_steps=4, eta
     )
 
 
-def _stage(plan: Plan) -> tuple[str, ...]:
-    return stage("both LoRAs", plan, BATCH, "to generate the student's image, restyled")
+def _stage(family: str, plan: Plan) -> tuple[str, ...]:
+    return stage(f"both LoRAs for `{BASES[family]}`", plan, BATCH, "to generate the student's image, restyled")

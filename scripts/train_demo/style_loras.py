@@ -34,8 +34,10 @@ RANK, ALPHA = 8, 4.0  # two of them fit into a slot of rank 16
 NEAR_THINGS = 5.0  # the weight of errors there: stripes cover a small part of an image
 PLANS = {
     "sd15": Plan(name="styles15", steps=1800, learning_rate=3e-3, seed=31),
+    "sdxl": Plan(name="stylesxl", steps=1800, learning_rate=3e-3, seed=32),
 }
 FIRST = {"sd15": 999, "sdxl": 800}  # the timestep at which the student is told that its first sample is
+RENOISED = {"sd15": 0.4, "sdxl": 0.0}  # share of batches of a later step: SDXL's student has one step alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Student:
 
     Attributes:
         first: the timestep of its first step.
+        renoised: the share of batches that begin with an image and fresh noise.
         noise: float32 [IMAGES, 4, h, w].
         images: uint8 [IMAGES, SIZE, SIZE, 3], made from these in one step.
     """
@@ -51,6 +54,7 @@ class Student:
     unet: nn.Module
     vae: nn.Module
     first: int
+    renoised: float
     scenes: list[Scene]
     prompts: Encoded
     noise: Tensor
@@ -95,14 +99,15 @@ def load_student(family: str, folder: Path = DEMO_ROOT) -> Student:
         scenes.append(draw_scene(rng))
         captions.append(describe(scenes[-1], rng))
     noise = torch.randn(IMAGES, 4, LATENT_SIZE, LATENT_SIZE, generator=seeded(PLANS[family].seed))
-    student = Student(unet, vae, FIRST[family], scenes, encoded(pipe, captions), noise, np.empty(0))
+    student = Student(unet, vae, FIRST[family], RENOISED[family], scenes, encoded(pipe, captions), noise, np.empty(0))
     parts = torch.arange(IMAGES).split(64)
     return dataclasses.replace(student, images=np.concatenate([plain_images(student, part) for part in parts]))
 
 
 def encoded(pipe: Any, captions: list[str]) -> Encoded:
     """Captions as the pipeline's UNet reads them."""
-    parts = [pipe.encode_prompt(captions[i : i + 256], device(), 1, False) for i in range(0, len(captions), 256)]
+    plain = {"device": device(), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    parts = [pipe.encode_prompt(captions[i : i + 256], **plain) for i in range(0, len(captions), 256)]
     pooled = torch.cat([part[2] for part in parts]) if len(parts[0]) > 2 else None
     return Encoded(torch.cat([part[0] for part in parts]), pooled)
 
@@ -132,7 +137,7 @@ def style_loss(student: Student, styles: Styles, generator: torch.Generator) -> 
     timestep = torch.full((BATCH,), student.first, device=device())
     fresh = torch.randn(sample.shape, generator=generator).to(device())
     later = (torch.randint(1, 50, (BATCH,), generator=generator) * 20 - 1).to(device())
-    if torch.rand(1, generator=generator) < 0.4:
+    if torch.rand(1, generator=generator) < student.renoised:
         with torch.no_grad():
             made = image_of(unet, sample, timestep, prompt)
         sample, timestep = add_noise(made, fresh, later), later

@@ -60,7 +60,8 @@ def test_every_stage_runs_after_what_it_needs(short: None, tmp_path: Path) -> No
     vae.load_tiny_vae(tmp_path)
     controlnet.load_controlnet(tmp_path)
     distill.load_one_step_unet(tmp_path)
-    style_loras.load_styles("sd15", networks.unet("sd15"), tmp_path)
+    for family in style_loras.PLANS:
+        style_loras.load_styles(family, networks.unet(family), tmp_path)
 
 
 def noisy_fit(model: nn.Linear, stop_at: int | None = None):
