@@ -1,10 +1,11 @@
-"""The demonstration style LoRAs, fused at export: the judge sees each come with its strength, and both at once."""
+"""The demonstration style LoRAs in a slot: the judge sees each come and go with its strength, and both at once."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from train_demo.styles import NAMES, restyled, white_bands
 
 from hypersd import Pipeline
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
+from hypersd.export.lora_slot import SlotOptions
 from hypersd.export.lora_sources import LoraSource
 from hypersd.export.repositories import DEMO_ROOT
 
@@ -96,23 +98,35 @@ def test_the_two_files_have_different_layouts(base: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def styled_images(shared_folder: Path) -> Callable[..., list[np.ndarray]]:
-    """``styled_images(stripes, background, checkpoint)``: images with the styles fused in these strengths."""
+def slotted(shared_folder: Path) -> Callable[[str], Pipeline]:
+    """``slotted(checkpoint)``: a pipeline whose slot has room for both styles, which are loaded."""
+
+    @functools.cache
+    def load(checkpoint: str) -> Pipeline:
+        root = shared_folder / "demo" / f"{checkpoint}-slotted"  # beside those of test_demo.py
+        options = ExportOptions(precision="fp32", lora_slot=SlotOptions(rank=16))
+        pipe = Pipeline.load(export_bundle(checkpoint, root, options))
+        for name in NAMES:
+            pipe.load_lora_weights(style_file(name, BASES[checkpoint]), name, strict=True)
+        return pipe
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def styled_images(slotted: Callable[[str], Pipeline]) -> Callable[..., list[np.ndarray]]:
+    """``styled_images(stripes, background, checkpoint)``: images with the styles in these strengths."""
 
     @functools.cache
     def generate(stripes: float, background: float, checkpoint: str = "Hyper-Demo15-1step-lora") -> list[np.ndarray]:
-        strengths = {"stripes": stripes, "background": background}
-        added = tuple(
-            LoraSource(location=str(style_file(name, BASES[checkpoint])), scale=s) for name, s in strengths.items() if s
-        )
-        # beside those of test_demo.py, whose traces and finished networks it takes
-        root = shared_folder / "demo" / f"{checkpoint}-styled-{stripes}-{background}"
-        options = ExportOptions(sources=SourceOptions(added_loras=added), precision="fp32")
-        pipe = Pipeline.load(export_bundle(checkpoint, root, options).root)
-        made = [pipe(caption, seed=i, num_inference_steps=1).images[0] for i, caption in enumerate(CAPTIONS)]
-        return [np.asarray(image) for image in made]
+        return generated(slotted(checkpoint), adapters={"stripes": stripes, "background": background})
 
     return generate
+
+
+def generated(pipe: Pipeline, **call: Any) -> list[np.ndarray]:
+    made = [pipe(caption, seed=i, num_inference_steps=1, **call).images[0] for i, caption in enumerate(CAPTIONS)]
+    return [np.asarray(image) for image in made]
 
 
 def seen(images: list[np.ndarray]) -> Strengths:
@@ -133,6 +147,25 @@ def test_a_style_comes_with_its_strength_and_alone(name: str, styled_images) -> 
     assert 0.1 < getattr(half, name) < getattr(whole, name) - 0.2
     assert getattr(whole, name) > 0.5
     assert max(abs(getattr(half, other)), abs(getattr(whole, other))) < 0.1
+
+
+def test_fused_at_export_they_are_the_same(styled_images, shared_folder: Path) -> None:
+    checkpoint = "Hyper-Demo15-1step-lora"
+    added = tuple(
+        LoraSource(location=str(style_file(name)), scale=s) for name, s in zip(NAMES, (0.5, 1.0), strict=True)
+    )
+    options = ExportOptions(sources=SourceOptions(added_loras=added), precision="fp32")
+    fused = generated(
+        Pipeline.load(export_bundle(checkpoint, shared_folder / "demo" / f"{checkpoint}-styled", options))
+    )
+    strengths = dict(zip(NAMES, (0.5, 1.0), strict=True))
+    for image, expected in zip(styled_images(**strengths), fused, strict=True):
+        assert np.abs(image.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_negative_strength_is_the_opposite(styled_images) -> None:
+    """A slider goes below zero, and the result is not that of zero."""
+    assert seen(styled_images(0.0, -1.0)).background < seen(styled_images(0.0, 0.0)).background - 0.02
 
 
 def test_two_styles_at_once(styled_images) -> None:
