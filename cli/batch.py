@@ -23,6 +23,7 @@ from .arguments import (
     open_bundle,
     size_word,
 )
+from .lora_options import add_lora_folder, read_lora_folder
 
 if TYPE_CHECKING:
     from ..cluster.batch_run import ActorOptions
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="images generated at once on a GPU (default: 8)"
     )
+    add_lora_folder(parser)
     add_allow_random_weights(parser)
 
 
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from ..cluster.jobs import read_jobs
     from ..engines.files import lock_file
     from ..errors import disk_errors
+    from ..runtime.adapter import slot_of
     from .console import err
     from .image_output import OTHER_PLACE
 
@@ -64,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
     args.bundle = bundle.root  # of a bundle on the Hub, the folder that was fetched
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
     _check(args)
-    jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args))
+    if read_lora_folder(args) is not None:
+        args.lora_folder = args.lora_folder.absolute()
+        slot_of(bundle.manifest)
+    jobs = read_jobs(args.prompts, bundle.manifest, args.seed, _defaults(args), args.lora_folder)
     waiting = f"waiting for another process that writes to {args.output}"
     with lock_file(args.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
         with disk_errors(args.output, OTHER_PLACE):
@@ -147,6 +153,8 @@ def _actors(args: argparse.Namespace) -> ActorOptions:
         count=args.actors or count,
         num_gpus=num_gpus if args.num_gpus is None else args.num_gpus,
         max_batch=args.max_batch,
+        lora_folder=args.lora_folder,
+        strict_loras=args.strict_loras,
         backend=args.backend,
         precision=args.precision,
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..engines import Manifest
     from ..runtime import Pipeline
+    from ..serve.lora_folder import LoraFolder
 
 
 def add_lora_options(parser: argparse.ArgumentParser) -> None:
@@ -58,3 +59,33 @@ def check_lora_options(args: argparse.Namespace, manifest: Manifest) -> None:
 def load_loras(pipe: Pipeline, args: argparse.Namespace) -> dict[str, float]:
     """Load the files; the strengths by adapter."""
     return {pipe.load_lora_weights(file, strict=args.strict).name: strength for file, strength in args.use_lora}
+
+
+def add_lora_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of LoRAs that requests may use."""
+    parser.add_argument(
+        "--lora-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="requests may use its .safetensors files as adapters, by their names without the ending; new files are "
+        "found while it runs. For bundles of hypersd export --lora-slot",
+    )
+    parser.add_argument(
+        "--strict-loras", action="store_true", help="leave out LoRAs of which a part would be left out (see generate)"
+    )
+
+
+def read_lora_folder(args: argparse.Namespace) -> LoraFolder | None:
+    """The folder, or None.
+
+    Raises:
+        RequestError: there is no such folder; or --strict-loras is without one.
+    """
+    from ..errors import RequestError
+    from ..serve.lora_folder import LoraFolder
+
+    if args.lora_folder is not None:
+        return LoraFolder(args.lora_folder, args.strict_loras)
+    if args.strict_loras:
+        raise RequestError("--strict-loras is about LoRAs: give --lora-folder FOLDER with it")
+    return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import BUNDLE_HELP, add_allow_random_weights, add_backend, folder, open_bundle
+from .lora_options import add_lora_folder, read_lora_folder
 
 if TYPE_CHECKING:
     from ..serve.settings import ServeSettings
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-body-mb", type=float, default=24.0, metavar="MB", help="size of a request, images included (default: 24)"
     )
+    add_lora_folder(parser)
     add_allow_random_weights(parser)
 
 
@@ -67,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         max_batch=args.max_batch,
         backend=args.backend,
         precision=args.precision,
+        lora_folder=read_lora_folder(args),
     )
     names = ", ".join(service.folders)
 

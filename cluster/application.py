@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ..errors import HyperSDError, RequestError
 from ..serve.app import make_app
-from ..serve.service import name_folders
+from ..serve.service import check_slots, name_folders
 from ..serve.settings import ServeSettings
 from .bundles import BundleShelf, SharedBundle, share
 from .cluster_service import ClusterService
@@ -66,8 +66,11 @@ def app(arguments: Mapping[str, Any]) -> Application:
     """
     try:
         options = read_options(arguments)
-        bundles = [share(folder) for folder in name_folders(options.bundles).values()]
+        folders = name_folders(options.bundles)
+        bundles = [share(folder) for folder in folders.values()]
         settings = options.settings()
+        if options.loras() is not None:
+            check_slots(folders)
     except HyperSDError as error:
         raise ArgumentError(str(error)) from error
     ingress = serve.deployment(
@@ -100,6 +103,7 @@ def _replica(options: ClusterOptions, bundles: Sequence[SharedBundle]) -> Applic
         device=options.device,
         queue=options.max_ongoing_requests * options.max_count,  # never full before Ray's own, which all replicas share
         max_batch=options.max_batch,
+        loras=options.loras,
         backend=options.backend,
         precision=options.precision,
     )

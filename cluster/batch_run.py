@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..errors import EngineError, HyperSDError, RequestError, one_line
 from ..serve.image_codec import encode
 from ..serve.intake import read_request
+from ..serve.lora_folder import LoraFolder
 from ..serve.schemas import GenerationRequest
 from ..serve.service import LocalService
 from ..serve.settings import ServeSettings
@@ -43,12 +44,16 @@ class ActorOptions:
         count: number of actors.
         num_gpus: GPUs of each actor; 0 generates on the CPU.
         max_batch: the most images of one call.
+        lora_folder: of LoRAs that lines may use, at this path on every machine.
+        strict_loras: leave out LoRAs of which a part would be left out.
         backend: as for :meth:`hypersd.Pipeline.load`; likewise ``precision``.
     """
 
     count: int
     num_gpus: float
     max_batch: int
+    lora_folder: Path | None
+    strict_loras: bool
     backend: str
     precision: str | None
 
@@ -97,6 +102,7 @@ class BatchReplica:
             devices=["cuda" if options.num_gpus else "cpu"],
             queue=BLOCK,
             max_batch=options.max_batch,
+            lora_folder=options.lora_folder and LoraFolder(options.lora_folder, options.strict_loras),
             backend=options.backend,
             precision=options.precision,
         )

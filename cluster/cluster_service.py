@@ -19,7 +19,7 @@ from ..serve.service_request import GeneratedImage, ServiceRequest
 
 ATTEMPTS = 3  # at a request whose replica died: a request that kills its replica must not kill all replicas
 ASK_AGAIN = 0.5  # seconds, while no replica is ready
-REFRESH = 30.0  # seconds between two queries of the bundles
+REFRESH = 5.0  # seconds between two queries of the bundles and their LoRAs
 #: errors of a lost replica; a task is cancelled when its replica dies
 LOST = (RayActorError, NodeDiedError, ObjectLostError, TaskCancelledError)
 

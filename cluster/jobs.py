@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ..engines import Manifest
+from ..engines.files import sha256_file
 from ..engines.manifest import encode
 from ..errors import RequestError, validation_in_words
 from ..runtime.metadata import METADATA_KEY
 from ..runtime.params import LARGEST_SEED
+from ..serve.lora_folder import ENDING
 from ..serve.schemas import GenerationRequest
 from .job_images import FIELDS, with_digests, with_paths
 
@@ -60,7 +63,9 @@ class PromptJob:
         return image_key(folder / self.file) == self.key
 
 
-def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping[str, Any]) -> list[PromptJob]:
+def read_jobs(
+    path: Path, manifest: Manifest, first_seed: int, defaults: Mapping[str, Any], lora_folder: Path | None = None
+) -> list[PromptJob]:
     """Read the images of a file of prompts.
 
     Args:
@@ -70,16 +75,18 @@ def read_jobs(path: Path, manifest: Manifest, first_seed: int, defaults: Mapping
         manifest: the bundle's.
         first_seed: the seed of line 1; each following line adds 1, unless it names its own.
         defaults: fields of requests, for lines without them.
+        lora_folder: of the LoRAs that lines may use.
 
     Raises:
         RequestError: the file cannot be read or is empty; or a line or ``defaults`` is not a valid request.
     """
     _checked("the options", {"prompt": "", **defaults})  # once, not as an error of the first line
-    bundle = _bundle_key(manifest)
+    bundle, loras = _bundle_key(manifest), _Loras(lora_folder)
     jobs = []
     for line, text in _lines(path):
         body = _read_body(path, line, text, {"seed": first_seed + line - 1, **defaults})
-        jobs.extend(PromptJob(line=line, body=one, key=_key(bundle, one)) for one in _singles(path, line, body))
+        used = loras.digests(f"{path} line {line}", body.adapters or {})
+        jobs.extend(PromptJob(line=line, body=one, key=_key(bundle, one, used)) for one in _singles(path, line, body))
     if not jobs:
         raise RequestError(f"{path} has no prompts in it: expected one per line")
     return jobs
@@ -140,10 +147,31 @@ def _singles(path: Path, line: int, body: GenerationRequest) -> Iterator[Generat
         yield body.model_copy(update={"n": 1, "seed": seed + i})
 
 
+class _Loras:
+    """The LoRA files that lines may use."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._files = {file.stem: file for file in sorted(folder.glob(f"*{ENDING}"))} if folder else {}
+        self._hash = functools.cache(sha256_file)
+
+    def digests(self, where: str, adapters: Mapping[str, float]) -> dict[str, str]:
+        """The hashes of the files that a line names.
+
+        Raises:
+            RequestError: there is none of that name.
+        """
+        if unknown := sorted(adapters.keys() - self._files.keys()):
+            has = ", ".join(self._files) or "none"
+            raise RequestError(f"{where}: adapter {unknown[0]!r} is not in --lora-folder: expected some of: {has}")
+        return {name: self._hash(self._files[name]) for name in adapters}
+
+
 def _bundle_key(manifest: Manifest) -> str:
     return hashlib.sha256(encode(msgspec.structs.replace(manifest, engines={}))).hexdigest()
 
 
-def _key(bundle: str, body: GenerationRequest) -> str:
+def _key(bundle: str, body: GenerationRequest, loras: Mapping[str, str]) -> str:
     fields = with_digests(body).model_dump(exclude_none=True, exclude=WITHOUT_EFFECT)
+    if loras:
+        fields["loras"] = loras
     return hashlib.sha256(json.dumps([bundle, fields], sort_keys=True).encode()).hexdigest()[:32]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..engines import Bundle
 from ..engines.vocabulary import Backend
 from ..errors import RequestError, validation_in_words
+from ..serve.lora_folder import LoraFolder
 from ..serve.settings import ServeSettings, read_token
 
 MEGABYTE = 1 << 20
@@ -28,6 +29,7 @@ class ClusterOptions(BaseModel):
         target_ongoing_requests: requests per replica, running or waiting, above which Ray adds replicas.
         queue: requests that may wait for a replica; further ones are rejected.
         max_batch: images generated at once; a replica takes twice as many requests, so that the next ones wait there.
+        lora_folder: the folder of LoRAs that requests may use, at this path on every machine.
         ingresses: processes that speak HTTP, read requests and encode images.
     """
 
@@ -49,6 +51,8 @@ class ClusterOptions(BaseModel):
     max_body_mb: float = Field(24.0, gt=0, le=1024)
     timeout: float = Field(60.0, gt=0, le=86_400)
     token_file: Path | None = None
+    lora_folder: Path | None = None
+    strict_loras: bool = False
     allow_random_weights: bool = False
 
     @field_validator("bundles", mode="before")
@@ -64,6 +68,14 @@ class ClusterOptions(BaseModel):
     @property
     def max_ongoing_requests(self) -> int:
         return 2 * self.max_batch
+
+    def loras(self) -> LoraFolder | None:
+        """The folder of LoRAs.
+
+        Raises:
+            RequestError: there is no such folder.
+        """
+        return None if self.lora_folder is None else LoraFolder(self.lora_folder.absolute(), self.strict_loras)
 
     def settings(self) -> ServeSettings:
         """The limits of the HTTP side.
@@ -95,6 +107,8 @@ def read_options(arguments: Mapping[str, Any]) -> ClusterOptions:
         raise RequestError(
             f"max_replicas={options.max_replicas} is below min_replicas={options.min_replicas}: expected at least that"
         )
+    if options.strict_loras and options.lora_folder is None:
+        raise RequestError("strict_loras is about LoRAs: give lora_folder=FOLDER with it")
     for folder in options.bundles:
         Bundle.load(folder).check_weights(options.allow_random_weights, "allow_random_weights=true")
     return options

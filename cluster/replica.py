@@ -11,6 +11,7 @@ from ray.serve import metrics
 
 from ..errors import EngineError, HyperSDError
 from ..serve.calls import keep_prompts_out_of_the_log
+from ..serve.lora_folder import LoraFolder
 from ..serve.metrics import Metrics
 from ..serve.schemas import ModelCard
 from ..serve.service import LocalService
@@ -25,7 +26,15 @@ class Replica:
     """
 
     def __init__(
-        self, bundles: Sequence[SharedBundle], shelf: Any, *, device: str, queue: int, max_batch: int, **load: Any
+        self,
+        bundles: Sequence[SharedBundle],
+        shelf: Any,
+        *,
+        device: str,
+        queue: int,
+        max_batch: int,
+        loras: Callable[[], LoraFolder | None] = lambda: None,
+        **load: Any,
     ) -> None:
         """Load the bundles and warm up; Ray sends requests afterwards.
 
@@ -34,16 +43,23 @@ class Replica:
             device: ``"cuda"``, the one GPU that Ray shows to this process, or ``"cpu"``.
             queue: the most images that wait here.
             max_batch: the most images of one call.
+            loras: opens the folder of LoRAs on this machine, if there is one.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
         Raises:
-            HyperSDError: a bundle could not be copied or loaded.
+            HyperSDError: a bundle could not be copied or loaded, or the folder of LoRAs is not on this machine.
         """
         keep_prompts_out_of_the_log()
         with ThreadPoolExecutor(1) as pool:  # Ray's handles refuse to wait in this thread, which has an event loop
             folders = pool.submit(_find_all, bundles, shelf).result()
         self._service = LocalService(
-            folders, devices=[device], queue=queue, max_batch=max_batch, metrics=ReplicaMetrics(), **load
+            folders,
+            devices=[device],
+            queue=queue,
+            max_batch=max_batch,
+            metrics=ReplicaMetrics(),
+            lora_folder=loras(),
+            **load,
         )
         self._service.start()
         self._service.wait_ready()

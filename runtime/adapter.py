@@ -20,6 +20,7 @@ from ..weights.lora_layer import LoraLayer, check_finite
 from ..weights.low_rank import balanced, factorize, ordered, squared_norm
 
 LARGEST_STRENGTH = 10.0
+LONGEST_NAME = 100
 NEGLIGIBLE = 1e-6  # share of a squared norm, below which it counts as rounding
 
 
@@ -84,10 +85,12 @@ def load_adapter(manifest: Manifest, path: Path, name: str, is_strict: bool = Fa
         is_strict: reject a file of which a part would be left out.
 
     Raises:
-        RequestError: the bundle has no slot.
+        RequestError: the bundle has no slot, or the name is none.
         WeightsError: the file is damaged, of another family, a DoRA, or has no layer with a place.
     """
     slot = slot_of(manifest)
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+        raise RequestError(f"adapter name {name!r}: expected up to {LONGEST_NAME} printable characters")
     if not path.is_file():
         raise WeightsError(f"LoRA {str(path)!r} is not a file: expected a .safetensors file")
     check_family(path, manifest.family)

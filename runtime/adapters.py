@@ -20,7 +20,6 @@ from ..samplers.numbers import real_number
 from .adapter import LARGEST_STRENGTH, Adapter, AdapterWarning, Factors, load_adapter, reduce, slot_of
 
 KEPT_SLOTS = 4  # packed ones: tens of MB each, hundreds for SDXL with a high rank
-LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +53,18 @@ class PackedSlot:
 NO_SLOT = PackedSlot()
 
 
-def choose_adapters(manifest: Manifest, given: Mapping[str, float] | None) -> tuple[ChosenAdapter, ...]:
-    """The adapters of a call, by name.
+def choose_adapters(
+    manifest: Manifest, given: Mapping[str, float] | tuple[ChosenAdapter, ...] | None
+) -> tuple[ChosenAdapter, ...]:
+    """The adapters of a call, by name; those of a request that was decided are as they were.
 
     Raises:
         RequestError: they are no names with strengths of -10 to 10, or the bundle has no slot.
     """
     if not given:
         return ()
+    if isinstance(given, tuple) and all(isinstance(each, ChosenAdapter) for each in given):
+        return given
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise RequestError(f"adapters {given!r}: expected strengths by name, such as {{'style': 0.8}}")
     slot_of(manifest)
@@ -103,14 +106,17 @@ class Adapters:
         path = Path(path)
         name = path.stem if name is None else name
         slot_of(self._manifest)
-        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
-            raise RequestError(f"adapter name {name!r}: expected up to {LONGEST_NAME} printable characters")
         self._check_free(name)
         adapter = load_adapter(self._manifest, path, name, strict)
         with self._lock:
             self._check_free(name)
             self._loaded[name] = adapter
         return adapter
+
+    def add(self, adapter: Adapter) -> None:
+        """Take in an adapter of this bundle that is loaded already, in place of another of its name."""
+        with self._lock:
+            self._loaded[adapter.name] = adapter
 
     def unload(self, name: str | None = None) -> None:
         """Forget an adapter, or all; calls that run keep theirs.
@@ -125,15 +131,13 @@ class Adapters:
                 raise self._unknown(name)
 
     def resolve(self, chosen: Sequence[ChosenAdapter]) -> tuple[ChosenAdapter, ...]:
-        """The adapters of a call with their files.
+        """The adapters of a call with their files; one that has its file keeps it.
 
         Raises:
             RequestError: one is not loaded; the message lists those that are.
         """
         with self._lock:
-            if unknown := next((each.name for each in chosen if each.name not in self._loaded), None):
-                raise self._unknown(unknown)
-            return tuple(dataclasses.replace(each, adapter=self._loaded[each.name]) for each in chosen)
+            return tuple(each if each.adapter else self._with_file(each) for each in chosen)
 
     def pack(self, chosen: Sequence[ChosenAdapter]) -> PackedSlot:
         """The slot's tensors for a call. If the ranks add up to more than the slot's, each gets a fair share.
@@ -191,6 +195,11 @@ class Adapters:
         rows, columns = slot.widths(component)
         downs, ups = tensor.split([slot.rank * rows, slot.rank * columns])
         return downs.view(rows, slot.rank), ups.view(slot.rank, columns)
+
+    def _with_file(self, chosen: ChosenAdapter) -> ChosenAdapter:
+        if chosen.name not in self._loaded:
+            raise self._unknown(chosen.name)
+        return dataclasses.replace(chosen, adapter=self._loaded[chosen.name])
 
     def _check_free(self, name: str) -> None:
         if name in self._loaded:

@@ -14,7 +14,7 @@ from ..engines.specs import ImageShapes, Range
 from ..errors import RequestError
 from ..samplers.noise import Generators
 from ..samplers.numbers import is_whole, real_number, whole_number
-from .adapters import choose_adapters
+from .adapters import ChosenAdapter, choose_adapters
 from .controls import Control, PerControlNet, images_by_name, make_controls
 from .image_files import check_resize_mode
 from .pixels import check_output_type
@@ -65,7 +65,7 @@ class Params:
         resize_mode: ``"crop"`` keeps the aspect of the images given and cuts off the rest, ``"stretch"`` (``"default"``
             in diffusers) distorts them, ``"fill"`` keeps everything and fills the rest with the colours of the edge.
         adapters: strengths, -10..10, of loaded LoRAs by name; others have no part in the image. Unlike in diffusers
-            nothing acts because it is loaded.
+            nothing acts because it is loaded. Or the adapters of a request that was decided, with their files.
         force: allow numbers of steps that the checkpoint was not distilled for.
     """
 
@@ -93,7 +93,7 @@ class Params:
     padding_mask_crop: int | None = None
     mask_blur: int = 0
     resize_mode: str = "crop"
-    adapters: Mapping[str, float] | None = None
+    adapters: Mapping[str, float] | tuple[ChosenAdapter, ...] | None = None
     force: bool = False
 
 

@@ -320,6 +320,13 @@ class Pipeline:
         """
         return self._adapters.load(path, adapter_name, strict)
 
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Take in a LoRA that :func:`.adapter.load_adapter` or another pipeline of the bundle has loaded.
+
+        It takes the place of another of its name; calls that run keep theirs.
+        """
+        self._adapters.add(adapter)
+
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Forget a loaded LoRA, or all of them; calls that run keep theirs.
 

@@ -50,7 +50,8 @@ def call_key(model: str, request: Request, has_mask: bool = False) -> Hashable:
     settings = (request.num_inference_steps, request.timesteps, request.eta, request.guidance_scale)
     start = (request.starts_from, request.strength, request.keep_steps, has_mask)
     sizes = (request.height, request.width)
-    return (model, *settings, *start, *sizes, request.controls, request.negative_prompts is None)
+    adapters = tuple(each for each in request.adapters if each.strength != 0)  # of equal files, not of equal names
+    return (model, *settings, *start, *sizes, request.controls, adapters, request.negative_prompts is None)
 
 
 def call_params(jobs: Sequence[Job]) -> Params:
@@ -66,6 +67,7 @@ def call_params(jobs: Sequence[Job]) -> Params:
         control_image={name: [job.control[name] for job in jobs] for name in first.control} or None,
         image=None if first.image is None else first.image if is_alone else images,
         mask_image=None if first.mask is None else first.mask if is_alone else masks,
+        adapters=first.request.adapters,  # with the files that the request was accepted with
     )
 
 

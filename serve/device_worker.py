@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import EngineError, HyperSDError, RequestError, one_line
 from ..runtime import Pipeline
 from ..runtime.metadata import image_metadata
+from ..runtime.request import Request
 from .calls import call_params, images_at_once, warm_up
 from .job_queue import Job, JobQueue
 from .metrics import Metrics
@@ -98,7 +100,7 @@ class Worker(threading.Thread):
                 GeneratedImage(
                     image=image,
                     seed=job.seed,
-                    request=job.request,
+                    request=_without_files(job.request),
                     metadata=image_metadata(pipe.manifest, job.request, job.seed),
                     timings=output.timings,
                     waited=waited,
@@ -120,6 +122,12 @@ class Worker(threading.Thread):
             LOG.error("an image could not be generated", exc_info=error)  # the client sees only one line
         self._metrics.saw_failure(type(error).__name__)
         job.result.set_exception(_client_error(error))
+
+
+def _without_files(request: Request) -> Request:
+    """The request without the contents of its LoRA files, which are large where it goes to another process."""
+    adapters = tuple(dataclasses.replace(each, adapter=None) for each in request.adapters)
+    return dataclasses.replace(request, adapters=adapters)
 
 
 def _client_error(error: Exception) -> HyperSDError:

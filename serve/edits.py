@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from fastapi import Request
@@ -56,11 +57,28 @@ def form_request(fields: dict[str, Any]) -> EditRequest:
     """
     files = {name: value for name, value in fields.items() if name in FILES}
     text = {name: value for name, value in fields.items() if name not in files}
-    if wrong := [name for name, value in text.items() if isinstance(value, bytes)]:
+    if isinstance(text.get("adapters"), str):
+        text["adapters"] = _strengths(text["adapters"])
+    if wrong := [name for name, value in text.items() if _has_file(value)]:
         raise RequestError(f"{wrong[0][:LONGEST_NAME]} is a file: expected a field without a filename")
     # The contents of files are no text, which alone is validated here.
     named = {name: dict.fromkeys(file, "") if isinstance(file, dict) else "" for name, file in files.items()}
     return EditRequest.model_validate_strings(text | named).model_copy(update=files)
+
+
+def _strengths(text: str) -> dict[str, str]:
+    """The field ``adapters`` that comes as JSON, as if it came in parts named ``adapters[style]``."""
+    try:
+        given = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict) or not all(isinstance(strength, str) for strength in given.values()):
+        raise RequestError('adapters: expected strengths by name, such as {"style": 0.8}, or a part adapters[style]')
+    return given
+
+
+def _has_file(value: Any) -> bool:
+    return isinstance(value, bytes) or (isinstance(value, dict) and any(map(_has_file, value.values())))
 
 
 def edit_body() -> dict[str, Any]:

@@ -54,6 +54,7 @@ def read_request(body: GenerationRequest, cards: Sequence[ModelCard], settings: 
         control_guidance_start=body.control_start,
         control_guidance_end=body.control_end,
         resize_mode=body.resize_mode or "crop",
+        adapters=body.adapters,
         **_init_image(body, card, settings),
     )
     return ServiceRequest(model=card.id, params=params, preprocess=body.preprocess)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from ..engines.manifest import LARGEST_GUIDANCE
 from ..engines.specs import LARGEST_SIDE
 from ..engines.vocabulary import Preprocess
+from ..runtime.adapter import LARGEST_STRENGTH, LONGEST_NAME
 from ..runtime.init_images import LARGEST_BLUR
 from ..runtime.params import LARGEST_SEED
 
@@ -24,6 +25,9 @@ def _image_file(value: object) -> object:
 
 #: a file in base64, as JSON carries it; or its bytes, as forms and binary messages do
 ImageFile = Annotated[str | bytes, PlainValidator(_image_file), WithJsonSchema({"type": "string"})]
+
+AdapterName = Annotated[str, Field(max_length=LONGEST_NAME)]
+AdapterStrength = Annotated[float, Field(ge=-LARGEST_STRENGTH, le=LARGEST_STRENGTH)]
 
 
 class GenerationRequest(BaseModel):
@@ -81,6 +85,9 @@ class GenerationRequest(BaseModel):
     )
     resize_mode: Literal["crop", "stretch", "fill"] | None = Field(
         None, description="how images are fitted to the size (default: crop)"
+    )
+    adapters: dict[AdapterName, AdapterStrength] | None = Field(
+        None, description="strengths of LoRAs by name, of those that GET /v1/models lists for the bundle"
     )
 
     # Fields that OpenAI's clients may send and that have no effect here.
@@ -176,6 +183,14 @@ class ControlNet(BaseModel):
     control_scale: float
 
 
+class LoadedAdapter(BaseModel):
+    """A LoRA that requests may use."""
+
+    name: str
+    rank: int = Field(description="of the bundle's LoRA slot, that it takes")
+    notes: list[str] = Field(description="parts of the file that are left out")
+
+
 class ModelCard(BaseModel):
     """A served bundle, as the service describes it."""
 
@@ -193,6 +208,8 @@ class ModelCard(BaseModel):
     width: Side
     height: Side
     controlnets: list[ControlNet]
+    lora_rank: int | None = Field(description="of its LoRA slot, which the adapters of a request share; or null")
+    adapters: list[LoadedAdapter]
     has_encoder: bool = Field(description="it can start from an image")
     changed_on_disk: bool = Field(description="another bundle lies in the folder by now; the loaded one is served")
 

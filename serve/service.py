@@ -12,14 +12,15 @@ from typing import Any, Protocol
 from ..engines import Bundle
 from ..engines.bundle import MANIFEST_NAME
 from ..engines.hub_bundles import bundle_name, find_bundle
-from ..engines.specs import Range
 from ..errors import RequestError
 from ..runtime import Pipeline
 from .calls import make_jobs
 from .device_worker import Worker
 from .job_queue import Job, JobQueue
+from .lora_folder import LoraFolder
 from .metrics import Metrics
-from .schemas import ControlNet, Default, ModelCard, Side, Steps
+from .model_cards import LoadedManifest, model_card
+from .schemas import ModelCard
 from .service_errors import NotReadyError, StoppingError, TimedOutError, UnavailableError, UnknownModelError
 from .service_request import GeneratedImage, ServiceRequest
 
@@ -73,6 +74,7 @@ class LocalService:
         queue: int = 64,
         max_batch: int = 8,
         metrics: Metrics | None = None,
+        lora_folder: LoraFolder | None = None,
         **load: Any,
     ) -> None:
         """Check the bundles' names; :meth:`start` loads them.
@@ -84,14 +86,18 @@ class LocalService:
             queue: the most images that wait; more are rejected.
             max_batch: the most images of one call.
             metrics: the figures to update; new ones by default.
+            lora_folder: the LoRAs that requests may use.
             load: further arguments of :meth:`hypersd.Pipeline.load`.
 
         Raises:
             BundleError: a folder holds no bundle.
-            RequestError: two folders have the same name.
+            RequestError: two folders have the same name; or no bundle has a slot for the LoRAs.
         """
         self.folders = name_folders(bundles)
-        self._manifests = {name: _LoadedManifest(folder / MANIFEST_NAME) for name, folder in self.folders.items()}
+        if lora_folder is not None:
+            check_slots(self.folders)
+        self._lora_folder = lora_folder
+        self._manifests = {name: LoadedManifest(folder / MANIFEST_NAME) for name, folder in self.folders.items()}
         self.metrics = metrics or Metrics()
         self._load = load
         self._jobs = JobQueue(queue)
@@ -107,6 +113,8 @@ class LocalService:
         """Load and warm up in the background."""
         for worker in self.workers:
             worker.start()
+        if self._lora_folder is not None:
+            self._lora_folder.watch()
 
     def wait_ready(self) -> None:
         """Wait until every worker is ready.
@@ -129,7 +137,7 @@ class LocalService:
 
     def models(self) -> list[ModelCard]:
         return [
-            _model_card(name, pipe, self._created, self._manifests[name].has_changed())
+            model_card(name, pipe, self._created, self._manifests[name].has_changed())
             for name, pipe in self._pipelines().items()
         ]
 
@@ -155,6 +163,8 @@ class LocalService:
 
     def stop(self) -> None:
         self._stopping = True
+        if self._lora_folder is not None:
+            self._lora_folder.end()
         for _ in self._jobs.close():
             self.metrics.saw_rejection(StoppingError.code)
 
@@ -170,6 +180,8 @@ class LocalService:
             if pipe.device.type == "cuda":
                 self.metrics.watch_device(str(pipe.device), lambda device=pipe.device: _cuda_memory(device))
                 break
+        if self._lora_folder is not None:
+            self._lora_folder.join(pipelines)
         return pipelines
 
     def _pipelines(self) -> Mapping[str, Pipeline]:
@@ -232,63 +244,15 @@ def name_folders(bundles: Sequence[str | Path]) -> dict[str, Path]:
     return folders
 
 
-class _LoadedManifest:
-    """The manifest of a loaded bundle; notices when another takes its place, and reads it only if its file is new."""
+def check_slots(folders: Mapping[str, Path]) -> None:
+    """Reject LoRAs for bundles of which none has a slot for them.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stamp, self._content = self._stamp_now(), self._content_now()
-        self._is_other = False
-
-    def has_changed(self) -> bool:
-        """Whether the file differs from the one that was loaded."""
-        stamp = self._stamp_now()
-        if stamp != self._stamp:
-            self._stamp, self._is_other = stamp, self._content_now() != self._content
-        return self._is_other
-
-    def _stamp_now(self) -> tuple[int, ...] | None:
-        try:
-            stat = self._path.stat()
-        except OSError:
-            return None
-        return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-    def _content_now(self) -> bytes | None:
-        try:
-            return self._path.read_bytes()
-        except OSError:
-            return None
-
-
-def _model_card(name: str, pipe: Pipeline, created: int, has_changed: bool) -> ModelCard:
-    manifest, choice = pipe.manifest, pipe.choice
-    return ModelCard(
-        id=name,
-        created=created,
-        checkpoint=manifest.checkpoint,
-        family=manifest.family,
-        device=str(pipe.device),
-        backend=choice.backend if choice else "",
-        steps=Steps(
-            default=manifest.sampler.num_inference_steps,
-            allowed=sorted(manifest.sampler.allowed_steps),
-        ),
-        eta=Default(default=manifest.sampler.eta),
-        guidance_scale=Default(default=manifest.sampler.guidance_scale),
-        width=_side(manifest.shapes.width, manifest.vae.spatial),
-        height=_side(manifest.shapes.height, manifest.vae.spatial),
-        controlnets=[
-            ControlNet(name=net, preprocess=settings.preprocess, control_scale=settings.conditioning_scale)
-            for net, settings in manifest.controlnets.items()
-        ],
-        has_encoder=manifest.has_encoder,
-        changed_on_disk=has_changed,
-    )
-
-
-def _side(side: Range, multiple: int) -> Side:
-    return Side(min=side.min, default=side.opt, max=side.max, multiple=multiple)
+    Raises:
+        RequestError: none has.
+    """
+    if not any(Bundle.load(folder).manifest.lora_slot for folder in folders.values()):
+        option = "`hypersd export --lora-slot RANK`, such as 32"
+        raise RequestError(f"LoRAs at run time: {', '.join(folders)} has no LoRA slot: export it with {option}")
 
 
 def _cuda_memory(device: Any) -> dict[str, float]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hypersd.engines.lora_slot import LoraSlot
 from hypersd.weights.lora_names import encoder_path, original_path
 
 Place = tuple[str, str]  # component and path
@@ -146,3 +149,15 @@ def real_unet(family: str) -> Any:
             cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )  # fmt: skip
+
+
+def write_slot_lora(slot: LoraSlot, file: Path, seed: int = 0, is_whole: bool = True) -> Path:
+    """A LoRA of rank 4 for a bundle with a slot; if not ``is_whole``, with a convolution that has no place in it."""
+    shapes = {
+        component: {path: layer.weight for path, layer in layers.items() if layer.has_place or not is_whole}
+        for component, layers in slot.layers.items()
+    }
+    lora = {place: (down.roll(seed, 0), up.roll(seed, 0), a) for place, (down, up, a) in random_lora(shapes).items()}
+    unfinished = file.with_suffix(".unfinished")
+    save_file({key: tensor.contiguous() for key, tensor in kohya(lora).items()}, unfinished)
+    return unfinished.replace(file)

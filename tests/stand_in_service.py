@@ -17,6 +17,7 @@ from waiting import LONG, wait_until
 
 from hypersd import Pipeline
 from hypersd.engines.specs import Range
+from hypersd.runtime.adapter import Adapter
 from hypersd.runtime.params import Params
 from hypersd.runtime.pipeline import PipelineOutput
 from hypersd.serve import server
@@ -65,6 +66,10 @@ class GatedPipeline:
             assert self.gate.wait(LONG), "nobody opened the gate"
             self.on_call(list(params.prompt))
         return self.pipe.generate(params)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return self.pipe.adapters
 
     @property
     def prompts(self) -> list[str]:

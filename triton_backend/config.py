@@ -14,6 +14,7 @@ SEED = "seed"
 CONTROL_IMAGE = "control_image"
 IMAGE = "image"  # the init image in a request, the finished one in a response
 MASK_IMAGE = "mask_image"
+ADAPTERS = "adapters"  # JSON
 KEEP_STEPS = "keep_steps"
 #: inputs of one number, by the pipeline's arguments
 NUMBERS = {
@@ -70,7 +71,7 @@ def config_text(name: str, manifest: Manifest, parameters: Mapping[str, str]) ->
         _tensors("input", input_configs(manifest)),
         _tensors("output", output_configs()),
         SCHEDULING,
-        "# The bundle's path is relative to this file's folder, or absolute.\n" + _parameters(parameters),
+        "# Paths are relative to this file's folder, or absolute.\n" + _parameters(parameters),
     ]
     return "\n".join(parts)
 
@@ -136,6 +137,8 @@ def input_configs(manifest: Manifest) -> list[TensorConfig]:
         configs.append(TensorConfig(name=CONTROL_IMAGE, data_type="TYPE_STRING", dims=dims, optional=True))
     if manifest.has_encoder:
         configs += [TensorConfig(name=name, data_type="TYPE_STRING", optional=True) for name in (IMAGE, MASK_IMAGE)]
+    if manifest.lora_slot:
+        configs.append(TensorConfig(name=ADAPTERS, data_type="TYPE_STRING", optional=True))
     return configs
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from ..errors import EngineError, HyperSDError, RequestError
 from ..runtime import Pipeline
+from ..runtime.adapter import slot_of
 from ..serve.calls import call_params, images_at_once, keep_prompts_out_of_the_log, make_jobs, warm_up
 from ..serve.job_queue import Job
+from ..serve.lora_folder import LoraFolder
 from .config import IMAGE, SEED
 from .rows import read_requests
 
@@ -38,7 +40,8 @@ class Model:
                 ``model_name``, ``model_instance_kind`` and ``model_instance_device_id``.
 
         Raises:
-            HyperSDError: the bundle cannot be loaded; Triton then reports the model as not ready.
+            HyperSDError: the bundle cannot be loaded, or has no slot for the LoRAs, or their folder is not there;
+                Triton then reports the model as not ready.
         """
         parameters = _parameters(args["model_config"])
         if "bundle" not in parameters:
@@ -47,6 +50,11 @@ class Model:
         bundle = Path(args["model_repository"]) / parameters["bundle"]
         keep_prompts_out_of_the_log()
         self.pipe = Pipeline.load(bundle, parameters.get("backend", "auto"), _device(args))
+        self._loras = _lora_folder(Path(args["model_repository"]), parameters.get("lora_folder"))
+        if self._loras is not None:
+            slot_of(self.pipe.manifest)
+            self._loras.join({self.name: self.pipe})
+            self._loras.watch()
         warm_up(self.pipe)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -57,6 +65,8 @@ class Model:
 
     def finalize(self) -> None:
         """Release the engines."""
+        if self._loras is not None:
+            self._loras.end()
         del self.pipe
 
     def _read(self, request: Any) -> list[Job] | Exception:
@@ -118,6 +128,10 @@ class Model:
 def _parameters(model_config: str) -> dict[str, str]:
     """The parameters of ``config.pbtxt``."""
     return {name: value["string_value"] for name, value in json.loads(model_config).get("parameters", {}).items()}
+
+
+def _lora_folder(model: Path, folder: str | None) -> LoraFolder | None:
+    return LoraFolder(model / folder) if folder else None
 
 
 def _device(args: Mapping[str, str]) -> str:

@@ -63,6 +63,8 @@ def write_repository(bundle: Bundle, folder: Path, replace: bool = False) -> Pat
     root = bundle.root.resolve()
     model = folder / root.name
     parameters = {"bundle": Path(os.path.relpath(root, model.resolve())).as_posix(), "backend": "auto"}
+    if bundle.manifest.lora_slot:
+        parameters["lora_folder"] = ""  # none: for the user to fill in
     text = config_text(root.name, bundle.manifest, parameters)
     try:
         _check_same(model / CONFIG_NAME, text, replace)

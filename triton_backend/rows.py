@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ..serve.image_codec import decode_image, decode_mask
 from ..serve.service_request import ServiceRequest
 from ..serve.settings import ServeSettings
 from .config import (
+    ADAPTERS,
     CONTROL_IMAGE,
     CONTROL_NUMBERS,
     IMAGE,
@@ -68,6 +70,7 @@ def _read_row(model: str, manifest: Manifest, tensors: Mapping[str, np.ndarray],
             negative_prompt=_text(NEGATIVE_PROMPT, values[NEGATIVE_PROMPT][0]) if NEGATIVE_PROMPT in values else None,
             seed=(values[SEED][0] if SEED in values else secrets.randbits(32),),
             control_image=control or None,
+            adapters=_strengths(values[ADAPTERS][0]) if ADAPTERS in values else None,
             **settings,
         ),
     )
@@ -97,6 +100,18 @@ def _text(name: str, value: bytes | str) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 ({error.reason}): expected text in it") from error
+
+
+def _strengths(value: bytes | str) -> dict[str, Any]:
+    """The strengths of LoRAs by name, in JSON; none if it is empty."""
+    text = _text(ADAPTERS, value)
+    try:
+        given = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise RequestError('adapters: expected strengths by name in JSON, such as {"style": 0.8}')
+    return given
 
 
 def _control_images(names: Sequence[str], files: Sequence[bytes]) -> dict[str, Image.Image]:

@@ -1,5 +1,6 @@
 // The live page: type, draw, paint or stand before the camera, and the image follows.
 
+import { offerAdapters } from "./adapters.js";
 import { Sheet } from "./canvas.js";
 import { Pen } from "./pen.js";
 import { noteDropped, saveImages, showImage } from "./images.js";
@@ -11,6 +12,7 @@ import { Sources } from "./sources.js";
 const LARGE = 640 * 640; // pixels from which on JPEG is quicker than PNG
 const RETRY = 1000; // milliseconds
 const PASSING = ["not_ready", "queue_full", "stopping"]; // codes of rejections after which the same input is worth another attempt
+const REFRESH = 2000; // milliseconds between two looks for new LoRAs
 const UNDER_WAY = 2; // frames of the camera: one that is generated, and one that then can begin at once
 
 const inputs = new Map(); // unanswered ones by id: the request, the file of its init image, and the time of asking
@@ -45,6 +47,7 @@ document.addEventListener("keydown", (event) => {
   else return;
   event.preventDefault();
 });
+setInterval(refresh, REFRESH);
 socket.tryNow();
 
 /** Ask for the models before every connection: a restarted server may serve others. */
@@ -58,6 +61,14 @@ async function prepare() {
     askForToken();
     return false;
   }
+}
+
+/** Follow the LoRAs that the service has found and lost. */
+async function refresh() {
+  if (document.hidden || !socket.isOpen || current()?.lora_rank == null) return;
+  const served = await askModels().catch(() => []); // the socket tells of a server that has gone
+  for (const { id, adapters } of served) Object.assign(models.find((model) => model.id === id) ?? {}, { adapters });
+  if (offerAdapters(current().adapters)) changed();
 }
 
 function fill(served) {

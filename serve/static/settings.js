@@ -1,5 +1,7 @@
 // The form: its values as a request's body, and in the page's address.
 
+import { bringStrengthsBack, keptStrengths, offerAdapters, strengths } from "./adapters.js";
+
 const KEPT = ["model", "prompt", "steps", "seed", "count", "eta", "guidance", "size", "controlnet", "control-scale", "strength"];
 const LARGEST_SEED = 2 ** 32; // bound of random seeds
 const SIZES = [512, 640, 768, 896, 1024, 1152, 1280, 1536];
@@ -14,6 +16,7 @@ const FIELDS = {
   guidance_scale: "guidance",
   width: "size",
   height: "size",
+  adapter: "adapters",
   control_image: "canvas",
   control_scale: "control-scale",
   controlnet_conditioning_scale: "control-scale",
@@ -30,7 +33,7 @@ export const field = (name) => document.getElementById(name);
 /** The field that an error names, else the prompt's. */
 export function fieldOf({ param, message }) {
   const name = /^\w*/.exec(param ?? message)[0];
-  const known = field(FIELDS[name] ?? name)?.closest(".prompt, .panel > :not([hidden]), .settings label:not([hidden])");
+  const known = field(FIELDS[name] ?? name)?.closest(".prompt, .panel > :not([hidden]), .settings > :not([hidden])");
   return known ? field(FIELDS[name] ?? name) : field("prompt");
 }
 
@@ -48,6 +51,7 @@ export function offer(model) {
   options(field("controlnet"), nets.map((net) => net.name), nets[0]?.name);
   field("controlnet-field").hidden = nets.length < 2;
   if (nets.length) chooseControlNet(model);
+  offerAdapters(model.adapters);
   showNumbers();
 }
 
@@ -99,6 +103,8 @@ export function body(sheet) {
   };
   if (!field("size-field").hidden) request.size = field("size").value;
   if (!field("guidance-field").hidden) request.guidance_scale = field("guidance").valueAsNumber;
+  const adapters = strengths();
+  if (Object.keys(adapters).length) request.adapters = adapters;
   if (!field("drawing").hidden && !sheet.isEmpty) {
     request.control_image = { [field("controlnet").value]: sheet.png() };
     request.control_scale = field("control-scale").valueAsNumber;
@@ -114,7 +120,7 @@ export function throwDice() {
 export function keep() {
   keeping ||= setTimeout(() => {
     keeping = 0;
-    const kept = `#${new URLSearchParams(KEPT.map((name) => [name, field(name).value]))}`;
+    const kept = `#${new URLSearchParams([...KEPT.map((name) => [name, field(name).value]), ...keptStrengths()])}`;
     if (location.hash !== kept) history.replaceState(null, "", kept);
   }, KEEPING);
 }
@@ -130,6 +136,7 @@ export function bringBack() {
         const known = element.tagName !== "SELECT" || [...element.options].some((one) => one.value === kept.get(name));
         if (kept.has(name) && known) element.value = kept.get(name);
       }
+      bringStrengthsBack(kept);
       showNumbers();
     },
   };

@@ -88,6 +88,9 @@ def test_ctrl_c(demo_canny_bundle: Path) -> None:
         (["--token-file", "/nowhere"], "token file /nowhere cannot be read"),
         (["--host", "256.0.0.1"], "cannot listen on 256.0.0.1 port 8000"),
         (["--device", "cuda:x"], "cuda:x"),
+        (["--lora-folder", "/nowhere"], "the LoRA folder /nowhere is not there"),
+        (["--lora-folder", "/tmp"], "hypersd export --lora-slot RANK"),
+        (["--strict-loras"], "--lora-folder FOLDER"),
     ],
 )
 def test_wrong_options(options: list[Any], words: str, demo_canny_bundle: Path, capsys: pytest.CaptureFixture) -> None:

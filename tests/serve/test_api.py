@@ -323,6 +323,8 @@ def test_models(client: httpx.Client, net: str) -> None:
         "width": {"min": 96, "default": 96, "max": 96, "multiple": 8},
         "height": {"min": 96, "default": 96, "max": 96, "multiple": 8},
         "controlnets": [{"name": net, "preprocess": "canny", "control_scale": 1.0}],
+        "lora_rank": None,
+        "adapters": [],
         "has_encoder": True,
         "max_count": 8,
         "changed_on_disk": False,
