@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from hypersd.cli import main
 from hypersd.cluster import batch_run as batch
 from hypersd.cluster.batch_run import ATTEMPTS, BatchReplica, Desk
 from hypersd.cluster.bundles import share
@@ -36,3 +38,20 @@ def test_a_block_that_kills_its_actors_is_given_up(sd15_bundle, monkeypatch: pyt
     assert [(result["file"], result["png"]) for result in results] == [("1.png", None), ("2.png", None)]
     assert all("died 3 times" in result["error"] for result in results)
     assert desk.begin("3.png") == 0  # the others' attempts are their own
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lora-folder", "/nowhere"], "the LoRA folder /nowhere is not there"),
+        (["--lora-folder", "/tmp"], "this bundle has no LoRA slot"),
+        (["--strict-loras"], "give --lora-folder FOLDER with it"),
+    ],
+)
+def test_loras_that_cannot_be_used(
+    options: list[str], words: str, sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is started."""
+    (tmp_path / "p.txt").write_text("a cat")
+    assert main(["batch", str(sd15_bundle), str(tmp_path / "p.txt"), "-o", str(tmp_path / "images"), *options]) == 2
+    assert words in capsys.readouterr().err

@@ -158,3 +158,35 @@ def test_an_image_that_is_not_there_is_named_early(
     write_photo(tmp_path / "photos/a.png")
     with pytest.raises(RequestError, match=message):
         read_jobs(write(tmp_path / "p.jsonl", {"prompt": "", **fields}), manifest, 0, {})
+
+
+def write_loras(folder: Path, **contents: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+    return folder
+
+
+def test_an_image_is_generated_again_if_its_lora_changes(tmp_path: Path, manifest: Manifest) -> None:
+    """By strength and by the file's contents; other LoRAs in the folder do not matter."""
+    line = {"prompt": "", "seed": 3, "adapters": {"style": 0.5}}
+    loras = write_loras(tmp_path / "loras", style=b"1", other=b"1")
+
+    def job(**changes: Any) -> PromptJob:
+        return read_jobs(write(tmp_path / "p.jsonl", {**line, **changes}), manifest, 0, {}, loras)[0]
+
+    write_image(job(), tmp_path)
+    write_loras(loras, style=b"1", other=b"2", third=b"3")
+    assert job().is_generated(tmp_path)
+    others = [job(adapters={"style": 0.6}), job(adapters={"other": 0.5}), job(adapters=None)]
+    assert not any(other.is_generated(tmp_path) for other in others)
+    write_loras(loras, style=b"4")
+    assert not job().is_generated(tmp_path)
+
+
+def test_a_lora_that_is_not_there_is_named_early(tmp_path: Path, manifest: Manifest) -> None:
+    lines = write(tmp_path / "p.jsonl", {"prompt": "", "adapters": {"style": 1, "other": 1}})
+    with pytest.raises(RequestError, match="line 1: adapter 'other' is not in --lora-folder: expected some of: style"):
+        read_jobs(lines, manifest, 0, {}, write_loras(tmp_path / "loras", style=b""))
+    with pytest.raises(RequestError, match="expected some of: none"):
+        read_jobs(lines, manifest, 0, {})

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -27,6 +28,7 @@ import httpx
 import pytest
 import ray
 import websockets
+from lora_writers import write_slot_lora
 from PIL import Image, ImageChops
 from ray import serve
 from waiting import wait_until
@@ -34,7 +36,10 @@ from waiting import wait_until
 from hypersd import Pipeline
 from hypersd.cluster.application import app
 from hypersd.cluster.bundles import BundleShelf, share
+from hypersd.cluster.options import read_options
 from hypersd.cluster.replica import Replica
+from hypersd.runtime.params import Params
+from hypersd.serve.service_request import ServiceRequest
 
 ONGOING = 2  # requests that a replica takes with max_batch=1
 QUEUE = 16
@@ -229,14 +234,69 @@ def test_a_node_without_the_bundle_copies_it_once(cluster: Cluster, demo_bundle:
     serve.delete("away")
 
 
+@pytest.fixture(scope="module")
+def slotted(export_slotted: Callable[[str], Path]) -> Pipeline:
+    return Pipeline.load(export_slotted("Hyper-SD15-1step-lora"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def loras(slotted: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LoRA, ``style``, which the pipeline has, too."""
+    assert slotted.manifest.lora_slot is not None
+    folder = tmp_path_factory.mktemp("loras")
+    slotted.load_lora_weights(write_slot_lora(slotted.manifest.lora_slot, folder / "style.safetensors"))
+    return folder
+
+
+def test_replicas_offer_the_loras_of_a_folder(
+    cluster: Cluster, slotted: Pipeline, loras: Path, export_slotted: Callable[[str], Path]
+) -> None:
+    """They find new files by themselves; what comes back does not carry the file's contents."""
+    bundle = share(export_slotted("Hyper-SD15-1step-lora"))
+    options = read_options({"bundles": bundle.folder, "num_gpus": 0, "lora_folder": loras})
+    replica = serve.deployment(name="Replica", ray_actor_options={"num_cpus": 0})(Replica)
+    shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([bundle])
+    bound = replica.bind([bundle], shelf, device="cpu", queue=8, max_batch=1, loras=options.loras)
+    handle = serve.run(bound, name="loras", route_prefix=None)
+
+    def names() -> list[str]:
+        return [adapter.name for adapter in handle.models.remote().result()[0].adapters]
+
+    assert names() == ["style"]
+    asked = ServiceRequest(model=bundle.name, params=Params(prompt=PROMPT, seed=(3,), adapters={"style": 0.5}))
+    (one,) = handle.generate.remote(asked, 60.0).result()
+    assert is_image_of(slotted, one.image, PROMPT, seed=3, adapters={"style": 0.5})
+    assert one.metadata["adapters"]["style"]["sha256"] == slotted.adapters[0].sha256
+    assert len(pickle.dumps(one.request)) < 10_000
+    other = dataclasses.replace(asked, params=dataclasses.replace(asked.params, adapters={"other": 1.0}))
+    assert "expected some of: style" in str(handle.generate.remote(other, 60.0).result())
+    shutil.copy(loras / "style.safetensors", loras / "later.safetensors")
+    wait_until(lambda: names() == ["later", "style"])
+    serve.delete("loras")
+
+
+def test_lines_of_a_batch_use_loras(
+    run_batch, slotted: Pipeline, loras: Path, export_slotted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": PROMPT, "seed": 3, "adapters": adapters} for adapters in ({"style": 0.5}, {"style": -1.0}, None)
+    ]
+    bundle = export_slotted("Hyper-SD15-1step-lora")
+    said, _ = (batch := run_batch(lines, "--lora-folder", str(loras), bundle=bundle)).communicate()
+    assert batch.returncode == 0, said
+    for i, line in enumerate(lines, start=1):
+        with Image.open(tmp_path / f"images/{i:06d}-3.png") as image:
+            assert is_image_of(slotted, image, PROMPT, seed=3, adapters=line["adapters"])
+
+
 @pytest.fixture
 def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """``run_batch(lines, *options)``: the command on these lines, into ``images`` in the test's folder."""
 
-    def start(lines: Sequence[dict[str, Any]], *options: str) -> subprocess.Popen[str]:
+    def start(lines: Sequence[dict[str, Any]], *options: str, bundle: Path = demo_bundle) -> subprocess.Popen[str]:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(map(json.dumps, lines)))
-        command = ["batch", str(demo_bundle), str(prompts), "-o", str(tmp_path / "images"), "--num-gpus", "0"]
+        command = ["batch", str(bundle), str(prompts), "-o", str(tmp_path / "images"), "--num-gpus", "0"]
         address = ["--address", ray_session["gcs_address"]]
         return subprocess.Popen(
             [sys.executable, "-m", "hypersd.cli", *command, *address, *options],

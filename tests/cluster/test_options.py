@@ -32,6 +32,9 @@ def test_words_of_a_command_line_become_values(sd15_bundle: Path, sdxl_bundle: P
         ({"min_replicas": "9"}, "max_replicas=8 is below min_replicas=9"),
         ({"backend": "jax"}, "backend: "),
         ({"token_file": "/nowhere"}, "/nowhere cannot be read"),
+        ({"lora_folder": "/nowhere"}, "the LoRA folder /nowhere is not there"),
+        ({"lora_folder": "/tmp"}, "hypersd export --lora-slot RANK"),
+        ({"strict_loras": "true"}, "give lora_folder=FOLDER with it"),
     ],
 )
 def test_a_wrong_argument_is_one_line(changes: dict[str, Any], message: str, sd15_bundle: Path) -> None:

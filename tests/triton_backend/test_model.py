@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import triton_stand_in
+from lora_writers import write_slot_lora
 from PIL import Image, ImageDraw
 from triton_stand_in import InferenceRequest, InferenceResponse
+from waiting import wait_until
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
@@ -334,3 +337,66 @@ def test_the_base_install_is_enough() -> None:
     program = f"import sys; sys.modules |= dict.fromkeys({absent!r}); import hypersd.triton_backend.model"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beside the model's folder, to which the parameter is relative."""
+    return tmp_path_factory.mktemp("loras")
+
+
+@pytest.fixture(scope="module")
+def slotted(export_slotted: Callable[[str], Path], loras: Path) -> Iterator[TritonPythonModel]:
+    """A bundle with a LoRA slot, and a folder with one LoRA, ``style``."""
+    bundle, model = export_slotted("Hyper-SD15-1step-lora"), TritonPythonModel()
+    slot = Bundle.load(bundle).manifest.lora_slot
+    assert slot is not None
+    write_slot_lora(slot, loras / "style.safetensors")
+    relative = os.path.relpath(loras, bundle)
+    model.initialize(arguments(bundle, {"bundle": str(bundle), "lora_folder": relative}))
+    yield model
+    model.finalize()
+
+
+def test_adapters_are_strengths_in_json(slotted: TritonPythonModel, loras: Path) -> None:
+    """Each row of a request has its own; a file that comes later is found."""
+    prompts, seeds = np.array([[b"a cat"], [b"a cat"]], np.object_), np.array([[3], [3]], np.int64)
+    both = np.array([[b'{"style": 0.5}'], [b""]], np.object_)
+    (response,) = slotted.execute([InferenceRequest(prompt=prompts, seed=seeds, adapters=both)])
+    images = tensors(response)["image"]
+    assert np.array_equal(images[0], generated(slotted, "a cat", seed=3, adapters={"style": 0.5}))
+    assert np.array_equal(images[1], generated(slotted, "a cat", seed=3))
+    assert not np.array_equal(images[0], images[1])
+    shutil.copy(loras / "style.safetensors", loras / "later.safetensors")
+    request = InferenceRequest(prompt="a cat", seed=3, adapters='{"later": 0.5}')
+    wait_until(lambda: not slotted.execute([request])[0].has_error())
+    assert np.array_equal(image(slotted.execute([request])[0]), images[0])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ('{"other": 1}', "adapter 'other' is not loaded: expected some of:"),
+        ('{"style": 11}', "adapters 'style' 11"),
+        ('{"style": NaN}', "adapters 'style' nan"),
+        ('{"style": "1"}', "adapters 'style' '1'"),
+        ("[1]", "expected strengths by name in JSON"),
+        ("style", "expected strengths by name in JSON"),
+        (b"\xff", "adapters is not UTF-8"),
+    ],
+)
+def test_wrong_adapters_fail_alone(adapters: str | bytes, message: str, slotted: TritonPythonModel) -> None:
+    bad, good = slotted.execute(
+        [InferenceRequest(prompt="a cat", adapters=adapters), InferenceRequest(prompt="a cat", seed=1)]
+    )
+    code, words = failure(bad)
+    assert code == "INVALID_ARG"
+    assert message in words
+    image(good)
+
+
+def test_a_folder_of_loras_needs_a_slot(sd15_bundle: Path, tmp_path: Path) -> None:
+    for folder, words in ((tmp_path, "no LoRA slot"), (tmp_path / "nothing", "is not there")):
+        given = arguments(sd15_bundle, {"bundle": str(sd15_bundle), "lora_folder": str(folder)})
+        with pytest.raises(RequestError, match=words):
+            TritonPythonModel().initialize(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def test_layout_and_configuration(sd15_bundle: Path, tmp_path: Path) -> None:
     ]
     outputs = {tensor.name: list(tensor.dims) for tensor in config.output}
     assert outputs == {"image": [-1, -1, 3], "seed": [1]}
+
+
+def test_a_bundle_with_a_lora_slot(export_slotted: Callable[[str], Path], sd15_bundle: Path, tmp_path: Path) -> None:
+    """It takes adapters, and has a parameter for the folder of LoRAs, which is empty at first."""
+    config = read_config(write(export_slotted("Hyper-SD15-1step-lora"), tmp_path))
+    (adapters,) = [tensor for tensor in config.input if tensor.name == "adapters"]
+    assert (list(adapters.dims), adapters.optional) == ([1], True)
+    assert config.parameters["lora_folder"].string_value == ""
+    assert "lora_folder" not in read_config(write(sd15_bundle, tmp_path)).parameters
 
 
 def test_batches_queue_and_instances(sdxl_dynamic_bundle: Path, tmp_path: Path) -> None:
