@@ -154,7 +154,7 @@ def _actors(args: argparse.Namespace) -> ActorOptions:
         num_gpus=num_gpus if args.num_gpus is None else args.num_gpus,
         max_batch=args.max_batch,
         lora_folder=args.lora_folder,
-        strict_loras=args.strict_loras,
+        strict_loras=args.strict,
         backend=args.backend,
         precision=args.precision,
     )

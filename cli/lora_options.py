@@ -71,7 +71,7 @@ def add_lora_folder(parser: argparse.ArgumentParser) -> None:
         "found while it runs. For bundles of hypersd export --lora-slot",
     )
     parser.add_argument(
-        "--strict-loras", action="store_true", help="leave out LoRAs of which a part would be left out (see generate)"
+        "--strict", action="store_true", help="do not offer LoRAs of which a part would be left out (see generate)"
     )
 
 
@@ -79,13 +79,13 @@ def read_lora_folder(args: argparse.Namespace) -> LoraFolder | None:
     """The folder, or None.
 
     Raises:
-        RequestError: there is no such folder; or --strict-loras is without one.
+        RequestError: there is no such folder; or --strict is without one.
     """
     from ..errors import RequestError
     from ..serve.lora_folder import LoraFolder
 
     if args.lora_folder is not None:
-        return LoraFolder(args.lora_folder, args.strict_loras)
-    if args.strict_loras:
-        raise RequestError("--strict-loras is about LoRAs: give --lora-folder FOLDER with it")
+        return LoraFolder(args.lora_folder, args.strict)
+    if args.strict:
+        raise RequestError("--strict is about LoRAs: give --lora-folder FOLDER with it")
     return None

@@ -7,6 +7,7 @@ there. Every frame has the same seed, so that what stays the same in the video s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from .arguments import (
     open_bundle,
 )
 from .image_options import add_resize_mode, add_strength
+from .lora_options import add_lora_options, check_lora_options, load_loras
 
 if TYPE_CHECKING:
     from ..video.conversion import Progress, VideoJob
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--force", action="store_true", help="allow steps that the checkpoint was not distilled for")
     add_allow_random_weights(parser)
+    add_lora_options(parser)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -83,7 +86,10 @@ def run(args: argparse.Namespace) -> None:
     check_places(job)  # before the engines are loaded
     bundle = open_bundle(args.bundle)
     bundle.check_weights(args.allow_random_weights, "--allow-random-weights")
+    check_lora_options(args, bundle.manifest)
     pipe = load_pipeline(args, bundle)
+    params = dataclasses.replace(job.params, adapters=load_loras(pipe, args))
+    job = dataclasses.replace(job, params=params)
     waiting = f"waiting for another process that writes {job.output}"
     with lock_file(job.output, on_wait=lambda: err().print(waiting, markup=False, soft_wrap=True)):
         try:

@@ -49,7 +49,7 @@ class Adapter:
         name: of the adapter.
         path: the file.
         sha256: its hash.
-        rank: of the slot, that it takes.
+        rank: the part of the slot's rank that it takes.
         factors: by component, in the bundle's precision, with alphas and scales in them.
         notes: the parts of the file that are left out.
         is_strict: whether nothing may be left out.

@@ -187,7 +187,7 @@ class LoadedAdapter(BaseModel):
     """A LoRA that requests may use."""
 
     name: str
-    rank: int = Field(description="of the bundle's LoRA slot, that it takes")
+    rank: int = Field(description="the part of the slot's rank that it takes")
     notes: list[str] = Field(description="parts of the file that are left out")
 
 

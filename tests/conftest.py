@@ -221,6 +221,20 @@ def demo_canny_bundle(shared_folder: Path) -> Path:
     return _export_demo(shared_folder, "demo15-canny", "controlnet-canny-Demo15")
 
 
+@pytest.fixture(scope="session")
+def export_demo_slotted(shared_folder: Path) -> Callable[[str], Path]:
+    """``export_demo_slotted(name)``: a demonstration checkpoint with room for both styles, fp32. Do not write to it."""
+    from hypersd.export import ExportOptions, export_bundle
+    from hypersd.export.lora_slot import SlotOptions
+
+    @functools.cache
+    def export(name: str) -> Path:
+        options = ExportOptions(precision="fp32", lora_slot=SlotOptions(rank=16))
+        return export_bundle(name, shared_folder / "demo" / f"{name}-slotted", options).root
+
+    return export
+
+
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
     """``copy_bundle(folder, name, **changes)``: a bundle of links to another's files, with changes in its manifest.

@@ -20,7 +20,6 @@ from train_demo.styles import NAMES, restyled, white_bands
 
 from hypersd import Pipeline
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
-from hypersd.export.lora_slot import SlotOptions
 from hypersd.export.lora_sources import LoraSource
 from hypersd.export.repositories import DEMO_ROOT
 
@@ -98,14 +97,12 @@ def test_the_two_files_have_different_layouts(base: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def slotted(shared_folder: Path) -> Callable[[str], Pipeline]:
+def slotted(export_demo_slotted: Callable[[str], Path]) -> Callable[[str], Pipeline]:
     """``slotted(checkpoint)``: a pipeline whose slot has room for both styles, which are loaded."""
 
     @functools.cache
     def load(checkpoint: str) -> Pipeline:
-        root = shared_folder / "demo" / f"{checkpoint}-slotted"  # beside those of test_demo.py
-        options = ExportOptions(precision="fp32", lora_slot=SlotOptions(rank=16))
-        pipe = Pipeline.load(export_bundle(checkpoint, root, options))
+        pipe = Pipeline.load(export_demo_slotted(checkpoint))
         for name in NAMES:
             pipe.load_lora_weights(style_file(name, BASES[checkpoint]), name, strict=True)
         return pipe

@@ -90,7 +90,7 @@ def test_ctrl_c(demo_canny_bundle: Path) -> None:
         (["--device", "cuda:x"], "cuda:x"),
         (["--lora-folder", "/nowhere"], "the LoRA folder /nowhere is not there"),
         (["--lora-folder", "/tmp"], "hypersd export --lora-slot RANK"),
-        (["--strict-loras"], "--lora-folder FOLDER"),
+        (["--strict"], "--lora-folder FOLDER"),
     ],
 )
 def test_wrong_options(options: list[Any], words: str, demo_canny_bundle: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ from tiny_videos import STEADY, read_video, write_video
 
 from hypersd import Pipeline
 from hypersd.cli import main
+from hypersd.export.repositories import DEMO_ROOT
 from hypersd.runtime.control_images import canny
 from hypersd.runtime.image_files import fit
 from hypersd.video.segments import SegmentWriter
@@ -74,6 +75,19 @@ def test_a_controlnet_follows_the_frames(source: Path, demo_canny_bundle: Path, 
     made = read_video(output).frames
     assert len(made) == 2
     assert error(made[1], with_edges) < 6 < error(made[1], without)
+
+
+def test_a_lora_styles_every_frame(source: Path, export_demo_slotted: Callable[[str], Path], tmp_path: Path) -> None:
+    """The file acts through the bundle's slot, as in `hypersd generate`."""
+    bundle, output = export_demo_slotted("Hyper-Demo15-1step-lora"), tmp_path / "out.mp4"
+    file, pipe = DEMO_ROOT / "styles/background-Demo15.safetensors", Pipeline.load(bundle)
+    words = ("--strength", "1", "--frames", "1", "--use-lora", str(file))
+    assert main(["video", str(bundle), str(source), str(output), PROMPT, *words]) == 0
+    pipe.load_lora_weights(file, "style")
+    call = {"image": frames_of(source)[0], "strength": 1.0, "seed": 0}
+    styled, plain = (pipe(PROMPT, **call, adapters=adapters).images[0] for adapters in ({"style": 1.0}, None))
+    (frame,) = read_video(output).frames
+    assert error(frame, styled) < 6 < error(frame, plain)
 
 
 def test_a_killed_conversion_goes_on(demo_canny_bundle: Path, tmp_path: Path, capsys) -> None:

@@ -45,7 +45,7 @@ def test_a_block_that_kills_its_actors_is_given_up(sd15_bundle, monkeypatch: pyt
     [
         (["--lora-folder", "/nowhere"], "the LoRA folder /nowhere is not there"),
         (["--lora-folder", "/tmp"], "this bundle has no LoRA slot"),
-        (["--strict-loras"], "give --lora-folder FOLDER with it"),
+        (["--strict"], "give --lora-folder FOLDER with it"),
     ],
 )
 def test_loras_that_cannot_be_used(
