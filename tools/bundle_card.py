@@ -88,6 +88,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, ...]]:
         *([("base", "for inpainting")] if manifest.is_inpainting else []),
         *([("ControlNets", ", ".join(manifest.controlnets))] if manifest.controlnets else []),
         *([("LoRAs", ", ".join(manifest.origin.described_loras))] if manifest.origin.added_loras else []),
+        *([("LoRA slot", f"rank {manifest.lora_slot.rank}")] if manifest.lora_slot else []),
     ]
 
 
