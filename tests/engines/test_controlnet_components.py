@@ -24,6 +24,9 @@ from hypersd.engines.specs import Component, Range, TensorSpec
 
 from .test_manifest import DELETE, HASH, MANIFEST, WHERE, changed, refusal, text
 
+UNET = MANIFEST["components"]["unet"]
+WITHOUT_SLOT = {**UNET, "inputs": {name: spec for name, spec in UNET["inputs"].items() if name != "lora"}}
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 NAMES = ["canny", "sd-controlnet-canny", "controlnet-canny-sdxl-1.0", "control_v11p_sd15_canny", "1", "-", ".a", "..a"]
@@ -103,7 +106,7 @@ def controlled() -> dict[str, Any]:
     for name in COMPONENTS:
         file = f"{name}/model.onnx"
         made = {"outputs": {"mid_block_res_sample": residual}, "files": [file]}
-        manifest["components"][name] = {**MANIFEST["components"]["unet"], **made}
+        manifest["components"][name] = {**WITHOUT_SLOT, **made}
         manifest["files"][file] = {"size": 3, "sha256": HASH}
     manifest["controlnets"] = {"canny": dict(SETTINGS)}
     manifest["origin"]["controlnets"] = {"canny": {"location": "a/canny", "revision": "c0ffee"}}
@@ -151,7 +154,7 @@ def test_a_controlnet_without_its_networks(absent: list[str]) -> None:
 def test_a_unet_that_takes_no_residuals(taken: dict[str, Any]) -> None:
     """A ControlNet put into a plain bundle by hand is rejected when it is opened, not at the first image."""
     manifest = controlled()
-    manifest["components"]["unet"]["inputs"] = MANIFEST["components"]["unet"]["inputs"] | taken
+    manifest["components"]["unet"]["inputs"] = UNET["inputs"] | taken
     assert "mid_block_additional_residual" in refusal(text(manifest))
 
 
@@ -161,7 +164,7 @@ def test_a_controlnet_of_another_name(name: str) -> None:
     manifest = controlled()
     manifest["controlnets"] = {name: SETTINGS}
     for kind in (controlnet, cond_embedding):
-        manifest["components"][kind(name)] = MANIFEST["components"]["unet"]
+        manifest["components"][kind(name)] = WITHOUT_SLOT
     assert "ControlNet name" in refusal(text(manifest))
 
 
