@@ -208,8 +208,7 @@ def _slot_fact(manifest: Manifest) -> dict[str, str]:
     """The rank of the LoRA slot, and the layers that it reaches."""
     if (slot := manifest.lora_slot) is None:
         return {}
-    placed = {name: sum(layer.has_place for layer in layers.values()) for name, layers in slot.layers.items()}
-    reached = " and ".join(f"{placed[name]} layers of {name}" for name in slot.components)
+    reached = " and ".join(f"{len(slot.placed(name))} layers of {name}" for name in slot.components)
     return {"LoRA slot": f"rank {slot.rank}, for {reached}"}
 
 

@@ -63,11 +63,15 @@ class LoraSlot(Record, frozen=True, kw_only=True):
     @property
     def components(self) -> list[str]:
         """The components that take ``lora``."""
-        return [name for name, layers in self.layers.items() if any(layer.has_place for layer in layers.values())]
+        return [name for name in self.layers if self.placed(name)]
+
+    def placed(self, component: str) -> dict[str, SlotLayer]:
+        """The layers of a component that have a place, by path."""
+        return {path: layer for path, layer in self.layers.get(component, {}).items() if layer.has_place}
 
     def widths(self, component: str) -> tuple[int, int]:
         """The number of rows of ``downs`` and of columns of ``ups``."""
-        weights = [layer.weight for layer in self.layers.get(component, {}).values() if layer.has_place]
+        weights = [layer.weight for layer in self.placed(component).values()]
         return sum(weight[1] for weight in weights), sum(weight[0] for weight in weights)
 
     def size(self, component: str) -> int:

@@ -169,7 +169,7 @@ class _Exports:
         """The component with its LoRA slot, if the bundle gives it one."""
         if self.slot is None or name not in self.slot.components:
             return component
-        return with_slot(component, model, self.slot.rank, self.slot.layers[name])
+        return with_slot(component, model, self.slot, name)
 
     def _slot_key(self, name: str) -> dict[str, Any]:
         """The slot's part of the hash: its places follow from the configuration."""

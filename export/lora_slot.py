@@ -67,14 +67,14 @@ def make_slot(options: SlotOptions, shapes: Shapes) -> LoraSlot:
 class Slotted(nn.Module):
     """A component whose last input is ``lora``: layers with a place add their part of it to their outputs."""
 
-    def __init__(self, module: nn.Module, model: nn.Module, rank: int, layers: Mapping[str, SlotLayer]) -> None:
+    def __init__(self, module: nn.Module, model: nn.Module, rank: int, placed: Mapping[str, SlotLayer]) -> None:
         super().__init__()
         self.module = module
         self.rank = rank
         self._factors: list[tuple[Tensor, Tensor]] = []
         modules = {encoder_path(path): layer for path, layer in model.named_modules()}
-        self._weights = [layer.weight for layer in layers.values() if layer.has_place]
-        for i, path in enumerate(path for path, layer in layers.items() if layer.has_place):
+        self._weights = [layer.weight for layer in placed.values()]
+        for i, path in enumerate(placed):
             modules[path].register_forward_hook(self._adds(i))
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -96,16 +96,15 @@ class Slotted(nn.Module):
         return add
 
 
-def with_slot(component: ComponentModule, model: Any, rank: int, layers: Mapping[str, SlotLayer]) -> ComponentModule:
+def with_slot(component: ComponentModule, model: Any, slot: LoraSlot, name: str) -> ComponentModule:
     """A component that takes ``lora`` after its other inputs.
 
     Args:
         component: made of ``model``.
         model: has the layers; they are changed in place.
-        rank: the slot's.
-        layers: their places, by path.
+        slot: its rank, and the places of the layers.
+        name: the component's.
     """
-    size = rank * sum(sum(layer.weight[:2]) for layer in layers.values() if layer.has_place)
-    spec = TensorSpec(dtype=dtype_name(model.dtype), shape=(size,))
-    module = Slotted(component.module, model, rank, layers)
+    spec = TensorSpec(dtype=dtype_name(model.dtype), shape=(slot.size(name),))
+    module = Slotted(component.module, model, slot.rank, slot.placed(name))
     return dataclasses.replace(component, module=module, inputs={**component.inputs, LORA: spec})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -191,12 +191,9 @@ def _stack(manifest: Manifest, slot: LoraSlot, fitted: _Fitted) -> dict[str, Fac
         dtype = TORCH_DTYPES[manifest.components[component].inputs[LORA].dtype]
         rows, columns = slot.widths(component)
         downs, ups = torch.zeros(rows, fitted.rank, dtype=dtype), torch.zeros(fitted.rank, columns, dtype=dtype)
-        for path, layer in placed(slot, component):
+        for path, layer in slot.placed(component).items():
             if (factors := fitted.layers.get((component, path))) is not None:
-                down, up = factors
-                view_down, view_up = view_layer(Factors(downs, ups), layer)
-                view_down[:, : len(down)] = down.T
-                view_up[: len(down)] = up.T
+                _write(Factors(downs, ups), layer, *factors)
         limit = torch.finfo(dtype).max
         if not (_largest(downs) <= limit and _largest(ups) * LARGEST_STRENGTH <= limit):
             raise WeightsError(f"{fitted.path} has factors that overflow {dtype}: fuse it at export with --add-lora")
@@ -209,12 +206,14 @@ def _largest(tensor: Tensor) -> float:
     return max(-low.item(), high.item())
 
 
-def placed(slot: LoraSlot, component: str) -> Iterable[tuple[str, SlotLayer]]:
-    """The layers of a component that have a place."""
-    return ((path, layer) for path, layer in slot.layers[component].items() if layer.has_place)
+def _write(factors: Factors, layer: SlotLayer, down: Tensor, up: Tensor) -> None:
+    """Put a layer's ``down [r, in]`` and ``up [out, r]`` into its place; a rank that it lacks stays zero."""
+    rows, columns = _view_layer(factors, layer)
+    rows[:, : len(down)] = down.T
+    columns[: len(down)] = up.T
 
 
-def view_layer(factors: Factors, layer: SlotLayer) -> tuple[Tensor, Tensor]:
+def _view_layer(factors: Factors, layer: SlotLayer) -> tuple[Tensor, Tensor]:
     """The layer's rows of ``downs`` [in, r] and columns of ``ups`` [r, out]."""
     assert layer.down is not None
     assert layer.up is not None
@@ -227,15 +226,13 @@ def reduce(slot: LoraSlot, factors: Mapping[str, Factors], rank: int) -> tuple[d
     reduced, norm, error = {}, 0.0, 0.0
     for component, own in factors.items():
         smaller = Factors(torch.zeros_like(own.downs[:, :rank]), torch.zeros_like(own.ups[:rank]))
-        for _, layer in placed(slot, component):
-            down, up = (factor.float().T for factor in view_layer(own, layer))
+        for layer in slot.placed(component).values():
+            down, up = (factor.float().T for factor in _view_layer(own, layer))
             before = squared_norm(down, up)
             down, up = balanced(*ordered(down, up))
-            view_down, view_up = view_layer(smaller, layer)
-            kept = min(rank, len(down))
-            view_down[:, :kept] = down[:kept].T
-            view_up[:kept] = up[:, :kept].T
+            down, up = down[:rank], up[:, :rank]
+            _write(smaller, layer, down, up)
             norm += before
-            error += max(0.0, before - squared_norm(down[:kept], up[:, :kept]))
+            error += max(0.0, before - squared_norm(down, up))
         reduced[component] = smaller
     return reduced, math.sqrt(error / norm) if norm else 0.0

@@ -35,19 +35,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FORMS = ("plain", "sliced", "split", "inputs", "grouped", "addmm", "merged", "stacked")
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-CONFIGS = {"sd15": {"cross_attention_dim": 768, "attention_head_dim": 8}, "sdxl": SDXL}
 SIDES = {"sd15": 512, "sdxl": 1024}
 
 
@@ -151,6 +138,7 @@ def write(folder: Path, family: str, form: str, rank: int, dtype: torch.dtype) -
     from diffusers import UNet2DConditionModel
 
     from hypersd.engines.specs import ImageShapes, Range, TensorSpec
+    from hypersd.export.architectures import PUBLISHED
     from hypersd.export.components import unet_component
     from hypersd.export.trace import trace
 
@@ -160,7 +148,7 @@ def write(folder: Path, family: str, form: str, rank: int, dtype: torch.dtype) -
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    unet = UNet2DConditionModel(**CONFIGS[family]).eval()
+    unet = UNet2DConditionModel(**PUBLISHED[family].unet).eval()
     torch.set_default_dtype(torch.float32)
     side = SIDES[family]
     extents = [Range(name=n, min=v, opt=v, max=v) for n, v in (("batch", 1), ("height", side), ("width", side))]
@@ -264,7 +252,7 @@ def main() -> None:
         return serve(Path(sys.argv[2]), sys.argv[3])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--family", choices=CONFIGS, default="sd15")
+    parser.add_argument("--family", choices=SIDES, default="sd15")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--forms", nargs="+", choices=FORMS[1:], default=FORMS[1:])
     parser.add_argument("--backends", nargs="*", default=["onnxruntime", "openvino"])
