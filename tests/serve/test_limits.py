@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -16,11 +17,14 @@ import pytest
 import requests
 from serve_sockets import answer, dial, error_of, exchange, head, statuses, until_closed, whole
 from stand_in_service import LONG, GatedPipeline, RunningServer, wait_until
+from starlette.types import Message
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin, Subprotocol
 
 from hypersd.serve import guard, server
+from hypersd.serve.metrics import Metrics
+from hypersd.serve.settings import ServeSettings
 
 GENERATIONS = "/v1/images/generations"
 TOKEN = "sesame"
@@ -192,6 +196,30 @@ def test_a_rejected_body_is_not_read_for_ever(
         silent.sendall(head(Content_Length=10 << 30))
         assert answer(silent)[0] == 413
         assert until_closed(silent) == b""
+
+
+def test_bytes_in_the_last_moment_do_not_extend_the_time_of_a_rejected_body() -> None:
+    """They arrive in the very turn of the event loop in which the time is over."""
+    received = []
+
+    async def receive() -> Message:
+        received.append(b"x")
+        assert len(received) < 4, "it is still read"
+        await asyncio.sleep(0.4)
+        return {"type": "http.request", "body": received[-1], "more_body": True}
+
+    async def request() -> None:
+        rejecting = guard.Guard(no_app, ServeSettings(max_body=1000, body_timeout=0.5), Metrics(), ())
+        asyncio.get_running_loop().call_later(0.3, time.sleep, 0.4)  # after that both are due: the bytes and the end
+        await rejecting({"type": "http", "path": "/", "headers": [(b"content-length", b"1001")]}, receive, no_send)
+
+    async def no_app(*_: object) -> None:
+        raise AssertionError("the request was rejected")
+
+    async def no_send(_: Message) -> None:
+        pass
+
+    asyncio.run(request())
 
 
 def test_chunks_make_a_body(demo_server: RunningServer) -> None:
