@@ -64,7 +64,7 @@ class Uploads:
         if match is None or hashlib.sha256(body).hexdigest() != match["oid"]:
             return Refusal(400, "the object is not what its name says")
         if self.fail_after is not None and len(self.objects) >= self.fail_after:
-            return Refusal(503, "no more objects now")
+            return Refusal(403, "the address has expired")  # of a 5xx the client would wait and try again
         self.objects[match["oid"]] = body
         self.received += len(body)
         return None
