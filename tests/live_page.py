@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 import numpy as np
+import preloaded
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -49,8 +49,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "hypersd.cli", "serve", *self.arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = preloaded.start("-m", "hypersd.cli", "serve", *self.arguments, stderr=subprocess.PIPE)
         assert self.process.stderr is not None
         assert self.process.stderr.readline().startswith("serving ")
 

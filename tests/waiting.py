@@ -6,10 +6,12 @@ import subprocess
 import time
 from collections.abc import Callable
 
+from preloaded import Process
+
 LONG = 300.0  # seconds; a step that takes one on a quiet machine has taken thirty on a busy one
 
 
-def wait_until(holds: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(holds: Callable[[], object], process: Process | subprocess.Popen[str] | None = None) -> None:
     """Return when ``holds()`` is true; fail after `LONG` seconds, or as soon as the process ends without it."""
     end = time.monotonic() + LONG
     while not holds():

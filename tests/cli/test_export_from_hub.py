@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import preloaded
 import pytest
 from loopback_hub import LoopbackHub
 from PIL import Image
@@ -30,11 +31,17 @@ def hub(tiny_repos: Path) -> Iterator[LoopbackHub]:
         yield server
 
 
-def hypersd(*words: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, its output in pipes."""
+def fresh(*words: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run the command in a fresh process, its output in pipes."""
     command = [sys.executable, "-m", "hypersd.cli", *map(str, words)]
     merged = {**os.environ, "HF_HUB_OFFLINE": "0", **env}
     return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=300)
+
+
+def hypersd(*words: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """The same in a process that need not import torch."""
+    merged = {**os.environ, "HF_HUB_OFFLINE": "0", **env}
+    return preloaded.run("-m", "hypersd.cli", *words, cwd=cwd, env=merged, timeout=300)
 
 
 def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
@@ -51,7 +58,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     env = hub.environment(tmp_path / "cache")
     hub.cut_after("unet/diffusion_pytorch_model.safetensors", 100_000)
     words = ["--backend", "none", "--controlnet", f"canny={CANNY}"]
-    done = hypersd("export", "--ckpt", NAME, *words, cwd=tmp_path, env=env)
+    done = fresh("export", "--ckpt", NAME, *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr + done.stdout, "no bar and no colour in a pipe"
@@ -83,7 +90,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
     assert settings["preprocess"] == {"canny": "canny 100 200"}
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
-    verified = hypersd("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
+    verified = fresh("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
     assert verified.returncode == 0, verified.stderr
     assert not hub.requests, "offline means offline"
 
@@ -98,8 +105,7 @@ def export_errors(*exports: list[str], cwd: Path, env: dict[str, str]) -> list[s
     """
     commands = json.dumps([["export", "--ckpt", NAME, *words] for words in exports])
     merged = {**os.environ, "HF_HUB_OFFLINE": "0", **env}
-    command = [sys.executable, "-c", program, commands]
-    done = subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True, timeout=300)
+    done = preloaded.run("-c", program, commands, cwd=cwd, env=merged, timeout=300)
     assert done.stdout.split() == ["2"] * len(exports), done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
@@ -135,8 +141,8 @@ def local_export(tiny_repos: Path) -> list[str]:
 
 def test_ctrl_c_and_again(tiny_repos: Path, tmp_path: Path) -> None:
     """Ctrl-C ends with 130 and one line, leaves no bundle and no half component; the next run continues from there."""
-    command = [sys.executable, "-m", "hypersd.cli", *local_export(tiny_repos)]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = ["-m", "hypersd.cli", *local_export(tiny_repos)]
+    process = preloaded.start(*command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

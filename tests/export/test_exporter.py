@@ -14,11 +14,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 from make_tiny_repos import SD15_REPO, SDXL_REPO
@@ -131,14 +131,12 @@ def cli_arguments(tiny_repos: Path, name: str, out: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def start(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+def start(*command: str) -> preloaded.Process:
+    return preloaded.start(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @contextlib.contextmanager
-def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
+def ended(*processes: preloaded.Process) -> Iterator[None]:
     """Processes that end with the block, also after an error."""
     try:
         yield

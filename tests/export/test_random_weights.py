@@ -7,12 +7,11 @@ import functools
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import small_architectures
 import torch
@@ -189,7 +188,7 @@ def test_a_killed_run_is_resumed(folder: Path, tmp_path: Path) -> None:
         random = RandomWeights(folder=Path({str(tmp_path)!r}), architectures=small_architectures.SMALL)
         random_base("sd15", random, Killer())
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = preloaded.run("-c", program, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     random = small(tmp_path)
     root = random.place("sd15")
