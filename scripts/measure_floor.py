@@ -33,7 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     bundle, rates = Bundle.load(args.bundle), machine_rates(args.device, args.dtype)
     shapes = bundle.manifest.shapes
-    print(f"{rates.flops_per_second / 1e12:.3f} TFLOP/s, {rates.bytes_per_second / 1e9:.1f} GB/s in {args.dtype}")
+    flops = f"{rates.flops_per_second / 1e12:.3f} TFLOP/s ({rates.library})"
+    print(f"{flops}, {rates.bytes_per_second / 1e9:.1f} GB/s in {args.dtype}")
     for steps in args.steps or [bundle.manifest.sampler.num_inference_steps]:
         floor = image_floor(bundle, steps, shapes.height.opt, shapes.width.opt, 1, rates)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in floor.items())

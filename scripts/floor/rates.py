@@ -1,4 +1,4 @@
-"""The rates at which this machine computes and reads, measured with torch."""
+"""The rates at which this machine computes and reads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from hypersd.errors import RequestError
+
+from .products import Product, cpu_products, torch_product
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REPEATS = 5  # of which the fastest counts
@@ -27,17 +28,20 @@ class Rates:
         flops_per_second: of a matrix product, multiplications and additions counted apart.
         bytes_per_second: of memory: bytes that a sum reads, or that a copy reads and writes, whichever is faster.
         itemsize: bytes of a number in the dtype that was multiplied; None for that of the weights, whatever it is.
+        library: the one whose product was the fastest.
     """
 
     flops_per_second: float
     bytes_per_second: float
     itemsize: int | None = None
+    library: str = "torch"
 
 
 def machine_rates(device: str, dtype: str, threads: int | None = None) -> Rates:
-    """Measure, which takes a second or two.
+    """Measure, which takes some seconds.
 
-    On a CPU that is slow in a type of two bytes, engines compute in float32 what they read in it: the faster counts.
+    On a CPU the fastest of torch, ONNX Runtime and OpenVINO counts, of those that are installed. On a CPU that is slow
+    in a type of two bytes, engines compute in float32 what they read in it: the faster counts.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
@@ -52,8 +56,8 @@ def machine_rates(device: str, dtype: str, threads: int | None = None) -> Rates:
     place, multiplied = torch.device(device), DTYPES[dtype]
     dtypes = {multiplied, torch.float32} if place.type == "cpu" else {multiplied}
     with _threads(threads):
-        flops = max(_product_rate(place, each) for each in dtypes)
-        return Rates(flops, _memory_rate(place), multiplied.itemsize)
+        flops, library = max(_product_rates(place, dtypes))
+        return Rates(flops, _memory_rate(place), multiplied.itemsize, library)
 
 
 @contextlib.contextmanager
@@ -66,13 +70,22 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _product_rates(device: torch.device, dtypes: set[torch.dtype]) -> Iterator[tuple[float, str]]:
+    """Of every library in every dtype, with the library."""
+    for dtype in dtypes:
+        if device.type == "cpu":
+            products = cpu_products(dtype)
+        else:
+            products = {"torch": lambda side, dtype=dtype: torch_product(side, dtype, device)}
+        for library, make in products.items():
+            yield _product_rate(device, make), library
+
+
+def _product_rate(device: torch.device, make: Callable[[int], Product]) -> float:
     """The fastest of larger and larger matrix products."""
     rate, side, seconds = 0.0, SMALLEST, 0.0
     while side <= LARGEST and seconds < LONG_ENOUGH:
-        a, b = (torch.rand(side, side, dtype=dtype, device=device) for _ in range(2))
-        out = torch.empty_like(a)
-        seconds = _seconds(device, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+        seconds = _seconds(device, make(side))
         rate, side = max(rate, 2 * side**3 / seconds), 2 * side
     return rate
 
@@ -85,12 +98,12 @@ def _memory_rate(device: torch.device) -> float:
     return max(read, moved)
 
 
-def _seconds(device: torch.device, work: Callable[[], Tensor]) -> float:
+def _seconds(device: torch.device, work: Product) -> float:
     """The shortest of several runs."""
     return min(_one(device, work) for _ in range(REPEATS))
 
 
-def _one(device: torch.device, work: Callable[[], Tensor]) -> float:
+def _one(device: torch.device, work: Product) -> float:
     _wait(device)
     began = time.perf_counter()
     work()

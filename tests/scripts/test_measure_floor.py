@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from floor.graph_shapes import graph_shapes
 from floor.graph_work import Work, graph_work
+from floor.products import cpu_products
 from floor.rates import Rates, machine_rates
 from make_tiny_repos import SD15_REPO, SDXL_REPO
 from measure_floor import floor_seconds, image_floor
@@ -242,6 +244,21 @@ def test_rates_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates.flops_per_second > 1e8
     assert rates.bytes_per_second > 1e8
     assert rates.itemsize == 2
+    assert rates.library in {*cpu_products(torch.float32), *cpu_products(torch.bfloat16)}
     assert torch.get_num_threads() == before
     with pytest.raises(RequestError, match="dtype 'int8' is not known: expected float32, float16, bfloat16"):
         machine_rates("cpu", "int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_library_multiplies(dtype: torch.dtype) -> None:
+    """Each of those that are installed, and all of the same numbers but torch."""
+    made = {library: make(32)() for library, make in cpu_products(dtype).items()}
+    assert isinstance(product := made.pop("torch"), torch.Tensor)
+    assert product.dtype == dtype
+    single = np.random.default_rng(0).random((32, 32), np.float32)
+    for found in made.values():
+        (value,) = found.values() if hasattr(found, "values") else found
+        assert np.asarray(value, np.float32).shape == (32, 32)
+        if dtype == torch.float32:
+            assert np.allclose(value, single @ single, rtol=1e-2)
