@@ -3,7 +3,7 @@
 Every contender generates the same images from the same fused weights, in a process of its own, one at a time, round by
 round. Their images are compared with hypersd's, or, if only some of its backends are named, with those of the first
 named one. By default all contenders that can run here take part. A contender in another environment needs its Python:
---python optimum=/path/to/python.
+--python optimum=/path/to/python openvino-genai=/path/to/another.
 """
 
 from __future__ import annotations

@@ -42,13 +42,22 @@ WITHOUT_EXPORT = (
     "families",
     "engines",
 )
-WRAPPED = {  # a library and the only module that imports it; the bench also times a rival that stands on ONNX Runtime
+WRAPPED = {  # a library and the only module that imports it; the bench also times rivals that stand on them
     "onnxruntime": {"engines/onnx_runtime.py", "tools/bench/optimum_contender.py"},
-    "openvino": {"engines/openvino.py"},
+    "openvino": {
+        "engines/openvino.py",
+        "tools/bench/openvino_models.py",
+        "tools/bench/openvino_genai_contender.py",
+    },
     "cv2": {"runtime/control_images.py"},
     "av": {"video/source.py", "video/segments.py"},
     "tensorrt": set[str](),  # by name, in engines/tensorrt/api.py
     "tensorrt_rtx": set[str](),
+}
+ELSEWHERE = {  # modules of the bench that run in an environment of their own, and a library that they need there
+    "hypersd.tools.bench.optimum_contender": "optimum.onnxruntime",
+    "hypersd.tools.bench.optimum_intel_contender": "optimum.intel",
+    "hypersd.tools.bench.openvino_genai_contender": "openvino_genai",
 }
 EXPORT_ONLY = (
     "diffusers",
@@ -111,8 +120,8 @@ def test_every_room_is_known() -> None:
 @pytest.mark.parametrize("name", EVERY_MODULE)
 def test_every_module_imports(name: str) -> None:
     """No module is broken by itself, also those that only a rare command loads."""
-    if name == "hypersd.tools.bench.optimum_contender":
-        pytest.importorskip("optimum.onnxruntime")  # which lives in an environment of its own
+    if name in ELSEWHERE:
+        pytest.importorskip(ELSEWHERE[name])
     assert importlib.import_module(name).__name__ == name
 
 

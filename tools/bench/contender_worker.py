@@ -17,7 +17,7 @@ from typing import Any
 
 from ...engines.worker_process import WorkerChannel
 from ...errors import HyperSDError, one_line
-from .host import DeviceMemory, peak_host_memory
+from .host import DeviceMemory, peak_host_memory, resident_host_memory
 from .protocol import Runner, Settings
 
 
@@ -33,6 +33,11 @@ class Worker:
     def hello(self) -> dict[str, Any]:
         """Show that the process is alive."""
         return {"python": sys.version.split()[0], "pid": os.getpid()}
+
+    def prepare(self) -> dict[str, Any]:
+        """Make the files of a contender; ``module`` holds the function ``prepare`` instead of a class."""
+        importlib.import_module(self._module).prepare(**self._options)
+        return {}
 
     def load(self) -> dict[str, Any]:
         """Import the contender's libraries, find its files and load it; the answer has seconds and facts."""
@@ -58,7 +63,11 @@ class Worker:
         return {"seconds": made.seconds, "stages": dict(made.stages), **self._memory()}
 
     def _memory(self) -> dict[str, Any]:
-        return {"host_memory": peak_host_memory(), "device_memory": self._device_memory.peak()}
+        return {
+            "host_memory": peak_host_memory(),
+            "resting_memory": resident_host_memory(),
+            "device_memory": self._device_memory.peak(),
+        }
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -78,6 +87,7 @@ def main(module: str, options: str) -> None:
     worker = Worker(module, json.loads(options))
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "hello": worker.hello,
+        "prepare": worker.prepare,
         "load": worker.load,
         "generate": worker.generate,
     }

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
+from .contender import Contender, Context
 
 if TYPE_CHECKING:
     from ...engines import Bundle
 
 OURS = "hypersd"  # the baseline of all comparisons
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """Bundle, device and folder of a contender.
-
-    Attributes:
-        bundle: the bundle whose images they generate.
-        device: ``"auto"``, ``"cpu"`` or a CUDA device.
-        folder: an empty folder, for a contender's own files.
-    """
-
-    bundle: Bundle
-    device: str
-    folder: Path
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to generate a bundle's images.
-
-    Attributes:
-        name: the name on the command line.
-        summary: one line.
-        module: name of the module with its class ``Runner`` (:class:`hypersd.tools.bench.protocol.Runner`).
-        options: makes the arguments of ``Runner``, in JSON's types; called once, right before its process starts.
-        libraries: modules that it requires.
-        holds_halves: it keeps its weights in two bytes each, for any bundle.
-        why_not: the reason why it cannot run here although its libraries are installed; None if it can.
-        why_not_usual: the reason why it is left out unless it is named; None if it takes part.
-    """
-
-    name: str
-    summary: str
-    module: str
-    options: Callable[[Context], Mapping[str, Any]]
-    libraries: tuple[str, ...] = ()
-    holds_halves: bool = False
-    why_not: Callable[[Context], str | None] = lambda _: None
-    why_not_usual: Callable[[Context], str | None] = lambda _: None
-
-    def why_not_here(self, context: Context, has_own_python: bool) -> str | None:
-        """The reason why it cannot run here; None if it can. Another interpreter may have other libraries."""
-        missing = [name for name in self.libraries if not has_own_python and importlib.util.find_spec(name) is None]
-        if missing:
-            return f"{' and '.join(missing)} not installed"
-        return self.why_not(context)
 
 
 def _of_bundle(name: str, summary: str, module: str, libraries: tuple[str, ...] = (), **arguments: Any) -> Contender:
@@ -116,10 +69,54 @@ def _why_not_text_to_image(context: Context) -> str | None:
     return None
 
 
-def _why_not_optimum(context: Context) -> str | None:
+def _why_not_rival(context: Context) -> str | None:
     if context.bundle.manifest.controlnets:
-        return "the bundle's UNet has inputs for ControlNets, which optimum does not feed"
+        return "the bundle's UNet has inputs for ControlNets, which others' pipelines do not feed"
+    if context.bundle.manifest.lora_slot is not None:
+        return "the bundle's UNet has an input for LoRAs, which others' pipelines do not feed"
     return _why_not_text_to_image(context)
+
+
+def _why_not_openvino_rival(context: Context) -> str | None:
+    if context.device not in ("auto", "cpu"):
+        return f"OpenVINO runs on the CPU here, and --device is {context.device}"
+    return _why_not_rival(context)
+
+
+def _why_not_genai(context: Context) -> str | None:
+    manifest = context.bundle.manifest
+    if manifest.sampler.guidance_scale > 1 and manifest.shapes.batch.max < 2:
+        return "the bundle's text encoder takes one prompt, and with guidance GenAI gives it two"
+    if len(manifest.sampler.timesteps or ()) > 1:
+        return "OpenVINO GenAI takes no custom timesteps"
+    return _why_not_openvino_rival(context)
+
+
+def _genai_options(context: Context) -> dict[str, Any]:
+    from .openvino_folder import write_openvino_folder
+
+    image, sampler = context.image, context.bundle.manifest.sampler.kind
+    assert image is not None
+    if sampler == "ddim" and image.eta:
+        raise RequestError(f"--eta {image.eta:g}: the DDIM of OpenVINO GenAI has no eta, expected 0")
+    write_openvino_folder(context.bundle, context.folder, for_genai=True)
+    shape = {"height": image.height, "width": image.width, "guidance_scale": image.guidance_scale}
+    return {"folder": str(context.folder), "sampler": sampler, **shape}
+
+
+def _optimum_intel_options(context: Context) -> dict[str, Any]:
+    from .openvino_folder import write_openvino_folder
+
+    image, manifest = context.image, context.bundle.manifest
+    assert image is not None
+    write_openvino_folder(context.bundle, context.folder, for_genai=False)
+    return {
+        "folder": str(context.folder),
+        "family": manifest.family,
+        "precision": manifest.precision,
+        "rows": 2 if image.guidance_scale > 1 else 1,
+        "latents": [image.height // manifest.vae.spatial, image.width // manifest.vae.spatial],
+    }
 
 
 def _optimum_options(context: Context) -> dict[str, Any]:
@@ -138,6 +135,7 @@ def _optimum_options(context: Context) -> dict[str, Any]:
 _US, _ORT, _OPENVINO = "hypersd_contender", ("onnxruntime",), ("openvino",)
 _DIFFUSERS = ("diffusers", "transformers", "peft")
 _OPENVINO_SUMMARY = "hypersd on OpenVINO, in bfloat16 if the processor supports it"
+_MODELS = f"{__package__}.openvino_models"
 _FP32 = {"backend": "openvino", "precision": "fp32"}
 CONTENDERS = (
     _of_bundle(OURS, "hypersd on the backend that it chooses", _US),
@@ -165,8 +163,29 @@ CONTENDERS = (
         summary="optimum-onnx on the bundle's own ONNX files",
         module=f"{__package__}.optimum_contender",
         options=_optimum_options,
-        libraries=("optimum", *_ORT),
-        why_not=_why_not_optimum,
+        libraries=("optimum.onnxruntime", *_ORT),
+        why_not=_why_not_rival,
+    ),
+    Contender(
+        name="openvino-genai",
+        summary="OpenVINO GenAI's pipeline (C++) on the bundle's own weights",
+        module=f"{__package__}.openvino_genai_contender",
+        options=_genai_options,
+        libraries=("openvino_genai", "transformers"),
+        preparation=_MODELS,
+        takes_noise=True,
+        holds_halves=True,
+        why_not=_why_not_genai,
+    ),
+    Contender(
+        name="optimum-intel",
+        summary="optimum-intel's OpenVINO pipeline on the bundle's own weights",
+        module=f"{__package__}.optimum_intel_contender",
+        options=_optimum_intel_options,
+        libraries=("optimum.intel", *_OPENVINO),
+        preparation=_MODELS,
+        holds_halves=True,
+        why_not=_why_not_openvino_rival,
     ),
 )
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ...engines import Manifest
+from ...engines.precision import PRECISIONS
 from ...errors import HyperSDError
+from ...samplers.noise import make_generators, randn
+from .contender import Contender, Context
 from .contender_process import ContenderError, ContenderProcess
-from .contenders import Contender, Context
 from .figures import make_sample
 from .protocol import Settings
 from .report import Entry, Sample, Start
@@ -25,6 +29,7 @@ class Entrant:
         self.failure: str | None = None
         self.start: Start | None = None
         self._process: ContenderProcess | None = None
+        self._context: Context | None = None
         self._facts: dict[str, Any] = {}
         self._memory: dict[str, int] = {}
 
@@ -41,8 +46,11 @@ class Entrant:
     def begin(self, program: Path, python: str, context: Context, first: Settings) -> None:
         """Start the process, load, and generate the first image; each is timed."""
         log = program.with_name(f"{self.name}.log")
+        self._context = context
         try:
             options = self.contender.options(context)
+            if self.contender.preparation is not None:
+                prepare(ContenderProcess(program, python, self.contender.preparation, options, log))
             self._process = process = ContenderProcess(program, python, self.contender.module, options, log)
         except HyperSDError as error:
             self.fail(str(error))
@@ -58,6 +66,8 @@ class Entrant:
 
     def generate(self, settings: Settings, save: Path | None = None) -> Sample | None:
         """Generate an image and write its pixels to ``save``; None if that failed."""
+        if self.contender.takes_noise and self._context is not None:
+            settings = write_noise(self._context.bundle.manifest, settings, self._context.folder / "noise.npy")
         answer = self._ask("generate", settings=dataclasses.asdict(settings), save=None if save is None else str(save))
         return make_sample(answer["seconds"], answer["stages"]) if answer else None
 
@@ -94,6 +104,7 @@ class Entrant:
             versions=facts.get("versions", {}),
             start=self.start,
             host_memory=self._memory.get("host_memory"),
+            resting_memory=self._memory.get("resting_memory"),
             device_memory=self._memory.get("device_memory"),
             failure=self.failure,
         )
@@ -110,7 +121,32 @@ class Entrant:
         for kind in ("host_memory", "device_memory"):
             if answer.get(kind) is not None:
                 self._memory[kind] = max(answer[kind], self._memory.get(kind, 0))
+        if answer.get("resting_memory") is not None:
+            self._memory["resting_memory"] = answer["resting_memory"]
         return answer
+
+
+def prepare(process: ContenderProcess) -> None:
+    """Let a process make a contender's files, and end it.
+
+    Raises:
+        ContenderError: it failed.
+    """
+    try:
+        process.ask("prepare")
+    finally:
+        process.close()
+
+
+def write_noise(manifest: Manifest, settings: Settings, file: Path) -> Settings:
+    """Write the noise of the seed, drawn as the bundle's pipeline draws it; return the settings with the file."""
+    scale, steps = manifest.vae.spatial, settings.num_inference_steps or len(settings.timesteps or ())
+    shape = (1, manifest.vae.latent_channels, settings.height // scale, settings.width // scale)
+    (generator,) = make_generators([settings.seed])
+    dtype = PRECISIONS[manifest.precision].dtype
+    draws = [randn(shape, generator=generator, device="cpu", dtype=dtype).float() for _ in range(1 + steps)]
+    np.save(file, torch.stack(draws).numpy())
+    return dataclasses.replace(settings, noise=str(file))
 
 
 @dataclasses.dataclass

@@ -11,12 +11,24 @@ from typing import Any
 from ...engines.cores import available_cores
 
 STATUS, MEMINFO, CPUINFO = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/proc/cpuinfo")
-EXTENSIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16")
+EXTENSIONS = (  # as the kernel names them: of x86, then of Arm
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "svebf16", "svei8mm", "sve2"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """A machine. ``cores`` is the number that the process may use; ``memory`` is None if not known."""
+    """A machine.
+
+    Attributes:
+        processor: its name.
+        extensions: its instruction sets that matter to networks, as the kernel names them; empty if not known.
+        cores: the number that the process may use.
+        memory: in bytes; None if not known.
+        system: the operating system.
+    """
 
     processor: str
     extensions: list[str]
@@ -28,7 +40,7 @@ class Host:
 def this_host(cpuinfo: Path = CPUINFO) -> Host:
     """The machine of this process."""
     facts = _first_processor(cpuinfo)
-    flags = facts.get("flags", "").split()
+    flags = (facts.get("flags") or facts.get("Features") or "").split()
     return Host(
         processor=facts.get("model name") or platform.processor() or platform.machine(),
         extensions=[name for name in EXTENSIONS if name in flags],
@@ -41,6 +53,11 @@ def this_host(cpuinfo: Path = CPUINFO) -> Host:
 def peak_host_memory(status: Path = STATUS) -> int | None:
     """The largest resident size of this process so far, pages of mapped weight files included. None if not known."""
     return _kibibytes(status, "VmHWM")
+
+
+def resident_host_memory(status: Path = STATUS) -> int | None:
+    """The resident size of this process now, pages of mapped weight files included. None if not known."""
+    return _kibibytes(status, "VmRSS")
 
 
 def available_memory(meminfo: Path = MEMINFO) -> int | None:

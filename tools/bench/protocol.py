@@ -31,6 +31,8 @@ class Settings:
     Attributes:
         num_inference_steps: None with ``timesteps``, and the other way round.
         timesteps: custom ones.
+        noise: a file with the seed's noise, for a contender that draws other numbers: float32 [draws, 1, C, h, w], the
+            latents and then a draw for each step, in numpy's format.
     """
 
     prompt: str
@@ -41,6 +43,7 @@ class Settings:
     guidance_scale: float
     height: int
     width: int
+    noise: str | None = None
 
     @property
     def schedule(self) -> dict[str, Any]:

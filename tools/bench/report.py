@@ -103,7 +103,9 @@ class Entry:
     Attributes:
         how: the backend, in a few words.
         precision: of its components' computations: ``fp32``, ``fp16`` or ``bf16``.
-        host_memory: the largest resident size of its process; resident pages of mapped weight files are included.
+        host_memory: the largest resident size of its process, from its start to its last image; resident pages of
+            mapped weight files are included.
+        resting_memory: the resident size after its last image, likewise; None in reports of earlier versions.
         device_memory: memory that it took of its CUDA device.
         failure: the reason why it stopped.
     """
@@ -118,6 +120,7 @@ class Entry:
     host_memory: int | None
     device_memory: int | None
     failure: str | None
+    resting_memory: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from ...engines import Bundle, Manifest
 from ...engines.progress import Progress, Stage
 from ...runtime.params import Params, decide
 from ...runtime.request import Request
+from .contender import Context
 from .contender_process import ContenderError, write_start
-from .contenders import Context, choose_contenders
+from .contenders import choose_contenders
 from .entrant import Entrant, Taken
 from .figures import compare_images, summarize
 from .host import available_memory, this_host
@@ -150,7 +151,7 @@ class _Session:
                     own = self.folder / entrant.name
                     own.mkdir()
                     python = self.options.pythons.get(entrant.name, sys.executable)
-                    entrant.begin(program, python, Context(self.bundle, self.options.device, own), first)
+                    entrant.begin(program, python, Context(self.bundle, self.options.device, own, first), first)
                 stage.note = entrant.failure or ""
 
     def warmup(self) -> int:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .host import Host
 from .protocol import DECODE, GENERATE, TEXT_ENCODERS, is_step
 from .report import Entry, Report, Row, StepsTable, Summary
 
@@ -76,8 +77,8 @@ def _start(entry: Entry) -> str:
     return NONE if entry.start is None else f"{entry.start.seconds:.1f} s"
 
 
-def _memory(size: int | None) -> str:
-    return NONE if size is None else f"{size / 1e9:.2f} GB"
+def _gigabytes(size: int | None) -> str:
+    return NONE if size is None else f"{size / 1e9:.2f}"
 
 
 def _sameness(row: Row) -> str:
@@ -96,7 +97,8 @@ COLUMNS = (
     _Column("unet", lambda entry, row, summary, unit: unit.show(steps_seconds(summary.stages))),
     _Column("decode", lambda entry, row, summary, unit: unit.show(summary.stages.get(DECODE))),
     _Column("other", lambda entry, row, summary, unit: unit.show(other_seconds(summary.stages)), 112),
-    _Column("memory", lambda entry, row, summary, unit: _memory(entry.host_memory), 112),
+    _Column("peak", lambda entry, row, summary, unit: _gigabytes(entry.host_memory), 112),
+    _Column("rest", lambda entry, row, summary, unit: _gigabytes(entry.resting_memory), 112),
     _Column("start", lambda entry, row, summary, unit: _start(entry), 112),
     _Column("image", lambda entry, row, summary, unit: _sameness(row)),
 )
@@ -105,7 +107,14 @@ COLUMNS = (
 def _title(report: Report, comparison: StepsTable) -> str:
     images, steps = report.images, f"{comparison.steps} step{'s' if comparison.steps > 1 else ''}"
     size, unit = f"{images.width}x{images.height}", comparison_unit(comparison)
-    return f"{report.checkpoint}, {steps}, {size}, {images.rounds} rounds; times in {unit.name}"
+    made = f"{report.checkpoint}, {steps}, {size}, {images.rounds} rounds; times in {unit.name}"
+    return f"{made}, on {_machine(report.host)}"
+
+
+def _machine(host: Host) -> str:
+    """A processor and its instruction sets."""
+    sets = f", {' '.join(host.extensions)}" if host.extensions else ""
+    return f"{host.cores} core{'s' if host.cores > 1 else ''} of {host.processor}{sets}"
 
 
 def _empty_table(first: str) -> Table:
@@ -141,12 +150,13 @@ def _lines(report: Report) -> list[str]:
         if entry.failure is not None:
             lines.append(f"{entry.name} failed: {entry.failure}")
         else:
-            memory = "" if entry.device_memory is None else f"; {_memory(entry.device_memory)} of device memory"
+            memory = "" if entry.device_memory is None else f"; {_gigabytes(entry.device_memory)} GB of device memory"
             lines.append(f"{entry.name}: {entry.how}, {entry.precision} on {entry.device}{memory}")
     lines += [
         f"ratio: the median, over rounds, of its seconds divided by {ours}'s; image: compared with {ours}'s first one",
         "start: from the start of a process to its first image, imports and loading included",
-        "memory: the largest resident size, mapped weight files included",
+        "peak: the largest resident size in GB (VmHWM), loading included; rest: that after the last image (VmRSS)",
+        "peak and rest include the resident pages of mapped weight files",
         "every image has a prompt of its own: no cache of text embeddings helps",
     ]
     return [*lines, *report.notes]

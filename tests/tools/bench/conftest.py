@@ -8,27 +8,40 @@ from typing import Any
 
 import pytest
 
-from hypersd.tools.bench.contenders import OURS, Contender
+from hypersd.tools.bench.contender import Contender
+from hypersd.tools.bench.contenders import OURS
 
 STAND_IN = """
 import os, sys, time
 from hypersd.tools.bench.protocol import Facts, TimedImage
 
+def prepare(diary, **_):
+    if not diary:
+        raise ValueError("no diary to prepare")
+    with open(diary, "a") as file:
+        print("prepared", os.getpid(), sep="|", file=file)
+
 class Runner:
-    def __init__(self, diary, name, kills_itself_at=None, raises_at=None, grey=0, hangs=False):
+    def __init__(
+        self, diary, name, kills_itself_at=None, raises_at=None, grey=0, hangs=False, holds=0, has_noise=False
+    ):
         self.diary, self.name, self.grey, self.hangs, self.made = diary, name, grey, hangs, 0
         self.kills_itself_at, self.raises_at = kills_itself_at, raises_at
+        self.holds, self.has_noise = holds, has_noise
 
     def load(self):
+        held = bytearray(b"1" * self.holds)  # and lets it go before the first image
         print("a library says something on stdout")
         print('{"seconds": 0.0, "stages": {}}')
         os.write(1, b'{"error": "not by a library"}\\n')
         os.write(2, b"and on stderr\\n")
+        del held
         return Facts(precision="fp32", device="cpu", how="stand-in", packages=("numpy", "no-such-package"))
 
     def generate(self, settings):
         with open(self.diary, "a") as diary:
             print(self.name, settings.seed, settings.prompt, settings.num_inference_steps, sep="|", file=diary)
+        assert (settings.noise is not None) == self.has_noise
         self.made += 1
         if self.made == self.kills_itself_at:
             print("about to go")

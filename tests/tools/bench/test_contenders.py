@@ -16,7 +16,8 @@ from hypersd.engines import Bundle
 from hypersd.errors import RequestError
 from hypersd.runtime.params import Params
 from hypersd.tools.bench import diffusers_contender, hypersd_contender
-from hypersd.tools.bench.contenders import CONTENDERS, Context, find_contender
+from hypersd.tools.bench.contender import Context
+from hypersd.tools.bench.contenders import CONTENDERS, find_contender
 from hypersd.tools.bench.figures import compare_images
 from hypersd.tools.bench.protocol import Settings, TimedImage
 from hypersd.tools.bench.session import BenchOptions, image, make_requests
@@ -130,13 +131,13 @@ def test_a_base_for_inpainting_is_timed_alone(export_inpainting: Callable[[str],
     """The others' UNets would get latents alone."""
     context = Context(Bundle.load(export_inpainting("Hyper-SD15-1step-lora")), "cpu", Path())
     assert find_contender("hypersd").why_not(context) is None
-    for name in ("diffusers", "diffusers-compiled", "optimum"):
+    for name in ("diffusers", "diffusers-compiled", "optimum", "openvino-genai", "optimum-intel"):
         assert "for inpainting" in (find_contender(name).why_not(context) or "")
 
 
 def test_an_unknown_contender_is_rejected_with_all_names() -> None:
     """A misspelt name is answered with those that there are."""
-    with pytest.raises(RequestError, match=r"hypersd, .*optimum") as error:
+    with pytest.raises(RequestError, match=r"hypersd, .*optimum, openvino-genai, optimum-intel") as error:
         find_contender("difusers")
     assert "\n" not in str(error.value)
 
@@ -145,7 +146,8 @@ def test_contenders_are_told_apart() -> None:
     """No name twice; every module that can be imported here has the class that the worker asks for."""
     names = [contender.name for contender in CONTENDERS]
     assert len(set(names)) == len(names)
-    for module in {contender.module for contender in CONTENDERS} - {"hypersd.tools.bench.optimum_contender"}:
+    elsewhere = {f"hypersd.tools.bench.{name}_contender" for name in ("optimum", "optimum_intel", "openvino_genai")}
+    for module in {contender.module for contender in CONTENDERS} - elsewhere:
         assert hasattr(importlib.import_module(module), "Runner")
 
 

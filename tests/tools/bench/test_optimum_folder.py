@@ -15,7 +15,8 @@ from hypersd.engines import Bundle
 from hypersd.engines.manifest import ControlNetSettings
 from hypersd.engines.progress import Silent
 from hypersd.runtime.text import ClipTokenizer
-from hypersd.tools.bench.contenders import Context, find_contender
+from hypersd.tools.bench.contender import Context
+from hypersd.tools.bench.contenders import find_contender
 from hypersd.tools.bench.optimum_folder import write_optimum_folder
 from hypersd.tools.bench.session import BenchOptions, run_bench
 
@@ -95,7 +96,7 @@ def test_the_decoder_gives_the_pixels_per_latent(bundle: Bundle, folder: Path) -
 def test_a_bundle_with_controlnets_is_not_for_optimum(sd15_bundle: Path) -> None:
     """Its UNet has inputs that optimum does not feed."""
     optimum, canny = find_contender("optimum"), {"canny": ControlNetSettings()}
-    controlled: Any = SimpleNamespace(manifest=SimpleNamespace(controlnets=canny))
+    controlled: Any = SimpleNamespace(manifest=SimpleNamespace(controlnets=canny, lora_slot=None))
     assert "ControlNets" in (optimum.why_not(Context(controlled, "cpu", Path())) or "")
     assert optimum.why_not(Context(Bundle.load(sd15_bundle), "cpu", Path())) is None
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from hypersd.engines import Bundle
 from hypersd.engines.progress import Silent
 from hypersd.errors import HyperSDError, RequestError
-from hypersd.tools.bench.contenders import CONTENDERS, OURS, Contender, Context
+from hypersd.tools.bench.contender import Contender, Context
+from hypersd.tools.bench.contenders import CONTENDERS, OURS
 from hypersd.tools.bench.report import Report, decode, encode
 from hypersd.tools.bench.session import BenchOptions, run_bench, why_no_room
 from hypersd.tools.bench.table import print_report
@@ -115,16 +116,55 @@ def test_the_report_survives_json(bench, stand_in) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_the_terminal(bench, stand_in, width: int) -> None:
-    """Nothing is cut off or folded, also with long names; a narrow terminal gets fewer columns."""
+    """No row is cut off or folded, also with long names; a narrow terminal gets fewer columns."""
     longest = max((contender.name for contender in CONTENDERS), key=len)
     report = bench(stand_in(), stand_in(longest, grey=9), rounds=1)
     table, _, rest = shown(report, width).partition(f"{OURS}: stand-in")
     assert rest
-    assert all(len(line.rstrip()) <= width for line in table.splitlines())
+    assert all(len(line.rstrip()) <= width for line in table.splitlines() if not line.startswith(report.checkpoint))
     row = next(line for line in table.splitlines() if longest in line)
     assert "other, 29 dB" in row
     assert "…" not in table
     assert ("p95" in table) == (width >= 112)
+
+
+def test_files_are_made_in_a_process_before_the_contenders(bench, stand_in, diary: Path) -> None:
+    """A conversion's memory is not the contender's; one that fails is the contender's failure."""
+    prepared = dataclasses.replace(stand_in("b"), preparation="stand_in")
+    bad = dataclasses.replace(stand_in("c"), preparation="stand_in", options=lambda _: {"diary": "", "name": "c"})
+    report = bench(stand_in(), prepared, bad, rounds=1)
+    lines = diary.read_text().splitlines()
+    (i,) = (i for i, line in enumerate(lines) if line.startswith("prepared|"))
+    assert lines[i + 1].startswith("b|")
+    assert report.entry("b").failure is None
+    assert report.entry("c").failure == "ValueError: no diary to prepare"
+
+
+def test_noise_is_handed_to_those_that_take_it(bench, stand_in) -> None:
+    """The others draw it themselves."""
+    taking = dataclasses.replace(stand_in("b", has_noise=True), takes_noise=True)
+    report = bench(stand_in(), taking, rounds=1)
+    assert [entry.failure for entry in report.contenders] == [None, None]
+
+
+def test_memory_at_the_peak_and_at_rest(bench, stand_in) -> None:
+    """What a contender let go after loading is in its peak alone; the table shows both."""
+    report = bench(stand_in(), stand_in("b", holds=200_000_000), rounds=1)
+    entry = report.entry("b")
+    if entry.host_memory is None:  # not on Linux
+        pytest.skip("the system tells no memory")
+    assert entry.host_memory > entry.resting_memory + 150_000_000
+    row = next(line for line in shown(report, 200).splitlines() if line.split()[:1] == ["b"])
+    for size in (entry.host_memory, entry.resting_memory):
+        assert f"{size / 1e9:.2f}" in row.split()
+
+
+def test_the_head_of_a_table_names_the_machine(bench, stand_in) -> None:
+    """With its instruction sets: they decide which kernels run."""
+    report = bench(stand_in(), rounds=1)
+    host = dataclasses.replace(report.host, processor="a Xeon", cores=2, extensions=["avx512f", "amx_bf16"])
+    head = shown(dataclasses.replace(report, host=host), 80).splitlines()[0]
+    assert head.endswith("on 2 cores of a Xeon, avx512f amx_bf16")
 
 
 def test_processes_are_gone_afterwards(bench, stand_in, monkeypatch: pytest.MonkeyPatch) -> None:
