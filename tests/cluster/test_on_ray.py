@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import preloaded
 import pytest
 import ray
 import websockets
@@ -290,20 +291,21 @@ def test_lines_of_a_batch_use_loras(
 
 
 @pytest.fixture
-def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., Any]:
     """``run_batch(lines, *options)``: the command on these lines, into ``images`` in the test's folder."""
 
-    def start(lines: Sequence[dict[str, Any]], *options: str, bundle: Path = demo_bundle) -> subprocess.Popen[str]:
+    def start(
+        lines: Sequence[dict[str, Any]], *options: str, bundle: Path = demo_bundle, fresh: bool = False
+    ) -> subprocess.Popen[str] | preloaded.Process:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(map(json.dumps, lines)))
         command = ["batch", str(bundle), str(prompts), "-o", str(tmp_path / "images"), "--num-gpus", "0"]
-        address = ["--address", ray_session["gcs_address"]]
-        return subprocess.Popen(
-            [sys.executable, "-m", "hypersd.cli", *command, *address, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        words = ["-m", "hypersd.cli", *command, "--address", ray_session["gcs_address"], *options]
+        if fresh:
+            return subprocess.Popen(
+                [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        return preloaded.start(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     return start
 
@@ -315,7 +317,7 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     lines[27] |= {"image": "photo.png", "strength": 0.5}  # a path, from the file of prompts
     PHOTO.save(tmp_path / "photo.png")
     folder = tmp_path / "images"
-    first = run_batch(lines, "--actors", "1")
+    first = run_batch(lines, "--actors", "1", fresh=True)
     wait_until(lambda: first.poll() is not None or len(list(folder.glob("*.png"))) >= 8)
     first.kill()
     first.communicate()
