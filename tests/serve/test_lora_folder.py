@@ -53,8 +53,9 @@ def served(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     """A server and its folder, which is empty at first. Tests put files of their own names there."""
     folder = tmp_path_factory.mktemp("loras")
     service = LocalService([bundle], devices=["cpu", "cpu"], lora_folder=LoraFolder(folder))
-    with RunningServer(service, ServeSettings()) as server:
+    with RunningServer(service, ServeSettings()) as server, pytest.MonkeyPatch.context() as patch:
         service.wait_ready()
+        patch.setattr("hypersd.serve.lora_folder.INTERVAL", 0.1)  # most of these tests wait for a look or two
         yield server, folder
 
 
