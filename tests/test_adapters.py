@@ -180,17 +180,17 @@ def test_every_layer_of_attention_has_a_place(
             assert placed == {path.removeprefix("text_model.") for path in paths}
 
 
-def fused(name: str, file: Path, strength: float, source_options: Any, folder: Path, **options: Any) -> Path:
-    """The bundle of an export that fuses a LoRA, beside the others."""
+def fused(name: str, file: Path, strength: float, source_options: Any, root: Path, **options: Any) -> Path:
+    """The bundle of an export that fuses a LoRA: beside the others, whose graphs it takes."""
     controlnets = options.pop("controlnets", ())
     added = (LoraSource(location=str(file), scale=strength),)
     sources = source_options(name, added_loras=added, controlnets=controlnets)
-    return export_bundle(name, folder / name, ExportOptions(sources=sources, precision="fp32", **options)).root
+    return export_bundle(name, root, ExportOptions(sources=sources, precision="fp32", **options)).root
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_kinds_without_thin_factors_are_decomposed(
-    kind: str, export_slotted: Callable[[str], Path], tmp_path: Path, source_options
+    kind: str, export_slotted: Callable[[str], Path], bundles_folder: Path, tmp_path: Path, source_options
 ) -> None:
     """LoHa and LoKr of a low rank act in the slot as they do when they are fused."""
     name, generator = "Hyper-SD15-1step-lora", torch.Generator().manual_seed(3)
@@ -213,7 +213,7 @@ def test_kinds_without_thin_factors_are_decomposed(
             tensors[f"lora_unet_{path.replace('.', '_')}.{part}"] = torch.randn(shape, generator=generator) * 0.5
     file = tmp_path / "style.safetensors"
     save_file(tensors, file)
-    expected = ours(Pipeline.load(fused(name, file, 0.7, source_options, tmp_path)), name)
+    expected = ours(Pipeline.load(fused(name, file, 0.7, source_options, bundles_folder / f"{name}-{kind}")), name)
     plain = ours(pipe, name)
     pipe.load_lora_weights(file, strict=True)
     assert np.abs(ours(pipe, name, {"style": 0.7}) - expected).max() < TOLERANCE
@@ -221,7 +221,7 @@ def test_kinds_without_thin_factors_are_decomposed(
 
 
 def test_controlnets_init_images_and_sizes_take_the_slot_too(
-    lora_files, bundles_folder: Path, tmp_path: Path, source_options, controlnet_sources
+    lora_files, bundles_folder: Path, source_options, controlnet_sources
 ) -> None:
     """Whatever else a call asks for, it is the image of the same LoRA fused."""
     name, file = "Hyper-SD15-4steps-lora", lora_files("Hyper-SD15-4steps-lora")[0]
@@ -233,7 +233,9 @@ def test_controlnets_init_images_and_sizes_take_the_slot_too(
     sources = source_options(name, controlnets=form["controlnets"])
     options = ExportOptions(sources=sources, precision="fp32", shapes=form["shapes"], lora_slot=slot)
     pipe = load(export_bundle(name, bundles_folder / f"{name}-slotted-controlled", options).root, [file])
-    reference = Pipeline.load(fused(name, file, 1.0, source_options, tmp_path, **form))
+    reference = Pipeline.load(
+        fused(name, file, 1.0, source_options, bundles_folder / f"{name}-fused-controlled", **form)
+    )
     photo = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB")
     calls: list[dict[str, Any]] = [
         {"control_image": photo, "height": 96},
@@ -284,12 +286,12 @@ def test_a_one_graph_takes_the_slots_as_inputs(
         assert np.abs(images[0] - images[1]).max() <= 1
 
 
-def test_tensorrt_rtx_builds_engines_with_a_slot(bundles_folder: Path, tmp_path: Path, source_options) -> None:
+def test_tensorrt_rtx_builds_engines_with_a_slot(bundles_folder: Path, source_options) -> None:
     """Without a GPU: the parser and the builder take the graphs of every component."""
     pytest.importorskip("tensorrt_rtx")
     name = "Hyper-SD15-1step-lora"
     options = ExportOptions(sources=source_options(name), lora_slot=SlotOptions(rank=4, with_text=True), text_only=True)
-    bundle = build_engines(export_bundle(name, tmp_path / name, options), "tensorrt-rtx")
+    bundle = build_engines(export_bundle(name, bundles_folder / f"{name}-slotted-rtx", options), "tensorrt-rtx")
     (target,) = bundle.manifest.engines.values()
     assert target.plans.keys() == bundle.manifest.components.keys()
     assert bundle.manifest.lora_slot is not None

@@ -422,7 +422,7 @@ def test_a_demonstration_checkpoint_from_export_to_verify(
 
 
 def test_added_loras_from_export_to_verify(
-    export_arguments: list[str], tiny_repos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export_arguments: list[str], bundles_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two style LoRAs, one for the text encoder too, and a VAE in one file: recorded, shown and verified."""
     from diffusers import DiffusionPipeline
@@ -433,7 +433,7 @@ def test_added_loras_from_export_to_verify(
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     save_file(kohya(random_lora(shapes, 1.0)), one)
     save_file(pairs(random_lora({"unet": shapes["unet"]}), ".lora_A.weight", ".lora_B.weight"), two)
-    bundle = tmp_path / "bundle"
+    bundle = bundles_folder / "command-line-styles"  # beside those whose graphs it takes
     vae = Path(export_arguments[4]) / "vae/diffusion_pytorch_model.safetensors"
     more = [
         "--vae",
