@@ -41,6 +41,32 @@ def pytest_runtest_setup() -> None:
         gc.collect()
         gc.freeze()
         frozen_modules = len(sys.modules)
+    read_torchlib_once()
+
+
+def read_torchlib_once() -> None:
+    """Keep the table of operators of torch's exporter, which each trace would read from the source of 600 functions.
+
+    That is a quarter of what the trace of a tiny network takes. Exports in processes of their own do read it each time.
+    """
+    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(registration, "ONNXRegistry", None)
+    read = getattr(registry, "from_torchlib", None)
+    if read is not None and not hasattr(read, "cache_info"):
+        registry.from_torchlib = staticmethod(functools.cache(read))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With two workers, begin the second one's share with the tests of the bundle that takes longest to export.
+
+    Each worker begins with one half of the list. Else the first one would soon wait for that bundle, half a minute.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    half, tests_of_it, others = len(items) // 2, [], []
+    for item in items:
+        (tests_of_it if "sdxl_dynamic_bundle" in getattr(item, "fixturenames", ()) else others).append(item)
+    items[:] = [*others[:half], *tests_of_it, *others[half:]]
 
 
 @pytest.fixture(scope="session")
@@ -262,7 +288,7 @@ def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def rtx_bundle(shared_folder: Path, source_options) -> Path:
+def rtx_bundle(bundles_folder: Path, source_options) -> Path:
     """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""
     pytest.importorskip("tensorrt_rtx")
     from hypersd.engines import build_engines
@@ -270,12 +296,12 @@ def rtx_bundle(shared_folder: Path, source_options) -> Path:
 
     name = "Hyper-SD15-1step-lora"
     options = ExportOptions(sources=source_options(name), precision="fp16")
-    bundle = export_bundle(name, shared_folder / "rtx" / name, options)
+    bundle = export_bundle(name, bundles_folder / f"{name}-rtx", options)
     return build_engines(bundle, "tensorrt-rtx").root
 
 
 @pytest.fixture(scope="session")
-def sdxl_dynamic_bundle(shared_folder: Path, tiny_repos: Path, source_options, controlnet_sources) -> Path:
+def sdxl_dynamic_bundle(bundles_folder: Path, tiny_repos: Path, source_options, controlnet_sources) -> Path:
     """An fp16 SDXL bundle with ranges of batch (1 to 2), height and width (64 to 104 and 96), and the fp16-fix VAE.
 
     It has a ControlNet, ``canny``.
@@ -293,7 +319,7 @@ def sdxl_dynamic_bundle(shared_folder: Path, tiny_repos: Path, source_options, c
         shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 104), "width": (64, 64, 96)}),
         precision="fp16",
     )
-    return export_bundle(name, shared_folder / "dynamic" / name, options).root
+    return export_bundle(name, bundles_folder / f"{name}-dynamic", options).root
 
 
 @pytest.fixture(scope="session")
