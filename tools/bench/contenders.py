@@ -101,7 +101,7 @@ def _genai_options(context: Context) -> dict[str, Any]:
         raise RequestError(f"--eta {image.eta:g}: the DDIM of OpenVINO GenAI has no eta, expected 0")
     write_openvino_folder(context.bundle, context.folder, for_genai=True)
     shape = {"height": image.height, "width": image.width, "guidance_scale": image.guidance_scale}
-    return {"folder": str(context.folder), "sampler": sampler, **shape}
+    return {"folder": str(context.folder), "sampler": sampler, "eta": image.eta, **shape}
 
 
 def _optimum_intel_options(context: Context) -> dict[str, Any]:

@@ -17,11 +17,7 @@ from .openvino_models import cpu_precision
 from .protocol import DECODE, TEXT_ENCODERS, Facts, Settings, TimedImage, step_name
 
 PACKAGES = ("openvino-genai", "openvino", "openvino-tokenizers")
-SAMPLERS = {
-    "ddim": "DDIM",
-    "lcm": "LCM",
-    "tcd": "it has no TCD: DDIM for one step, which is the same, and LCM for several",
-}
+NOISY = 0.5  # the eta from which TCD is nearer to LCM than to DDIM
 
 
 class Runner:
@@ -30,14 +26,16 @@ class Runner:
     Args:
         folder: that layout.
         sampler: the bundle's kind of sampler.
+        eta: of all images.
         height: of all images, in pixels.
         width: likewise.
         guidance_scale: of all images; above 1 the UNet computes two rows.
     """
 
-    def __init__(self, folder: str, sampler: str, height: int, width: int, guidance_scale: float) -> None:
+    def __init__(self, folder: str, sampler: str, eta: float, height: int, width: int, guidance_scale: float) -> None:
         self._folder = folder
         self._sampler = sampler
+        self._of_several_steps = "LCM" if sampler == "lcm" or (sampler == "tcd" and eta >= NOISY) else "DDIM"
         self._shape = (1, height, width, guidance_scale)
 
     def load(self) -> Facts:
@@ -45,7 +43,7 @@ class Runner:
         self._pipe = genai.Text2ImagePipeline(self._folder)
         self._pipe.reshape(*self._shape)
         self._pipe.compile("CPU")
-        how = f"OpenVINO, C++, static shapes, fp16 weights, {SAMPLERS[self._sampler]}"
+        how = f"OpenVINO, C++, static shapes, fp16 weights, {self._samplers()}"
         return Facts(precision=cpu_precision(), device="cpu", how=how, packages=PACKAGES)
 
     def generate(self, settings: Settings) -> TimedImage:
@@ -53,7 +51,7 @@ class Runner:
         assert settings.noise is not None, "the noise was not handed over"
         steps = settings.num_inference_steps or 1  # a custom timestep is one step
         noise = _Noise(np.load(settings.noise))
-        self._pipe.set_scheduler(self._scheduler(steps, settings.eta))
+        self._pipe.set_scheduler(self._scheduler(steps))
         began = time.perf_counter()
         image = self._pipe.generate(
             settings.prompt,
@@ -68,10 +66,17 @@ class Runner:
         seconds = time.perf_counter() - began
         return TimedImage(pixels, seconds, _stages(self._pipe.get_performance_metrics()))
 
-    def _scheduler(self, steps: int, eta: float) -> Any:
-        """The bundle's sampler, or the nearest: with noise in every step TCD is LCM, but for the first alpha."""
-        is_lcm = self._sampler == "lcm" or (self._sampler == "tcd" and steps > 1 and eta >= 0.5)
-        kind = genai.Scheduler.Type.LCM if is_lcm else genai.Scheduler.Type.DDIM
+    def _samplers(self) -> str:
+        """A few words."""
+        if self._sampler != "tcd":
+            return self._of_several_steps
+        several = "" if self._of_several_steps == "DDIM" else f", and {self._of_several_steps} for several"
+        return f"no TCD: DDIM for one step, which is the same{several}"
+
+    def _scheduler(self, steps: int) -> Any:
+        """The bundle's sampler, or the nearest: at eta 1 TCD is LCM, but for the alpha of the first timestep."""
+        name = "DDIM" if self._sampler == "tcd" and steps == 1 else self._of_several_steps
+        kind = getattr(genai.Scheduler.Type, name)
         return genai.Scheduler.from_config(Path(self._folder) / "scheduler/scheduler_config.json", kind)
 
 

@@ -147,6 +147,10 @@ def test_models_have_the_types_and_outputs_of_openvinos_exports(sdxl_mixed_bundl
         constants = [node for node in model.get_ops() if node.get_type_name() == "Constant" and node.data.size > 1000]
         types = {node.get_element_type() for node in constants}
         assert {each for each in types if each.is_real()} == {ov.Type.f16}
+        computed = [node for node in model.get_ops() if node.get_type_name() not in ("Constant", "Result")]
+        assert ov.Type.f16 not in {node.get_output_element_type(0) for node in computed}
+        stored = [node for node in computed if node.get_type_name() == "Convert" and "decompression_0" in node.rt_info]
+        assert len(stored) >= len([node for node in constants if node.get_element_type() == ov.Type.f16])
 
 
 @pytest.mark.parametrize("name", RIVALS)
