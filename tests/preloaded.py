@@ -101,7 +101,12 @@ class Process:
     def communicate(self, timeout: float | None = None) -> tuple[str | None, str | None]:
         """The rest of stdout and stderr, once it has ended. After ``timeout`` seconds it is killed."""
         late = threading.Event()
-        watch = threading.Timer(timeout or threading.TIMEOUT_MAX, lambda: (late.set(), self.kill()))
+
+        def end() -> None:
+            late.set()
+            os.kill(self.pid, signal.SIGKILL)
+
+        watch = threading.Timer(timeout or threading.TIMEOUT_MAX, end)
         watch.daemon = True
         watch.start()
         with ThreadPoolExecutor(1) as pool:
