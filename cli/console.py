@@ -247,7 +247,7 @@ def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> 
 
 def _openvino_is_faster() -> bool:
     """Whether it is installed and this processor has native bfloat16: several times faster than ONNX Runtime."""
-    from ..engines.openvino import has_native_bf16, is_installed
+    from ..engines.openvino.library import has_native_bf16, is_installed
 
     return is_installed() and has_native_bf16()
 
@@ -276,7 +276,7 @@ def _backend(choice: Choice) -> str:
     from ..engines.tensorrt.api import TITLES
 
     if choice.precision is not None:
-        from ..engines.openvino import openvino_version
+        from ..engines.openvino.library import openvino_version
 
         return f"OpenVINO {openvino_version()} in {choice.precision}"
     if choice.target is None:

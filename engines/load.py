@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -15,6 +16,8 @@ from .engine import Engine
 from .image_shapes import narrowed
 from .late_engine import LATE, LateEngine
 from .manifest import Manifest
+from .mapped_files import release_pages
+from .openvino.library import check_device, is_installed, resolve_precision
 from .progress import Progress, Silent
 from .specs import Component, EngineTarget
 from .tensorrt.api import TITLES, load_api
@@ -53,7 +56,8 @@ def choose(
 
     Args:
         bundle: the opened bundle.
-        backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else ONNX Runtime.
+        backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else, for an fp16 bundle
+            on a CPU, OpenVINO if it is installed, else ONNX Runtime.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
         target: a target of the bundle by its name, or by a part of the name that no other target has.
         precision: the one for OpenVINO, ``"fp32"`` or ``"bf16"``; by default bf16 where the processor has it.
@@ -68,12 +72,13 @@ def choose(
     if target is not None and backend in ONNX_BACKENDS:
         raise RequestError(f"target {target!r}: only TensorRT has targets, not {backend}: leave one of the two out")
     if backend == "openvino":
-        return _choose_openvino(bundle, device, precision)
-    if precision is not None:
+        check_device(device)
+        return _onnx_choice(bundle, backend, precision)
+    if precision is not None and backend != "auto":
         raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
     targets, is_cuda = _asked_for(bundle, backend, target), _is_cuda(device)
     if backend == "onnxruntime" or (backend == "auto" and target is None and not (targets and is_cuda)):
-        return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over={})
+        return _onnx_choice(bundle, _onnx_backend(bundle, backend, device), precision)
     if not is_cuda:
         raise RequestError(
             f"device {str(device)!r}: {TITLES.get(backend, 'TensorRT')} runs on CUDA devices; "
@@ -88,17 +93,40 @@ def choose(
         manifest = narrowed(bundle.manifest, targets[best].shapes)
         return Choice(backend=targets[best].backend, target=best, manifest=manifest, passed_over=passed_over)
     if backend == "auto" and target is None:
-        return Choice(backend="onnxruntime", target=None, manifest=bundle.manifest, passed_over=passed_over)
+        return _onnx_choice(bundle, _onnx_backend(bundle, backend, device), precision, passed_over)
     why = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
     raise DeviceError(f"{bundle.root} cannot run here: {why}")
 
 
-def _choose_openvino(bundle: Bundle, device: str, precision: str | None) -> Choice:
-    from .openvino import check_device, resolve_precision
+def _onnx_backend(bundle: Bundle, backend: str, device: str) -> str:
+    """The backend that runs a bundle's ONNX files where none, or ONNX Runtime, was named.
 
-    check_device(device)
-    precision = resolve_precision(precision)
-    return Choice(backend="openvino", target=None, manifest=bundle.manifest, passed_over={}, precision=precision)
+    Half precision, asked for at the export, runs on a CPU, too: OpenVINO computes in bfloat16 from the float16 weights.
+    ONNX Runtime makes copies of them in float32 and takes several times as long.
+    """
+    is_half = bundle.manifest.precision == "fp16"
+    return "openvino" if backend == "auto" and is_half and is_installed() and _runs_on_cpu(device) else "onnxruntime"
+
+
+def _runs_on_cpu(device: str) -> bool:
+    """Whether ONNX Runtime would run on the CPU for this device."""
+    if str(device) == "auto" and not torch.cuda.is_available():
+        return True
+    from .onnx_runtime import resolve_device
+
+    return resolve_device(device).type == "cpu"
+
+
+def _onnx_choice(
+    bundle: Bundle, backend: str, precision: str | None, passed_over: Mapping[str, str] = MappingProxyType({})
+) -> Choice:
+    if backend == "openvino":
+        precision = resolve_precision(precision)
+    elif precision is not None:
+        raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
+    return Choice(
+        backend=backend, target=None, manifest=bundle.manifest, passed_over=dict(passed_over), precision=precision
+    )
 
 
 def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
@@ -195,7 +223,7 @@ def load_choice(
         cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
         return load_target(bundle, choice.target, components, cuda, progress or Silent())
     if choice.precision is not None:
-        from .openvino import OpenVinoEngine
+        from .openvino.openvino_engine import OpenVinoEngine
 
         load = functools.partial(OpenVinoEngine, precision=choice.precision)
         return _on_the_cpu(bundle, components, load)
@@ -214,9 +242,29 @@ def load_choice(
 def _on_the_cpu(
     bundle: Bundle, components: Mapping[str, Component], load: Callable[[str, Path, Component], Engine]
 ) -> dict[str, Engine]:
-    """Engines on the CPU, those that only some calls run not loaded yet."""
-    loaders = {name: functools.partial(load, name, bundle.path(part.onnx), part) for name, part in components.items()}
-    return {name: LateEngine(components[name], make) if name in LATE else make() for name, make in loaders.items()}
+    """Engines on the CPU, those that only some calls run not loaded yet.
+
+    The largest comes first: a load takes up to twice what it leaves, and then nothing lies beside it.
+    """
+    engines: dict[str, Engine] = {}
+    for name in sorted(components, key=lambda name: _bytes(bundle, components[name]), reverse=True):
+        component = components[name]
+        make = functools.partial(_load_on_the_cpu, load, name, bundle.path(component.onnx), component)
+        engines[name] = LateEngine(component, make) if name in LATE else make()
+    return {name: engines[name] for name in components}
+
+
+def _bytes(bundle: Bundle, component: Component) -> int:
+    return sum(bundle.manifest.files[file].size for file in component.files)
+
+
+def _load_on_the_cpu(
+    load: Callable[[str, Path, Component], Engine], name: str, path: Path, component: Component
+) -> Engine:
+    """An engine; the pages of the bundle's weights, of which it has packed its own copy, are given back."""
+    engine = load(name, path, component)
+    release_pages(path.parent)
+    return engine
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:

@@ -201,7 +201,7 @@ def serve(path: Path, backend: str) -> None:
     else:
         import openvino as ov
 
-        from hypersd.engines.openvino import take_angles
+        from hypersd.engines.openvino.model_passes import take_angles
 
         model = ov.Core().read_model(path)
         take_angles(model)

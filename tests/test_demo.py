@@ -22,7 +22,7 @@ from train_demo.judge import judge
 from train_demo.scenes import render
 
 from hypersd import Pipeline
-from hypersd.engines.openvino import has_native_bf16
+from hypersd.engines.openvino.library import has_native_bf16
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
 from hypersd.export.checkpoints import DEMO_CONTROLNET
 from hypersd.export.controlnet_sources import ControlNetSource

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from hypersd.cli import main
-from hypersd.engines import openvino
-from hypersd.engines.openvino import openvino_version, resolve_precision
+from hypersd.engines.openvino import library
+from hypersd.engines.openvino.library import openvino_version, resolve_precision
 
 HINT = "--backend openvino is faster here"
 
@@ -38,8 +38,8 @@ def test_generate_says_once_that_openvino_is_faster(
     """To those who left the backend open, on a processor that multiplies in bfloat16, with OpenVINO installed."""
 
     def told(*options: str, installed: bool = True, native: bool = True) -> int:
-        monkeypatch.setattr(openvino, "is_installed", lambda: installed)
-        monkeypatch.setattr(openvino, "has_native_bf16", lambda: native)
+        monkeypatch.setattr(library, "is_installed", lambda: installed)
+        monkeypatch.setattr(library, "has_native_bf16", lambda: native)
         generate(sd15_bundle, tmp_path / "a.png", "--device", "cpu", *options)
         return capsys.readouterr().err.count(HINT)
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
-from hypersd.engines import openvino as module
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.engine import Engine
 from hypersd.engines.late_engine import LateEngine
 from hypersd.engines.load import Choice, choose, load_choice
-from hypersd.engines.openvino import OpenVinoEngine, has_native_bf16, resolve_precision
+from hypersd.engines.openvino import compiled_graph, library
+from hypersd.engines.openvino.library import PRECISIONS, has_native_bf16, resolve_precision
+from hypersd.engines.openvino.openvino_engine import OpenVinoEngine
 from hypersd.errors import BundleError, DeviceError, EngineError, HyperSDError, RequestError
 
 needs_bf16 = pytest.mark.skipif(not has_native_bf16(), reason="needs a processor that multiplies in bfloat16")
@@ -94,7 +95,7 @@ def test_the_time_of_a_step_is_not_rounded_to_bfloat16(
     """Timestep 999 has no bfloat16: with the angles of its embedding rounded the UNet computes for another timestep."""
     root = request.getfixturevalue(f"{family}_bundle")
     exact, kept = (load_openvino(root, precision)["unet"] for precision in ("fp32", "bf16"))
-    monkeypatch.setattr(module, "take_angles", lambda model: None)
+    monkeypatch.setattr(compiled_graph, "take_angles", lambda model: None)
     rounded = load_openvino(root, "bf16")["unet"]
     feeds = first_step_feeds(exact, 0)
     at_zero = {**feeds, "timestep": torch.zeros(1)}  # whose angles are 0 in any precision
@@ -188,7 +189,7 @@ def test_options_of_compiled_models(cores: int, monkeypatch: pytest.MonkeyPatch,
             assert part.get_property("INFERENCE_NUM_THREADS") == cores
             assert part.get_property("NUM_STREAMS") == 1
         hint = network.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        assert hint == module.PRECISIONS[precision]
+        assert hint == PRECISIONS[precision]
         assert [part.get_property("INFERENCE_PRECISION_HINT").get_type_name() for part in angles] in ([], ["f32"])
 
 
@@ -262,10 +263,10 @@ def test_options_that_do_not_go_together_are_rejected(sd15_bundle: Path) -> None
 def test_bfloat16_is_for_processors_that_have_it(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere it is rejected if it was asked for, never emulated in silence; what is left open becomes float32."""
     bundle = Bundle.load(sd15_bundle)
-    monkeypatch.setattr(module, "has_native_bf16", lambda: False)
+    monkeypatch.setattr(library, "has_native_bf16", lambda: False)
     assert choose(bundle, "openvino").precision == "fp32"
     assert "expected fp32" in refusal(DeviceError, sd15_bundle, "openvino", precision="bf16")
-    monkeypatch.setattr(module, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(library, "has_native_bf16", lambda: True)
     assert choose(bundle, "openvino", "cpu").precision == "bf16"
     expected = Choice(backend="openvino", target=None, manifest=bundle.manifest, passed_over={}, precision="fp32")
     assert choose(bundle, "openvino", precision="fp32") == expected
@@ -274,7 +275,7 @@ def test_bfloat16_is_for_processors_that_have_it(sd15_bundle: Path, monkeypatch:
 def test_without_the_package_it_says_what_to_install(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra is no part of the plain install."""
     monkeypatch.setitem(sys.modules, "openvino", None)  # which makes its import fail
-    monkeypatch.setattr(module, "_core", module._core.__wrapped__)
+    monkeypatch.setattr(library, "core", library.core.__wrapped__)
     assert "pip install -e '.[openvino]'" in refusal(DeviceError, sd15_bundle, "openvino")
 
 

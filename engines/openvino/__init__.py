@@ -1,0 +1,1 @@
+"""OpenVINO on the CPU; the only room that imports openvino."""
