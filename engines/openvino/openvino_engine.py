@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError
+from ..at_rest import AtRest
 from ..by_shapes import ByShapes, ByThread
 from ..cores import available_cores
 from ..engine import check_feeds
@@ -59,6 +61,15 @@ class _Binding:
                 network.set_tensor(name, self._make_tensor(tensor.numpy(), shared_memory=True))
 
 
+def _release_activations(parts: Sequence[ov.CompiledModel]) -> None:
+    """Give back the memory of intermediate results: 0.4 GB of SD1.5's decoder at 512x512, 1.8 GB of SDXL's at 1024x1024.
+
+    OpenVINO keeps a run out while it does this; the next one allocates the memory again, which takes a few percent of it.
+    """
+    for part in parts:
+        part.release_memory()
+
+
 def _run(request: ov.InferRequest) -> None:
     request.start_async()  # infer() would also wrap every output
     request.wait()
@@ -70,6 +81,7 @@ class OpenVinoEngine:
     Safe to call from several threads: the compiled model is shared and runs once at a time; the output buffers belong
     to the calling thread. They are allocated at the first call with given shapes and reused by later ones (see
     :class:`.engine.Engine`), for the last few sets of shapes. Inputs are read and outputs are written where they lie.
+    Memory of intermediate results is given back when the engine has not run for two seconds.
 
     Args:
         name: the component's, for messages.
@@ -92,6 +104,7 @@ class OpenVinoEngine:
         self.device = torch.device("cpu")
         self._parts = compile_graph(path, component, precision, threads or available_cores())
         self._bindings: ByShapes[_Binding] = ByThread()
+        self._at_rest = AtRest(functools.partial(_release_activations, self._parts))
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.
@@ -105,6 +118,7 @@ class OpenVinoEngine:
             binding = self._bindings.get(shapes, lambda: self._bind(feeds))
             binding.bind_inputs(feeds)
             binding.run(self.outputs)
+            self._at_rest.touch()
         except EngineError:
             raise
         except Exception as error:  # OpenVINO's exceptions share no base class but this
