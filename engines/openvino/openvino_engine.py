@@ -62,9 +62,9 @@ class _Binding:
 
 
 def _release_activations(parts: Sequence[ov.CompiledModel]) -> None:
-    """Give back the memory of intermediate results: 0.4 GB of SD1.5's decoder at 512x512, 1.8 GB of SDXL's at 1024x1024.
+    """Give back the memory of intermediate results: SD1.5's decoder has 0.4 GB at 512x512, SDXL's 1.8 GB at 1024x1024.
 
-    OpenVINO keeps a run out while it does this; the next one allocates the memory again, which takes a few percent of it.
+    OpenVINO keeps runs out while it does this; the next one allocates the memory again, a few percent of its time.
     """
     for part in parts:
         part.release_memory()
