@@ -83,7 +83,8 @@ def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
-        help="OpenVINO only: compute type (default: bf16 where the processor supports it natively, else fp32)",
+        help="OpenVINO only: compute type (default: bf16 where the processor supports it natively, else fp32); "
+        "the other backends compute in the bundle's precision",
     )
 
 

@@ -217,7 +217,7 @@ def _make_cpu_session(path: Path, component: Component, threads: int) -> ort.Inf
     """A session on the CPU, of the stored model if models are stored (:mod:`.stored_models`)."""
     # The number of threads is not part of it: neither the graph nor the packed weights depend on it.
     runtime = f"{ort.__version__} {ort.get_build_info()} {STORED_WEIGHTS}"
-    stored = find_stored_model(path, component, runtime)
+    stored = find_stored_model(path, component, runtime, "model.onnx")
     session = stored and open_stored(
         stored,
         lambda graph: _store_model(path, graph, threads),

@@ -1,8 +1,9 @@
-"""Models that ONNX Runtime has optimised, stored on disk: a later load maps the file instead of optimising again.
+"""Models as a library makes them from a bundle's, stored on disk: a later load maps the files instead.
 
 The environment variable ``HYPERSD_STORED_MODELS`` names the folder; without it nothing is stored. Each stored model is
-a folder there: a graph and its weights, about the size of the component in float32, for one processor and one version
-of ONNX Runtime. The newest one of a component replaces the others. All of them may be deleted at any time.
+a folder there: a graph and its weights, for one processor and one version of the library. ONNX Runtime's are optimised,
+about the size of the component in float32; OpenVINO's have the half of it, in float16. The newest one of a component
+and library replaces the others. All of them may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from .files import lock_file, whole_folder
 from .specs import Component
 
 VARIABLE = "HYPERSD_STORED_MODELS"
-GRAPH = "model.onnx"
 LAYOUT_VERSION = 1  # raise it when the content or its layout changes
 CPU_INFO = Path("/proc/cpuinfo")
 # They decide which kernels are chosen, and so how weights are packed; of x86, then of Arm.
@@ -43,13 +43,15 @@ class StoredModel:
 
     Attributes:
         root: the folder of all stored models.
-        network: the component's part of the name: it stands for the path of the bundle's graph.
+        network: the component's part of the name: it stands for the path of the bundle's graph and the library.
         key: the hash of everything that decides whether the stored model can be used.
+        file: the graph's name in its folder.
     """
 
     root: Path
     network: str
     key: str
+    file: str
 
     @property
     def folder(self) -> Path:
@@ -57,7 +59,7 @@ class StoredModel:
 
     @property
     def graph(self) -> Path:
-        return self.folder / GRAPH
+        return self.folder / self.file
 
     def others(self) -> list[Path]:
         """The network's stored models of other keys, and the parts that a killed process left."""
@@ -80,13 +82,14 @@ def stored_models_folder() -> Path | None:
     return None
 
 
-def find_stored_model(path: Path, component: Component, runtime: str) -> StoredModel | None:
+def find_stored_model(path: Path, component: Component, runtime: str, file: str) -> StoredModel | None:
     """The place of the stored model of a component's graph; None if no models are stored.
 
     Args:
         path: the graph in the bundle.
         component: its entry in the manifest.
         runtime: version and settings of the library that stores and loads it.
+        file: the name for the stored graph; each library has one of its own.
     """
     root = stored_models_folder()
     if root is None:
@@ -96,9 +99,9 @@ def find_stored_model(path: Path, component: Component, runtime: str) -> StoredM
         files = _file_states(path, component)
     except OSError:  # opening the session reports the missing file
         return None
-    network = f"{path.parent.name}-{_short_hash(str(path))}"
+    network = f"{path.parent.name}-{_short_hash([str(path), file])}"
     key = _short_hash([LAYOUT_VERSION, runtime, describe_processor(), component.key, files])
-    return StoredModel(root, network, key)
+    return StoredModel(root, network, key, file)
 
 
 def _file_states(path: Path, component: Component) -> list[tuple[str, int, int]]:
@@ -142,7 +145,7 @@ def open_stored(
                 return load(stored.graph)
         with lock_file(stored.root / stored.network, _give_up):
             with whole_folder(stored.folder) as partial:
-                store(partial / GRAPH)
+                store(partial / stored.file)
             for other in stored.others():
                 shutil.rmtree(other, ignore_errors=True)  # a process that has mapped it keeps it
             return load(stored.graph)

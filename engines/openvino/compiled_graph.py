@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import BundleError, HyperSDError
 from ..engine import check_graph
+from ..mapped_files import release_pages
 from ..specs import Component
-from .library import PRECISIONS, core, in_short
-from .model_passes import expand_group_normalizations, take_angles, widen
+from ..stored_models import find_stored_model, open_stored
+from .library import PRECISIONS, core, in_short, load_library
+from .model_passes import expand_group_normalizations, holds_float32, take_angles, widen
 
 if TYPE_CHECKING:
     import openvino as ov
+
+ANGLES, STORED = "angles.xml", "model.xml"
 
 
 def compile_graph(path: Path, component: Component, precision: str, threads: int) -> list[ov.CompiledModel]:
@@ -22,8 +27,11 @@ def compile_graph(path: Path, component: Component, precision: str, threads: int
         BundleError: OpenVINO cannot read the file, or its tensors are not the component's.
     """
     options = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
+    folder = path.parent
     try:
         models = _read(path, component, precision)
+        if (stored := _stored(path, component, precision, models)) is not None:
+            folder, models = stored
         return [
             core().compile_model(model, "CPU", {**options, "INFERENCE_PRECISION_HINT": PRECISIONS[its_precision]})
             for its_precision, model in models.items()
@@ -32,6 +40,8 @@ def compile_graph(path: Path, component: Component, precision: str, threads: int
         raise
     except Exception as error:  # OpenVINO's exceptions share no base class but this
         raise BundleError(f"{path} cannot be loaded by OpenVINO: {in_short(error)}") from error
+    finally:
+        release_pages(folder)  # packed weights lie elsewhere
 
 
 def _read(path: Path, component: Component, precision: str) -> dict[str, ov.Model]:
@@ -44,3 +54,34 @@ def _read(path: Path, component: Component, precision: str) -> dict[str, ov.Mode
         widen(each)
         expand_group_normalizations(each)
     return models
+
+
+def _stored(
+    path: Path, component: Component, precision: str, models: dict[str, ov.Model]
+) -> tuple[Path, dict[str, ov.Model]] | None:
+    """The folder of the stored models, and these; None if none are stored (:mod:`..stored_models`).
+
+    Float32 weights for bfloat16 are stored as float16: half to read, and half of the memory. Float16 weights are
+    compiled from the bundle's own file: a stored one would be the same again.
+    """
+    if precision == "fp32" or not holds_float32(models[precision]):
+        return None
+    stored = find_stored_model(path, component, load_library().__version__, STORED)
+    read = stored and open_stored(stored, functools.partial(_store, models), _load_stored)
+    return (stored.folder, read) if stored and read else None
+
+
+def _store(models: dict[str, ov.Model], graph: Path) -> None:
+    """Write the network with float16 weights, and the angles' model beside it as it is: it is exact."""
+    for precision, model in models.items():
+        is_network = precision != "fp32"
+        load_library().save_model(model, graph if is_network else graph.with_name(ANGLES), compress_to_fp16=is_network)
+
+
+def _load_stored(graph: Path) -> dict[str, ov.Model]:
+    angles = graph.with_name(ANGLES)
+    try:
+        models = {"fp32": core().read_model(angles)} if angles.exists() else {}
+        return {**models, "bf16": core().read_model(graph)}
+    except Exception as error:  # OpenVINO's exceptions share no base class but this
+        raise BundleError(f"{graph} cannot be loaded by OpenVINO: {in_short(error)}") from error

@@ -562,7 +562,7 @@ def test_generate_passes_over_engines_that_cannot_run(
     out, err = run(capsys, "generate", rtx_bundle, "a cat", "-o", tmp_path / "cat.png", "--seed", "1")
     passed_over, loaded = err.splitlines()
     assert passed_over.startswith("TensorRT engines passed over: ")
-    assert loaded.startswith("Hyper-SD15-1step-lora on cpu with ONNX Runtime, loaded in ")
+    assert loaded.startswith("Hyper-SD15-1step-lora on cpu with ONNX Runtime in fp32, loaded in ")
     assert len(out.splitlines()) == 1
 
 

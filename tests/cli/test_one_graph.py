@@ -34,7 +34,7 @@ def test_export_info_and_generate(
         files.append(tmp_path / f"{len(options)}.png")
         words = ["generate", str(bundle.root), "a cat", "--seed", "3", "--steps", "2", "-o", str(files[-1]), *options]
         assert main([*words, "--device", "cpu"]) == 0
-    assert "with ONNX Runtime, one-graph-2steps, loaded in" in capsys.readouterr().err
+    assert "with ONNX Runtime in fp32, one-graph-2steps, loaded in" in capsys.readouterr().err
     separate, whole = (np.asarray(Image.open(file)).astype(int) for file in files)
     assert np.abs(separate - whole).max() <= 1
     assert Image.open(files[0]).info["hypersd"] == Image.open(files[1]).info["hypersd"]

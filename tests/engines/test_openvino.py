@@ -17,7 +17,7 @@ from small_graphs import component, random_feeds, write_add
 from torch import Tensor
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle
+from hypersd.engines import Bundle, load
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.engine import Engine
 from hypersd.engines.late_engine import LateEngine
@@ -25,6 +25,7 @@ from hypersd.engines.load import Choice, choose, load_choice
 from hypersd.engines.openvino import compiled_graph, library
 from hypersd.engines.openvino.library import PRECISIONS, has_native_bf16, resolve_precision
 from hypersd.engines.openvino.openvino_engine import OpenVinoEngine
+from hypersd.engines.stored_models import VARIABLE
 from hypersd.errors import BundleError, DeviceError, EngineError, HyperSDError, RequestError
 
 needs_bf16 = pytest.mark.skipif(not has_native_bf16(), reason="needs a processor that multiplies in bfloat16")
@@ -270,6 +271,47 @@ def test_bfloat16_is_for_processors_that_have_it(sd15_bundle: Path, monkeypatch:
     assert choose(bundle, "openvino", "cpu").precision == "bf16"
     expected = Choice(backend="openvino", target=None, manifest=bundle.manifest, passed_over={}, precision="fp32")
     assert choose(bundle, "openvino", precision="fp32") == expected
+
+
+def test_half_precision_on_a_cpu_is_openvinos(
+    sdxl_mixed_bundle: Path, sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` computes in the precision that was asked for at the export; without OpenVINO it is as it was."""
+    halves, full = Bundle.load(sdxl_mixed_bundle), Bundle.load(sd15_bundle)
+    for device in ("auto", "cpu"):
+        chosen = choose(halves, "auto", device)
+        assert (chosen.backend, chosen.precision) == ("openvino", resolve_precision(None))
+        assert choose(halves, "auto", device, precision="fp32").precision == "fp32"
+        assert choose(full, "auto", device).backend == "onnxruntime"
+    assert choose(halves, "onnxruntime", "cpu").backend == "onnxruntime"
+    monkeypatch.setattr(load, "is_installed", lambda: False)
+    assert choose(halves, "auto", "cpu").backend == "onnxruntime"
+
+
+@needs_bf16
+def test_stored_models_have_their_weights_in_float16(
+    sd15_bundle: Path, sdxl_mixed_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of float32 bundles: the same outputs at every load, and a damaged one is replaced."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    plain = load_openvino(sd15_bundle, "fp32")["unet"]
+    assert list(tmp_path.iterdir()) == [], "float32 is computed from the bundle's own weights"
+    feeds = first_step_feeds(plain, 0)
+    outputs = []
+    for damage in (False, False, True):
+        if damage:
+            [weights] = tmp_path.glob("unet-*/model.bin")
+            weights.write_bytes(b"")
+        outputs.append(load_openvino(sd15_bundle, "bf16")["unet"].run(feeds)["out_sample"].clone())
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert 1e-3 < distance(outputs[0], plain.run(feeds)["out_sample"]) < 0.04
+    [stored] = tmp_path.glob("unet-*/model.bin")
+    size = sum(file.size for name, file in Bundle.load(sd15_bundle).manifest.files.items() if name.startswith("unet/"))
+    assert stored.stat().st_size < 0.6 * size
+    load_openvino(sdxl_mixed_bundle, "bf16")
+    others = {path.name.partition("-")[0] for path in tmp_path.glob("[!.]*")} - {"text_encoder", "unet"}
+    assert others == {"vae_decoder"}, "the VAE alone is float32 there"
+    assert len(list(tmp_path.glob("unet-*/model.xml"))) == 1
 
 
 def test_without_the_package_it_says_what_to_install(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_the_key_covers_everything_that_matters(
     shutil.copytree(sd15_bundle / "unet", tmp_path / "unet")
 
     def find(runtime: str = "1.31.1") -> StoredModel:
-        stored = find_stored_model(tmp_path / "unet" / "model.onnx", component, runtime)
+        stored = find_stored_model(tmp_path / "unet" / "model.onnx", component, runtime, "model.onnx")
         assert stored is not None
         return stored
 
