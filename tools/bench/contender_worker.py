@@ -17,7 +17,7 @@ from typing import Any
 
 from ...engines.worker_process import WorkerChannel
 from ...errors import HyperSDError, one_line
-from .host import DeviceMemory, peak_host_memory, resident_host_memory
+from .host import DeviceMemory, mapped_host_memory, peak_host_memory, resident_host_memory
 from .protocol import Runner, Settings
 
 
@@ -66,6 +66,7 @@ class Worker:
         return {
             "host_memory": peak_host_memory(),
             "resting_memory": resident_host_memory(),
+            "mapped_memory": mapped_host_memory(),
             "device_memory": self._device_memory.peak(),
         }
 

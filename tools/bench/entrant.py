@@ -105,6 +105,7 @@ class Entrant:
             start=self.start,
             host_memory=self._memory.get("host_memory"),
             resting_memory=self._memory.get("resting_memory"),
+            mapped_memory=self._memory.get("mapped_memory"),
             device_memory=self._memory.get("device_memory"),
             failure=self.failure,
         )
@@ -121,8 +122,9 @@ class Entrant:
         for kind in ("host_memory", "device_memory"):
             if answer.get(kind) is not None:
                 self._memory[kind] = max(answer[kind], self._memory.get(kind, 0))
-        if answer.get("resting_memory") is not None:
-            self._memory["resting_memory"] = answer["resting_memory"]
+        for kind in ("resting_memory", "mapped_memory"):
+            if answer.get(kind) is not None:
+                self._memory[kind] = answer[kind]
         return answer
 
 

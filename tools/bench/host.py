@@ -60,6 +60,11 @@ def resident_host_memory(status: Path = STATUS) -> int | None:
     return _kibibytes(status, "VmRSS")
 
 
+def mapped_host_memory(status: Path = STATUS) -> int | None:
+    """The part of it that are pages of mapped files, which the system may take back. None if not known."""
+    return _kibibytes(status, "RssFile")
+
+
 def available_memory(meminfo: Path = MEMINFO) -> int | None:
     """Memory that processes can still take without swapping; None if not known."""
     return _kibibytes(meminfo, "MemAvailable")

@@ -106,6 +106,7 @@ class Entry:
         host_memory: the largest resident size of its process, from its start to its last image; resident pages of
             mapped weight files are included.
         resting_memory: the resident size after its last image, likewise; None in reports of earlier versions.
+        mapped_memory: the part of it that are pages of mapped files, which the system takes back when it needs memory.
         device_memory: memory that it took of its CUDA device.
         failure: the reason why it stopped.
     """
@@ -121,6 +122,7 @@ class Entry:
     device_memory: int | None
     failure: str | None
     resting_memory: int | None = None
+    mapped_memory: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

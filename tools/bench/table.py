@@ -150,13 +150,14 @@ def _lines(report: Report) -> list[str]:
         if entry.failure is not None:
             lines.append(f"{entry.name} failed: {entry.failure}")
         else:
-            memory = "" if entry.device_memory is None else f"; {_gigabytes(entry.device_memory)} GB of device memory"
+            memory = "" if entry.mapped_memory is None else f"; {_gigabytes(entry.mapped_memory)} GB mapped at rest"
+            memory += "" if entry.device_memory is None else f"; {_gigabytes(entry.device_memory)} GB of device memory"
             lines.append(f"{entry.name}: {entry.how}, {entry.precision} on {entry.device}{memory}")
     lines += [
         f"ratio: the median, over rounds, of its seconds divided by {ours}'s; image: compared with {ours}'s first one",
         "start: from the start of a process to its first image, imports and loading included",
         "peak: the largest resident size in GB (VmHWM), loading included; rest: that after the last image (VmRSS)",
-        "peak and rest include the resident pages of mapped weight files",
+        "peak and rest include resident pages of mapped weight files, which the system takes back when it needs memory",
         "every image has a prompt of its own: no cache of text embeddings helps",
     ]
     return [*lines, *report.notes]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hypersd.tools.bench.host import peak_host_memory, resident_host_memory, this_host
+from hypersd.tools.bench.host import mapped_host_memory, peak_host_memory, resident_host_memory, this_host
 
 X86 = """processor\t: 0
 model name\t: AMD EPYC
@@ -42,6 +42,7 @@ def test_instruction_sets_are_the_first_processors(text: str, extensions: list[s
 def test_peak_and_resting_memory(tmp_path: Path) -> None:
     """The kernel writes kibibytes; a system without the file has no figures."""
     status = tmp_path / "status"
-    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n")
+    status.write_text("Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\nRssFile:\t     512 kB\n")
     assert (peak_host_memory(status), resident_host_memory(status)) == (2 << 20, 1 << 20)
+    assert mapped_host_memory(status) == 1 << 19
     assert (peak_host_memory(tmp_path / "none"), resident_host_memory(tmp_path / "none")) == (None, None)

@@ -154,6 +154,7 @@ def test_memory_at_the_peak_and_at_rest(bench, stand_in) -> None:
     if entry.host_memory is None:  # not on Linux
         pytest.skip("the system tells no memory")
     assert entry.host_memory > entry.resting_memory + 150_000_000
+    assert entry.resting_memory > entry.mapped_memory > 0
     row = next(line for line in shown(report, 200).splitlines() if line.split()[:1] == ["b"])
     for size in (entry.host_memory, entry.resting_memory):
         assert f"{size / 1e9:.2f}" in row.split()
