@@ -16,7 +16,6 @@ from .engine import Engine
 from .image_shapes import narrowed
 from .late_engine import LATE, LateEngine
 from .manifest import Manifest
-from .mapped_files import release_pages
 from .openvino.library import check_device, is_installed, resolve_precision
 from .progress import Progress, Silent
 from .specs import Component, EngineTarget
@@ -74,8 +73,8 @@ def choose(
     if backend == "openvino":
         check_device(device)
         return _onnx_choice(bundle, backend, precision)
-    if precision is not None and backend != "auto":
-        raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
+    if backend != "auto":
+        _reject_precision(precision, backend)
     targets, is_cuda = _asked_for(bundle, backend, target), _is_cuda(device)
     if backend == "onnxruntime" or (backend == "auto" and target is None and not (targets and is_cuda)):
         return _onnx_choice(bundle, _onnx_backend(bundle, backend, device), precision)
@@ -89,6 +88,7 @@ def choose(
     runnable = [name for name, reason in reasons.items() if reason is None]
     passed_over = {name: reason for name, reason in reasons.items() if reason is not None}
     if runnable:
+        _reject_precision(precision, "tensorrt")
         best = min(runnable, key=lambda name: _rank(bundle.manifest, targets[name]))
         manifest = narrowed(bundle.manifest, targets[best].shapes)
         return Choice(backend=targets[best].backend, target=best, manifest=manifest, passed_over=passed_over)
@@ -122,11 +122,16 @@ def _onnx_choice(
 ) -> Choice:
     if backend == "openvino":
         precision = resolve_precision(precision)
-    elif precision is not None:
-        raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
+    else:
+        _reject_precision(precision, backend)
     return Choice(
         backend=backend, target=None, manifest=bundle.manifest, passed_over=dict(passed_over), precision=precision
     )
+
+
+def _reject_precision(precision: str | None, backend: str) -> None:
+    if precision is not None:
+        raise RequestError(f"precision {precision!r}: only OpenVINO takes one, not {backend}: leave it out")
 
 
 def _asked_for(bundle: Bundle, backend: str, target: str | None) -> dict[str, EngineTarget]:
@@ -249,22 +254,13 @@ def _on_the_cpu(
     engines: dict[str, Engine] = {}
     for name in sorted(components, key=lambda name: _bytes(bundle, components[name]), reverse=True):
         component = components[name]
-        make = functools.partial(_load_on_the_cpu, load, name, bundle.path(component.onnx), component)
+        make = functools.partial(load, name, bundle.path(component.onnx), component)
         engines[name] = LateEngine(component, make) if name in LATE else make()
     return {name: engines[name] for name in components}
 
 
 def _bytes(bundle: Bundle, component: Component) -> int:
     return sum(bundle.manifest.files[file].size for file in component.files)
-
-
-def _load_on_the_cpu(
-    load: Callable[[str, Path, Component], Engine], name: str, path: Path, component: Component
-) -> Engine:
-    """An engine; the pages of the bundle's weights, of which it has packed its own copy, are given back."""
-    engine = load(name, path, component)
-    release_pages(path.parent)
-    return engine
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:

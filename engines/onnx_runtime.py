@@ -18,6 +18,7 @@ from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.graphs import retain
 from .engine import check_feeds, check_graph
+from .mapped_files import release_pages
 from .specs import Component
 from .stored_models import find_stored_model, open_stored
 
@@ -223,7 +224,10 @@ def _make_cpu_session(path: Path, component: Component, threads: int) -> ort.Inf
         lambda graph: _store_model(path, graph, threads),
         lambda graph: _open_stored_model(graph, threads),
     )
-    return session or _open_session(path, _session_options(threads), ["CPUExecutionProvider"])
+    if session is None:
+        session = _open_session(path, _session_options(threads), ["CPUExecutionProvider"])
+        release_pages(path.parent)  # most weights are packed; others are read again
+    return session
 
 
 def _store_model(path: Path, stored: Path, threads: int) -> None:

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 PERIODIC = ("Sin", "Cos")
 ANGLES = "hypersd_angles_"  # begins the names of inputs that are added to a model
-DECOMPRESSION = "decompression_0"  # marks a Convert that OpenVINO does not run on the whole model at once
+DECOMPRESSION = "decompression_0"  # marks a Convert that OpenVINO runs layer by layer, not on all constants first
 
 
 def widen(model: ov.Model) -> None:
     """Let a float16 graph compute in float32, from its float16 constants, with inputs and outputs as they are.
 
-    OpenVINO has no float16 arithmetic on x86. It would copy all constants to float32 first. Marked as decompression
-    they stay in the mapping of the file, until each layer packs its own.
+    OpenVINO would copy all constants of such a graph to float32 first. Converted by nodes that are marked as
+    decompression they stay in the mapping of the file, until each layer packs its own.
     """
     ops = load_library().opset13
     half, full = load_library().Type.f16, load_library().Type.f32
@@ -73,7 +73,7 @@ def expand_group_normalizations(model: ov.Model) -> None:
 
 
 def _group_normalization(node: ov.Node) -> ov.Node:
-    """The same in ten operations, as exact in bfloat16 as OpenVINO's own.
+    """The same in elementary operations, as exact in bfloat16 as OpenVINO's own.
 
     A mean rounded to bfloat16 is off by up to a part in 512 of itself, which is much where a group's mean is many times
     its spread. So the rest of the mean is computed from the means of rows, which are small and whose own rounding
