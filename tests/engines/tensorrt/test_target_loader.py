@@ -22,6 +22,7 @@ from hypersd.engines.late_engine import LateEngine
 from hypersd.engines.load import Choice, choose
 from hypersd.engines.manifest import FileRecord, Manifest
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
+from hypersd.engines.openvino.library import is_installed
 from hypersd.engines.specs import Component, EngineTarget
 from hypersd.engines.tensorrt.machine import Machine
 from hypersd.engines.tensorrt.targets import target_name
@@ -57,6 +58,9 @@ def with_targets(manifest: Manifest, root: Path, targets: list[EngineTarget]) ->
 # auto
 
 
+HALVES_ON_CPU = "openvino" if is_installed() else "onnxruntime"  # runs an fp16 bundle on a CPU
+
+
 def test_without_engines_auto_is_onnx_runtime(sd15_bundle: Path, on_machine: Any) -> None:
     """On any machine, and nothing was passed over."""
     on_machine(machine())
@@ -71,11 +75,12 @@ def test_real_engines_without_a_gpu_are_passed_over_with_the_reason(rtx_bundle: 
     """The bundle still generates images, and reports why not with its engines."""
     bundle = Bundle.load(rtx_bundle)
     choice = choose(bundle)
-    assert (choice.backend, choice.target, choice.manifest) == ("onnxruntime", None, bundle.manifest)
+    assert (choice.backend, choice.target, choice.manifest) == (HALVES_ON_CPU, None, bundle.manifest)
     (name,) = bundle.manifest.engines
     assert choice.passed_over.keys() == {name}
     assert "CUDA" in choice.passed_over[name] or "driver" in choice.passed_over[name]
-    assert {type(engine) for engine in load_engines(bundle).values()} == {OnnxRuntimeEngine, LateEngine}
+    engines = {type(engine) for engine in load_engines(bundle, "onnxruntime").values()}
+    assert engines == {OnnxRuntimeEngine, LateEngine}
     assert choose(bundle, device="cpu").passed_over == {}, "who asks for the CPU does not ask why"
 
 
@@ -88,8 +93,10 @@ def test_real_engines_run_on_a_machine_that_fits(rtx_bundle: Path, on_machine: A
         choice = choose(bundle, **asked)
         assert (choice.backend, choice.target, choice.passed_over) == ("tensorrt-rtx", name, {})
         assert choice.manifest == bundle.manifest
-    assert choose(bundle, device="cpu").backend == "onnxruntime"
-    assert choose(bundle, device=torch.device("cpu")).backend == "onnxruntime"  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="only OpenVINO takes one, not tensorrt"):
+        choose(bundle, precision="fp32")
+    assert choose(bundle, device="cpu").backend == HALVES_ON_CPU
+    assert choose(bundle, device=torch.device("cpu")).backend == HALVES_ON_CPU  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", ["deleted", "shortened", "linked out"])
@@ -112,7 +119,7 @@ def test_a_damaged_plan_is_found_before_it_is_loaded(
     message = refusal(DeviceError, lambda: choose(bundle, "tensorrt-rtx"))
     assert "unet.engine is missing or shortened" in message
     assert "hypersd build" in message
-    assert choose(bundle).backend == "onnxruntime"
+    assert choose(bundle).backend == HALVES_ON_CPU
 
 
 # The best of several
