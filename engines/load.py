@@ -110,7 +110,9 @@ def _onnx_backend(bundle: Bundle, backend: str, device: str) -> str:
 
 def _runs_on_cpu(device: str) -> bool:
     """Whether ONNX Runtime would run on the CPU for this device."""
-    if str(device) == "auto" and not torch.cuda.is_available():
+    if str(device) != "auto":
+        return torch.device(device).type == "cpu"
+    if not torch.cuda.is_available():
         return True
     from .onnx_runtime import resolve_device
 

@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle, build_engines, openvino
+from hypersd.engines import Bundle, build_engines
 from hypersd.engines.lora_slot import LoraSlot
+from hypersd.engines.openvino.library import is_installed
 from hypersd.export import ExportOptions, export_bundle
 from hypersd.export.lora_slot import SlotOptions
 from hypersd.export.lora_sources import LoraSource
@@ -298,7 +299,7 @@ def test_tensorrt_rtx_builds_engines_with_a_slot(bundles_folder: Path, source_op
     assert bundle.manifest.lora_slot.components == ["unet", "text_encoder"]
 
 
-@pytest.mark.skipif(not openvino.is_installed(), reason="OpenVINO is not installed")
+@pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed")
 def test_openvino_takes_the_slot(export_slotted: Callable[[str], Path], lora_files) -> None:
     """The other engine of the CPU, in float32: the same image within its rounding."""
     name = "Hyper-SDXL-8steps-CFG-lora"

@@ -92,7 +92,7 @@ def test_half_precision_loses_nothing(name: str, demo_pipeline) -> None:
     """float16 graphs follow the prompt as often as float32 graphs."""
     checkpoint, call, _ = GENERATED[name]
     half, full = (
-        scores_of(generated_by_us(demo_pipeline(checkpoint, precision), **call), SCENES)
+        scores_of(generated_by_us(demo_pipeline(checkpoint, precision, backend="onnxruntime"), **call), SCENES)
         for precision in ("fp16", "fp32")
     )
     assert abs(half.overall - full.overall) <= 0.02, (half, full)

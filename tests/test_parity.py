@@ -102,7 +102,7 @@ def test_lists_of_prompts_and_several_images_each(
 
 def test_a_float32_decoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, reference: Callable[[str], Any]) -> None:
     """SDXL's own VAE stays float32, and gets the latents as diffusers gives them to it: cast, then scaled."""
-    pipe, judge = Pipeline.load(sdxl_mixed_bundle), reference("Hyper-SDXL-1step-lora")
+    pipe, judge = Pipeline.load(sdxl_mixed_bundle, "onnxruntime"), reference("Hyper-SDXL-1step-lora")
     assert pipe.engines["vae_decoder"].inputs["latent_sample"].dtype == "float32"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).half()
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_a_float32_decoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, r
 
 def test_dynamic_fp16_bundle_at_odd_sizes(sdxl_dynamic_bundle: Path, reference: Callable[[str], Any]) -> None:
     """One fp16 bundle serves every multiple of 8 in its range, guided, at half precision's own error."""
-    pipe, judge = Pipeline.load(sdxl_dynamic_bundle), reference("Hyper-SDXL-8steps-CFG-lora")
+    pipe, judge = Pipeline.load(sdxl_dynamic_bundle, "onnxruntime"), reference("Hyper-SDXL-8steps-CFG-lora")
     for height, width, count in [(64, 64, 1), (104, 72, 2), (88, 96, 1)]:
         arguments = {"height": height, "width": width, "num_images_per_prompt": count}
         latents = torch.randn(count, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(SEED))

@@ -215,14 +215,14 @@ def test_a_target_for_a_backend_that_has_none_is_rejected(backend: str, on_machi
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), "mps"])
 def test_tensorrt_on_other_devices_is_rejected(device: Any, on_machine: Any, tmp_path: Path) -> None:
-    """Asked for by backend or by target; where the choice is ours it is ONNX Runtime's to say what it knows."""
+    """Asked for by backend or by target; where the choice is ours it is the other backends' to say what they know."""
     on_machine(machine())
     bundle = with_targets(manifest(), tmp_path, [target()])
     for asked in ({"backend": "tensorrt-rtx"}, {"target": "portable"}):
         message = refusal(RequestError, lambda asked=asked: choose(bundle, device=device, **asked))
         assert str(device) in message
         assert "CUDA" in message
-    assert choose(bundle, device=device).backend == "onnxruntime"
+    assert choose(bundle, device=device).backend == ("onnxruntime" if device == "mps" else HALVES_ON_CPU)
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "cuda:x", None, 2.5])
@@ -299,5 +299,5 @@ def test_tensorrt_is_asked_whether_it_supports_the_gpu(
     monkeypatch.setattr(load, "load_api", lambda backend: api)
     bundle = with_targets(manifest(), tmp_path, [target()])
     choice = choose(bundle)
-    assert choice.backend == "onnxruntime"
+    assert choice.backend == HALVES_ON_CPU
     assert list(choice.passed_over.values()) == ["text_encoder: TensorRT says UNSUPPORTED_CC of NVIDIA H100"]
