@@ -6,8 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 
-REST = 2.0  # seconds
-
 
 class AtRest:
     """Calls ``action`` once when ``touch`` has not been called for ``seconds``, on a thread of its own.
@@ -17,7 +15,7 @@ class AtRest:
         seconds: how long nothing has to happen.
     """
 
-    def __init__(self, action: Callable[[], object], seconds: float = REST) -> None:
+    def __init__(self, action: Callable[[], object], seconds: float) -> None:
         self._action = action
         self._seconds = seconds
         self._lock = threading.Lock()

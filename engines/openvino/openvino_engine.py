@@ -22,6 +22,8 @@ from .library import in_short, load_library
 if TYPE_CHECKING:
     import openvino as ov
 
+REST = 30.0  # seconds: callers who come one after another do not wait for memory to be allocated
+
 
 class _Binding:
     """Buffers for one set of shapes, and the requests that use them, which run one after another."""
@@ -81,7 +83,7 @@ class OpenVinoEngine:
     Safe to call from several threads: the compiled model is shared and runs once at a time; the output buffers belong
     to the calling thread. They are allocated at the first call with given shapes and reused by later ones (see
     :class:`.engine.Engine`), for the last few sets of shapes. Inputs are read and outputs are written where they lie.
-    Memory of intermediate results is given back when the engine has not run for two seconds.
+    Memory of intermediate results is given back when the engine has not run for :data:`REST` seconds.
 
     Args:
         name: the component's, for messages.
@@ -104,7 +106,7 @@ class OpenVinoEngine:
         self.device = torch.device("cpu")
         self._parts = compile_graph(path, component, precision, threads or available_cores())
         self._bindings: ByShapes[_Binding] = ByThread()
-        self._at_rest = AtRest(functools.partial(_release_activations, self._parts))
+        self._at_rest = AtRest(functools.partial(_release_activations, self._parts), REST)
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.

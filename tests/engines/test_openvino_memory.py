@@ -25,8 +25,8 @@ MEASURE = """if True:
     import json, re, sys, time
     from pathlib import Path
     import torch
+    from hypersd.engines.openvino import openvino_engine
     from hypersd.engines.openvino.openvino_engine import OpenVinoEngine
-    from hypersd.engines.mapped_files import release_pages
     from hypersd.engines.openvino.library import core
     from hypersd.engines.specs import Component, TensorSpec
 
@@ -36,6 +36,7 @@ MEASURE = """if True:
     path, precision, rows, width = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     spec = TensorSpec(dtype="float16", shape=(rows, width))
     core()
+    openvino_engine.REST = 0.5
     before = memory("VmRSS")
     component = Component(inputs={"x": spec}, outputs={"y": spec}, files=("net.onnx",), key="0" * 64)
     engine = OpenVinoEngine("net", path, component, precision)
