@@ -22,7 +22,7 @@ from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.engine import Engine
 from hypersd.engines.late_engine import LateEngine
 from hypersd.engines.load import Choice, choose, load_choice
-from hypersd.engines.openvino import compiled_graph, library
+from hypersd.engines.openvino import compiled_graph, library, openvino_engine
 from hypersd.engines.openvino.library import PRECISIONS, has_native_bf16, resolve_precision
 from hypersd.engines.openvino.openvino_engine import OpenVinoEngine
 from hypersd.engines.stored_models import VARIABLE
@@ -151,8 +151,14 @@ def test_the_least_recent_shapes_go_first(add: OpenVinoEngine) -> None:
     assert run(2) is not second, "pushed out"
 
 
-def test_threads_share_an_engine_and_no_buffer(sd15_bundle: Path) -> None:
-    """Four threads hammer one UNet with inputs of their own: each gets its own answers, in buffers of its own."""
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("rest", [30, 0.001])
+def test_threads_share_an_engine_and_no_buffer(rest: float, sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads hammer one UNet with inputs of their own: each gets its own answers, in buffers of its own.
+
+    With a short rest, memory of intermediate results is given back between their runs.
+    """
+    monkeypatch.setattr(openvino_engine, "REST", rest)
     engine = load_openvino(sd15_bundle, resolve_precision(None))["unet"]
     feeds = [first_step_feeds(engine, seed) for seed in range(4)]
     expected = [engine.run(one)["out_sample"].clone() for one in feeds]
