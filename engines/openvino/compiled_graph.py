@@ -64,11 +64,11 @@ def _stored(
     Float32 weights for bfloat16 are stored as float16: half to read, and half of the memory. Float16 weights are
     compiled from the bundle's own file: a stored one would be the same again.
     """
-    if precision == "fp32" or not holds_float32(models[precision]):
+    stored = None if precision == "fp32" else find_stored_model(path, component, load_library().__version__, STORED)
+    if stored is None or not holds_float32(models[precision]):
         return None
-    stored = find_stored_model(path, component, load_library().__version__, STORED)
-    read = stored and open_stored(stored, functools.partial(_store, models), _load_stored)
-    return (stored.folder, read) if stored and read else None
+    read = open_stored(stored, functools.partial(_store, models), _load_stored)
+    return (stored.folder, read) if read else None
 
 
 def _store(models: dict[str, ov.Model], graph: Path) -> None:

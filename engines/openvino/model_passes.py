@@ -44,7 +44,7 @@ def widen(model: ov.Model) -> None:
 def holds_float32(model: ov.Model) -> bool:
     """Whether most of a model's weights are float32."""
     constants = [node.output(0) for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
-    sizes = [(port.get_element_type(), port.get_tensor().size * port.get_element_type().size) for port in constants]
+    sizes = [(port.get_element_type(), port.get_tensor().size) for port in constants]  # bytes
     full = load_library().Type.f32
     return 2 * sum(size for kind, size in sizes if kind == full) > sum(size for _, size in sizes)
 
