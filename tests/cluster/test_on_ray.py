@@ -199,8 +199,10 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
     killed: list[str] = []
 
     def generate(seed: int) -> httpx.Response:
-        if seed == 1020:  # the replicas have all that they take, and requests wait
-            ray.kill(ray.get_actor(f"SERVE_REPLICA::default#Replica#{victim}", namespace="serve"))
+        if seed == 1020:
+            replica = ray.get_actor(f"SERVE_REPLICA::default#Replica#{victim}", namespace="serve")
+            wait_until(lambda: ray.get(replica.get_num_ongoing_requests.remote()) == ONGOING)
+            ray.kill(replica)
             killed.append(victim)
         return cluster.generate(seed=seed, steps=4)
 
