@@ -51,6 +51,15 @@ def test_the_whole_package_reaches_the_build() -> None:
     assert {*folders, "pyproject.toml", "README.md", "LICENSE", "*.py", "py.typed"} <= {*context()}
 
 
+def test_every_folder_with_modules_is_a_package_of_the_project() -> None:
+    """An installation that is not editable has no others."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    rooms = {name.split(".")[1] for name in project["tool"]["setuptools"]["packages"] if "." in name}
+    modules = [file.parent for room in rooms for file in (ROOT / room).rglob("*.py")]
+    folders = {".".join(("hypersd", *folder.relative_to(ROOT).parts)) for folder in modules}
+    assert {"hypersd", *folders} == {*project["tool"]["setuptools"]["packages"]}
+
+
 def test_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].keys()
