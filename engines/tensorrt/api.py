@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -260,17 +260,18 @@ class TensorRTApi:
         if flag is not None:
             config.set_flag(flag)
 
-    def create_runtime_cache(self, engine: Any, content: bytes) -> Any:
-        """TensorRT-RTX's cache of compiled kernels; empty if ``content`` is empty or of another version or GPU.
+    def create_runtime_cache(self, engine: Any, stored: Iterable[bytes]) -> Any:
+        """TensorRT-RTX's cache of compiled kernels, None for TensorRT, which compiles nothing when it loads.
 
-        TensorRT compiles nothing when it loads: None.
+        Args:
+            engine: the deserialized plan.
+            stored: contents of earlier caches. The first that is whole and made by this version on such a GPU is taken,
+                the cache is empty if none is.
         """
         if not self.is_rtx:
             return None
-        config = engine.create_runtime_config()
-        cache = config.create_runtime_cache()
-        if content and not cache.deserialize(content):
-            return config.create_runtime_cache()  # a rejected one may be half filled
+        cache = engine.create_runtime_config().create_runtime_cache()
+        any(cache.deserialize(content) for content in stored)  # a rejected one leaves the cache unchanged
         return cache
 
     def serialize_runtime_cache(self, cache: Any) -> bytes:

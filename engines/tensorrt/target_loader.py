@@ -9,12 +9,12 @@ import torch
 
 from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
-from ..files import write_whole
 from ..image_shapes import extents_of
 from ..progress import Progress, Stage
 from ..specs import Component
 from .activation_memory import ActivationMemory, out_of_memory
 from .api import load_api
+from .runtime_cache import RuntimeCache, find_runtime_cache
 from .tensorrt_engine import TensorRTEngine
 
 
@@ -23,7 +23,7 @@ def load_target(
 ) -> dict[str, Engine]:
     """Load a target's plans and run each once, so that no call pays for one-time costs.
 
-    TensorRT-RTX compiles its kernels here and keeps them beside the plan for the next load, if that can be written.
+    TensorRT-RTX compiles its kernels here and keeps them for the next load (:mod:`.runtime_cache`).
 
     Args:
         bundle: the bundle.
@@ -39,10 +39,13 @@ def load_target(
     target = bundle.manifest.engines[name]
     api = load_api(target.backend)
     major, minor = torch.cuda.get_device_capability(device)
+    gpu = torch.cuda.get_device_name(device)
     memory = ActivationMemory(device)
     engines: dict[str, TensorRTEngine] = {}
+    caches: dict[str, RuntimeCache] = {}
     for component, plan in target.plans.items():
-        path = check_plan(bundle, plan.file)
+        path, record = check_plan(bundle, plan.file), bundle.manifest.files[plan.file]
+        caches[component] = find_runtime_cache(path, record.sha256, target.version, gpu, f"{major}.{minor}")
         with Stage(progress, f"{component}: load engine"):
             engines[component] = TensorRTEngine(
                 api,
@@ -52,15 +55,14 @@ def load_target(
                 device,
                 memory,
                 onnx=bundle.path(components[component].onnx) if target.stripped else None,
-                cache=read_cache(cache_path(path, f"{major}.{minor}")),
+                cached=caches[component].contents(),
             )
     stream = torch.cuda.Stream(device)  # TensorRT would wait for the default stream, and so would other threads
     for component, engine in engines.items():
-        cache = cache_path(bundle.path(target.plans[component].file), f"{major}.{minor}")
         with Stage(progress, f"{component}: first run") as stage:
             warm_up(engine, stream)
             engine.drop_lanes()  # a pipeline has lanes on a stream of its own
-            stage.note = keep_cache(cache, engine.runtime_cache())
+            stage.note = caches[component].keep(engine.runtime_cache())
     memory.drop_blocks()
     return dict(engines)
 
@@ -88,34 +90,3 @@ def warm_up(engine: TensorRTEngine, stream: torch.cuda.Stream) -> None:
     with torch.cuda.stream(stream):
         engine.run(feeds)
     stream.synchronize()
-
-
-def cache_path(plan: Path, compute_capability: str) -> Path:
-    """The file with a plan's compiled kernels for GPUs of a compute capability."""
-    return plan.with_suffix(f".sm{compute_capability.replace('.', '')}.cache")
-
-
-def keep_cache(path: Path, content: bytes) -> str:
-    """Write the compiled kernels unless the file already holds them; returns a note for the user."""
-    if not content:
-        return ""
-    if content == read_cache(path):
-        return "compiled at an earlier load"
-    return "compiled for this GPU" + ("" if write_cache(path, content) else f"; {path.parent} cannot be written")
-
-
-def read_cache(path: Path) -> bytes:
-    """The file's content; empty if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def write_cache(path: Path, content: bytes) -> bool:
-    """Write the file atomically; returns False if its folder is not writable, as a bundle's may be."""
-    try:
-        write_whole(path, content)
-    except OSError:
-        return False
-    return True

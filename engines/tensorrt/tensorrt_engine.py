@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class TensorRTEngine:
         device: a CUDA device.
         memory: shared by the engines that run one after another.
         onnx: the ONNX file that a plan without weights takes them from; None for a plan that has them.
-        cache: the kernels that RTX compiled at an earlier load (:mod:`.target_loader`).
+        cached: what earlier loads stored of RTX's compiled kernels (:mod:`.runtime_cache`); the first that it takes is
+            used.
 
     Raises:
         EngineError: the plan cannot be loaded here; the message has TensorRT's reason.
@@ -100,7 +101,7 @@ class TensorRTEngine:
         device: torch.device,
         memory: ActivationMemory,
         onnx: Path | None = None,
-        cache: bytes = b"",
+        cached: Iterable[bytes] = (),
     ) -> None:
         self.api = api
         self.name = name
@@ -118,7 +119,7 @@ class TensorRTEngine:
             check_engine(api, self._engine, plan, component)
             if onnx is not None:
                 api.refit(self._engine, onnx, self._logger)
-            self._cache = api.create_runtime_cache(self._engine, cache)
+            self._cache = api.create_runtime_cache(self._engine, cached)
         memory.require(self._engine.device_memory_size_v2)
         #: whether its runs can be recorded in a CUDA graph, as far as TensorRT knows from the runs so far
         self.capturable = True

@@ -475,7 +475,7 @@ def test_an_engine_loads_and_runs_on_every_version(
     Contexts get the shared activation memory; shapes and addresses are told once; the stream is torch's.
     """
     onnx_file = write_attention(plan.parent) if stripped else None
-    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU), onnx=onnx_file, cache=b"earlier")
+    engine = TensorRTEngine(api, "unet", plan, SPECS, CPU, ActivationMemory(CPU), onnx=onnx_file, cached=[b"earlier"])
     feeds = {"sample": aligned(1, 16)}
     outputs = [engine.run(feeds)["out"] for _ in range(2)]
     assert [(output.shape, output.dtype) for output in outputs] == [((1, 16), torch.float32)] * 2
@@ -578,20 +578,21 @@ def test_contexts_bring_no_memory_of_their_own(stand_in: StandIn, api: TensorRTA
 
 
 def test_runtime_caches_are_rtx_only(stand_in: StandIn, api: TensorRTApi) -> None:
-    """Other backends compile nothing when they load. An empty cache is not deserialized: RTX would complain."""
-    cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), b"")
+    """Other backends compile nothing when they load."""
+    cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), [])
     assert (cache is not None) == api.is_rtx
     assert stand_in.called("IRuntimeCache.deserialize") == []
     if api.is_rtx:
         assert api.serialize_runtime_cache(cache) == b"kernels"
 
 
-def test_a_runtime_cache_that_is_rejected_counts_as_absent(stand_in: StandIn, api: TensorRTApi) -> None:
-    """One of another version or GPU: kernels are compiled into a new cache, not into the rejected one."""
-    stand_in.behaviour["IRuntimeCache.deserialize"] = lambda *_: False
-    cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), b"of another GPU")
+def test_a_runtime_cache_that_is_rejected_makes_room_for_the_next(stand_in: StandIn, api: TensorRTApi) -> None:
+    """A corrupt one, or one of another version or GPU; the rest is not read once one is taken."""
+    stand_in.behaviour["IRuntimeCache.deserialize"] = lambda _, content: content == b"good"
+    stored = iter([b"of another GPU", b"good", b"unread"])
+    cache = api.create_runtime_cache(stand_in.make("ICudaEngine"), stored)
     assert (cache is not None) == api.is_rtx
-    assert len(stand_in.called("IRuntimeConfig.create_runtime_cache")) == (2 if api.is_rtx else 0)
+    assert list(stored) == ([b"unread"] if api.is_rtx else [b"of another GPU", b"good", b"unread"])
 
 
 def test_an_engine_must_be_the_manifests(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:

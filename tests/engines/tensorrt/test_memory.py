@@ -1,14 +1,11 @@
-"""Memory that engines share, one block of activations per stream, and compiled kernels beside their plan."""
+"""Memory that engines share, one block of activations per stream."""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
-from hypersd.engines.tensorrt.target_loader import cache_path, keep_cache, read_cache, write_cache
 from hypersd.errors import EngineError
 
 CPU = torch.device("cpu")
@@ -97,75 +93,3 @@ def test_too_little_memory_says_how_much_was_needed_and_was_free(monkeypatch: py
     assert "\n" not in str(caught.value)
     memory.block(0)
     assert attempts == [2_500_000_000] * 2
-
-
-# Compiled kernels
-
-
-def test_a_cache_is_read_as_it_was_written(tmp_path: Path) -> None:
-    """Kernels of two kinds of GPU lie side by side; the newest content is the whole content."""
-    plan = tmp_path / "unet.engine"
-    path = cache_path(plan, "8.9")
-    assert path.parent == tmp_path
-    assert path != cache_path(plan, "8.6") != cache_path(tmp_path / "vae.engine", "8.6")
-    assert read_cache(path) == b""
-    for content in (b"kernels" * 1000, b"fewer", b"\x00\xff"):
-        assert write_cache(path, content)
-        assert read_cache(path) == content
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("old", [b"", b"corrupt and longer than the kernels", b"kernel"])
-def test_a_cache_of_other_kernels_is_replaced(tmp_path: Path, old: bytes) -> None:
-    """A corrupt file that is longer than the right one is compiled again and replaced, once."""
-    path = cache_path(tmp_path / "unet.engine", "8.9")
-    path.write_bytes(old)
-    assert keep_cache(path, b"kernels") == "compiled for this GPU"
-    assert read_cache(path) == b"kernels"
-    assert keep_cache(path, b"kernels") == "compiled at an earlier load"
-    assert keep_cache(path, b"") == ""
-    assert read_cache(path) == b"kernels"
-    assert "cannot be written" in keep_cache(tmp_path / "gone" / "file", b"kernels")
-
-
-def test_what_cannot_be_read_or_written_is_no_cache(tmp_path: Path) -> None:
-    """A cache saves time and nothing else: no folder, or a folder in its place, must not stop a load."""
-    gone = cache_path(tmp_path / "gone" / "unet.engine", "8.9")
-    assert read_cache(gone) == b""
-    assert not write_cache(gone, b"kernels")
-    folder = cache_path(tmp_path / "unet.engine", "8.9")
-    folder.mkdir()
-    assert read_cache(folder) == b""
-    assert not write_cache(folder, b"kernels")
-    assert list(tmp_path.iterdir()) == [folder], "what was begun is gone"
-
-
-@pytest.fixture
-def small_disk(mount_disk: Callable[[str], Path]) -> Path:
-    """A file system of 64 KiB, a folder in it."""
-    return mount_disk("64k")
-
-
-def test_a_full_or_read_only_disk_keeps_the_old_cache(small_disk: Path) -> None:
-    """The old content stays whole, and the beginning of the new one does not fill the disk."""
-    path = cache_path(small_disk / "unet.engine", "8.9")
-    assert write_cache(path, b"old")
-    assert not write_cache(path, b"n" * 100_000)
-    assert read_cache(path) == b"old"
-    assert [file.name for file in small_disk.iterdir()] == [path.name]
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert not write_cache(path, b"new")
-    assert read_cache(path) == b"old"
-
-
-def test_threads_that_write_one_cache_leave_a_whole_one(tmp_path: Path) -> None:
-    """Pipelines that load one bundle at a time: every reader sees what one of them wrote, from end to end."""
-    path, contents = tmp_path / "unet.sm89.cache", [bytes([i]) * 50_000 for i in range(8)]
-    assert write_cache(path, contents[0])
-
-    def write_and_read(content: bytes) -> bool:
-        return all(write_cache(path, content) and read_cache(path) in contents for _ in range(30))
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(write_and_read, contents))
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
