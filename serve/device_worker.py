@@ -93,20 +93,21 @@ class Worker(threading.Thread):
         self.seconds_per_image += (seconds - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1.0)
         self._failures = 0
         self._metrics.saw_call(jobs[0].model, len(jobs), output.timings)
-        for job, image in zip(jobs, output.images, strict=True):
-            waited = began - job.queued_at
-            self._metrics.saw_wait(waited)
-            job.result.set_result(
-                GeneratedImage(
-                    image=image,
-                    seed=job.seed,
-                    request=_without_files(job.request),
-                    metadata=image_metadata(pipe.manifest, job.request, job.seed),
-                    timings=output.timings,
-                    waited=waited,
-                    batch=len(jobs),
-                )
+        finished = [
+            GeneratedImage(
+                image=image,
+                seed=job.seed,
+                request=_without_files(job.request),
+                metadata=image_metadata(pipe.manifest, job.request, job.seed),
+                timings=output.timings,
+                waited=began - job.queued_at,
+                batch=len(jobs),
             )
+            for job, image in zip(jobs, output.images, strict=True)
+        ]
+        for job, result in zip(jobs, finished, strict=True):  # all or none: after an error each job is generated alone
+            self._metrics.saw_wait(result.waited)
+            job.result.set_result(result)
 
     def _end(self, jobs: Sequence[Job], error: BaseException) -> None:
         """Fail the jobs in hand, and give up the device."""

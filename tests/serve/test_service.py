@@ -6,6 +6,7 @@ Images are the demonstration checkpoint's. Where the order of things matters, a 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Coroutine
@@ -23,6 +24,7 @@ from hypersd import Pipeline
 from hypersd.engines.specs import Range
 from hypersd.errors import EngineError, HyperSDError, RequestError
 from hypersd.runtime.params import Params
+from hypersd.runtime.pipeline import PipelineOutput
 from hypersd.serve.calls import images_at_once, make_jobs
 from hypersd.serve.server import run_server
 from hypersd.serve.service import LocalService
@@ -351,6 +353,31 @@ def test_one_that_fails_does_not_spoil_those_it_is_generated_with(gated: GatedPi
 
     run(scenario())
     assert gated.calls == [["first"], ["a", "bad", "c"], ["a"], ["bad"], ["c"]]
+
+
+def test_images_of_a_call_are_handed_out_together_or_not_at_all(
+    gated: GatedPipeline, start_service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those that were handed out before the failure would be generated again, for clients that have them."""
+    service = start_service(gated)
+    generate = gated.generate
+
+    def one_image_too_few(params: Params) -> PipelineOutput:
+        output = generate(params)
+        kept = output.images[:-1] if len(output.images) > 1 else output.images
+        return dataclasses.replace(output, images=kept)
+
+    monkeypatch.setattr(gated, "generate", one_image_too_few)
+
+    async def scenario() -> None:
+        first = await hold(service, gated)
+        a, b = await begin(service, service_request("a"), service_request("b"))
+        gated.gate.set()
+        await asyncio.gather(first, a, b)
+
+    run(scenario())
+    assert service.is_ready()
+    assert gated.calls == [["first"], ["a", "b"], ["a"], ["b"]]
 
 
 @pytest.mark.parametrize(
