@@ -39,13 +39,14 @@ def run(args: argparse.Namespace) -> None:
     """Compare every image, print and write the results, then judge them."""
     from ..runtime import Pipeline
     from ..tools import reference, verification, verify_cases
+    from ..tools.verify_figures import FIGURES
     from .console import DownloadBar, err, out, spinner
 
     bundle = open_bundle(args.bundle)
     with spinner(f"loading {args.bundle}"):
         pipe = Pipeline.load(bundle, args.backend, precision=args.precision)
     threshold = _threshold(args.min_psnr, verification.find_threshold(pipe))
-    folder = args.out or verify_folder(args.bundle)
+    pairs = args.out or verify_folder(args.bundle)
     cases = verify_cases.make_cases(pipe.manifest, args.prompt or verify_cases.PROMPTS, args.seed)
     err().print("loading the bundle's sources with diffusers")
     theirs = reference.load_reference(pipe.manifest, DownloadBar(err()))
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
     for i, case in enumerate(cases):
         with spinner(f"generating image {i + 1} of {len(cases)} with both"):
             comparisons.append(verification.compare(pipe, theirs, case, args.steps))
-        _report(comparisons[-1], folder / f"pair-{i}.png")
-    _write_figures(folder, bundle, pipe, comparisons)
+        _report(comparisons[-1], pairs / f"pair-{i}.png")
+    _write_figures(pairs / FIGURES, bundle, pipe, comparisons)
     verification.check_thresholds(comparisons, threshold)
     out().print(
         f"all {len(comparisons)} images are diffusers' own: at least {threshold.psnr:g} dB, "
@@ -88,11 +89,11 @@ def _report(comparison: Comparison, path: Path) -> None:
     out().print(_table(comparison))
 
 
-def _write_figures(folder: Path, bundle: Bundle, pipe: Pipeline, comparisons: Sequence[Comparison]) -> None:
+def _write_figures(path: Path, bundle: Bundle, pipe: Pipeline, comparisons: Sequence[Comparison]) -> None:
     """Write the images' differences for `hypersd push`."""
     import math
 
-    from ..tools.verify_figures import FIGURES, ImageFigures, write_figures
+    from ..tools.verify_figures import ImageFigures, write_figures
 
     images = [
         ImageFigures(
@@ -107,7 +108,7 @@ def _write_figures(folder: Path, bundle: Bundle, pipe: Pipeline, comparisons: Se
     ]
     choice = pipe.choice
     assert choice is not None  # it was loaded
-    write_figures(folder / FIGURES, bundle, choice.target or choice.backend, images)
+    write_figures(path, bundle, choice.target or choice.backend, images)
 
 
 def _table(comparison: Comparison) -> Table:
