@@ -65,7 +65,7 @@ def _component_table(bundle: Bundle) -> Table:
     for heading in ("component", "MB", "inputs", "outputs"):
         table.add_column(heading, justify="right" if heading == "MB" else "left", overflow="fold")
     for name, component in bundle.manifest.components.items():
-        size = sum(bundle.manifest.files[file].size for file in component.files)
+        size = bundle.manifest.component_bytes(component)
         specs = (component.inputs, component.outputs)
         tensors = ("\n".join(_tensor_lines(tensors)) for tensors in specs)
         table.add_row(Text(name), f"{size / 1e6:,.1f}", *map(Text, tensors))
@@ -180,7 +180,7 @@ def _target_options(target: EngineTarget) -> str:
 def _facts(bundle: Bundle) -> dict[str, str]:
     manifest = bundle.manifest
     sampler, origin, shapes = manifest.sampler, manifest.origin, manifest.shapes
-    weights = sum(manifest.files[file].size for c in manifest.components.values() for file in c.files)
+    weights = sum(map(manifest.component_bytes, manifest.components.values()))
     steps = ", ".join(map(str, sorted(sampler.allowed_steps)))
     timesteps = f", timesteps {list(sampler.timesteps)}" if sampler.timesteps else ""
     guidance = f"{sampler.guidance_scale:g}" if sampler.guidance_scale > 1 else "none"

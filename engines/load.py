@@ -254,15 +254,11 @@ def _on_the_cpu(
     The largest comes first: a load takes up to twice what it leaves, and then nothing lies beside it.
     """
     engines: dict[str, Engine] = {}
-    for name in sorted(components, key=lambda name: _bytes(bundle, components[name]), reverse=True):
+    for name in sorted(components, key=lambda name: bundle.manifest.component_bytes(components[name]), reverse=True):
         component = components[name]
         make = functools.partial(load, name, bundle.path(component.onnx), component)
         engines[name] = LateEngine(component, make) if name in LATE else make()
     return {name: engines[name] for name in components}
-
-
-def _bytes(bundle: Bundle, component: Component) -> int:
-    return sum(bundle.manifest.files[file].size for file in component.files)
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:

@@ -198,6 +198,10 @@ class Manifest(Record, frozen=True, kw_only=True):
         """Whether the bundle encodes images, so that generation can start from one."""
         return "vae_encoder" in self.components
 
+    def component_bytes(self, component: Component) -> int:
+        """The size of a component's graph and weights on disk, in bytes."""
+        return sum(self.files[file].size for file in component.files)
+
     def _check_slot(self) -> None:
         """A component takes ``lora`` if the slot gives it places, and of their size."""
         sizes = {name: self.lora_slot.size(name) for name in self.lora_slot.components} if self.lora_slot else {}

@@ -102,8 +102,8 @@ def _sources(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def _components(manifest: Manifest) -> list[tuple[str, ...]]:
-    sizes = {name: sum(manifest.files[file].size for file in c.files) for name, c in manifest.components.items()}
-    return [(name, f"{size / 1e6:,.1f}") for name, size in sizes.items()]
+    components = manifest.components.items()
+    return [(name, f"{manifest.component_bytes(component) / 1e6:,.1f}") for name, component in components]
 
 
 def _targets(manifest: Manifest) -> list[tuple[str, ...]]:

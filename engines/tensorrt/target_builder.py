@@ -131,8 +131,8 @@ class _Build:
             }
 
     def _check_space(self, bundle: Bundle, missing: list[Component]) -> None:
-        weights = [bundle.manifest.files[file].size for component in missing for file in component.files]
-        needed = (0 if self.options.stripped else sum(weights)) + PLAN_OVERHEAD * len(missing)
+        weights = 0 if self.options.stripped else sum(map(bundle.manifest.component_bytes, missing))
+        needed = weights + PLAN_OVERHEAD * len(missing)
         free = shutil.disk_usage(self.root).free
         if missing and free < needed:
             raise DiskFullError(

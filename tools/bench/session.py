@@ -188,8 +188,7 @@ def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) ->
 
     ``holds_halves``: it keeps two bytes of every weight.
     """
-    components = bundle.manifest.components.values()
-    weights = sum(bundle.manifest.files[file].size for component in components for file in component.files)
+    weights = sum(map(bundle.manifest.component_bytes, bundle.manifest.components.values()))
     if holds_halves and bundle.manifest.precision == "fp32":
         weights //= 2
     if free is None or free > weights:
