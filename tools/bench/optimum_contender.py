@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnxruntime as ort
 import torch
 from optimum import onnxruntime  # pyright: ignore[reportMissingImports]  # it cannot share our environment
 
 from ...families import find_family
+from .optimum_encoders import adapt_encoders
 from .protocol import Facts, Settings, TimedImage, device_name, resolve_device
 from .timed_pipeline import TimedPipeline
 
@@ -43,9 +44,7 @@ class Runner:
         options = {"device_id": self._device.index or 0} if is_cuda else {}
         pipeline_class = getattr(onnxruntime, f"ORT{self._family.pipeline_class}")
         pipe: Any = pipeline_class.from_pretrained(self._folder, provider=provider, provider_options=options)
-        for encoder in self._family.text_encoders:
-            if encoder.hidden_layer is not None:
-                setattr(pipe, encoder.component, _TextEncoder(getattr(pipe, encoder.component)))
+        adapt_encoders(pipe, self._family, "hidden_states")
         self._timed = TimedPipeline(pipe, self._device, DTYPES[self._precision])
         how = f"ONNX Runtime, {provider}"
         return Facts(precision=self._precision, device=device_name(self._device), how=how, packages=PACKAGES)
@@ -53,25 +52,3 @@ class Runner:
     def generate(self, settings: Settings) -> TimedImage:
         """Generate one image."""
         return self._timed.generate(settings)
-
-
-class _Encoded(NamedTuple):
-    """A text encoder's outputs as SDXL's pipeline reads them: the pooled projection first, then the hidden states."""
-
-    first: torch.Tensor
-    hidden_states: tuple[torch.Tensor | None, ...]
-
-
-class _TextEncoder:
-    """A bundle's text encoder, which computes only the layer in use, behind the interface of optimum's pipeline."""
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
-
-    def __call__(self, input_ids: torch.Tensor, output_hidden_states: bool | None = None) -> _Encoded:
-        outputs = self._encoder(input_ids)
-        hidden_states = outputs["hidden_states"]
-        return _Encoded(outputs.get("text_embeds", hidden_states), (hidden_states, None))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)

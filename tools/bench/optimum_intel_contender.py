@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from optimum import intel  # pyright: ignore[reportMissingImports]  # it cannot share our environment
 
 from ...families import find_family
 from .openvino_models import cpu_precision
+from .optimum_encoders import adapt_encoders
 from .protocol import Facts, Settings, TimedImage
 from .timed_pipeline import TimedPipeline
 
@@ -45,9 +46,7 @@ class Runner:
         for name in ("unet", "vae_decoder", *self._family.encoder_names):
             _fix_shapes(getattr(pipe, name).model, self._rows if name == "unet" else 1, self._latents)
         pipe.compile()
-        for encoder in self._family.text_encoders:
-            if encoder.hidden_layer is not None:
-                setattr(pipe, encoder.component, _TextEncoder(getattr(pipe, encoder.component)))
+        adapt_encoders(pipe, self._family, "last_hidden_state")
         self._timed = TimedPipeline(pipe, torch.device("cpu"), DTYPES[self._precision])
         how = "OpenVINO, static shapes, fp16 weights"
         return Facts(precision=cpu_precision(), device="cpu", how=how, packages=PACKAGES)
@@ -66,24 +65,3 @@ def _fix_shapes(model: Any, rows: int, latents: Sequence[int]) -> None:
         if len(shape) == 4:
             shape[2], shape[3] = latents
     model.reshape(shapes)
-
-
-class _Encoded(NamedTuple):
-    """A text encoder's outputs as SDXL's pipeline reads them: the pooled projection first, then the hidden states."""
-
-    first: torch.Tensor
-    hidden_states: tuple[torch.Tensor | None, ...]
-
-
-class _TextEncoder:
-    """A bundle's text encoder, which computes only the layer in use, behind the interface of diffusers' pipeline."""
-
-    def __init__(self, encoder: Any) -> None:
-        self._encoder = encoder
-
-    def __call__(self, input_ids: torch.Tensor, output_hidden_states: bool | None = None) -> _Encoded:
-        outputs = self._encoder(input_ids)
-        return _Encoded(outputs[0], (outputs["last_hidden_state"], None))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)
