@@ -21,7 +21,7 @@ from hypersd.tools.bench.contenders import CONTENDERS, find_contender
 from hypersd.tools.bench.figures import compare_images
 from hypersd.tools.bench.protocol import Settings, TimedImage
 from hypersd.tools.bench.session import BenchOptions, image, make_requests
-from hypersd.tools.bench.timed_pipeline import TimedPipeline
+from hypersd.tools.bench.timed_pipeline import StageClock, TimedPipeline
 from hypersd.tools.one_graph import add_one_graph
 from hypersd.tools.reference import find_reference_sources, load_pipeline
 
@@ -101,6 +101,43 @@ def test_all_contenders_have_the_same_stages(export_tiny: Callable[[str], Path])
         assert sum(made.stages.values()) <= made.seconds
         assert made.pixels.dtype == np.uint8
         assert made.pixels.shape == (64, 64, 3)
+
+
+class EventStandIn:
+    """A CUDA event of a device that takes a millisecond from each to the next."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        EventStandIn.recorded += 1
+        self.milliseconds = EventStandIn.recorded
+
+    def elapsed_time(self, later: EventStandIn) -> float:
+        return float(later.milliseconds - self.milliseconds)
+
+
+def test_a_rival_on_a_gpu_is_not_waited_for_between_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hypersd's stages are not either: a wait after each would cost the rival the overlap of host and device."""
+    device, waits = torch.device("cuda:0"), []
+    monkeypatch.setattr(torch.cuda, "Event", EventStandIn)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    clock = StageClock(device)
+    with clock.stage("text encoders"):
+        pass
+    for _ in range(2):
+        with clock.step_begins():
+            pass
+        with clock.step_ends():
+            pass
+    with clock.stage("decode"):
+        pass
+    assert not waits
+    assert clock.stages() == dict.fromkeys(["text encoders", "step 1", "step 2", "decode"], 0.001)
+    assert waits == [device]
 
 
 @pytest.mark.usefixtures("diffusers_noise")
