@@ -248,9 +248,11 @@ def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> 
 def _faster_with_openvino(precision: str) -> str:
     """A remark for who left the backend open: on a CPU, OpenVINO is several times faster than ONNX Runtime."""
     from ..engines.openvino.library import has_native_bf16, is_installed
+    from ..engines.precision import PRECISIONS
 
     if not is_installed():
-        return "; OpenVINO runs fp16 bundles faster: pip install openvino" if precision == "fp16" else ""
+        is_half = PRECISIONS[precision].compute == "float16"
+        return f"; OpenVINO runs {precision} bundles faster: pip install openvino" if is_half else ""
     return "; --backend openvino is faster here, in bfloat16" if has_native_bf16() else ""
 
 
@@ -275,13 +277,16 @@ def _where(pipe: Pipeline) -> str:
 
 def _backend(choice: Choice) -> str:
     """The backend's title, with the version that built its engines, and the precision that it computes in."""
+    from ..engines.precision import PRECISIONS
     from ..engines.tensorrt.api import TITLES
 
+    precision = PRECISIONS[choice.manifest.precision]
+    weights = ", UNet's linear layers in int8" if precision.storage == "int8" else ""
     if choice.precision is not None:
         from ..engines.openvino.library import openvino_version
 
-        return f"OpenVINO {openvino_version()} in {choice.precision}"
+        return f"OpenVINO {openvino_version()} in {choice.precision}{weights}"
     if choice.target is None:
-        return f"ONNX Runtime in {choice.manifest.precision}"
+        return f"ONNX Runtime in {precision.plain.name}{weights}"
     target = choice.manifest.engines[choice.target]
-    return f"{TITLES[target.backend]} {target.version} in {target.precision}"
+    return f"{TITLES[target.backend]} {target.version} in {precision.plain.name}{weights}"

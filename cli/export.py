@@ -86,7 +86,8 @@ def _add_sources(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_form(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--precision", choices=[*PRECISIONS], default="fp16", help="of all components (default: fp16)")
+    words = "fp16 (default), fp32, or int8: fp16, with the weights of the UNet's linear layers in 8 bits"
+    group.add_argument("--precision", choices=[*PRECISIONS], default="fp16", help=words)
     group.add_argument(
         "--size", type=size, metavar="WxH", help="width and height in pixels (default: the base's training size)"
     )

@@ -10,7 +10,7 @@ import numpy as np
 from .precision import PRECISIONS
 
 # By the type that is computed in.
-TOLERANCES = {precision.compute: precision.tolerance for precision in PRECISIONS.values()}
+TOLERANCES = {precision.compute: precision.plain.tolerance for precision in PRECISIONS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,14 @@ class Threshold:
     largest: float
 
 
-# Of images, by precision. Measured on tiny and on full-size models: fp32 lies at 100 dB and above; in fp16 diffusers
-# and ONNX Runtime round differently, and sampling carries that on from step to step. OpenVINO's bf16 rounds at every
-# layer, to 8 bits.
+# Of images, by precision, the coarsest first. Measured on tiny and on full-size models: fp32 lies at 100 dB and above;
+# in fp16 diffusers and ONNX Runtime round differently, and sampling carries that on from step to step. OpenVINO's bf16
+# rounds at every layer, to 8 bits. Linear layers in int8 change less: images of the demonstration lie at 43 to 54 dB.
 THRESHOLDS = {
-    "fp32": Threshold(psnr=60.0, largest=2e-3),
-    "fp16": Threshold(psnr=30.0, largest=0.5),
     "bf16": Threshold(psnr=30.0, largest=0.5),
+    "int8": Threshold(psnr=30.0, largest=0.5),
+    "fp16": Threshold(psnr=30.0, largest=0.5),
+    "fp32": Threshold(psnr=60.0, largest=2e-3),
 }
 
 

@@ -17,6 +17,7 @@ from .image_shapes import narrowed
 from .late_engine import LATE, LateEngine
 from .manifest import Manifest
 from .openvino.library import check_device, is_installed, resolve_precision
+from .precision import PRECISIONS
 from .progress import Progress, Silent
 from .specs import Component, EngineTarget
 from .tensorrt.api import TITLES, load_api
@@ -104,7 +105,7 @@ def _onnx_backend(bundle: Bundle, backend: str, device: str) -> str:
     Half precision, asked for at the export, runs on a CPU, too: OpenVINO computes in bfloat16 from the float16 weights.
     ONNX Runtime makes copies of them in float32 and takes several times as long.
     """
-    is_half = bundle.manifest.precision == "fp16"
+    is_half = PRECISIONS[bundle.manifest.precision].compute == "float16"
     return "openvino" if backend == "auto" and is_half and is_installed() and _runs_on_cpu(device) else "onnxruntime"
 
 

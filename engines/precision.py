@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-PrecisionName = Literal["fp16", "fp32"]
-STORAGE_BYTES = {"float16": 2, "float32": 4}
+PrecisionName = Literal["fp16", "fp32", "int8"]
+COMPUTE_BYTES = {"float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Precision:
 
     Attributes:
         name: as the command line and manifests say it.
-        storage: type of the weights, by its name in a manifest.
-        compute: type of the activations.
+        storage: type of the weights, by its name in a manifest; of ``"int8"`` those of the UNet's linear layers.
+        compute: type of the activations, and of the weights that are not stored in fewer bits.
         tolerance: the largest error allowed, as a fraction of the reference's largest value, and the root mean square
             of the error allowed, as a fraction of the reference's.
         compute_capability: the least GPU that TensorRT runs it on; None if every GPU does.
@@ -30,23 +30,28 @@ class Precision:
     """
 
     name: PrecisionName
-    storage: Literal["float16", "float32"]
+    storage: Literal["float16", "float32", "int8"]
     compute: Literal["float16", "float32"]
     tolerance: tuple[float, float]
     compute_capability: str | None = None
     needs_calibration: bool = False
 
     @property
-    def storage_bytes(self) -> int:
-        """Bytes of a weight."""
-        return STORAGE_BYTES[self.storage]
+    def compute_bytes(self) -> int:
+        """Bytes of an activation, and of a weight that is not stored in fewer bits."""
+        return COMPUTE_BYTES[self.compute]
 
     @property
     def dtype(self) -> torch.dtype:
-        """torch's type of the weights."""
+        """torch's type of the activations."""
         import torch
 
-        return getattr(torch, self.storage)
+        return getattr(torch, self.compute)
+
+    @property
+    def plain(self) -> Precision:
+        """The precision of the components whose weights are stored in the type that is computed in."""
+        return next(each for each in PRECISIONS.values() if each.storage == self.compute)
 
 
 # float16 has 11 bits: each sum of a deep network is off by up to 5e-4 of its size, in another order in each library.
@@ -57,5 +62,6 @@ PRECISIONS: dict[str, Precision] = {
     for precision in (
         Precision(name="fp16", storage="float16", compute="float16", tolerance=(2e-2, 5e-3)),
         Precision(name="fp32", storage="float32", compute="float32", tolerance=(1e-3, 3e-4)),
+        Precision(name="int8", storage="int8", compute="float16", tolerance=(2e-2, 5e-3)),
     )
 }

@@ -25,6 +25,7 @@ from .components import (
     vae_encoder_component,
 )
 from .controlnet_components import cond_embedding_component, controlled_unet_component, controlnet_component
+from .int8_weights import round_linear_weights
 from .layout import Part
 from .lora_slot import with_slot
 from .models import VaeHalf, is_tiny, load_controlnet, load_text_encoder, load_unet, load_vae
@@ -82,7 +83,8 @@ def component_exports(
         sources: where the weights are.
         records: the weight files' hashes, by part.
         shapes: image sizes and batch.
-        precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16.
+        precision: the bundle's; SDXL's own VAE stays float32, because it overflows in float16, and int8 is the UNet's
+            alone.
         loras: the opened LoRAs to fuse, in order, by the names of their records.
         text_only: leave the VAE's encoder out.
         slot: through which UNet and text encoders take LoRAs at run time.
@@ -111,7 +113,7 @@ class _Exports:
     slot: LoraSlot | None
 
     def text_encoder(self, kind: TextEncoder) -> ComponentExport:
-        name, dtype = kind.component, self.precision.dtype
+        name, dtype = kind.component, self.precision.plain.dtype
         part = self.sources.parts[name]
 
         def load() -> ComponentModule:
@@ -130,7 +132,7 @@ class _Exports:
 
     def _vae(self, half: VaeHalf, make: Callable[[Any], ComponentModule]) -> ComponentExport:
         part = self.sources.parts["vae"]
-        precision = PRECISIONS["fp32"] if needs_float32(part, self.checkpoint.family) else self.precision
+        precision = PRECISIONS["fp32"] if needs_float32(part, self.checkpoint.family) else self.precision.plain
 
         def load() -> ComponentModule:
             return make(load_vae(part, precision.dtype, half))
@@ -159,11 +161,13 @@ class _Exports:
 
         def load() -> ComponentModule:
             loaded = load_unet(part, self.precision.dtype, self._fusion("unet"))
+            if self.precision.storage == "int8":
+                round_linear_weights(loaded)
             return self._slotted("unet", loaded, make(loaded, self.shapes, guided, self._scale))
 
         more = {"shapes": self._sizes, "latent_scale": self._scale, "residuals": bool(self.sources.controlnets)}
         more |= self._slot_key("unet")
-        return self._export("unet", "unet", load, guided=guided, **more)
+        return self._export("unet", "unet", load, precision=self.precision, guided=guided, **more)
 
     def _slotted(self, name: str, model: Any, component: ComponentModule) -> ComponentModule:
         """The component with its LoRA slot, if the bundle gives it one."""
@@ -198,7 +202,7 @@ class _Exports:
         precision: Precision | None = None,
         **more: Any,
     ) -> ComponentExport:
-        config, precision = self.sources.parts[part].config, precision or self.precision
+        config, precision = self.sources.parts[part].config, precision or self.precision.plain
         graph = {
             "kind": name.partition("/")[0],
             "exporter": EXPORTER_VERSION,

@@ -215,7 +215,7 @@ class _Export:
     def _space(self, exports: list[ComponentExport]) -> int:
         """Bytes that the components' weights will occupy on disk."""
         sizes = {
-            file.path: sum(SafetensorsFile(file.path).elements()) * export.precision.storage_bytes
+            file.path: sum(SafetensorsFile(file.path).elements()) * export.precision.compute_bytes
             for export in exports
             for file in self.sources.parts[export.part].weights
         }
@@ -233,7 +233,7 @@ class _Export:
             del module
             release_memory()
             with Stage(self.progress, f"{export.name}: check on ONNX Runtime") as stage:
-                check_graph(files[0], export.precision.storage_bytes)
+                check_graph(files[0], export.precision.compute_bytes)
                 stage.note = f"error at most {check_outputs(files[0], cases, export.precision):.0e}"
             component = Component(
                 inputs=inputs,

@@ -1,8 +1,8 @@
 """Graph rewrites between tracing and checking, as a list of passes.
 
 A pass sees names, types and shapes of weights, and no values: the graph serves other checkpoints too
-(:mod:`.graph_weights`). A format that stores weights in fewer bits is a pass more: it puts its quantize and dequantize
-nodes into the graph.
+(:mod:`.graph_weights`). A format that stores weights in fewer bits is a pass more: it puts its dequantize nodes into
+the graph.
 """
 
 from __future__ import annotations
@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from onnx_ir.tensor_adapters import from_torch_dtype
+
 from ..engines.specs import Range, TensorSpec
 from .components import ComponentModule
+from .graph_weights import PREFIX
+from .int8_weights import INT8, SCALE
 
 Pass = Callable[[Any, ComponentModule], None]  # changes an onnx_ir.Model in place
 
@@ -40,4 +44,25 @@ def drop_stack_traces(model: Any, component: ComponentModule) -> None:
     model.graph.metadata_props.clear()
 
 
-PASSES: tuple[Pass, ...] = (name_dimensions, drop_stack_traces)
+def dequantize_weights(model: Any, component: ComponentModule) -> None:
+    """Compute each weight that the module has in 8 bits from these and their scales (:mod:`.int8_weights`)."""
+    import onnx_ir as ir
+
+    graph, buffers = model.graph, dict(component.module.named_buffers())
+    for layer in [name.removesuffix(INT8) for name in buffers if name.endswith(INT8)]:
+        weight = graph.initializers.pop(f"{PREFIX}{layer}weight")
+        factors = [
+            ir.Value(
+                name=PREFIX + name,
+                shape=ir.Shape(buffers[name].shape),
+                type=ir.TensorType(from_torch_dtype(buffers[name].dtype)),
+            )
+            for name in (layer + INT8, layer + SCALE)
+        ]
+        product = ir.Value(name=weight.name, shape=weight.shape, type=weight.type)
+        weight.replace_all_uses_with(product)
+        graph.initializers.update({factor.name: factor for factor in factors})
+        graph.insert_before(graph[0], ir.node("DequantizeLinear", factors, {"axis": 0}, outputs=[product]))
+
+
+PASSES: tuple[Pass, ...] = (name_dimensions, drop_stack_traces, dequantize_weights)

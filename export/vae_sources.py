@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ..engines.precision import PRECISIONS
 from ..engines.progress import DownloadProgress
 from ..errors import NetworkError, WeightsError
 from ..families import FAMILIES, Family
@@ -57,7 +58,7 @@ def open_vae(
     """
     if location == "tiny":
         location = checkpoint.series.tiny_vae
-    elif location is None and precision == "fp16" and base.location == checkpoint.base:
+    elif location is None and PRECISIONS[precision].compute == "float16" and base.location == checkpoint.base:
         location = checkpoint.series.fp16_vae
         if location is not None:
             return ComponentFolder(RepairedVae(open_known(location, revision, progress)), "vae")
@@ -191,7 +192,7 @@ def _check_latents(family: Family, config: Mapping[str, Any], where: str, option
 
 def vae_note(family: Family, base: Base, own: Mapping[str, Any], precision: str) -> list[str]:
     """Tell that the base's own VAE stays float32 in a float16 bundle, and what would change it."""
-    if precision != "fp16" or not family.is_vae_upcast or not own.get("force_upcast", True):
+    if PRECISIONS[precision].compute != "float16" or not family.is_vae_upcast or not own.get("force_upcast", True):
         return []
     whose = "the file" if isinstance(base, SingleFileBase) else "the base"
     return [

@@ -83,7 +83,7 @@ def run_measured(command: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=sorted(CHECKPOINTS), required=True)
-    parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16")
+    parser.add_argument("--precision", choices=["fp16", "fp32", "int8"], default="fp16")
     parser.add_argument("--folder", type=Path, required=True, help="for the bundle and the ControlNet")
     parser.add_argument("--controlnet", action="store_true", help="export a ControlNet, too")
     args = parser.parse_args()

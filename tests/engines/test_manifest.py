@@ -443,7 +443,7 @@ def test_missing_keys_are_rejected_by_name(keys: tuple[str | int, ...]) -> None:
         (("files", "unet/model.onnx", "sha256"), HASH + "\n"),
         (("files", "unet/model.onnx", "sha256"), HASH[1:]),
         (("files",), []),
-        (("precision",), "int8"),
+        (("precision",), "int4"),
         (("sampler", "kind"), 7),
         (("sampler", "eta"), "1"),
         (("sampler", "eta"), True),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...engines.precision import PRECISIONS
 from ...errors import RequestError
 from .contender import Contender, Context
 
@@ -113,7 +114,7 @@ def _optimum_intel_options(context: Context) -> dict[str, Any]:
     return {
         "folder": str(context.folder),
         "family": manifest.family,
-        "precision": manifest.precision,
+        "precision": PRECISIONS[manifest.precision].plain.name,
         "rows": 2 if image.guidance_scale > 1 else 1,
         "latents": [image.height // manifest.vae.spatial, image.width // manifest.vae.spatial],
     }
@@ -127,7 +128,7 @@ def _optimum_options(context: Context) -> dict[str, Any]:
     return {
         "folder": str(context.folder),
         "family": manifest.family,
-        "precision": manifest.precision,
+        "precision": PRECISIONS[manifest.precision].plain.name,
         "device": context.device,
     }
 

@@ -36,7 +36,7 @@ class Runner:
     ) -> None:
         self._manifest = Bundle.load(bundle).manifest
         self._device = resolve_device(device)
-        own = self._manifest.precision if self._device.type == "cuda" else "fp32"
+        own = PRECISIONS[self._manifest.precision].plain.name if self._device.type == "cuda" else "fp32"
         self._precision = own if precision == "bundle" else precision
         self._compile = {"eager": _as_it_is, "compiled": _compile}[mode]
         self._mode = mode

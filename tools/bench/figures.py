@@ -67,8 +67,8 @@ def compare_images(ours: np.ndarray, theirs: np.ndarray, precisions: set[str]) -
 
 
 def _judge(psnr: float, largest: float, precisions: set[str]) -> Verdict:
-    """``same`` within the threshold of `hypersd verify`, ``close`` if that is bfloat16's, which rounds at 8 bits."""
-    threshold = THRESHOLDS[next(name for name in ("bf16", "fp16", "fp32") if name in precisions)]
+    """``same`` within the threshold of `hypersd verify`, ``close`` if that is of a precision that rounds to 8 bits."""
+    threshold = next(threshold for name, threshold in THRESHOLDS.items() if name in precisions)
     if not (psnr >= threshold.psnr and largest <= max(threshold.largest, LEVEL * 1.001)):  # pixels are whole levels
         return "other"
-    return "close" if "bf16" in precisions else "same"
+    return "close" if precisions & {"bf16", "int8"} else "same"
