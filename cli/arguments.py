@@ -73,7 +73,7 @@ def build_command(bundle: Path, *options: str) -> str:
 
 
 def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
-    """Add `--backend` (help text ``words``) and `--precision` (OpenVINO only)."""
+    """Add `--backend` (help text ``words``), `--precision` (OpenVINO only) and `--low-memory`."""
     parser.add_argument(
         "--backend",
         default="auto",
@@ -85,6 +85,12 @@ def add_backend(parser: argparse.ArgumentParser, words: str) -> None:
         choices=["fp32", "bf16"],
         help="OpenVINO only: compute type (default: bf16 where the processor supports it natively, else fp32); "
         "the other backends compute in the bundle's precision",
+    )
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="load components when they are needed and release them after: the same images in the memory of the "
+        "largest, each after its own loads and without CUDA graphs",
     )
 
 

@@ -157,6 +157,7 @@ def _actors(args: argparse.Namespace) -> ActorOptions:
         strict_loras=args.strict,
         backend=args.backend,
         precision=args.precision,
+        low_memory=args.low_memory,
     )
 
 

@@ -219,7 +219,14 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, **options: Any) -> P
     progress.start(f"loading {args.bundle}")
     try:
         pipe = Pipeline.load(
-            bundle, args.backend, args.device, args.target, progress, precision=args.precision, **options
+            bundle,
+            args.backend,
+            args.device,
+            args.target,
+            progress,
+            precision=args.precision,
+            low_memory=args.low_memory,
+            **options,
         )
     finally:
         progress.hide()
@@ -239,6 +246,8 @@ def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> 
     if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
         unkept = "; " in compiled[0]
         line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
+    if pipe.is_low_memory:
+        line += "; components are loaded when they are needed"
     is_slow = choice.backend == "onnxruntime" and pipe.device.type == "cpu" and not pipe.one_graph
     if auto and is_slow:
         line += _faster_with_openvino(pipe.manifest.precision)

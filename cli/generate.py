@@ -256,6 +256,7 @@ def _check_one_graph(args: argparse.Namespace) -> None:
         "--target": args.target,
         "--precision": args.precision,
         "--vae-tile": args.vae_tile,
+        "--low-memory": args.low_memory,
         "--backend": args.backend if args.backend.startswith("tensorrt") else None,
     }
     if args.one_graph and (others := [option for option, value in given.items() if value]):

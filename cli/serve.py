@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         max_batch=args.max_batch,
         backend=args.backend,
         precision=args.precision,
+        low_memory=args.low_memory,
         lora_folder=read_lora_folder(args),
     )
     names = ", ".join(service.folders)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     bundle = open_bundle(args.bundle)
     with spinner(f"loading {args.bundle}"):
-        pipe = Pipeline.load(bundle, args.backend, precision=args.precision)
+        pipe = Pipeline.load(bundle, args.backend, precision=args.precision, low_memory=args.low_memory)
     threshold = _threshold(args.min_psnr, verification.find_threshold(pipe))
     pairs = args.out or verify_folder(args.bundle)
     cases = verify_cases.make_cases(pipe.manifest, args.prompt or verify_cases.PROMPTS, args.seed)

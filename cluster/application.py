@@ -106,6 +106,7 @@ def _replica(options: ClusterOptions, bundles: Sequence[SharedBundle]) -> Applic
         loras=options.loras,
         backend=options.backend,
         precision=options.precision,
+        low_memory=options.low_memory,
     )
 
 

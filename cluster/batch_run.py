@@ -46,7 +46,7 @@ class ActorOptions:
         max_batch: the most images of one call.
         lora_folder: of LoRAs that lines may use, at this path on every machine.
         strict_loras: leave out LoRAs of which a part would be left out.
-        backend: as for :meth:`hypersd.Pipeline.load`; likewise ``precision``.
+        backend: as for :meth:`hypersd.Pipeline.load`; likewise ``precision`` and ``low_memory``.
     """
 
     count: int
@@ -56,6 +56,7 @@ class ActorOptions:
     strict_loras: bool
     backend: str
     precision: str | None
+    low_memory: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class BatchReplica:
             lora_folder=options.lora_folder and LoraFolder(options.lora_folder, options.strict_loras),
             backend=options.backend,
             precision=options.precision,
+            low_memory=options.low_memory,
         )
         self._service.start()
         self._service.wait_ready()

@@ -44,6 +44,7 @@ class ClusterOptions(BaseModel):
     ingresses: int = Field(1, ge=1, le=1000)
     backend: Literal["auto", Backend] = "auto"
     precision: Literal["fp32", "bf16"] | None = None
+    low_memory: bool = False
     queue: int = Field(64, ge=1, le=1_000_000)
     max_batch: int = Field(8, ge=1, le=1024)
     max_count: int = Field(8, ge=1, le=1024)

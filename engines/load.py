@@ -20,6 +20,7 @@ from .openvino.library import check_device, is_installed, resolve_precision
 from .precision import PRECISIONS
 from .progress import Progress, Silent
 from .specs import Component, EngineTarget
+from .staged_engines import StagedEngines
 from .tensorrt.api import TITLES, load_api
 from .tensorrt.machine import Machine, this_machine, why_not_target
 from .tensorrt.targets import target_name
@@ -208,6 +209,7 @@ def load_choice(
     device: str = "auto",
     progress: Progress | None = None,
     one_graph: str | None = None,
+    low_memory: bool = False,
 ) -> Mapping[str, Engine]:
     """Make every component of a bundle, or its one-graph of that name, ready to run.
 
@@ -217,6 +219,7 @@ def load_choice(
         device: as for :func:`choose`.
         progress: receives stages that take long: TensorRT-RTX compiles its kernels at the first load.
         one_graph: the name of a one-graph, which is loaded instead of the components.
+        low_memory: load nothing yet: the result loads one stage's engines at a time, without ``progress``.
 
     Raises:
         BundleError: the bundle's engines are damaged.
@@ -230,36 +233,32 @@ def load_choice(
 
         cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
         return load_target(bundle, choice.target, components, cuda, progress or Silent())
+    load, resolved = _onnx_loader(choice, device)
+    loads = {
+        name: functools.partial(load, name, bundle.path(component.onnx), component)
+        for name, component in components.items()
+    }
+    if low_memory:
+        return StagedEngines({name: LateEngine(components[name], make, resolved) for name, make in loads.items()})
+    late = LATE if resolved.type == "cpu" else ()
+    engines: dict[str, Engine] = {}
+    # The largest comes first: a load takes up to twice what it leaves, and then nothing lies beside it.
+    for name in sorted(components, key=lambda name: bundle.manifest.component_bytes(components[name]), reverse=True):
+        engines[name] = LateEngine(components[name], loads[name]) if name in late else loads[name]()
+    return {name: engines[name] for name in components}
+
+
+def _onnx_loader(choice: Choice, device: str) -> tuple[Callable[[str, Path, Component], Engine], torch.device]:
+    """The function that loads a component's ONNX file, and the device that its engines run on."""
     if choice.precision is not None:
         from .openvino.openvino_engine import OpenVinoEngine
 
-        load = functools.partial(OpenVinoEngine, precision=choice.precision)
-        return _on_the_cpu(bundle, components, load)
+        return functools.partial(OpenVinoEngine, precision=choice.precision), torch.device("cpu")
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
     resolved = resolve_device(device)
-    if resolved.type == "cpu":
-        return _on_the_cpu(bundle, components, functools.partial(OnnxRuntimeEngine, device=resolved))
-    stream = torch.cuda.Stream(resolved)  # torch has few: one for all networks
-    return {
-        name: OnnxRuntimeEngine(name, bundle.path(component.onnx), component, resolved, stream=stream)
-        for name, component in components.items()
-    }
-
-
-def _on_the_cpu(
-    bundle: Bundle, components: Mapping[str, Component], load: Callable[[str, Path, Component], Engine]
-) -> dict[str, Engine]:
-    """Engines on the CPU, those that only some calls run not loaded yet.
-
-    The largest comes first: a load takes up to twice what it leaves, and then nothing lies beside it.
-    """
-    engines: dict[str, Engine] = {}
-    for name in sorted(components, key=lambda name: bundle.manifest.component_bytes(components[name]), reverse=True):
-        component = components[name]
-        make = functools.partial(load, name, bundle.path(component.onnx), component)
-        engines[name] = LateEngine(component, make) if name in LATE else make()
-    return {name: engines[name] for name in components}
+    stream = torch.cuda.Stream(resolved) if resolved.type == "cuda" else None  # torch has few: one for all networks
+    return functools.partial(OnnxRuntimeEngine, device=resolved, stream=stream), resolved
 
 
 def choose_one_graph(bundle: Bundle, name: str, backend: str = "auto", device: str = "auto") -> Choice:

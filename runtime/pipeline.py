@@ -16,6 +16,7 @@ from ..engines.cuda.turns import hand_out
 from ..engines.hub_bundles import find_bundle
 from ..engines.load import Choice, choose, choose_one_graph, load_choice
 from ..engines.progress import Progress
+from ..engines.staged_engines import StagedEngines
 from ..errors import BundleError, RequestError
 from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
@@ -64,12 +65,13 @@ class Pipeline:
     """A bundle that is ready to generate images.
 
     Several threads may call one pipeline. On the CPU their calls run side by side: they share no state but the engines,
-    which keep buffers per thread. On a GPU they take turns on a stream of the pipeline's own, which starts after the
-    work of the caller's current stream, and which that stream waits for. If the engines can be recorded there, the
-    whole image is a CUDA graph (see :class:`..engines.cuda.graphs.GraphedFunction`) for each of the last few kinds of
-    call, from the third call of a kind on; calls with a callback run step by step, with a graph for every network. The
-    text encoders are graphs of their own: they do not run for prompts that were seen lately. What cannot be recorded
-    after all runs without a graph, and a :class:`..engines.cuda.graphs.GraphWarning` says so once.
+    which keep buffers per thread; with ``low_memory`` they take turns. On a GPU they take turns on a stream of the
+    pipeline's own, which starts after the work of the caller's current stream, and which that stream waits for. If the
+    engines can be recorded there, the whole image is a CUDA graph (see :class:`..engines.cuda.graphs.GraphedFunction`)
+    for each of the last few kinds of call, from the third call of a kind on; calls with a callback run step by step,
+    with a graph for every network. The text encoders are graphs of their own: they do not run for prompts that were
+    seen lately. What cannot be recorded after all runs without a graph, and a
+    :class:`..engines.cuda.graphs.GraphWarning` says so once.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Pipeline:
         precision: str | None = None,
         vae_tile: int | None = None,
         one_graph: str | None = None,
+        low_memory: bool = False,
     ) -> Pipeline:
         """Load a bundle.
 
@@ -134,12 +137,16 @@ class Pipeline:
                 as diffusers' ``vae.enable_tiling()`` does it: less memory, more time, and seams that a smooth surface
                 may show. For bundles that take a range of sizes.
             one_graph: run the bundle's one-graph of that name instead of its components; its settings are fixed.
+            low_memory: load each component when a call needs it, and release it after its stage, so that memory holds
+                the text encoders, or the VAE's encoder, or the UNet with the ControlNets that act, or the VAE's
+                decoder. The images are the same; every call loads what it runs, calls take turns, and no CUDA graphs
+                are recorded. The images of one call share its loads, and known prompts load no text encoder.
 
         Raises:
             BundleError: the bundle is missing, damaged, altered or of another version.
             DownloadError: the bundle cannot be fetched from the Hub.
             EngineError: the backend or device cannot be used here.
-            RequestError: ``vae_tile`` is none that the decoder takes.
+            RequestError: ``vae_tile`` is none that the decoder takes, or ``one_graph`` excludes another option.
         """
         downloads = None if progress is None else progress.downloads
         opened = bundle if isinstance(bundle, Bundle) else Bundle.load(find_bundle(bundle, downloads))
@@ -150,12 +157,14 @@ class Pipeline:
             choice = choose(opened, backend, device, target, precision)
         elif target is not None or precision is not None or vae_tile is not None:
             raise RequestError("a one-graph has no target, precision or vae_tile: leave them or one_graph out")
+        elif low_memory:
+            raise RequestError("a one-graph holds all components at once: leave low_memory or one_graph out")
         else:
             choice = choose_one_graph(opened, one_graph, backend, device)
         if vae_tile is not None:
             latent_sample = choice.manifest.components["vae_decoder"].inputs["latent_sample"]
             vae_tile = check_tile(latent_sample, vae_tile, choice.manifest.vae.spatial)
-        engines = load_choice(opened, choice, device, progress, one_graph)
+        engines = load_choice(opened, choice, device, progress, one_graph, low_memory)
         try:
             capture = capture_cuda_graph if cuda_graphs else None
             pipe = cls(choice.manifest, engines, tokenizers, capture=capture, vae_tile=vae_tile, one_graph=one_graph)
@@ -163,6 +172,11 @@ class Pipeline:
             raise BundleError(f"{opened.root}: {error}; export the bundle again") from error
         pipe.choice, pipe._bundle_shapes = choice, opened.manifest.shapes
         return pipe
+
+    @property
+    def is_low_memory(self) -> bool:
+        """Whether every call loads the components that it runs, one stage at a time."""
+        return isinstance(self.engines, StagedEngines)
 
     @property
     def is_graphed(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..engines import Engine, Manifest
 from ..engines.cuda.graphs import Capture, GraphedEngine, GraphedFunction
 from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
+from ..engines.staged_engines import StagedEngines
 from ..errors import EngineError, RequestError, one_line
 from ..samplers import Sampler
 from .call import Call
@@ -42,6 +43,7 @@ class Runner:
         device: the denoiser's.
         dtype: that of its latents.
         has_turns: whether calls share memory that they have to take turns for, as they do on a GPU.
+        release: called at the end of each turn, while the others still wait.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         has_turns: bool,
+        release: Callable[[], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.function = function
@@ -64,10 +67,17 @@ class Runner:
         self.device = device
         self.dtype = dtype
         self._turns = Turns(device) if has_turns else None
+        self._release = release
 
-    def turn(self) -> AbstractContextManager[torch.cuda.Stream | None]:
+    @contextmanager
+    def turn(self) -> Iterator[torch.cuda.Stream | None]:
         """Wait for this runner's other calls, and keep them waiting; gives the caller's stream on a GPU."""
-        return nullcontext() if self._turns is None else self._turns.turn()
+        with nullcontext() if self._turns is None else self._turns.turn() as caller:
+            try:
+                yield caller
+            finally:
+                if self._release is not None:
+                    self._release()
 
     def run(self, call: Call, after_step: AfterStep | None = None) -> Any:
         """The images of a call, of its ``output_type``; with ``after_step`` stage by stage.
@@ -166,7 +176,8 @@ def make_runner(
     """A runner of all components.
 
     With ``capture``, and if every engine after the text encoders can be recorded, the whole image is a CUDA graph;
-    called stage by stage, every component is one.
+    called stage by stage, every component is one. Staged engines are not recorded; calls take turns on them, lest one
+    releases what another is about to run.
     """
     unet = engines["unet"]
     plain_unet = without_residuals(unet)
@@ -187,7 +198,8 @@ def make_runner(
         whole=GraphedFunction(whole.generate, capture) if is_graphed else None,
         device=unet.device,
         dtype=TORCH_DTYPES[unet.inputs["sample"].dtype],
-        has_turns=is_graphed or unet.device.type == "cuda",
+        has_turns=is_graphed or unet.device.type == "cuda" or isinstance(engines, StagedEngines),
+        release=engines.release if isinstance(engines, StagedEngines) else None,
     )
 
 

@@ -35,6 +35,11 @@ class GraphWarning(UserWarning):
     """Work cannot be recorded as a CUDA graph, and runs without one."""
 
 
+def between_captures() -> contextlib.AbstractContextManager[Any]:
+    """Keep other threads from recording: a wait for the device, or memory that is freed, would invalidate a capture."""
+    return _one_capture
+
+
 def retain(*owners: object) -> None:
     """Keep ``owners`` alive as long as the graph that this thread is recording; outside a recording do nothing.
 
@@ -133,7 +138,7 @@ class GraphedFunction:
 
 def _finish(entry: _Entry) -> None:
     """Wait for the device before an entry is dropped: its memory may go to another stream."""
-    with _one_capture:  # a wait for the device would invalidate a capture
+    with between_captures():
         for device in {tensor.device for tensor in entry.inputs.values() if tensor.is_cuda}:
             torch.cuda.synchronize(device)
 

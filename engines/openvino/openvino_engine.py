@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,14 +65,10 @@ class _Binding:
                 network.set_tensor(name, self._make_tensor(tensor.numpy(), shared_memory=True))
 
 
-def _release_activations(parts: Sequence[ov.CompiledModel]) -> None:
-    """Give back the memory of intermediate results: SD1.5's decoder has 0.4 GB at 512x512, SDXL's 1.8 GB at 1024x1024.
-
-    OpenVINO keeps runs out while it does this; the next one allocates the memory again, a few percent of its time.
-    """
-    with contextlib.suppress(RuntimeError):  # another thread runs them: the end of its run begins another wait
-        for part in parts:
-            part.release_memory()
+def _release_activations(engine: weakref.ref[OpenVinoEngine]) -> None:
+    """Let an engine release its activations, unless it is gone."""
+    if (alive := engine()) is not None:
+        alive.release_activations()
 
 
 def _run(request: ov.InferRequest) -> None:
@@ -108,7 +105,8 @@ class OpenVinoEngine:
         self.device = torch.device("cpu")
         self._parts = compile_graph(path, component, precision, threads or available_cores())
         self._bindings: ByShapes[_Binding] = ByThread()
-        self._at_rest = AtRest(functools.partial(_release_activations, self._parts), REST)
+        # Without a reference: an engine that is released must not wait for its rest.
+        self._at_rest = AtRest(functools.partial(_release_activations, weakref.ref(self)), REST)
 
     def run(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the graph once; see :class:`.engine.Engine` for how long the returned buffers hold.
@@ -128,6 +126,15 @@ class OpenVinoEngine:
         except Exception as error:  # OpenVINO's exceptions share no base class but this
             raise EngineError(f"{self.name}: OpenVINO failed: {in_short(error)}") from error
         return binding.outputs
+
+    def release_activations(self) -> None:
+        """Give back the memory of intermediate results: SD1.5's decoder has 0.4 GB at 512x512, SDXL's 1.8 at 1024x1024.
+
+        OpenVINO keeps runs out while it does this; the next one allocates the memory again, a few percent of its time.
+        """
+        with contextlib.suppress(RuntimeError):  # it runs: the end of its run begins another wait
+            for part in self._parts:
+                part.release_memory()
 
     def _bind(self, feeds: Mapping[str, Tensor]) -> _Binding:
         _check_agreement(self.name, self.inputs, feeds)
