@@ -1,4 +1,4 @@
-"""Show a bundle: settings, components with inputs and outputs, sizes, TensorRT engines.
+"""Show a bundle: settings, components with inputs and outputs, sizes, memory, TensorRT engines.
 
 Engines form targets: one engine for every component, for one version of TensorRT, kind of GPU and range of images. The
 table says whether each target runs on this machine, and if not, why. `hypersd generate --target` takes its name.
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..engines import Bundle, Manifest
+    from ..engines.memory_needs import Needs
     from ..engines.specs import EngineTarget, TensorSpec
 
 FACT_WIDTH, TARGET_WIDTH = 18, 26  # columns that a table of targets takes
 SHOWN_NAMES = 3  # of a component's attentions
+MEMORY_REMARK = """\
+memory: estimated from the files' sizes, weights alone; a run's intermediate results and the libraries come on top, and
+during a load up to the component's size again. Targets: weights and activations as TensorRT reported them. OpenVINO
+needs as much as ONNX Runtime where the processor does not multiply in bfloat16."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         facts.add_row(name, Text(value))  # not markup, whatever brackets a path has
     console.print(facts)
     console.print(_component_table(bundle))
+    console.print(_memory_table(bundle.manifest))
+    console.print(MEMORY_REMARK, soft_wrap=True)
     if bundle.manifest.engines:
         _print_targets(bundle, console)
     else:
@@ -69,6 +76,37 @@ def _component_table(bundle: Bundle) -> Table:
         specs = (component.inputs, component.outputs)
         tensors = ("\n".join(_tensor_lines(tensors)) for tensors in specs)
         table.add_row(Text(name), f"{size / 1e6:,.1f}", *map(Text, tensors))
+    return table
+
+
+def _memory_table(manifest: Manifest) -> Table:
+    """Megabytes that each component takes in each backend, all together, and the largest stage with --low-memory."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..engines.memory_needs import estimated_needs, need_of_all, need_of_largest_stage, target_needs
+
+    columns = {
+        "ONNX Runtime, CPU": estimated_needs(manifest, 4),
+        "OpenVINO in bf16, CPU": estimated_needs(manifest, 2),
+        "ONNX Runtime, GPU": estimated_needs(manifest, None),
+        **{f"target {i}, GPU": target_needs(target) for i, target in enumerate(manifest.engines.values(), 1)},
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("memory, MB", overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="right", overflow="fold")
+
+    def add(row: str, size: Callable[[Needs], int | None]) -> None:
+        sizes = [None if needs is None else size(needs) for needs in columns.values()]
+        table.add_row(Text(row), *("unknown" if size is None else f"{size / 1e6:,.1f}" for size in sizes))
+
+    for name in manifest.components:
+        add(name, lambda needs, name=name: needs[name].total if name in needs else None)
+    table.add_section()
+    add("all components", need_of_all)
+    add("--low-memory", need_of_largest_stage)
     return table
 
 

@@ -229,9 +229,11 @@ def load_choice(
     if one_graph is not None:
         components = {one_graph: choice.manifest.one_graphs[one_graph].network}
     if choice.target is not None:
-        from .tensorrt.target_loader import load_target
+        from .tensorrt.target_loader import late_target, load_target
 
         cuda = torch.device("cuda", 0 if device == "auto" else torch.device(device).index or 0)
+        if low_memory:
+            return StagedEngines(late_target(bundle, choice.target, components, cuda))
         return load_target(bundle, choice.target, components, cuda, progress or Silent())
     load, resolved = _onnx_loader(choice, device)
     loads = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from ..bundle import Bundle
 from ..engine import TORCH_DTYPES, Engine
 from ..image_shapes import extents_of
+from ..late_engine import LateEngine
 from ..progress import Progress, Stage
 from ..specs import Component
 from .activation_memory import ActivationMemory, out_of_memory
@@ -36,35 +38,80 @@ def load_target(
         BundleError: a plan is missing or shortened.
         EngineError: one cannot be loaded.
     """
-    target = bundle.manifest.engines[name]
-    api = load_api(target.backend)
-    major, minor = torch.cuda.get_device_capability(device)
-    gpu = torch.cuda.get_device_name(device)
-    memory = ActivationMemory(device)
+    plans, memory = _Plans(bundle, name, components, device), ActivationMemory(device)
     engines: dict[str, TensorRTEngine] = {}
-    caches: dict[str, RuntimeCache] = {}
-    for component, plan in target.plans.items():
-        path, record = check_plan(bundle, plan.file), bundle.manifest.files[plan.file]
-        caches[component] = find_runtime_cache(path, record.sha256, target.version, gpu, f"{major}.{minor}")
+    for component in plans.caches:
         with Stage(progress, f"{component}: load engine"):
-            engines[component] = TensorRTEngine(
-                api,
-                component,
-                path,
-                components[component],
-                device,
-                memory,
-                onnx=bundle.path(components[component].onnx) if target.stripped else None,
-                cached=caches[component].contents(),
-            )
-    stream = torch.cuda.Stream(device)  # TensorRT would wait for the default stream, and so would other threads
+            engines[component] = plans.load(component, memory)
     for component, engine in engines.items():
         with Stage(progress, f"{component}: first run") as stage:
-            warm_up(engine, stream)
-            engine.drop_lanes()  # a pipeline has lanes on a stream of its own
-            stage.note = caches[component].keep(engine.runtime_cache())
+            stage.note = plans.run_first(engine)
     memory.drop_blocks()
     return dict(engines)
+
+
+def late_target(
+    bundle: Bundle, name: str, components: Mapping[str, Component], device: torch.device
+) -> dict[str, LateEngine]:
+    """A target's engines, none of them loaded yet. Each has activation memory of its own, which goes with it.
+
+    A load runs the engine once only where TensorRT-RTX has kernels to compile: they are kept for the next load.
+
+    Raises:
+        BundleError: a plan is missing or shortened.
+    """
+    plans = _Plans(bundle, name, components, device)
+
+    def load(component: str) -> TensorRTEngine:
+        memory = ActivationMemory(device)
+        engine = plans.load(component, memory)
+        compiled = engine.runtime_cache()
+        if compiled and compiled not in plans.caches[component].contents():
+            plans.run_first(engine)
+            memory.drop_blocks()
+        return engine
+
+    return {
+        component: LateEngine(components[component], functools.partial(load, component), device)
+        for component in plans.caches
+    }
+
+
+class _Plans:
+    """A target's plans, whose files are there, and the places of their compiled kernels by component."""
+
+    def __init__(self, bundle: Bundle, name: str, components: Mapping[str, Component], device: torch.device) -> None:
+        self._bundle, self._components, self._device = bundle, components, device
+        self._target = target = bundle.manifest.engines[name]
+        self._api = load_api(target.backend)
+        # TensorRT would wait for the default stream, and so would other threads
+        self._stream = torch.cuda.Stream(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = torch.cuda.get_device_name(device)
+        self.caches: dict[str, RuntimeCache] = {}
+        for component, plan in target.plans.items():
+            path, record = check_plan(bundle, plan.file), bundle.manifest.files[plan.file]
+            self.caches[component] = find_runtime_cache(path, record.sha256, target.version, gpu, f"{major}.{minor}")
+
+    def load(self, component: str, memory: ActivationMemory) -> TensorRTEngine:
+        """Load a component's plan, with the kernels that earlier loads compiled."""
+        onnx = self._bundle.path(self._components[component].onnx) if self._target.stripped else None
+        return TensorRTEngine(
+            self._api,
+            component,
+            self._bundle.path(self._target.plans[component].file),
+            self._components[component],
+            self._device,
+            memory,
+            onnx=onnx,
+            cached=self.caches[component].contents(),
+        )
+
+    def run_first(self, engine: TensorRTEngine) -> str:
+        """Run an engine once, and keep the kernels that were compiled for it; returns a note for the user."""
+        warm_up(engine, self._stream)
+        engine.drop_lanes()  # a pipeline has lanes on a stream of its own
+        return self.caches[engine.name].keep(engine.runtime_cache())
 
 
 def check_plan(bundle: Bundle, file: str) -> Path:

@@ -30,6 +30,7 @@ import torch
 from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt import api as api_module
+from hypersd.engines.tensorrt import target_loader
 from hypersd.engines.tensorrt.activation_memory import ActivationMemory
 from hypersd.engines.tensorrt.api import OLDEST, TensorRTApi, installed_version, load_api
 from hypersd.engines.tensorrt.attention import attentions_without_kernel, mark_decomposable
@@ -528,6 +529,57 @@ def test_rtx_is_asked_whether_a_run_can_be_recorded(engine_of: StandIn, api: Ten
     engine.drop_lanes()
     assert not engine.capturable
     assert engine_of.called("IExecutionContext.is_stream_capturable") == [(7,)]
+
+
+def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
+    engine_of: StandIn, api: TensorRTApi, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every release the engine and its activations go; RTX's kernels are compiled and kept at the first load alone.
+
+    The bundle has a stand-in for a target, the GPU is one, and so are its streams.
+    """
+
+    class Stream(types.SimpleNamespace):
+        """A stand-in for a CUDA stream."""
+
+        cuda_stream = 7
+
+        def wait_stream(self, other: Any) -> None: ...
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(target_loader, "load_api", lambda backend: api)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(plan.parent / "caches"))
+    target = types.SimpleNamespace(
+        backend=api.backend, version="1.7", stripped=False, plans={"unet": types.SimpleNamespace(file=plan.name)}
+    )
+    files = {plan.name: types.SimpleNamespace(sha256="0" * 64)}
+    manifest = types.SimpleNamespace(engines={"made": target}, files=files)
+    bundle: Any = types.SimpleNamespace(
+        manifest=manifest, path=lambda file: plan.with_name(file), check_file=lambda file: None
+    )
+    late = target_loader.late_target(bundle, "made", {"unet": SPECS}, CPU)["unet"]
+    assert not engine_of.called("Runtime.deserialize_cuda_engine")
+    made: list[weakref.ref[Any]] = []
+
+    class Watched(TensorRTEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            assert all(engine() is None for engine in made), "the engine before it is released"
+            super().__init__(*args, **options)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(target_loader, "TensorRTEngine", Watched)
+    for load in range(1, 4):
+        for _ in range(2):
+            assert late.run({"sample": aligned(1, 16)})["out"].shape == (1, 16)
+        assert len(made) == load
+        runs = len(engine_of.called("IExecutionContext.execute_async_v3"))
+        assert runs == 2 * load + api.is_rtx
+        late.release()
+        assert made[-1]() is None
+    deserialized = engine_of.called("IRuntimeCache.deserialize")
+    assert deserialized == ([(b"kernels",)] * 2 if api.is_rtx else [])
 
 
 def test_a_row_of_a_larger_tensor_is_moved(engine_of: StandIn, api: TensorRTApi, plan: Path) -> None:

@@ -1,0 +1,79 @@
+"""The memory that a bundle's components need: TensorRT's as it reported it, others' estimated from their files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from .manifest import Manifest
+from .precision import STORAGE_BYTES
+from .specs import Component, EngineTarget
+from .staged_engines import stage_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that a component needs while it is loaded.
+
+    Attributes:
+        weights: held as long as the component is loaded.
+        activations: a run's intermediate results; 0 where no figure is known.
+    """
+
+    weights: int
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+Needs = Mapping[str, Need]
+
+
+def estimated_needs(manifest: Manifest, bytes_per_weight: int | None) -> dict[str, Need]:
+    """The weights of every component, from the sizes of its files, which are little else.
+
+    Args:
+        manifest: the bundle's.
+        bytes_per_weight: those that the backend holds; None for the bundle's own.
+    """
+    needs = {}
+    for name, component in manifest.components.items():
+        size = sum(manifest.files[file].size for file in component.files)
+        stored = _bytes_per_weight(component)
+        needs[name] = Need(size * (bytes_per_weight or stored) // stored)
+    return needs
+
+
+def _bytes_per_weight(component: Component) -> int:
+    """Of the component's own: a VAE may be float32 in a float16 bundle."""
+    return STORAGE_BYTES[next(iter(component.outputs.values())).dtype]
+
+
+def target_needs(target: EngineTarget) -> dict[str, Need] | None:
+    """What TensorRT reported of each plan; None if it did not of all."""
+    needs = {}
+    for name, plan in target.plans.items():
+        if plan.weights_memory is None or plan.activation_memory is None:
+            return None
+        needs[name] = Need(plan.weights_memory, plan.activation_memory)
+    return needs
+
+
+def need_of_all(needs: Needs) -> int:
+    """Bytes with all components loaded: they run one after another, and share the memory of their activations."""
+    return _sum(needs, lambda need: need.weights) + max((need.activations for need in needs.values()), default=0)
+
+
+def need_of_largest_stage(needs: Needs) -> int:
+    """Bytes with one stage loaded at a time (:mod:`.staged_engines`), all ControlNets included."""
+    stages = {stage_of(name) for name in needs}
+    return max(
+        _sum({name: need for name, need in needs.items() if stage_of(name) == stage}, lambda need: need.total)
+        for stage in stages
+    )
+
+
+def _sum(needs: Needs, size: Callable[[Need], int]) -> int:
+    return sum(map(size, needs.values()))
