@@ -40,9 +40,8 @@ def estimated_needs(manifest: Manifest, bytes_per_weight: int | None) -> dict[st
     """
     needs = {}
     for name, component in manifest.components.items():
-        size = sum(manifest.files[file].size for file in component.files)
         stored = _bytes_per_weight(component)
-        needs[name] = Need(size * (bytes_per_weight or stored) // stored)
+        needs[name] = Need(manifest.component_bytes(component) * (bytes_per_weight or stored) // stored)
     return needs
 
 
