@@ -105,8 +105,8 @@ def _memory_table(manifest: Manifest) -> Table:
     for name in manifest.components:
         add(name, lambda needs, name=name: needs[name].total if name in needs else None)
     table.add_section()
-    add("all components", need_of_all)
-    add("--low-memory", need_of_largest_stage)
+    for row, size in (("all components", need_of_all), ("--low-memory", need_of_largest_stage)):
+        add(row, lambda needs, size=size: size(needs) if len(needs) == len(manifest.components) else None)
     return table
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from .manifest import Manifest
-from .precision import STORAGE_BYTES
+from .precision import COMPUTE_BYTES, PRECISIONS
 from .specs import Component, EngineTarget
 from .staged_engines import stage_of
 
@@ -31,27 +31,35 @@ class Need:
 Needs = Mapping[str, Need]
 
 
-def estimated_needs(manifest: Manifest, bytes_per_weight: int | None) -> dict[str, Need]:
+def estimated_needs(manifest: Manifest, bytes_per_weight: int | None) -> dict[str, Need] | None:
     """The weights of every component, from the sizes of its files, which are little else.
 
     Args:
         manifest: the bundle's.
-        bytes_per_weight: those that the backend holds; None for the bundle's own.
+        bytes_per_weight: those that the backend holds at least; None for the bundle's own.
+
+    Returns:
+        By component; None if the backend widens a UNet of which only some weights are stored in 8 bits.
     """
-    needs = {}
+    precision, needs = PRECISIONS[manifest.precision], {}
     for name, component in manifest.components.items():
         stored = _bytes_per_weight(component)
-        needs[name] = Need(manifest.component_bytes(component) * (bytes_per_weight or stored) // stored)
+        held = bytes_per_weight or stored
+        if name == "unet" and precision != precision.plain:
+            if held > stored:
+                return None
+            held = stored  # as in the file
+        needs[name] = Need(manifest.component_bytes(component) * held // stored)
     return needs
 
 
 def _bytes_per_weight(component: Component) -> int:
-    """Of the component's own: a VAE may be float32 in a float16 bundle."""
-    return STORAGE_BYTES[next(iter(component.outputs.values())).dtype]
+    """Those of a component's own type: a VAE may be float32 in a float16 bundle."""
+    return COMPUTE_BYTES[next(iter(component.outputs.values())).dtype]
 
 
 def target_needs(target: EngineTarget) -> dict[str, Need] | None:
-    """What TensorRT reported of each plan; None if it did not of all."""
+    """The figures that TensorRT reported of each plan; None if it did not of all."""
     needs = {}
     for name, plan in target.plans.items():
         if plan.weights_memory is None or plan.activation_memory is None:

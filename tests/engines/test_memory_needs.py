@@ -36,7 +36,18 @@ def test_weights_are_those_of_the_files_in_the_backends_precision() -> None:
     mixed = msgspec.structs.replace(mixed, components=components)
     for bytes_per_weight, expected in ((None, (250, 1700, 100)), (2, (250, 1700, 50)), (4, (500, 3400, 100))):
         needs = estimated_needs(mixed, bytes_per_weight)
+        assert needs is not None
         assert tuple(needs[name].total for name in SIZES) == expected
+
+
+def test_weights_in_8_bits_are_as_many_as_in_the_file_or_unknown() -> None:
+    """How many of the UNet's weights a backend widens to float32 is not in the manifest."""
+    packed = msgspec.structs.replace(sized(), precision="int8")
+    for bytes_per_weight in (None, 2):
+        needs = estimated_needs(packed, bytes_per_weight)
+        assert needs is not None
+        assert {name: need.total for name, need in needs.items()} == SIZES
+    assert estimated_needs(packed, 4) is None
 
 
 NEEDS = st.dictionaries(
