@@ -42,7 +42,7 @@ class Engine(Protocol):
 
         If so, the third and later runs on a stream at given shapes only enqueue: they allocate nothing and the host
         does not wait. While a graph is recorded, ``run`` passes the owners of its memory to
-        :func:`.cuda.graphs.retain`. The caller replays the graph on one stream, in order with the engine's other runs.
+        :func:`.cuda.capture.retain`. The caller replays the graph on one stream, in order with the engine's other runs.
         """
         ...
 

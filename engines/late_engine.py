@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .cuda.graphs import between_captures
+from .cuda.device import one_capture, release_cached_memory
 from .engine import Engine
 from .specs import Component
 
@@ -61,13 +61,12 @@ class LateEngine:
         with self._lock:
             if self._engine is None:
                 return
-            with between_captures() if self.device.type == "cuda" else nullcontext():
-                for stream in self._streams:
-                    stream.synchronize()
-                self._streams.clear()
-                self._engine = None
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()  # the next engine's weights do not come from torch's allocator
+            for stream in self._streams:
+                stream.synchronize()
+            self._streams.clear()
+            with one_capture if self.device.type == "cuda" else nullcontext():
+                self._engine = None  # frees memory, which would invalidate a capture of another thread
+            release_cached_memory(self.device)  # the next engine's weights do not come from torch's allocator
         _trim_heap()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import BundleError, DeviceError, RequestError
 from .bundle import Bundle
+from .cuda.streams import claim_stream
 from .engine import Engine
 from .image_shapes import narrowed
 from .late_engine import LATE, LateEngine
@@ -259,7 +260,7 @@ def _onnx_loader(choice: Choice, device: str) -> tuple[Callable[[str, Path, Comp
     from .onnx_runtime import OnnxRuntimeEngine, resolve_device
 
     resolved = resolve_device(device)
-    stream = torch.cuda.Stream(resolved) if resolved.type == "cuda" else None  # torch has few: one for all networks
+    stream = claim_stream(resolved) if resolved.type == "cuda" else None  # torch has few: one for all networks
     return functools.partial(OnnxRuntimeEngine, device=resolved, stream=stream), resolved
 
 

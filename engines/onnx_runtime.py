@@ -16,7 +16,9 @@ from torch import Tensor
 from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line, warn_user
 from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
-from .cuda.graphs import retain
+from .cuda.capture import retain
+from .cuda.device import is_out_of_memory, out_of_memory
+from .cuda.streams import claim_stream
 from .engine import check_feeds, check_graph
 from .mapped_files import release_pages
 from .specs import Component
@@ -136,7 +138,7 @@ class OnnxRuntimeEngine:
         self.inputs = component.inputs
         self.outputs = component.outputs
         self.device = device
-        self._stream = stream or torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream or claim_stream(device) if device.type == "cuda" else None
         threads = threads or available_cores()
         if self._stream is None:
             self._session, self.capturable = _make_cpu_session(path, component, threads), False
@@ -176,6 +178,8 @@ class OnnxRuntimeEngine:
         except torch.OutOfMemoryError:  # of the buffers: the caller's words say more
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class but this
+            if self._stream is not None and is_out_of_memory(error):
+                raise out_of_memory(f"{self.name}'s intermediate results did not fit", self.device) from error
             raise EngineError(f"{self.name}: ONNX Runtime failed: {one_line(error)}") from error
         return binding.outputs
 
@@ -304,7 +308,12 @@ def _open_cuda_session(
     cuda = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
     if recordable:
         cuda["enable_cuda_graph"] = "1"
-    session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"])
+    try:
+        session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"])
+    except BundleError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(f"the weights of {path} did not fit", device) from error
+        raise
     if "CUDAExecutionProvider" not in session.get_providers():
         raise DeviceError(f"ONNX Runtime could not start its CUDA provider, its libraries are missing: {CUDA_HINT}")
     return session

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .by_shapes import ByShapes
-from .cuda.graphs import retain
+from .cuda.capture import retain
 from .engine import TORCH_DTYPES, Engine, EngineWrapper, varying_extents
 from .specs import TensorSpec
 

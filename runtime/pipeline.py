@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..engines import Bundle, Engine, Manifest
-from ..engines.cuda.graphs import Capture, GraphedFunction, capture_cuda_graph
+from ..engines.cuda.capture import Capture, capture_cuda_graph
+from ..engines.cuda.device import out_of_memory_in_words
+from ..engines.cuda.graphs import GraphedFunction
 from ..engines.cuda.turns import hand_out
 from ..engines.hub_bundles import find_bundle
 from ..engines.load import Choice, choose, choose_one_graph, load_choice
@@ -21,7 +24,7 @@ from ..errors import BundleError, RequestError
 from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
 from .adapter import Adapter
-from .adapters import Adapters, PackedSlot
+from .adapters import Adapters, ChosenAdapter, PackedSlot
 from .call import Call
 from .clock import Clock
 from .controls import PerControlNet, images_by_name, make_conditions
@@ -99,7 +102,8 @@ class Pipeline:
             self._runner = make_one_graph_runner(manifest, one_graph, engine, tokenizers, self.sampler)
         self.device, self.dtype = self._runner.device, self._runner.dtype
         slots = manifest.lora_slot.components if manifest.lora_slot else []
-        self._adapters = Adapters(manifest, {name: engines[one_graph or name].device for name in slots})
+        with self._turn("making the LoRA slot"):
+            self._adapters = Adapters(manifest, {name: engines[one_graph or name].device for name in slots})
 
     @property
     def _engines_name(self) -> str:
@@ -279,7 +283,7 @@ class Pipeline:
         generator, used_seed = _random_numbers(request, params.generator)
         settings = make_settings(self.manifest, request, params.output_type)
         with clock.stage("tokenize"):
-            slot = self._adapters.pack(request.adapters)
+            slot = self._pack(request.adapters)
             tokenized = self._tokenize(request, settings, slot)
         images, crop = {}, None
         if params.control_image is not None or request.starts_from != "noise":
@@ -365,14 +369,30 @@ class Pipeline:
         """The text encoders' outputs for some prompts, one row each; those of recent prompts are cached."""
         self._runner.by_stages()
         tokenized = self._runner.text.tokenize(prompts, self._adapters.pack(()))
-        with self._runner.turn() as caller:
+        with self._turn("encoding prompts") as caller:
             return self._runner.text.encode(tokenized).map(lambda tensor: hand_out(tensor.clone(), caller))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, 4, h, w] to images [B, 3, H, W] in -1..1, a tensor of the caller's own."""
         stages = self._runner.by_stages()
-        with self._runner.turn() as caller:
+        with self._turn("decoding latents") as caller:
             return hand_out(stages.decode(latents).clone(), caller)  # the next turn may be another thread's
+
+    @contextmanager
+    def _turn(self, doing: str) -> Iterator[torch.cuda.Stream | None]:
+        """A turn of the runner's, with words for the case that memory is exhausted inside."""
+        with out_of_memory_in_words(doing), self._runner.turn() as caller:
+            yield caller
+
+    def _pack(self, adapters: Sequence[ChosenAdapter]) -> PackedSlot:
+        """The LoRA slot's tensors, made on the stream that reads them: other threads' calls find them cached.
+
+        Else a call could read them before the copy to the device is done, or after their memory is another tensor's.
+        """
+        if not adapters:
+            return self._adapters.pack(())
+        with self._turn("filling the LoRA slot"):
+            return self._adapters.pack(adapters)
 
     def _tokenize(self, request: Request, settings: GenerationSettings, slot: PackedSlot) -> TokenizedTexts:
         """The negative prompts, if the text encoders have to see them, then the prompts."""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..engines import Engine, Manifest
-from ..engines.cuda.graphs import Capture, GraphedEngine, GraphedFunction
+from ..engines.cuda.capture import Capture
+from ..engines.cuda.device import out_of_memory_in_words
+from ..engines.cuda.graphs import GraphedEngine, GraphedFunction
 from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
 from ..engines.staged_engines import StagedEngines
-from ..errors import EngineError, RequestError, one_line
+from ..errors import RequestError
 from ..samplers import Sampler
 from .call import Call
 from .clock import Steps
@@ -23,7 +25,7 @@ from .denoiser import Denoiser
 from .image_function import ImageFunction
 from .one_graph_function import OneGraphFunction
 from .pixels import to_images, to_pixels
-from .request import GenerationSettings, Request
+from .request import GenerationSettings
 from .starts import START_IMAGES, draw, latents_shape
 from .text import ClipTokenizer, TextConditioner
 
@@ -86,7 +88,9 @@ class Runner:
             RequestError: the caller's latents are of another shape, or a one-graph is to call ``after_step``.
             EngineError: an engine failed, or the device's memory is not enough.
         """
-        with _out_of_memory_in_words(call.request), self.turn() as caller:
+        request = call.request
+        generating = f"generating {request.batch} of {request.width}x{request.height}"
+        with out_of_memory_in_words(generating), self.turn() as caller:
             if self.whole is not None and after_step is None:
                 return self._at_once(self.whole, call, caller)
             return self._by_stages(call, after_step, caller)
@@ -218,19 +222,3 @@ def make_one_graph_runner(
         dtype=function.dtype,
         has_turns=engine.device.type == "cuda",
     )
-
-
-@contextmanager
-def _out_of_memory_in_words(request: Request) -> Iterator[None]:
-    """Turn torch's errors of exhausted device memory into an error that names the request and a remedy."""
-    try:
-        yield
-    except RuntimeError as error:
-        # Memory of the host that the device is to read, torch refuses with CUDA's error and not with its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "CUDA error: out of memory" not in str(error):
-            raise
-        what = f"{request.batch} of {request.width}x{request.height}"
-        raise EngineError(
-            f"out of device memory, generating {what} ({one_line(error)}): "
-            "generate smaller images or fewer at a time, or free the device"
-        ) from error

@@ -38,7 +38,9 @@ class StandInCapture:
         self.image_replays = 0
         self.outputs: list[Mapping[str, Tensor]] = []
 
-    def __call__(self, work: Callable[[], Mapping[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    def __call__(
+        self, work: Callable[[], Mapping[str, Tensor]], memory: Any
+    ) -> tuple[Callable[[], None], dict[str, Tensor]]:
         with RefuseWhatGraphsCannot():
             outputs = {name: torch.full_like(tensor, 77) for name, tensor in work().items()}
         is_image = "output" in outputs

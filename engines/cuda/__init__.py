@@ -1,1 +1,1 @@
-"""CUDA streams, turns of threads on a device, and CUDA graphs."""
+"""CUDA streams, turns of threads on a device, CUDA graphs and their memory."""

@@ -1,52 +1,25 @@
-"""CUDA graphs: work that is enqueued once, recorded, and from then on launched as a whole.
-
-A recorded graph reads and writes the same addresses as during the recording, so the memory must live as long as the
-graph: see :class:`GraphedFunction` and :func:`retain`.
-"""
+"""Functions and engines that are recorded as CUDA graphs, one for each kind of call."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import EngineError, one_line, warn_user
+from ...errors import one_line, warn_user
 from ..by_shapes import KEPT, ByShapes
 from ..engine import Engine, EngineWrapper
+from .capture import Capture, GraphMemory, Replay, capture_cuda_graph, retained
 
-T = TypeVar("T")
-Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 Work = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 WARM_UPS = 2  # calls: the first finds shapes and kernels, the second allocates the memory for them
 
-_recording = threading.local()
-_one_capture = threading.Lock()  # torch: "only one capture may be underway at a time in the process"
-_broken: list[object] = []  # graphs whose capture torch could not end; its allocator may still point at them
-
 
 class GraphWarning(UserWarning):
     """Work cannot be recorded as a CUDA graph, and runs without one."""
-
-
-def between_captures() -> contextlib.AbstractContextManager[Any]:
-    """Keep other threads from recording: a wait for the device, or memory that is freed, would invalidate a capture."""
-    return _one_capture
-
-
-def retain(*owners: object) -> None:
-    """Keep ``owners`` alive as long as the graph that this thread is recording; outside a recording do nothing.
-
-    Engines call it with the owners of all memory that their kernels use and that torch does not manage.
-    """
-    if (kept := getattr(_recording, "kept", None)) is not None:
-        kept.extend(owners)
 
 
 class _Entry:
@@ -61,6 +34,14 @@ class _Entry:
         self.replay: Replay | None = None
         self.outputs: Mapping[str, Tensor] = {}
         self.kept: list[object] = []
+        self.streams = [
+            torch.cuda.current_stream(device) for device in {t.device for t in inputs.values() if t.is_cuda}
+        ]
+
+    def finish(self) -> None:
+        """Wait for the last run before the entry is dropped; a wait for the device would spoil another's capture."""
+        for stream in self.streams:
+            stream.synchronize()
 
     def load(self, inputs: Mapping[str, Tensor]) -> None:
         for name, tensor in inputs.items():
@@ -77,20 +58,24 @@ class GraphedFunction:
 
     Work that cannot be recorded runs directly at every call; the first such failure is a :class:`GraphWarning`.
 
-    The caller makes sure that one thread at a time uses it, always on the same stream. Threads may take turns.
+    The caller makes sure that one thread at a time uses it, always on the same stream, and that the outputs of a call
+    are read before the next one. Threads may take turns. So only one of its graphs runs at a time, and all share one
+    pool of memory. Two functions do not: they may run at once on two streams, and within one image the results of one
+    network are read after another one has run.
     """
 
     def __init__(self, work: Work, capture: Capture | None = None, kept: int = KEPT) -> None:
         self._work = work
         self._capture = capture_cuda_graph if capture is None else capture
-        self._entries = ByShapes(_finish, kept)
+        self._memory = GraphMemory()
+        self._entries = ByShapes(_Entry.finish, kept)
         self._has_warned = False
 
     def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The outputs of ``work(key, inputs)``.
 
-        They lie in the graph's own memory, which the next call of the same key overwrites, and which is freed with the
-        graph. Copy them to keep them longer.
+        They lie in memory that the next call overwrites, whatever its key, and that is freed with the graph. Copy them
+        to keep them longer.
         """
         whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
         entry = self._entries.get(whole_key, lambda: _Entry(inputs))
@@ -113,16 +98,13 @@ class GraphedFunction:
         """Record the entry's graph, or mark the entry as not recordable."""
         # Other shapes may have run since the warm-ups, and some libraries plan for the last shape that they saw.
         self._work(key, entry.inputs)
-        kept: list[object] = []
-        _recording.kept = kept
         try:
-            entry.replay, entry.outputs = self._capture(lambda: self._work(key, entry.inputs))
+            with retained() as kept:
+                entry.replay, entry.outputs = self._capture(lambda: self._work(key, entry.inputs), self._memory)
             entry.kept = kept
         except Exception as error:  # of the recording; an error of the work is raised again when it runs directly
             entry.is_recordable = False
             self._warn(error)
-        finally:
-            _recording.kept = None
 
     def _warn(self, error: Exception) -> None:
         """Warn once: the next kind of call will most likely fail in the same way."""
@@ -134,13 +116,6 @@ class GraphedFunction:
             "Pipeline.load(..., cuda_graphs=False) silences this"
         )
         warn_user(message, GraphWarning)
-
-
-def _finish(entry: _Entry) -> None:
-    """Wait for the device before an entry is dropped: its memory may go to another stream."""
-    with between_captures():
-        for device in {tensor.device for tensor in entry.inputs.values() if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
 
 
 class GraphedEngine(EngineWrapper):
@@ -171,84 +146,3 @@ class GraphedEngine(EngineWrapper):
             made = GraphedFunction(lambda _key, inputs: self.engine.run(inputs), self._capture)
             self._graphs.setdefault(stream, made)  # another thread may have been faster
         return self._graphs[stream]
-
-
-def capture_cuda_graph(work: Callable[[], T]) -> tuple[Replay, T]:
-    """Record the work that ``work`` enqueues on the current stream.
-
-    Nothing is computed until the first launch. Memory that torch allocates inside belongs to the graph and lives as
-    long as the returned function; ``work`` must have run before, so that nothing else has to be allocated. A launch
-    goes to the stream that is current then. Work of other threads on other streams is neither recorded nor disturbed,
-    but no other thread may wait for the whole device meanwhile.
-
-    Returns:
-        A function that launches the graph, and the result of ``work``.
-
-    Raises:
-        EngineError: something inside cannot be recorded. The current stream is unchanged and usable.
-    """
-    with _one_capture:
-        pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: other threads may allocate and synchronise their own streams.
-            with _capture_stream() as stream, _no_collection():
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    result = work()
-        except Exception as error:
-            _abandon(graph, pool)
-            raise EngineError(
-                f"CUDA graph: recording failed ({one_line(_first_cause(error))}), expected work that only enqueues"
-            ) from error
-    return graph.replay, result
-
-
-@contextlib.contextmanager
-def _capture_stream() -> Iterator[torch.cuda.Stream]:
-    """The current stream; in place of the default stream, which cannot be recorded, one that is ordered with it.
-
-    Also restores the current stream after a capture that fails to end and leaves its own.
-    """
-    current = torch.cuda.current_stream()
-    is_default = current == torch.cuda.default_stream()
-    stream = torch.cuda.Stream() if is_default else current
-    if is_default:
-        stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield stream
-    if is_default:
-        current.wait_stream(stream)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector from freeing CUDA memory inside: a capture does not survive that."""
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Clean up after a capture that was invalidated and so could not be ended.
-
-    Torch's allocator still routes requests to the graph's pool: stop that, and keep the graph alive in case it fails.
-    """
-    _broken.append(graph)
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # a private name: a newer torch may lack it
-    if end is not None:
-        with contextlib.suppress(RuntimeError):  # there is nothing to end if the capture was ended after all
-            end(torch.cuda.current_device(), pool)
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """The first error: once a recording is invalid, all later calls fail too and hide it."""
-    chain = [error]
-    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(earlier)
-    ours = [one for one in chain if isinstance(one, EngineError)]  # it names the engine, and contains its own cause
-    return (ours or chain)[-1]

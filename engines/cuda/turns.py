@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .streams import claim_stream
+
 
 class Turns:
     """Lets threads take turns on a device.
@@ -19,7 +21,7 @@ class Turns:
 
     def __init__(self, device: torch.device) -> None:
         self._lock = threading.RLock()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = claim_stream(device) if device.type == "cuda" else None
         self._block: Tensor | None = None
 
     @contextmanager

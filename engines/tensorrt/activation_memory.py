@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError
+from ..cuda.device import out_of_memory
 
 Allocate = Callable[[int, torch.device], Tensor]  # bytes and device to a uint8 tensor
 
@@ -68,16 +69,3 @@ class ActivationMemory:
         """Release the blocks; each is freed when its last user is gone."""
         with self._lock:
             self._blocks.clear()
-
-
-def out_of_memory(needed: str, device: torch.device) -> EngineError:
-    """The error of a full device, with the memory that was needed and the memory that is free."""
-    return EngineError(
-        f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: "
-        "generate smaller images or fewer at a time, or free the device"
-    )
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on a CUDA device; 0 on other devices."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

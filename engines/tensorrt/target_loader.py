@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from ..bundle import Bundle
+from ..cuda.device import out_of_memory, release_cached_memory
+from ..cuda.streams import claim_stream
 from ..engine import TORCH_DTYPES, Engine
 from ..image_shapes import extents_of
 from ..late_engine import LateEngine
 from ..progress import Progress, Stage
 from ..specs import Component
-from .activation_memory import ActivationMemory, out_of_memory
+from .activation_memory import ActivationMemory
 from .api import load_api
 from .runtime_cache import RuntimeCache, find_runtime_cache
 from .tensorrt_engine import TensorRTEngine
@@ -47,6 +49,7 @@ def load_target(
         with Stage(progress, f"{component}: first run") as stage:
             stage.note = plans.run_first(engine)
     memory.drop_blocks()
+    release_cached_memory(device)
     return dict(engines)
 
 
@@ -85,7 +88,7 @@ class _Plans:
         self._target = target = bundle.manifest.engines[name]
         self._api = load_api(target.backend)
         # TensorRT would wait for the default stream, and so would other threads
-        self._stream = torch.cuda.Stream(device)
+        self._stream = claim_stream(device)
         major, minor = torch.cuda.get_device_capability(device)
         gpu = torch.cuda.get_device_name(device)
         self.caches: dict[str, RuntimeCache] = {}

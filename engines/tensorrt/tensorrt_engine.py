@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ...errors import BundleError, DeviceError, EngineError
 from ..by_shapes import ByShapes
-from ..cuda.graphs import retain
+from ..cuda.capture import retain
+from ..cuda.device import free_memory, out_of_memory
 from ..engine import TORCH_DTYPES, check_feeds
 from ..image_shapes import extents_of
 from ..specs import Component, TensorSpec
-from .activation_memory import ActivationMemory, free_memory, out_of_memory
+from .activation_memory import ActivationMemory
 from .api import DTYPE_NAMES, TensorRTApi
 
 KEPT_ERRORS = 10
@@ -123,7 +124,7 @@ class TensorRTEngine:
         memory.require(self._engine.device_memory_size_v2)
         #: whether its runs can be recorded in a CUDA graph, as far as TensorRT knows from the runs so far
         self.capturable = True
-        self._lanes: ByShapes[_Lane] = ByShapes(_Lane.finish)  # by stream, too
+        self._lanes: dict[int, ByShapes[_Lane]] = {}  # by stream, of which torch has few
         self._lock = threading.Lock()
 
     @property
@@ -165,8 +166,9 @@ class TensorRTEngine:
         return b"" if self._cache is None else self.api.serialize_runtime_cache(self._cache)
 
     def _lane(self, stream: torch.cuda.Stream, feeds: Mapping[str, Tensor]) -> _Lane:
-        key = (stream.cuda_stream, *(feeds[name].shape for name in self.inputs))
-        return self._lanes.get(key, lambda: self._make_lane(stream, feeds))
+        # A stream's lanes push out no other's, whose thread may be recording: the wait for it would spoil that.
+        lanes = self._lanes.setdefault(stream.cuda_stream, ByShapes(_Lane.finish))
+        return lanes.get(tuple(feeds[name].shape for name in self.inputs), lambda: self._make_lane(stream, feeds))
 
     def _make_lane(self, stream: torch.cuda.Stream, feeds: Mapping[str, Tensor]) -> _Lane:
         block = self._memory.block(stream.cuda_stream)

@@ -59,6 +59,7 @@ def validate_plan(
         return None
     import torch
 
+    from ..cuda.device import release_cached_memory
     from ..onnx_runtime import PlainEngine
     from .activation_memory import ActivationMemory
     from .tensorrt_engine import TensorRTEngine
@@ -68,7 +69,10 @@ def validate_plan(
     engine = TensorRTEngine(
         api, component, plan, specs, device, ActivationMemory(device), onnx=onnx if target.stripped else None
     )
-    return compare_engines(component, engine, PlainEngine(onnx, bundle.manifest.components[component]))
+    error = compare_engines(component, engine, PlainEngine(onnx, bundle.manifest.components[component]))
+    del engine
+    release_cached_memory(device)  # another process times the next component's kernels
+    return error
 
 
 def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> bool:

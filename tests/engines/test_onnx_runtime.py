@@ -542,6 +542,32 @@ def test_a_session_that_fails_for_another_reason_is_not_tried_again(monkeypatch:
     assert len(calls) == 1
 
 
+def test_weights_that_do_not_fit_are_not_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is full: that says how much is free, and what to do. The session is a stand-in."""
+    record_sessions(monkeypatch, "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_230_000_000, 8_000_000_000))
+    with pytest.raises(EngineError, match=r"weights of net\.onnx did not fit, 1\.23 GB are free on cuda:0"):
+        module._make_cuda_session(Path("net.onnx"), torch.device("cuda", 0), 1, SomeStream())
+
+
+def test_runs_that_do_not_fit_on_a_gpu_say_so(add: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's arena has words of its own for it. The CUDA device is a fake."""
+    engine = OnStreams(add, monkeypatch)
+    monkeypatch.setattr(module._Binding, "run", raising("Failed to allocate memory for requested buffer of size 99"))
+    with pytest.raises(EngineError, match=r"^out of device memory: net's intermediate results did not fit, .*smaller"):
+        engine.run(FakeStream(), {"a": torch.ones(2, 3), "b": torch.ones(3, 2)})
+    monkeypatch.setattr(module._Binding, "run", raising("Non-zero status code"))
+    with pytest.raises(EngineError, match=r"^net: ONNX Runtime failed: Non-zero"):
+        engine.run(FakeStream(), {"a": torch.ones(2, 3), "b": torch.ones(3, 2)})
+
+
+def raising(words: str) -> Any:
+    def run(*_: Any) -> None:
+        raise RuntimeError(words)
+
+    return run
+
+
 def test_runs_on_cuda_neither_wait_nor_make_graphs_of_their_own() -> None:
     """The two run options that recording rests on, under ONNX Runtime's names."""
     options = module._cuda_run_options()
@@ -558,7 +584,7 @@ def test_a_recording_keeps_the_buffers_that_it_writes_to(add: OnnxRuntimeEngine)
     """A graph may outlive its thread, and a shape its place among the last few: its buffers stay."""
     kept: list[Any] = []
 
-    def capture(work: Any) -> Any:
+    def capture(work: Any, memory: Any) -> Any:
         return lambda: None, work()
 
     class Watch(GraphedFunction):

@@ -153,7 +153,7 @@ def test_a_graph_takes_its_zeros_along(engine: Recording) -> None:
     """A recorded graph reads their addresses at every replay: they live as long as it does, whatever else runs."""
     zeroed = ZeroedInputs(engine, ZEROED)
 
-    def capture(work: Any) -> Any:
+    def capture(work: Any, memory: Any) -> Any:
         outputs = work()
         return lambda: None, outputs
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from hypersd import Pipeline
 from hypersd.engines import Bundle
 from hypersd.engines.by_shapes import KEPT
-from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning, capture_cuda_graph
+from hypersd.engines.cuda.capture import capture_cuda_graph
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
 from hypersd.errors import DeviceError
 from hypersd.runtime.text import load_tokenizers

@@ -172,14 +172,15 @@ def test_two_pipelines_and_two_threads_draw_what_each_draws_alone(built, backend
 def test_a_replayed_engine_gives_the_bits_of_a_run_one(pipe) -> None:
     import torch
 
-    from hypersd.engines.cuda.graphs import GraphedEngine, capture_cuda_graph
+    from hypersd.engines.cuda.capture import capture_cuda_graph
+    from hypersd.engines.cuda.graphs import GraphedEngine
     from hypersd.engines.tensorrt.validate import random_feeds
 
     captures: list[object] = []
 
-    def capture(work):
+    def capture(work, memory):
         captures.append(work)
-        return capture_cuda_graph(work)
+        return capture_cuda_graph(work, memory)
 
     for name, engine in pipe.engines.items():
         graphed = GraphedEngine(engine, capture)
@@ -197,7 +198,8 @@ def test_a_replayed_engine_gives_the_bits_of_a_run_one(pipe) -> None:
 
 def test_engines_of_a_pipeline_share_one_block_of_activations(pipe) -> None:
     pipe("a cat", seed=0, callback_on_step_end=lambda *_: None)
-    blocks = {lane.block.data_ptr() for engine in pipe.engines.values() for lane in engine._lanes.values()}
+    lanes = [lane for engine in pipe.engines.values() for own in engine._lanes.values() for lane in own.values()]
+    blocks = {lane.block.data_ptr() for lane in lanes}
     assert len(blocks) == 1
 
 

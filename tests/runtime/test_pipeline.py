@@ -388,6 +388,27 @@ def test_too_little_device_memory_is_one_line_of_what_to_do(
     assert len(pipe(PROMPT).images) == 1
 
 
+@pytest.mark.parametrize(
+    ("component", "doing", "call"),
+    [
+        ("text_encoder", "encoding prompts", lambda pipe: pipe.encode_prompt(["a prompt of its own"])),
+        ("vae_decoder", "decoding latents", lambda pipe: pipe.decode(torch.zeros(1, 4, 8, 8))),
+    ],
+)
+def test_single_stages_say_what_did_not_fit(
+    component: str, doing: str, call: Any, sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of a pipeline that callers run by themselves."""
+    pipe, engines = counting_pipe(sd15_bundle, "null")
+
+    def refuse(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(engines[component], "run", refuse)
+    with pytest.raises(EngineError, match=rf"^out of device memory, {doing} \(CUDA out of memory.*free the device$"):
+        call(pipe)
+
+
 def test_other_errors_are_not_taken_for_too_little_memory(sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come out as they are."""
     pipe, engines = counting_pipe(sd15_bundle, "null")

@@ -6,6 +6,7 @@ Recording itself is a stand-in here (tests/capture_stand_in.py); tests/gpu/test_
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hypersd.engines.cuda import graphs as cuda_graphs
-from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning, retain
+from hypersd.engines.cuda import capture as cuda_capture
+from hypersd.engines.cuda.capture import GraphMemory, capture_cuda_graph, retain
+from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning
 from hypersd.errors import EngineError
 
 pytestmark = pytest.mark.filterwarnings("error::hypersd.engines.cuda.graphs.GraphWarning")
@@ -148,7 +150,7 @@ def test_a_graph_keeps_its_memory_and_takes_it_along() -> None:
         retain(owner)
         return {"out": inputs["x"] + key}
 
-    def capture(do: Any) -> Any:
+    def capture(do: Any, memory: Any) -> Any:
         outputs = do()
         return lambda: None, outputs
 
@@ -198,6 +200,25 @@ def test_the_graph_goes_before_the_next_one_is_made() -> None:
     assert set(alive) == {1}
 
 
+class OnCuda(Tensor):
+    """A tensor of the CPU that says that it is on a CUDA device."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_a_graph_is_dropped_when_its_stream_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait for the whole device would spoil a capture of another thread. The CUDA device is a fake."""
+    waited: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    graphed = GraphedFunction(lambda key, inputs: {"out": inputs["x"] * key}, StandInCapture(), kept=2)
+    for key in (1, 2, 1, 2):
+        graphed(key, {"x": torch.ones(2).as_subclass(OnCuda)})
+    assert waited == []
+    graphed(3, {"x": torch.ones(2).as_subclass(OnCuda)})
+    assert len(waited) == 1
+
+
 # Failures
 
 
@@ -206,10 +227,10 @@ class FailsFor(StandInCapture):
 
     fails = True
 
-    def __call__(self, work: Any) -> Any:
+    def __call__(self, work: Any, memory: Any) -> Any:
         if self.fails:
             raise EngineError("CUDA graph: recording failed\n(no), expected work that only enqueues")
-        return super().__call__(work)
+        return super().__call__(work, memory)
 
 
 def test_a_failed_recording_is_a_warning_and_the_work_runs_as_it_is() -> None:
@@ -273,7 +294,7 @@ def test_a_failed_recording_keeps_nothing() -> None:
         retain(owner)
         return {"out": inputs["x"] + key}
 
-    def capture(do: Any) -> Any:
+    def capture(do: Any, memory: Any) -> Any:
         do()
         raise EngineError("CUDA graph: recording failed")
 
@@ -298,7 +319,7 @@ def test_an_error_of_the_work_while_it_is_recorded_may_be_the_recordings(stays_b
             raise ValueError("mine")
         return {"out": inputs["x"] * key}
 
-    def capture(do: Any) -> Any:
+    def capture(do: Any, memory: Any) -> Any:
         now.is_recording = True
         try:
             return (lambda: None), do()
@@ -364,8 +385,12 @@ def test_the_error_names_what_went_wrong_first() -> None:
         finally:
             raise RuntimeError("capture was invalidated")
     except RuntimeError as error:
-        assert str(cuda_graphs._first_cause(error)).startswith("unet: ONNX Runtime failed: cudaMalloc")
-    assert str(cuda_graphs._first_cause(RuntimeError("alone"))) == "alone"
+        assert str(cuda_capture._first_cause(error)).startswith("unet: ONNX Runtime failed: cudaMalloc")
+    assert str(cuda_capture._first_cause(RuntimeError("alone"))) == "alone"
+
+
+class FakeGraph:
+    def replay(self) -> None: ...
 
 
 class FakeGraphs:
@@ -373,13 +398,16 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.fails = fails
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        handles = itertools.count()
+        self.pools: list[Any] = []
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
-        monkeypatch.setattr(cuda_graphs, "_capture_stream", lambda: nullcontext(None))
+        monkeypatch.setattr(cuda_capture, "_capture_stream", lambda: nullcontext(None))
 
     @contextmanager
-    def capture(self, graph: Any, **_: Any) -> Iterator[None]:
+    def capture(self, graph: Any, pool: Any, **_: Any) -> Iterator[None]:
+        self.pools.append(pool)
         yield
         if self.fails:
             raise RuntimeError("capture was invalidated")
@@ -390,7 +418,48 @@ def test_a_torch_without_the_private_function_fails_with_the_first_cause(monkeyp
     FakeGraphs(monkeypatch, fails=True)
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
     with pytest.raises(EngineError, match=r"recording failed \(capture was invalidated\)"):
-        cuda_graphs.capture_cuda_graph(lambda: None)
+        capture_cuda_graph(lambda: None, GraphMemory())
+
+
+def test_graphs_of_a_function_share_a_pool_and_others_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them runs at a time; two functions' may run at once, or the results of one be read after the other's."""
+    fake = FakeGraphs(monkeypatch)
+    one, two = (GraphedFunction(lambda key, inputs: {"out": inputs["x"] * key}) for _ in range(2))
+    for function in (one, two):
+        for key in (1, 2, 3):
+            for _ in range(WARM_UPS + 1):
+                function(key, {"x": torch.ones(2)})
+    assert all(one.recorded + two.recorded)
+    assert [len(set(fake.pools[:3])), len(set(fake.pools[3:])), len(set(fake.pools))] == [1, 1, 2]
+
+
+def test_a_pool_whose_graphs_are_gone_is_not_recorded_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch knows its handle until its memory is freed, and an assertion of its own fails on that."""
+    fake, memory = FakeGraphs(monkeypatch), GraphMemory()
+    replays = [capture_cuda_graph(lambda: None, memory)[0] for _ in range(2)]
+    replays.pop()
+    replays.append(capture_cuda_graph(lambda: None, memory)[0])
+    replays.clear()
+    capture_cuda_graph(lambda: None, memory)
+    first, second, third, fourth = fake.pools
+    assert first == second == third != fourth
+
+
+def test_after_a_failed_recording_another_pool_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch may believe that the old one is still being recorded into; graphs that were recorded there stay."""
+    fake, memory = FakeGraphs(monkeypatch), GraphMemory()
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    kept, _ = capture_cuda_graph(lambda: None, memory)
+    fake.fails = True
+    with pytest.raises(EngineError, match="recording failed"):
+        capture_cuda_graph(lambda: None, memory)
+    fake.fails = False
+    again, _ = capture_cuda_graph(lambda: None, memory)
+    capture_cuda_graph(lambda: None, memory)
+    first, failed, *later = fake.pools
+    assert first == failed
+    assert len({first, *later}) == 2
+    assert kept is not again
 
 
 @pytest.mark.parametrize("is_enabled", [True, False])
@@ -403,7 +472,7 @@ def test_nothing_is_garbage_collected_inside_a_capture(is_enabled: bool, monkeyp
     (gc.enable if is_enabled else gc.disable)()
     try:
         del cycle
-        _, inside = cuda_graphs.capture_cuda_graph(lambda: (gc.isenabled(), garbage()))
+        _, inside = capture_cuda_graph(lambda: (gc.isenabled(), garbage()), GraphMemory())
         assert inside == (False, None)
         assert gc.isenabled() is is_enabled
     finally:

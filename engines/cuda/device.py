@@ -1,0 +1,63 @@
+"""A CUDA device as a whole: one capture at a time, memory that is given back, and the words for too little of it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ...errors import EngineError, one_line
+
+# torch: "only one capture may be underway at a time in the process". Nothing in this package waits for a whole device
+# or frees its memory without this lock: either would invalidate a capture of another thread. Engines hold locks of
+# their own while they are captured, so never wait for this one with an engine's lock held.
+one_capture = threading.Lock()
+
+REMEDY = "generate smaller images or fewer at a time, or free the device"
+# Memory of the host that the device is to read, torch refuses with CUDA's error and not with its own. The others are
+# ONNX Runtime's words: of its calls of CUDA and its libraries (cuda_call.cc), and of its arena (bfc_arena.cc).
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA error: out of memory|CUDA failure 2: out of memory|_STATUS_ALLOC_FAILED"
+    r"|Failed to allocate memory for requested buffer|Available memory of \d+ is smaller than requested bytes"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or ONNX Runtime says that memory is exhausted."""
+    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def out_of_memory(needed: str, device: torch.device) -> EngineError:
+    """The error of a full device, with the memory that was needed and the memory that is free."""
+    return EngineError(
+        f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: {REMEDY}"
+    )
+
+
+@contextmanager
+def out_of_memory_in_words(doing: str) -> Iterator[None]:
+    """Turn errors of exhausted memory into an error that says what was done, and a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EngineError(f"out of device memory, {doing} ({one_line(error)}): {REMEDY}") from error
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on a CUDA device; 0 on other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give the memory back that torch keeps for later tensors; on other devices than CUDA do nothing.
+
+    It keeps it for the stream that used it: if that stream's work is done for good, it serves nobody.
+    """
+    if device.type == "cuda":
+        with one_capture:
+            torch.cuda.empty_cache()
