@@ -547,7 +547,7 @@ def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
         def wait_stream(self, other: Any) -> None: ...
         def synchronize(self) -> None: ...
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(target_loader, "claim_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(target_loader, "load_api", lambda backend: api)
     monkeypatch.setenv("XDG_CACHE_HOME", str(plan.parent / "caches"))
