@@ -53,7 +53,13 @@ class Range(Record, frozen=True, kw_only=True):
     @property
     def is_halved(self) -> bool:
         """Whether it was made by :meth:`halved`, so that it follows from another dimension."""
-        return HALVED.fullmatch(self.name) is not None
+        return self.base != self.name
+
+    @property
+    def base(self) -> str:
+        """The name of the dimension that this one follows: its own, unless it was made by :meth:`halved`."""
+        halved = HALVED.fullmatch(self.name)
+        return self.name if halved is None else halved[1]
 
     def extent(self, extents: Mapping[str, int]) -> int | None:
         """Its extent where some dimensions' extents are known by name; None if it does not follow from them."""

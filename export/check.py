@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..engines.compare import differences, excess
 from ..engines.onnx_runtime import make_plain_session
 from ..engines.precision import Precision
+from ..engines.random_inputs import ends_of_ranges
 from ..errors import BundleError, ExportError, one_line
 from .components import ComponentModule
 
@@ -31,24 +31,19 @@ class Case:
 
 
 def reference_cases(component: ComponentModule) -> list[Case]:
-    """Run the torch module at both ends of every range (once if nothing varies).
+    """Run the torch module at both ends of every range (:func:`..engines.random_inputs.ends_of_ranges`).
 
     The module runs before the graph does, so that both need not be in memory together.
     """
     cases = []
-    for seed, extents in enumerate(_ends(component), start=CHECK_SEED):
+    for seed, ends in enumerate(ends_of_ranges(component.ranges), start=CHECK_SEED):
+        extents = {name: getattr(component.ranges[name], end) for name, end in ends.items()}
         inputs = dict(zip(component.inputs, component.random_inputs(extents, seed), strict=True))
         with torch.no_grad():
             outputs = component.module(*inputs.values())
         expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         cases.append(Case(extents, inputs, expected))
     return cases
-
-
-def _ends(component: ComponentModule) -> Iterator[dict[str, int]]:
-    yield {name: extent.min for name, extent in component.ranges.items()}
-    if component.ranges:
-        yield {name: extent.max for name, extent in component.ranges.items()}
 
 
 def check_graph(path: Path, weight_bytes: int) -> None:

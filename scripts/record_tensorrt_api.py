@@ -39,6 +39,8 @@ CLASSES = (
     "IAttention",
     "IAttentionInputLayer",
     "IBuilderConfig",
+    "IConstantLayer",
+    "IConvolutionLayer",
     "ICudaEngine",
     "IExecutionContext",
     "IHostMemory",
@@ -57,6 +59,7 @@ CLASSES = (
     "ParserError",
     "Refitter",
     "Runtime",
+    "Weights",
 )
 ENUMS = (
     "AttentionNormalizationOp",

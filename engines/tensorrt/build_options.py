@@ -79,14 +79,8 @@ def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine) -> 
             raise RequestError(f"compute capability {capability!r} is not known to {api}: expected {', '.join(known)}")
     if api.is_rtx and options.timing_cache is not None:
         raise RequestError(f"{api} times no kernels when it builds: leave the timing cache out")
-    if machine.gpu is not None:
-        return
-    if not api.is_rtx:
+    if machine.gpu is None and not api.is_rtx:
         raise DeviceError(f"{api} needs a GPU to build ({machine.no_gpu}): {pip_line('tensorrt-rtx')} needs none")
-    if options.stripped:
-        raise DeviceError(
-            f"plans without weights need a GPU to build ({machine.no_gpu}): build on one, or keep the weights"
-        )
 
 
 def make_target(manifest: Manifest, api: TensorRTApi, options: BuildOptions, machine: Machine) -> EngineTarget:

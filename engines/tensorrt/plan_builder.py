@@ -21,12 +21,12 @@ from ..specs import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api
 from .attention import attentions_without_kernel, mark_decomposable, without_attention
 from .build_process import BuildJob, Built
+from .placeholders import MappedWeights, parse_mapped, replace_weights
 
 SHOWN_ERRORS = 3
 LONGEST_REASON = 400  # characters of TensorRT's own words in a message
 MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
 NO_DRIVER = "cudaError 35"  # RTX looks for a GPU after every failure; a build requires none
-NO_DEVICE = re.compile("CUDA_SUCCESS|accelerator list")  # RTX, where a build requires a GPU
 NO_KERNEL = "Attention operation was not supported by a dedicated kernel"
 
 Report = Callable[[float, str], bool]  # fraction and phase; False stops the build
@@ -65,6 +65,7 @@ class _Build:
         self.notes: list[str] = []
         self.fraction = 0.0
         self.was_cancelled = False
+        self.placeholders = MappedWeights(Path(job.onnx)) if job.stripped and api.is_rtx else None
         self.logger = api.make_logger(self._log)
         self.builder = api.trt.Builder(self.logger)
         self.builder.max_threads = available_cores()
@@ -103,7 +104,9 @@ class _Build:
     def _parse(self) -> Any:
         network = self.api.create_network(self.builder)
         parser = self.api.trt.OnnxParser(network, self.logger)
-        if self.api.knows_attention:
+        if self.placeholders is not None:
+            parsed = parse_mapped(parser, Path(self.job.onnx), self.placeholders)
+        elif self.api.knows_attention:
             parsed = parser.parse_from_file(self.job.onnx)
         else:
             parsed = parser.parse(without_attention(Path(self.job.onnx)), self.job.onnx)
@@ -118,6 +121,8 @@ class _Build:
             least, _, most = extents_of(self.job.inputs[tensor.name])
             if least == most:  # a fixed shape gives better kernels than a profile
                 tensor.shape = least
+        if self.placeholders is not None and not replace_weights(self.api, network, self.placeholders):
+            raise EngineError(f"{self.job.component}: {self.job.onnx} has no weights to leave out: build it with them")
         return network
 
     def _parser_failure(self, parser: Any) -> EngineError:
@@ -144,8 +149,6 @@ class _Build:
             "profiles": [profile] if profile else [],
             "builder_optimization_level": self.job.optimization_level,
             "strip_plan": self.job.stripped,
-            # RTX strips refittable plans only. TensorRT's stripped plans take the same weights only: faster kernels.
-            "refittable": self.job.stripped and self.api.is_rtx,
             "profiling_verbosity": self.api.trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
             "progress_monitor": self.monitor,
         }
@@ -154,6 +157,8 @@ class _Build:
 
             config = CreateConfigRTX(**options)(self.builder, network)
             config.clear_flag(self.api.trt.BuilderFlag.TF32)  # as CreateConfig does: float32 means float32
+            if self.placeholders is not None:
+                config.set_flag(self.api.trt.BuilderFlag.REFIT_INDIVIDUAL)
             self._target(config)
         else:
             config = CreateConfig(**options)(self.builder, network)
@@ -213,9 +218,7 @@ class _Build:
     def _failure(self) -> EngineError:
         """TensorRT's reasons, and the remedy if there is one."""
         reasons, hint = self._reasons(), ""
-        if self.api.is_rtx and self.job.stripped and NO_DEVICE.search(reasons):
-            hint = "; it builds plans without weights on a machine with a GPU only"
-        elif self.job.compute_capabilities:
+        if self.job.compute_capabilities:
             hint = (
                 f"; it may build for no GPU in particular: leave out --compute-capability "
                 f"{' '.join(self.job.compute_capabilities)}"

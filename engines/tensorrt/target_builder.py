@@ -19,7 +19,7 @@ from .api import TensorRTApi, load_api
 from .build_options import BuildOptions, check_options, choose_backend, make_target, why_chosen
 from .build_process import BuildJob, Built, run_build
 from .machine import Machine, this_machine
-from .targets import describe, onnx_hash, plan_key, target_name
+from .targets import cost_of_ranges, describe, onnx_hash, plan_key, target_name
 from .validate import validate_plan
 
 COPY_HINT = "copy the bundle to a disk with room that you may write to"
@@ -113,6 +113,8 @@ class _Build:
                 self.progress.note(f"engines for {describe(target)} are there already")
                 if bundle.manifest.engines[name] != target:  # edited by hand
                     return _recorded(bundle, name, target, {})
+            elif cost := cost_of_ranges(target):
+                self.progress.note(cost)
             for component in missing:
                 plan, record = self._make(bundle, name, component, components[component], target, keys[component])
                 target = msgspec.structs.replace(target, plans={**target.plans, component: plan})

@@ -55,6 +55,24 @@ def describe(target: EngineTarget) -> str:
     return ", ".join([*words, *(["without weights"] if target.stripped else [])])
 
 
+def cost_of_ranges(target: EngineTarget) -> str | None:
+    """A line on the speed that ranges of images cost, and how to build for one shape; None for one shape.
+
+    Sources: ``IOptimizationProfile`` in TensorRT's Python API ("the lowest runtime for the optimum input tensor
+    dimensions, and are valid for all"); "Dynamic Shape Specialization" in TensorRT-RTX' performance guide.
+    """
+    batch, height, width = target.shapes.extents
+    ranges = [f"{extent.name} {extent}" for extent in (batch, height, width) if extent.min < extent.max]
+    if not ranges:
+        return None
+    one = f"{width.opt}x{height.opt}"
+    first = ", and each new shape is compiled at its first image" if target.backend == "tensorrt-rtx" else ""
+    return (
+        f"engines for ranges ({', '.join(ranges)}) are slower than for one shape: their kernels are chosen for {one} "
+        f"and have to fit all{first}; `--batch {batch.opt} --size {one}` builds for one"
+    )
+
+
 def _span(extent: Range) -> str:
     return str(extent.opt) if extent.min == extent.max else f"{extent.min}-{extent.opt}-{extent.max}"
 

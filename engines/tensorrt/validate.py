@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from ...errors import EngineError
 from ..bundle import Bundle
 from ..compare import TOLERANCES, differences, excess
-from ..image_shapes import extents_of
-from ..specs import Component, EngineTarget, TensorSpec
+from ..specs import Component, EngineTarget, Range, TensorSpec
 from .api import TensorRTApi
 from .machine import Machine, why_not_gpu
 
@@ -89,7 +88,7 @@ def _check_file(api: TensorRTApi, plan: Path, specs: Component) -> bool:
 
 
 def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
-    """Run both on the same random inputs, at the smallest and the largest shapes.
+    """Run both on the same random inputs, at both ends of every range.
 
     Returns:
         The maximum error over all outputs, relative to the reference's largest value.
@@ -111,19 +110,18 @@ def compare_engines(name: str, engine: Engine, reference: Engine) -> float:
 
 
 def random_feeds(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, Tensor]]:
-    """Inputs on the CPU, at the smallest and, if a dimension varies, at the largest shapes."""
+    """Inputs on the CPU at both ends of every range."""
     import torch
 
-    from ..random_inputs import random_input
+    from ..random_inputs import ends_of_ranges, random_input
 
-    spans = {name: extents_of(spec) for name, spec in specs.items()}
-    ends = (0,) if all(least == most for least, _, most in spans.values()) else (0, 2)
-    for end in ends:
-        generator = torch.Generator().manual_seed(SEED + end)
-        feeds = {
-            name: random_input(name, spec, spans[name][end], LARGEST_TOKEN, generator) for name, spec in specs.items()
-        }
+    varying = dict.fromkeys(dim.base for spec in specs.values() for dim in spec.shape if isinstance(dim, Range))
+    for seed, ends in enumerate(ends_of_ranges(varying), start=SEED):
+        generator = torch.Generator().manual_seed(seed)
+        feeds = {}
         for name, spec in specs.items():
+            shape = [dim if isinstance(dim, int) else getattr(dim, ends[dim.base]) for dim in spec.shape]
+            feeds[name] = random_input(name, spec, shape, LARGEST_TOKEN, generator)
             if spec.dtype == "int64":  # the only largest: the first encoders pool where the largest token is
                 feeds[name][:, -1] = LARGEST_TOKEN
         yield feeds

@@ -253,11 +253,6 @@ def test_a_bundle_after_an_option_of_several_values(option: list[str], fails: Ca
     assert "BUNDLE before the option" in fails("build", *option, "bundle")
 
 
-def test_plans_without_weights_need_a_gpu(sd15_bundle: Path, fails: Callable[..., str], without_gpu: None) -> None:
-    """It is rejected at once without a GPU."""
-    assert "need a GPU to build" in fails("build", sd15_bundle, "--backend", "tensorrt-rtx", "--strip-weights")
-
-
 def test_a_bad_word_is_answered_at_once() -> None:
     """Before torch is loaded, as everywhere on the command line."""
     program = """if True:

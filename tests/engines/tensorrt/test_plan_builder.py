@@ -15,7 +15,6 @@ from hypersd.engines.bundle import Bundle
 from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt.api import load_api
 from hypersd.engines.tensorrt.build_process import BuildJob, Built
-from hypersd.engines.tensorrt.machine import driver_cuda_version
 from hypersd.engines.tensorrt.plan_builder import BuildCancelledError, _Build, build_plan
 from hypersd.engines.tensorrt.validate import _check_file
 from hypersd.errors import BundleError, EngineError
@@ -58,7 +57,7 @@ class Graph:
         self.weights.append(numpy_helper.from_array(values, name))
         return self
 
-    def job(self, **changes: Any) -> BuildJob:
+    def job(self, *, weights_beside: bool = False, **changes: Any) -> BuildJob:
         """Write the file; ``changes`` are to the job, which then is not what the file says."""
         described = [
             [self._described(name, tensor) for name, tensor in tensors.items()]
@@ -66,7 +65,13 @@ class Graph:
         ]
         graph = helper.make_graph(self.nodes, "graph", *described, self.weights)
         opsets = [helper.make_opsetid("", 23), helper.make_opsetid("elsewhere", 1)]
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), self.folder / "model.onnx")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        beside = (
+            {"save_as_external_data": True, "location": "model.onnx_data", "size_threshold": 0}
+            if weights_beside
+            else {}
+        )
+        onnx.save(model, self.folder / "model.onnx", **beside)
         return BuildJob(
             **{
                 "backend": "tensorrt-rtx",
@@ -122,15 +127,96 @@ def test_a_plan_is_written_and_known_again(tmp_path: Path) -> None:
     assert built.decomposed_attention == ()
 
 
-@pytest.mark.skipif(driver_cuda_version() is not None, reason="here it may find a GPU")
-@pytest.mark.parametrize("changes", [{"stripped": True}, {"stripped": True, "compute_capabilities": ("8.9",)}], ids=str)
-def test_rtx_requires_a_gpu_for_plans_without_weights(changes: dict[str, Any], tmp_path: Path) -> None:
-    """All other plans it builds anywhere; the message says so, instead of only what failed inside."""
-    graph = Graph(tmp_path, {"x": spec(8, 64)}, {"y": spec(8, 64)}).weight("w", np.ones((64, 64), dtype=np.float16))
-    job = graph.add("MatMul", ["x", "w"], "y").job(**changes)
-    with pytest.raises(EngineError, match=r"it builds plans without weights on a machine with a GPU only$"):
+def random_weights(*shape: int) -> np.ndarray:
+    """Values that no compression makes small."""
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float16)
+
+
+def convolutions(folder: Path) -> Graph:
+    """A convolution with every attribute that is not the default, and a matrix product of its pixels."""
+    graph = Graph(folder, {"x": spec(1, 64, 16, 16)}, {"y": spec(1, 64, 7, 256)})
+    graph.weight("kernel", random_weights(64, 16, 3, 3)).weight("bias", random_weights(64))
+    options = {"strides": [2, 3], "dilations": [2, 1], "group": 4, "pads": [0, 1, 1, 2]}
+    graph.weight("matrix", random_weights(6, 256))
+    return graph.add("Conv", ["x", "kernel", "bias"], "c", **options).add("MatMul", ["c", "matrix"], "y")
+
+
+def test_a_plan_without_weights_needs_no_gpu(tmp_path: Path) -> None:
+    """It has the same tensors and the weights' need of memory, and none of their bytes."""
+    graph = Graph(tmp_path, {"x": spec(8, 1024)}, {"y": spec(8, 1024)}).weight("w", random_weights(1024, 1024))
+    job = graph.add("MatMul", ["x", "w"], "y").job(weights_beside=True, stripped=True)
+    built = build(job)
+    assert Path(job.plan).stat().st_size < 0.1 * graph.weights[0].ByteSize()
+    assert built.weights_memory is not None
+    assert built.weights_memory >= 1024 * 1024 * 2
+    component = Component(inputs=job.inputs, outputs=job.outputs, files=("model.onnx",), key="0" * 64)
+    _check_file(load_api("tensorrt-rtx"), Path(job.plan), component)
+
+
+def test_placeholders_change_nothing_but_weights(tmp_path: Path) -> None:
+    """The new layers have the old ones' attributes and readers; the weights' names are for the refit."""
+    from hypersd.engines.tensorrt.placeholders import MappedWeights, parse_mapped, replace_weights
+
+    api, onnx_file = load_api("tensorrt-rtx"), Path(convolutions(tmp_path).job(weights_beside=True).onnx)
+    logger = api.make_logger(lambda severity, text: None)
+    network = api.create_network(api.trt.Builder(logger))
+    weights = MappedWeights(onnx_file)
+    assert set(weights.names.values()) == {"kernel", "bias", "matrix"}
+    assert parse_mapped(api.trt.OnnxParser(network, logger), onnx_file, weights)
+    before = network.num_layers
+    assert replace_weights(api, network, weights) == 3
+    new = {network.get_layer(i).name: network.get_layer(i) for i in range(before, network.num_layers)}
+    assert len(new) == 2
+    (convolution,) = [layer for layer in new.values() if layer.type == api.trt.LayerType.CONVOLUTION]
+    assert tuple(convolution.get_output(0).shape) == (1, 64, 7, 6)
+    convolution.__class__ = api.trt.IConvolutionLayer
+    assert (tuple(convolution.stride_nd), tuple(convolution.dilation_nd), convolution.num_groups) == ((2, 3), (2, 1), 4)
+    assert (tuple(convolution.pre_padding), tuple(convolution.post_padding)) == ((0, 1), (1, 2))
+    for name in ("kernel", "bias", "matrix"):
+        assert network.mark_weights_refittable(name)
+    read = {
+        network.get_layer(i).get_input(k).name for i in range(before) for k in range(network.get_layer(i).num_inputs)
+    }
+    assert {layer.get_output(0).name for layer in new.values()} <= read
+
+
+def test_a_plan_with_all_of_its_weights_is_not_called_one_without(tmp_path: Path) -> None:
+    """A graph has none beside it, and a layer that is the network's output keeps its own."""
+    with pytest.raises(EngineError, match="has no weights to leave out: build it with them"):
+        build(doubler(tmp_path, spec(8, 8)).job(stripped=True))
+    graph = Graph(tmp_path, {"x": spec(1, 8, 16, 16)}, {"y": spec(1, 8, 14, 14)}).weight(
+        "k", random_weights(8, 8, 3, 3)
+    )
+    with pytest.raises(EngineError, match="has no weights to leave out: build it with them"):
+        build(graph.add("Conv", ["x", "k"], "y").job(weights_beside=True, stripped=True))
+
+
+def test_the_unet_of_a_bundle_builds_without_weights(sdxl_dynamic_bundle: Path, tmp_path: Path) -> None:
+    """As export writes it, with ranges."""
+    bundle = Bundle.load(sdxl_dynamic_bundle)
+    specs = bundle.component("unet")
+    job = BuildJob(
+        backend="tensorrt-rtx",
+        component="unet",
+        onnx=str(bundle.path(specs.onnx)),
+        plan=str(tmp_path / "plan"),
+        inputs=specs.inputs,
+        outputs=specs.outputs,
+        stripped=True,
+    )
+    build(job)
+    _check_file(load_api("tensorrt-rtx"), tmp_path / "plan", specs)
+
+
+def test_weights_that_are_cut_off_are_rejected(tmp_path: Path) -> None:
+    job = convolutions(tmp_path).job(weights_beside=True, stripped=True)
+    data = tmp_path / "model.onnx_data"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"model\.onnx_data ends inside \w+: export it again"):
         build(job)
-    assert not Path(job.plan).exists()
+    data.unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx_data cannot be read"):
+        build(job)
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])

@@ -429,18 +429,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[HyperSDError], list[str]]] = {
     "size": ({"shapes": shapes(1, 64, 72)}, RequestError, ["width 72", "64"]),
     "batch": ({"shapes": shapes((1, 1, 2), 64, 64)}, RequestError, ["batch 2", "1"]),
 }
-REFUSED_WITHOUT_GPU: dict[str, tuple[dict[str, Any], type[HyperSDError], list[str]]] = {
-    "stripped": ({"stripped": True}, DeviceError, ["without weights", "GPU"]),
-}
 
 
-@pytest.mark.parametrize(
-    ("options", "kind", "parts"),
-    [
-        *(pytest.param(*case, id=name) for name, case in REFUSED.items()),
-        *(pytest.param(*case, id=name, marks=needs_no_gpu) for name, case in REFUSED_WITHOUT_GPU.items()),
-    ],
-)
+@pytest.mark.parametrize(("options", "kind", "parts"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_built_is_rejected_before_it_is_begun(
     options: dict[str, Any], kind: type[HyperSDError], parts: list[str], bare: Path, no_process: None
 ) -> None:

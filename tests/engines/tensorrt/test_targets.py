@@ -13,6 +13,7 @@ from hypersd.engines.image_shapes import extents_of, narrowed
 from hypersd.engines.manifest import Manifest, check_relative
 from hypersd.engines.specs import LARGEST_BATCH, LARGEST_SIDE, Component, ImageShapes, Range, TensorSpec, dim_range
 from hypersd.engines.tensorrt.targets import (
+    cost_of_ranges,
     describe,
     onnx_hash,
     plan_key,
@@ -255,3 +256,14 @@ def test_the_three_shapes_of_a_tensor() -> None:
     unet = manifest().components["unet"]
     assert extents_of(unet.inputs["sample"]) == ((1, 4, 32, 32), (4, 4, 64, 64), (8, 4, 128, 96))
     assert extents_of(unet.inputs["timestep"]) == ((1,), (1,), (1,))
+
+
+def test_ranges_are_said_to_cost_speed() -> None:
+    """With the options of a target for one shape, which costs none."""
+    line = cost_of_ranges(target(shapes=shapes(1, (256, 512, 1024), 640)))
+    assert line is not None
+    assert "ranges (height 256..1024) are slower" in line
+    assert "`--batch 1 --size 640x512` builds for one" in line
+    assert "compiled at its first image" in line
+    assert "compiled" not in str(cost_of_ranges(target(backend="tensorrt", shapes=shapes((1, 2, 4), 512, 512))))
+    assert cost_of_ranges(target(shapes=shapes(2, 512, 640))) is None
