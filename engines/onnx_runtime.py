@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from .cuda.capture import retain
 from .cuda.device import is_out_of_memory, out_of_memory
 from .cuda.streams import claim_stream
 from .engine import check_feeds, check_graph
+from .lowering import Dialect, lower, with_resolved_weights
 from .mapped_files import release_pages
 from .specs import Component
 from .stored_models import find_stored_model, open_stored
@@ -28,7 +31,11 @@ NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.int6
 CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device='cpu'"
 # Begins ONNX Runtime's error for a graph that copies between host and device, or that branches.
 NOT_RECORDABLE = "cannot use the graph capture feature"
-ATTENTION_NODE = b'"\tAttention'  # a node's type in an ONNX file: the field's tag, the length and the name
+# The ONNX that the CUDA provider has had kernels for since 1.23; tests/assets/operators lists them by version.
+CUDA_DIALECT = Dialect(opset=18, lacks=frozenset({"Attention", "Gelu", "GroupNormalization"}))
+ALL_KERNELS_SINCE = "1.27"  # the first version with CUDA kernels for our graphs as they are
+# Operators of our graphs without such a kernel in 1.23, which cannot tell which nodes it runs on the CPU.
+SILENT_VERSIONS_LACK = ("Attention", "Cos", "Resize", "Sin")
 # Options of a stored model. Smaller weights stay in the graph: the text encoder's mask has an odd size and would
 # misalign the others.
 STORED_WEIGHTS = {
@@ -272,34 +279,66 @@ def _open_stored_model(stored: Path, threads: int) -> ort.InferenceSession:
 def _make_cuda_session(
     path: Path, device: torch.device, threads: int, stream: torch.cuda.Stream
 ) -> tuple[ort.InferenceSession, bool]:
-    """A session, and whether its runs can be recorded in a CUDA graph."""
+    """A session, and whether its runs can be recorded in a CUDA graph.
+
+    Before 1.27 some of our operators have no CUDA kernel. A graph that ONNX Runtime rejects for them is lowered.
+    """
     options = _session_options(threads)
     try:
         return _open_cuda_session(path, options, device, stream, recordable=True), True
     except BundleError as error:
         if NOT_RECORDABLE not in str(error):
             raise
-    _warn_of_attention(path)
-    return _open_cuda_session(path, options, device, stream, recordable=False), False
+    if importlib.util.find_spec("onnx") is not None:
+        with suppress(BundleError, EngineError):  # the graph as it is runs too, if slowly and not without a warning
+            return _open_lowered(path, threads, device, stream), True
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = _open_cuda_session(path, options, device, stream, recordable=False)
+    _warn_of_cpu_nodes(path, session)
+    return session, False
 
 
-def _warn_of_attention(path: Path) -> None:
-    """Warn if the ``Attention`` nodes of a graph are the likely reason why it is not all on the GPU.
+def _open_lowered(path: Path, threads: int, device: torch.device, stream: torch.cuda.Stream) -> ort.InferenceSession:
+    """A recordable session of the graph in operators that have had CUDA kernels for long."""
+    content, folder = with_resolved_weights(lower(path, CUDA_DIALECT), path)
+    options = _session_options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return _open_cuda_session(path, options, device, stream, recordable=True, content=content)
 
-    Before 1.24 ONNX Runtime has no CUDA kernel for them (microsoft/onnxruntime#27030) and runs them on the CPU.
-    """
-    if count := path.read_bytes().count(ATTENTION_NODE):
+
+def _warn_of_cpu_nodes(path: Path, session: ort.InferenceSession) -> None:
+    if nodes := _nodes_on_cpu(path, session):
+        named = ", ".join(f"{count} {operator}" for operator, count in nodes.most_common())
         warn_user(
-            f"{path}: ONNX Runtime {ort.__version__} does not run all of it on the GPU, most likely not its {count} "
-            "Attention nodes, which is slow: install onnxruntime-gpu 1.24 or newer",
+            f"{path}: ONNX Runtime {ort.__version__} runs nodes on the CPU, which is slow ({named}): "
+            f"pip install onnx, with which hypersd rewrites them, or onnxruntime-gpu {ALL_KERNELS_SINCE} or newer",
             CpuNodesWarning,
         )
 
 
+def _nodes_on_cpu(path: Path, session: ort.InferenceSession) -> Counter[str]:
+    """The number of nodes that a session does not run on the GPU, by operator."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: known operators, counted in the file
+        graph = path.read_bytes()
+        # A node's operator in an ONNX file: the field's tag, the length and the name.
+        counts = {name: graph.count(b'"' + bytes([len(name)]) + name.encode()) for name in SILENT_VERSIONS_LACK}
+        return +Counter(counts)
+    parts = session.get_provider_graph_assignment_info()
+    return Counter(
+        node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()
+    )
+
+
 def _open_cuda_session(
-    path: Path, options: ort.SessionOptions, device: torch.device, stream: torch.cuda.Stream, *, recordable: bool
+    path: Path,
+    options: ort.SessionOptions,
+    device: torch.device,
+    stream: torch.cuda.Stream,
+    *,
+    recordable: bool,
+    content: bytes | None = None,
 ) -> ort.InferenceSession:
-    """A session that runs on ``stream``.
+    """A session that runs on ``stream``, of ``content`` instead of the file's graph if there is any.
 
     With ``recordable`` ONNX Runtime's own graphs are enabled, although none is made (see ``_cuda_run_options``): it
     then rejects graphs that copy between host and device, and releases no host memory by a callback on the stream. A
@@ -309,7 +348,7 @@ def _open_cuda_session(
     if recordable:
         cuda["enable_cuda_graph"] = "1"
     try:
-        session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"])
+        session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], content)
     except BundleError as error:
         if is_out_of_memory(error):
             raise out_of_memory(f"the weights of {path} did not fit", device) from error
@@ -360,9 +399,11 @@ class PlainEngine:
         return {name: torch.from_numpy(np.asarray(output)) for name, output in zip(names, outputs, strict=True)}
 
 
-def _open_session(path: Path, options: ort.SessionOptions, providers: list) -> ort.InferenceSession:
+def _open_session(
+    path: Path, options: ort.SessionOptions, providers: list, content: bytes | None = None
+) -> ort.InferenceSession:
     try:
         # Without enable_fallback=0 a session that fails is made again without its options, our stream among them.
-        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(content or str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {one_line(error)}") from error

@@ -65,4 +65,20 @@ def dequantize_weights(model: Any, component: ComponentModule) -> None:
         graph.insert_before(graph[0], ir.node("DequantizeLinear", factors, {"axis": 0}, outputs=[product]))
 
 
-PASSES: tuple[Pass, ...] = (name_dimensions, drop_stack_traces, dequantize_weights)
+def compare_floats(model: Any, component: ComponentModule) -> None:
+    """Find the largest token id among floats: ONNX Runtime has no CUDA kernel for ``ArgMax`` of integers.
+
+    A float32 holds every id up to 2^24; no vocabulary is as large. CLIP casts its ids to int32 for this.
+    """
+    import onnx_ir as ir
+
+    for node in model.graph.all_nodes():
+        cast = node.inputs[0].producer() if node.op_type == "ArgMax" else None
+        if cast is None or cast.op_type != "Cast" or len(cast.outputs[0].uses()) != 1:
+            continue
+        if cast.attributes["to"].value == ir.DataType.INT32:
+            cast.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+            cast.outputs[0].dtype = ir.DataType.FLOAT
+
+
+PASSES: tuple[Pass, ...] = (name_dimensions, drop_stack_traces, compare_floats, dequantize_weights)

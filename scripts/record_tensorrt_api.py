@@ -29,8 +29,9 @@ from typing import Any
 
 OUT = Path(__file__).parents[1] / "tests" / "assets" / "tensorrt_api"
 DISTRIBUTION = "tensorrt-cu12-bindings"
-# The oldest that is supported, the last without attention and the first with it, the last 10 and both ends of 11.
-VERSIONS = ("10.8.0.43", "10.13.3.9", "10.14.1.48.post1", "10.16.1.11", "11.0.0.114", "11.4.0.106")
+# The oldest that is supported (of JetPack 6), one that streams no plans either, the last without attention and the
+# first with it, the last 10 and both ends of 11.
+VERSIONS = ("10.3.0", "10.8.0.43", "10.13.3.9", "10.14.1.48.post1", "10.16.1.11", "11.0.0.114", "11.4.0.106")
 
 # The API that engines/tensorrt uses, and Polygraphy where engines/tensorrt calls it.
 CLASSES = (

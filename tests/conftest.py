@@ -205,6 +205,21 @@ def batch_of_three_bundle(bundles_folder: Path, source_options) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd15_tiny_vae_bundle(bundles_folder: Path, tiny_repos: Path, source_options) -> Path:
+    """SD1.5 in fp32 with TAESD's decoder, 1 or 2 images a run, 64 to 96 pixels high. Do not write to it."""
+    from hypersd.export import ExportOptions, ShapeOptions, export_bundle
+
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(
+        sources=source_options(name, vae=str(tiny_repos / "madebyollin/taesd")),
+        shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 96)}),
+        precision="fp32",
+        text_only=True,
+    )
+    return export_bundle(name, bundles_folder / f"{name}-dynamic", options).root
+
+
+@pytest.fixture(scope="session")
 def sd15_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SD15-1step-lora")
 

@@ -1,6 +1,6 @@
 """The only module that imports TensorRT and TensorRT-RTX, and the only one that knows their differences.
 
-``tensorrt`` (10.8 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. A missing
+``tensorrt`` (10.3 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. A missing
 feature is detected by its class or method, not by the version number.
 """
 
@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...errors import DeviceError, EngineError, RequestError, one_line
+from ..lowering import Dialect, lower
 from ..vocabulary import TENSORRT_BACKENDS, TensorRTBackend
-from .attention import without_attention
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 # The manifest's names of TensorRT's types.
 DTYPE_NAMES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "UINT8": "uint8"}
-OLDEST = {"tensorrt": (10, 8), "tensorrt-rtx": (1, 7)}
+OLDEST = {"tensorrt": (10, 3), "tensorrt-rtx": (1, 7)}
+# The ONNX that the parser of TensorRT takes up to a release, which takes more. GroupNormalization became another
+# operator in opset 21, under its old name: the parser cannot be asked which of the two it knows.
+DIALECTS = {
+    (10, 9): Dialect(opset=20, lacks=frozenset({"Attention", "GroupNormalization"})),
+    (10, 14): Dialect(opset=21, lacks=frozenset({"Attention"})),
+}
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu13-bindings", "tensorrt-cu12-bindings"),
@@ -161,9 +167,17 @@ class TensorRTApi:
         return builder.create_network(0 if flag is None else 1 << int(flag))  # 11 has no other kind
 
     @property
-    def knows_attention(self) -> bool:
-        """Whether the ONNX ``Attention`` operator is imported, as an ``IAttention``; not before 10.14."""
-        return hasattr(self.trt, "IAttention")
+    def dialect(self) -> Dialect | None:
+        """The ONNX that the parser takes, if that is less than what export writes."""
+        if self.is_rtx:
+            return None
+        return next((dialect for release, dialect in DIALECTS.items() if _release(self.version) < release), None)
+
+    def parse(self, parser: Any, onnx: Path) -> bool:
+        """Parse an ONNX file into the parser's network; False if TensorRT cannot, with its reasons in the parser."""
+        if self.dialect is None:
+            return parser.parse_from_file(str(onnx))
+        return parser.parse(lower(onnx, self.dialect), str(onnx))
 
     def attentions(self, network: Any) -> Iterator[Any]:
         """The fused attentions (``IAttention``) of a network; versions before 10.14 have none."""
@@ -286,10 +300,10 @@ class TensorRTApi:
         """
         refitter = self.trt.Refitter(engine, logger)
         parser = self.trt.OnnxParserRefitter(refitter, logger)
-        if self.knows_attention:
+        if self.dialect is None:
             is_refitted = parser.refit_from_file(str(onnx))
-        else:  # the plan was built from the graph that this version can parse
-            is_refitted = parser.refit_from_bytes(without_attention(onnx), str(onnx))
+        else:  # as it was parsed
+            is_refitted = parser.refit_from_bytes(lower(onnx, self.dialect), str(onnx))
         if not is_refitted:
             errors = "; ".join(one_line(Exception(parser.get_error(i).desc())) for i in range(parser.num_errors))
             raise EngineError(f"{onnx} does not refit its plan: {errors or 'no reason given'}")

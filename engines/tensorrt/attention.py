@@ -1,4 +1,4 @@
-"""Attention without a fused kernel, or without support in the parser.
+"""Attention without a fused kernel.
 
 An ``IAttention`` is one kernel or a failed build, unless it is marked decomposable. Which head sizes, types and masks
 have a kernel depends on version and GPU and is not documented: a trial build of the attention alone takes milliseconds.
@@ -7,7 +7,6 @@ have a kernel depends on version and GPU and is not documented: a trial build of
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,17 +72,3 @@ def _builds(api: TensorRTApi, builder: Any, signature: tuple[Any, ...], config: 
         attention.mask = network.add_input("mask", mask[1], mask[0])
     network.mark_output(attention.get_output(0))
     return builder.build_serialized_network(network, config) is not None
-
-
-def without_attention(path: Path) -> bytes:
-    """The graph with every ``Attention`` node expanded into plain operators, as ONNX itself defines it.
-
-    TensorRT before 10.14 cannot import ``Attention``. The weights stay where they are: parse the result under the
-    path of the file that it was made from.
-    """
-    import onnx
-    import onnx.inliner
-
-    model = onnx.load(str(path), load_external_data=False)
-    model = onnx.inliner.inline_selected_functions(model, [("", "Attention")], inline_schema_functions=True)
-    return model.SerializeToString()

@@ -19,7 +19,7 @@ from ..image_shapes import extents_of
 from ..progress import PhaseTree
 from ..specs import TensorSpec, dim_range
 from .api import DTYPE_NAMES, TensorRTApi, load_api
-from .attention import attentions_without_kernel, mark_decomposable, without_attention
+from .attention import attentions_without_kernel, mark_decomposable
 from .build_process import BuildJob, Built
 from .placeholders import MappedWeights, parse_mapped, replace_weights
 
@@ -106,10 +106,8 @@ class _Build:
         parser = self.api.trt.OnnxParser(network, self.logger)
         if self.placeholders is not None:
             parsed = parse_mapped(parser, Path(self.job.onnx), self.placeholders)
-        elif self.api.knows_attention:
-            parsed = parser.parse_from_file(self.job.onnx)
         else:
-            parsed = parser.parse(without_attention(Path(self.job.onnx)), self.job.onnx)
+            parsed = self.api.parse(parser, Path(self.job.onnx))
         if not parsed:
             raise self._parser_failure(parser)
         _check_tensors(self.job, "input", [network.get_input(i) for i in range(network.num_inputs)], self.job.inputs)

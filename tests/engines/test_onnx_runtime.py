@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -478,19 +481,36 @@ class SomeStream:
     cuda_stream = 1234567
 
 
-def record_sessions(monkeypatch: pytest.MonkeyPatch, error: str = "") -> list[dict[str, Any]]:
-    """The arguments that sessions are made with; those that are to be recorded fail with ``error`` if there is one."""
+NOT_ALL_ON_THE_GPU = "This session cannot use the graph capture feature as requested by the user"
+
+
+def record_sessions(
+    monkeypatch: pytest.MonkeyPatch, error: str = "", *, takes_lowered: bool = False, on_cpu: Sequence[str] | None = ()
+) -> list[dict[str, Any]]:
+    """The arguments that sessions are made with: stand-ins, since no machine here has a CUDA device.
+
+    Those that are to be recorded fail with ``error`` if there is one, unless ``takes_lowered`` and the graph comes as
+    bytes. ``on_cpu`` are operators of nodes that are not on the GPU; None is a version that cannot tell.
+    """
     calls: list[dict[str, Any]] = []
 
     class Session:
-        def __init__(self, path: str, options: Any, **arguments: Any) -> None:
-            calls.append(arguments)
-            if error and "enable_cuda_graph" in arguments["providers"][0][1]:
+        def __init__(self, graph: str | bytes, options: Any, **arguments: Any) -> None:
+            calls.append({"graph": graph, "options": options, **arguments})
+            is_taken = takes_lowered and isinstance(graph, bytes)
+            if error and not is_taken and "enable_cuda_graph" in arguments["providers"][0][1]:
                 raise RuntimeError(error)
 
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
+    if on_cpu is not None:
+        nodes = [SimpleNamespace(op_type=operator) for operator in on_cpu]
+        parts = [SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)]
+        parts.append(
+            SimpleNamespace(ep_name="CUDAExecutionProvider", get_nodes=lambda: [SimpleNamespace(op_type="Conv")])
+        )
+        Session.get_provider_graph_assignment_info = lambda self: parts  # type: ignore[attr-defined]
     monkeypatch.setattr(module.ort, "InferenceSession", Session)
     return calls
 
@@ -506,32 +526,60 @@ def test_a_cuda_session_runs_on_our_stream_and_may_be_recorded(monkeypatch: pyte
     assert call["enable_fallback"] == 0
 
 
-def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One that copies between host and device: ONNX Runtime rejects to record it, and it is run step by step."""
-    told = "This session cannot use the graph capture feature as requested by the user as the model has control flow"
-    calls = record_sessions(monkeypatch, told)
-    (tmp_path / "net.onnx").write_bytes(b"a graph without attention")
+def test_a_network_that_cannot_be_recorded_still_runs(monkeypatch: pytest.MonkeyPatch, sd15_bundle: Path) -> None:
+    """One that copies between host and device, however it is written: it is run step by step."""
+    calls = record_sessions(monkeypatch, f"{NOT_ALL_ON_THE_GPU} as the model has control flow")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, capturable = module._make_cuda_session(tmp_path / "net.onnx", torch.device("cuda", 0), 1, SomeStream())
+        _, capturable = module._make_cuda_session(
+            sd15_bundle / "unet" / "model.onnx", torch.device("cuda", 0), 1, SomeStream()
+        )
     assert not capturable
-    assert [call["providers"][0][1].get("enable_cuda_graph") for call in calls] == ["1", None]
-    assert calls[1]["providers"][0][1]["user_compute_stream"] == "1234567"
+    assert [call["providers"][0][1].get("enable_cuda_graph") for call in calls] == ["1", "1", None]
+    assert calls[-1]["graph"] == str(sd15_bundle / "unet" / "model.onnx")
+    assert calls[-1]["providers"][0][1]["user_compute_stream"] == "1234567"
 
 
-def test_attention_on_the_cpu_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd15_bundle: Path) -> None:
-    """An ONNX Runtime without a CUDA kernel for it is not silently slow: the warning has the nodes and the remedy.
+def test_a_graph_that_a_version_has_no_kernels_for_is_lowered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd15_bundle: Path
+) -> None:
+    """An ONNX Runtime before 1.27 is given operators that it has kernels for, without a warning; the weights stay where
+    they are, and are found through links, of which the Hub's cache consists."""
+    calls = record_sessions(monkeypatch, NOT_ALL_ON_THE_GPU, takes_lowered=True)
+    for file in (sd15_bundle / "unet").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, capturable = module._make_cuda_session(tmp_path / "model.onnx", torch.device("cuda", 0), 1, SomeStream())
+    assert capturable
+    monkeypatch.undo()
+    graph, options = calls[-1]["graph"], calls[-1]["options"]
+    assert "Attention" not in {node.op_type for node in onnx.load_from_string(graph).graph.node}
+    session = module.ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])  # with all weights
+    assert {end.name for end in session.get_inputs()} == {"sample", "timestep", "encoder_hidden_states"}
 
-    The session is a stand-in.
+
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_nodes_on_the_cpu_are_a_warning(
+    can_tell: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sd15_bundle: Path
+) -> None:
+    """Where nothing helps, it is not silently slow: the warning has the operators, their number and the remedy.
+
+    ONNX Runtime names the nodes from 1.24 on; for older ones the operators that they lack are counted in the file.
     """
-    record_sessions(monkeypatch, "This session cannot use the graph capture feature as requested by the user")
     path = sd15_bundle / "unet" / "model.onnx"
-    graph = onnx.load(path, load_external_data=False).graph
-    count = sum(node.op_type == "Attention" for node in graph.node)
-    assert count
-    with pytest.warns(module.CpuNodesWarning, match=rf"its {count} Attention nodes.*onnxruntime-gpu 1\.24") as caught:
+    operators = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    lacking = {name: operators[name] for name in ("Attention", "Resize", "Sin", "Cos")}
+    on_cpu = list(Counter(lacking).elements()) if can_tell else None
+    record_sessions(monkeypatch, NOT_ALL_ON_THE_GPU, on_cpu=on_cpu)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)  # no package onnx
+    with pytest.warns(module.CpuNodesWarning) as caught:
         module._make_cuda_session(path, torch.device("cuda", 0), 1, SomeStream())
-    assert "\n" not in str(caught[0].message)
+    (message,) = [str(warning.message) for warning in caught]
+    assert all(f"{count} {name}" in message for name, count in lacking.items() if count)
+    assert f"{lacking['Attention']} Attention" in message
+    assert re.search(r"pip install onnx, .*, or onnxruntime-gpu 1\.27 or newer$", message)
+    assert "\n" not in message
 
 
 def test_a_session_that_fails_for_another_reason_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from hypersd import Pipeline
 from hypersd.engines import Bundle
 from hypersd.engines.engine import NullEngine
 from hypersd.errors import RequestError
-from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 from hypersd.runtime.one_graph_function import find_one_graph
 from hypersd.runtime.params import Params
 from hypersd.runtime.text import TruncationWarning, load_tokenizers
@@ -21,19 +20,6 @@ from hypersd.tools.one_graph import add_one_graph
 
 PROMPT = "a photo of a cat"
 MOST_ROUNDED = 1e-3  # share of values that lie between two of 255 and round to the other one
-
-
-@pytest.fixture(scope="module")
-def dynamic_bundle(bundles_folder: Path, tiny_repos: Path, source_options) -> Path:
-    """SD1.5 with TAESD's decoder, 1 or 2 images a run, 64 to 96 pixels high. Do not write to it."""
-    name = "Hyper-SD15-1step-lora"
-    options = ExportOptions(
-        sources=source_options(name, vae=str(tiny_repos / "madebyollin/taesd")),
-        shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 96)}),
-        precision="fp32",
-        text_only=True,
-    )
-    return export_bundle(name, bundles_folder / f"{name}-dynamic", options).root
 
 
 def pixels(images: list[Any]) -> np.ndarray:
@@ -90,10 +76,10 @@ def test_half_precision_with_a_float32_decoder(sdxl_mixed_bundle: Path, copy_bun
     assert largest <= 3
 
 
-def test_a_size_and_a_number_out_of_the_bundles_ranges(dynamic_bundle: Path, copy_bundle) -> None:
+def test_a_size_and_a_number_out_of_the_bundles_ranges(sd15_tiny_vae_bundle: Path, copy_bundle) -> None:
     """The components' ranges become the one size of the graph, which makes several images per run."""
     bundle = add_one_graph(
-        copy_bundle(dynamic_bundle), Params(prompt="", num_inference_steps=2, height=96, num_images_per_prompt=2)
+        copy_bundle(sd15_tiny_vae_bundle), Params(prompt="", num_inference_steps=2, height=96, num_images_per_prompt=2)
     )
     (name,) = bundle.manifest.one_graphs
     assert name == "one-graph-2steps-64x96-batch2"

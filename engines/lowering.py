@@ -1,0 +1,110 @@
+"""Graphs for parsers and runtimes that are older than the graphs: newer operators written in terms of older ones.
+
+Tests hold every component against the recorded lists of what each version takes (``tests/assets/operators``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EngineError
+
+if TYPE_CHECKING:
+    import onnx
+
+# Operators of our graphs, expanded or not, that mean the same since opset 18: later versions take more types, or have
+# attributes more, whose defaults are what the operator did before.
+UNCHANGED_SINCE_18 = frozenset(
+    {
+        *("Cast", "CastLike", "Constant", "ConstantOfShape", "Conv", "Cos", "Equal", "Identity", "ReduceMax"),
+        *("Reshape", "Resize", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """The ONNX that one version of a parser or runtime takes.
+
+    Attributes:
+        opset: its newest opset, 18 or later.
+        lacks: operators that it does not take, of those that ONNX defines as functions of others.
+    """
+
+    opset: int
+    lacks: frozenset[str] = frozenset()
+
+
+def lower(path: Path, dialect: Dialect) -> bytes:
+    """The graph in a dialect: what it lacks is expanded as ONNX itself defines it, and the opset is not above its own.
+
+    The weights are neither read nor copied: load the result under the path of the file that it was made from. It
+    requires the package ``onnx``.
+
+    Raises:
+        EngineError: an operator means something else in that opset.
+    """
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(str(path), load_external_data=False)
+    functions = [("", operator) for operator in sorted(dialect.lacks)]
+    model = onnx.inliner.inline_selected_functions(model, functions, inline_schema_functions=True)
+    opset = next(entry for entry in model.opset_import if not entry.domain)
+    if opset.version > dialect.opset:
+        for node in model.graph.node:
+            _restate(node, opset.version, dialect.opset, path)
+        opset.version = dialect.opset
+    return model.SerializeToString()
+
+
+def with_resolved_weights(content: bytes, path: Path) -> tuple[bytes, Path]:
+    """A graph whose external data are named without links, and the folder that its names are relative to.
+
+    ONNX Runtime reads no weights by a link out of the folder that it is given (the Hub's cache consists of links).
+
+    Args:
+        content: the graph.
+        path: the file that it was made from.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    files = {entry.value: (path.parent / entry.value).resolve() for entry in entries}
+    folder = Path(os.path.commonpath([path.parent.resolve(), *(file.parent for file in files.values())]))
+    for entry in entries:
+        entry.value = files[entry.value].relative_to(folder).as_posix()
+    return model.SerializeToString(), folder
+
+
+def _restate(node: onnx.NodeProto, newer: int, older: int, path: Path) -> None:
+    """Write a node as its operator is in an older opset: without the attributes that are newer, if they are defaults.
+
+    No operator of ours has a graph in an attribute.
+    """
+    import onnx
+
+    if node.domain:
+        return
+    schema = onnx.defs.get_schema(node.op_type, newer)
+    if not onnx.defs.has(node.op_type, max_inclusive_version=older):
+        raise EngineError(f"{path}: {node.op_type} does not exist in opset {older}, and is not expanded")
+    old = onnx.defs.get_schema(node.op_type, older)
+    if old.since_version == schema.since_version:
+        return
+    newer_attributes = [attribute for attribute in node.attribute if attribute.name not in old.attributes]
+    if node.op_type not in UNCHANGED_SINCE_18 or not all(_is_default(a, schema) for a in newer_attributes):
+        raise EngineError(f"{path}: {node.op_type} of opset {newer} cannot be written in opset {older}")
+    for attribute in newer_attributes:
+        node.attribute.remove(attribute)
+
+
+def _is_default(attribute: onnx.AttributeProto, schema: Any) -> bool:
+    import onnx
+
+    default = schema.attributes[attribute.name].default_value
+    return onnx.helper.get_attribute_value(attribute) == onnx.helper.get_attribute_value(default)
