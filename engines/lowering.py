@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 UNCHANGED_SINCE_18 = frozenset(
     {
         *("Cast", "CastLike", "Constant", "ConstantOfShape", "Conv", "Cos", "Equal", "Identity", "ReduceMax"),
-        *("Reshape", "Resize", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
+        *("Reshape", "Resize", "Round", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
     }
 )
 

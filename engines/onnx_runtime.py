@@ -7,7 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ CUDA_HINT = "pip uninstall onnxruntime && pip install onnxruntime-gpu, or device
 NOT_RECORDABLE = "cannot use the graph capture feature"
 # The ONNX that the CUDA provider has had kernels for since 1.23; tests/assets/operators lists them by version.
 CUDA_DIALECT = Dialect(opset=18, lacks=frozenset({"Attention", "Gelu", "GroupNormalization"}))
-ALL_KERNELS_SINCE = "1.27"  # the first version with CUDA kernels for our graphs as they are
+ALL_KERNELS_SINCE = (1, 27)  # the first version with CUDA kernels for our graphs as they are
 # Operators of our graphs without such a kernel in 1.23, which cannot tell which nodes it runs on the CPU.
 SILENT_VERSIONS_LACK = ("Attention", "Cos", "Resize", "Sin")
 # Options of a stored model. Smaller weights stay in the graph: the text encoder's mask has an odd size and would
@@ -281,52 +281,69 @@ def _make_cuda_session(
 ) -> tuple[ort.InferenceSession, bool]:
     """A session, and whether its runs can be recorded in a CUDA graph.
 
-    Before 1.27 some of our operators have no CUDA kernel. A graph that ONNX Runtime rejects for them is lowered.
+    Before 1.27 some of our operators have no CUDA kernel: a graph that ONNX Runtime rejects for them is lowered.
     """
-    options = _session_options(threads)
     try:
-        return _open_cuda_session(path, options, device, stream, recordable=True), True
+        return _open_cuda_session(path, _session_options(threads), device, stream, recordable=True), True
     except BundleError as error:
         if NOT_RECORDABLE not in str(error):
             raise
-    if importlib.util.find_spec("onnx") is not None:
-        with suppress(BundleError, EngineError):  # the graph as it is runs too, if slowly and not without a warning
-            return _open_lowered(path, threads, device, stream), True
+    options = _session_options(threads)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = _open_cuda_session(path, options, device, stream, recordable=False)
-    _warn_of_cpu_nodes(path, session)
+    content = _lowered(path, options)
+    if content is not None:
+        try:
+            return _open_cuda_session(path, options, device, stream, recordable=True, content=content), True
+        except BundleError as error:
+            if NOT_RECORDABLE not in str(error):
+                raise
+    session = _open_cuda_session(path, options, device, stream, recordable=False, content=content)
+    _warn_of_cpu_nodes(path, session, is_lowered=content is not None)
     return session, False
 
 
-def _open_lowered(path: Path, threads: int, device: torch.device, stream: torch.cuda.Stream) -> ort.InferenceSession:
-    """A recordable session of the graph in operators that have had CUDA kernels for long."""
+def _lowered(path: Path, options: ort.SessionOptions) -> bytes | None:
+    """The graph in operators that have had CUDA kernels for long; ``options`` learn where its weights lie.
+
+    None if this version has kernels for all, or the package onnx is not installed.
+    """
+    if _has_all_kernels() or importlib.util.find_spec("onnx") is None:
+        return None
     content, folder = with_resolved_weights(lower(path, CUDA_DIALECT), path)
-    options = _session_options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return _open_cuda_session(path, options, device, stream, recordable=True, content=content)
+    return content
 
 
-def _warn_of_cpu_nodes(path: Path, session: ort.InferenceSession) -> None:
-    if nodes := _nodes_on_cpu(path, session):
+def _has_all_kernels() -> bool:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2]) >= ALL_KERNELS_SINCE
+
+
+def _warn_of_cpu_nodes(path: Path, session: ort.InferenceSession, *, is_lowered: bool) -> None:
+    """Warn of nodes that a session does not run on the GPU, with the way out."""
+    newer = f"onnxruntime-gpu {'.'.join(map(str, ALL_KERNELS_SINCE))} or newer"
+    if _has_all_kernels():
+        remedy = "export it again"
+    else:
+        remedy = f"install {newer}" if is_lowered else f"pip install onnx, with which hypersd rewrites them, or {newer}"
+    if nodes := _nodes_on_cpu(path, session, is_lowered=is_lowered):
         named = ", ".join(f"{count} {operator}" for operator, count in nodes.most_common())
         warn_user(
-            f"{path}: ONNX Runtime {ort.__version__} runs nodes on the CPU, which is slow ({named}): "
-            f"pip install onnx, with which hypersd rewrites them, or onnxruntime-gpu {ALL_KERNELS_SINCE} or newer",
+            f"{path}: ONNX Runtime {ort.__version__} runs nodes on the CPU, which is slow ({named}): {remedy}",
             CpuNodesWarning,
         )
 
 
-def _nodes_on_cpu(path: Path, session: ort.InferenceSession) -> Counter[str]:
+def _nodes_on_cpu(path: Path, session: ort.InferenceSession, *, is_lowered: bool) -> Counter[str]:
     """The number of nodes that a session does not run on the GPU, by operator."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24: known operators, counted in the file
-        graph = path.read_bytes()
-        # A node's operator in an ONNX file: the field's tag, the length and the name.
-        counts = {name: graph.count(b'"' + bytes([len(name)]) + name.encode()) for name in SILENT_VERSIONS_LACK}
-        return +Counter(counts)
-    parts = session.get_provider_graph_assignment_info()
-    return Counter(
-        node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()
-    )
+    if hasattr(session, "get_provider_graph_assignment_info"):
+        parts = session.get_provider_graph_assignment_info()
+        return Counter(
+            node.op_type for part in parts if part.ep_name == "CPUExecutionProvider" for node in part.get_nodes()
+        )
+    # Before 1.24: the operators that are known to lack a kernel, counted in the file. A node's operator is there as the
+    # field's tag, the length and the name. A lowered graph has none of them.
+    graph = b"" if is_lowered else path.read_bytes()
+    return +Counter({name: graph.count(b'"' + bytes([len(name)]) + name.encode()) for name in SILENT_VERSIONS_LACK})
 
 
 def _open_cuda_session(
