@@ -15,14 +15,15 @@ from ..errors import EngineError
 if TYPE_CHECKING:
     import onnx
 
-# Operators of our graphs, expanded or not, that mean the same since opset 18: later versions take more types, or have
-# attributes more, whose defaults are what the operator did before.
-UNCHANGED_SINCE_18 = frozenset(
-    {
+# Operators of our graphs, expanded or not, and the opset since which they mean the same: later ones take more types, or
+# have attributes more, whose defaults are what the operator did before.
+UNCHANGED_SINCE = dict.fromkeys(
+    (
         *("Cast", "CastLike", "Constant", "ConstantOfShape", "Conv", "Cos", "Equal", "Identity", "ReduceMax"),
         *("Reshape", "Resize", "Round", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
-    }
-)
+    ),
+    18,
+) | {"DequantizeLinear": 19}  # before, its scales are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _restate(node: onnx.NodeProto, newer: int, older: int, path: Path) -> None:
     if old.since_version == schema.since_version:
         return
     newer_attributes = [attribute for attribute in node.attribute if attribute.name not in old.attributes]
-    if node.op_type not in UNCHANGED_SINCE_18 or not all(_is_default(a, schema) for a in newer_attributes):
+    is_unchanged = older >= UNCHANGED_SINCE.get(node.op_type, newer)
+    if not is_unchanged or not all(_is_default(a, schema) for a in newer_attributes):
         raise EngineError(f"{path}: {node.op_type} of opset {newer} cannot be written in opset {older}")
     for attribute in newer_attributes:
         node.attribute.remove(attribute)

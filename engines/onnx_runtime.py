@@ -305,11 +305,14 @@ def _make_cuda_session(
 def _lowered(path: Path, options: ort.SessionOptions) -> bytes | None:
     """The graph in operators that have had CUDA kernels for long; ``options`` learn where its weights lie.
 
-    None if this version has kernels for all, or the package onnx is not installed.
+    None if this version has kernels for all, if the operators cannot say it (8-bit weights), or without ``onnx``.
     """
     if _has_all_kernels() or importlib.util.find_spec("onnx") is None:
         return None
-    content, folder = with_resolved_weights(lower(path, CUDA_DIALECT), path)
+    try:
+        content, folder = with_resolved_weights(lower(path, CUDA_DIALECT), path)
+    except EngineError:
+        return None
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return content
 
@@ -324,7 +327,8 @@ def _warn_of_cpu_nodes(path: Path, session: ort.InferenceSession, *, is_lowered:
     if _has_all_kernels():
         remedy = "export it again"
     else:
-        remedy = f"install {newer}" if is_lowered else f"pip install onnx, with which hypersd rewrites them, or {newer}"
+        can_lower = is_lowered or importlib.util.find_spec("onnx") is not None
+        remedy = f"install {newer}" if can_lower else f"pip install onnx, with which hypersd rewrites them, or {newer}"
     if nodes := _nodes_on_cpu(path, session, is_lowered=is_lowered):
         named = ", ".join(f"{count} {operator}" for operator, count in nodes.most_common())
         warn_user(
