@@ -35,7 +35,9 @@ NOT_RECORDABLE = "cannot use the graph capture feature"
 CUDA_DIALECT = Dialect(opset=18, lacks=frozenset({"Attention", "Gelu", "GroupNormalization"}))
 ALL_KERNELS_SINCE = (1, 27)  # the first version with CUDA kernels for our graphs as they are
 # Operators of our graphs without such a kernel in 1.23, which cannot tell which nodes it runs on the CPU.
-SILENT_VERSIONS_LACK = ("Attention", "Cos", "Resize", "Sin")
+SILENT_VERSIONS_LACK = (
+    *("Attention", "Cast", "Conv", "Cos", "Reshape", "Resize", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
+)
 # Options of a stored model. Smaller weights stay in the graph: the text encoder's mask has an odd size and would
 # misalign the others.
 STORED_WEIGHTS = {

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper
 from hypersd.engines.bundle import Bundle
 from hypersd.engines.compare import TOLERANCES, differences
 from hypersd.engines.image_shapes import extents_of
+from hypersd.engines.lora_slot import LORA
 from hypersd.engines.lowering import UNCHANGED_SINCE, Dialect, lower
 from hypersd.engines.onnx_runtime import CUDA_DIALECT, SILENT_VERSIONS_LACK
 from hypersd.engines.specs import TensorSpec
@@ -186,7 +187,7 @@ def test_every_version_takes_every_component(kind: str, bundle_of: Callable[[str
 
 def test_versions_lack_what_is_lowered_for_them(sd15_bundle: Path) -> None:
     """The lists do say it: without lowering TensorRT before 10.14 cannot parse the UNet, nor 10.8 its normalization,
-    and ONNX Runtime before 1.27 does not run all of it on a GPU."""
+    and ONNX Runtime before 1.27 does not run all of it on a GPU: 1.23 not even its convolutions."""
     unet = graph_for(sd15_bundle / "unet" / "model.onnx", None)
     operators = {name: {operator for operator, *_ in nodes} for name, nodes in missing(unet, list(LISTS)).items()}
     assert operators == {
@@ -197,13 +198,16 @@ def test_versions_lack_what_is_lowered_for_them(sd15_bundle: Path) -> None:
         "tensorrt-10.16": set(),
         "tensorrt-11.1": set(),
         "tensorrt_rtx-1.7.1.116": set(),
-        "onnxruntime-gpu-1.23.2": {"Attention", "Resize", "Sin", "Cos"},
+        "onnxruntime-gpu-1.23.2": {
+            *("Attention", "Resize", "Sin", "Cos"),
+            *("Cast", "Conv", "Reshape", "Shape", "Transpose", "Unsqueeze"),
+        },
         "onnxruntime-gpu-1.24.4": {"Attention", "Resize", "Sin", "Cos"},
         "onnxruntime-gpu-1.25.0": {"Sin", "Cos"},
         "onnxruntime-gpu-1.27.0": set(),
         "onnxruntime-gpu-1.31.1": set(),
     }
-    assert operators["onnxruntime-gpu-1.23.2"] == set(SILENT_VERSIONS_LACK)
+    assert operators["onnxruntime-gpu-1.23.2"] <= set(SILENT_VERSIONS_LACK)
 
 
 def test_the_installed_parser_takes_what_its_list_says() -> None:
@@ -216,11 +220,12 @@ def test_the_installed_parser_takes_what_its_list_says() -> None:
     assert recorded == listed
 
 
-def random_input(spec: TensorSpec, end: int, generator: np.random.Generator) -> np.ndarray:
+def random_input(name: str, spec: TensorSpec, end: int, generator: np.random.Generator) -> np.ndarray:
     shape = extents_of(spec)[end]
     if spec.dtype == "int64":
         return generator.integers(0, 64, shape)
-    return generator.standard_normal(shape).astype(spec.dtype)
+    scale = 0.01 if name == LORA else 1.0  # a LoRA as large as its network's weights would only amplify roundings
+    return (scale * generator.standard_normal(shape)).astype(spec.dtype)
 
 
 def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -247,7 +252,7 @@ def test_the_lowered_graph_computes_the_same(
         onnx.checker.check_model(str(lowered), full_check=True)
         generator = np.random.default_rng(0)
         for end in (0, 2) if "dynamic" in kind else (0,):
-            feeds = {name: random_input(spec, end, generator) for name, spec in specs.inputs.items()}
+            feeds = {name: random_input(name, spec, end, generator) for name, spec in specs.inputs.items()}
             for (name, spec), actual, expected in zip(
                 specs.outputs.items(), run(lowered, feeds), run(original, feeds), strict=True
             ):

@@ -578,7 +578,7 @@ def test_nodes_on_the_cpu_are_a_warning(
     """
     path = sd15_bundle / "unet" / "model.onnx"
     operators = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
-    lacking = {name: operators[name] for name in ("Attention", "Resize", "Sin", "Cos")}
+    lacking = {name: operators[name] for name in ("Attention", "Conv", "Resize", "Sin", "Cos")}
     on_cpu = None if version == "1.23.2" else list(Counter(lacking).elements())
     record_sessions(monkeypatch, NOT_ALL_ON_THE_GPU, on_cpu=on_cpu)
     monkeypatch.setattr(module.ort, "__version__", version)
