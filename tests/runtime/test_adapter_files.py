@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from capture_stand_in import Capturable, StandInCapture
+from counting import load_engines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_writers import Random, kohya, random_lora
@@ -18,9 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hypersd import Pipeline
+from hypersd.engines import Bundle
+from hypersd.engines.cuda.turns import Turns
 from hypersd.errors import RequestError, WeightsError
 from hypersd.runtime.adapter import AdapterWarning
-from hypersd.runtime.adapters import fair_shares
+from hypersd.runtime.adapters import Adapters, fair_shares
+from hypersd.runtime.text import load_tokenizers
 
 NAME = "Hyper-SD15-1step-lora"
 PROMPT = "a photo of a cat"
@@ -274,3 +280,34 @@ def test_the_images_settings_name_file_and_hash(bundle: Path, lora: Random, tmp_
     pipe.load_lora_weights(file)
     expected = pipe(PROMPT, seed=0, adapters={"style": 0.5}).images[0]
     assert np.array_equal(np.asarray(Image.open(output)), np.asarray(expected))
+
+
+def test_on_a_gpu_the_slot_is_filled_in_a_turn(
+    bundle: Path, lora: Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read on the stream of the turns, by other threads' calls too, which find it cached: so it is made there.
+
+    The engines of the CPU say that they can be recorded, and take turns as they do on a GPU.
+    """
+    opened, turns, filled = Bundle.load(bundle), [0], []
+    turn, pack = Turns.turn, Adapters.pack
+
+    @contextmanager
+    def counted(self: Turns) -> Iterator[Any]:
+        with turn(self) as caller:
+            turns[0] += 1
+            yield caller
+            turns[0] -= 1
+
+    def noted(self: Adapters, chosen: Any) -> Any:
+        if chosen:
+            filled.append(turns[0])
+        return pack(self, chosen)
+
+    monkeypatch.setattr(Turns, "turn", counted)
+    monkeypatch.setattr(Adapters, "pack", noted)
+    engines = {name: Capturable(engine) for name, engine in load_engines(opened, "null").items()}
+    pipe = Pipeline(opened.manifest, engines, load_tokenizers(opened), capture=StandInCapture())
+    pipe.load_lora_weights(write(tmp_path, lora))
+    pipe(PROMPT, adapters={"style": 0.5})
+    assert filled == [1]

@@ -28,6 +28,7 @@ import record_tensorrt_api
 import torch
 
 from hypersd.engines.by_shapes import KEPT
+from hypersd.engines.progress import Silent
 from hypersd.engines.specs import Component, Range, TensorSpec
 from hypersd.engines.tensorrt import api as api_module
 from hypersd.engines.tensorrt import target_loader
@@ -531,13 +532,9 @@ def test_rtx_is_asked_whether_a_run_can_be_recorded(engine_of: StandIn, api: Ten
     assert engine_of.called("IExecutionContext.is_stream_capturable") == [(7,)]
 
 
-def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
-    engine_of: StandIn, api: TensorRTApi, plan: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At every release the engine and its activations go; RTX's kernels are compiled and kept at the first load alone.
-
-    The bundle has a stand-in for a target, the GPU is one, and so are its streams.
-    """
+@pytest.fixture
+def made(engine_of: StandIn, api: TensorRTApi, plan: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A bundle with a stand-in for a target, "made", of one plan; the GPU is a stand-in, and so are its streams."""
 
     class Stream(types.SimpleNamespace):
         """A stand-in for a CUDA stream."""
@@ -556,28 +553,52 @@ def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
     )
     files = {plan.name: types.SimpleNamespace(sha256="0" * 64)}
     manifest = types.SimpleNamespace(engines={"made": target}, files=files)
-    bundle: Any = types.SimpleNamespace(
+    return types.SimpleNamespace(
         manifest=manifest, path=lambda file: plan.with_name(file), check_file=lambda file: None
     )
-    late = target_loader.late_target(bundle, "made", {"unet": SPECS}, CPU)["unet"]
+
+
+def test_memory_of_a_first_run_is_given_back(engine_of: StandIn, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the contexts are gone: torch would keep it for a stream that nobody uses any more."""
+    alive: list[int] = []
+    contexts: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Watched(TensorRTEngine):
+        def _make_lane(self, *args: Any) -> Any:
+            lane = super()._make_lane(*args)
+            contexts.add(lane)
+            return lane
+
+    monkeypatch.setattr(target_loader, "TensorRTEngine", Watched)
+    monkeypatch.setattr(target_loader, "release_cached_memory", lambda device: alive.append(len(contexts)))
+    target_loader.load_target(made, "made", {"unet": SPECS}, CPU, Silent())
+    assert len(engine_of.called("IExecutionContext.execute_async_v3")) == 1
+    assert alive == [0]
+
+
+def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
+    engine_of: StandIn, api: TensorRTApi, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a release the engine and its activations go; RTX's kernels are compiled and kept at the first load alone."""
+    late = target_loader.late_target(made, "made", {"unet": SPECS}, CPU)["unet"]
     assert not engine_of.called("Runtime.deserialize_cuda_engine")
-    made: list[weakref.ref[Any]] = []
+    loaded: list[weakref.ref[Any]] = []
 
     class Watched(TensorRTEngine):
         def __init__(self, *args: Any, **options: Any) -> None:
-            assert all(engine() is None for engine in made), "the engine before it is released"
+            assert all(engine() is None for engine in loaded), "the engine before it is released"
             super().__init__(*args, **options)
-            made.append(weakref.ref(self))
+            loaded.append(weakref.ref(self))
 
     monkeypatch.setattr(target_loader, "TensorRTEngine", Watched)
     for load in range(1, 4):
         for _ in range(2):
             assert late.run({"sample": aligned(1, 16)})["out"].shape == (1, 16)
-        assert len(made) == load
+        assert len(loaded) == load
         runs = len(engine_of.called("IExecutionContext.execute_async_v3"))
         assert runs == 2 * load + api.is_rtx
         late.release()
-        assert made[-1]() is None
+        assert loaded[-1]() is None
     deserialized = engine_of.called("IRuntimeCache.deserialize")
     assert deserialized == ([(b"kernels",)] * 2 if api.is_rtx else [])
 

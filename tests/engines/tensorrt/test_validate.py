@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -109,6 +111,26 @@ def test_a_file_of_another_kind_is_rejected(api: TensorRTApi, rtx_bundle: Path) 
 
 
 # The numbers
+
+
+def test_a_validated_plan_leaves_the_gpu_empty(
+    api: TensorRTApi, rtx_bundle: Path, plans: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next component's kernels are timed there. The engine and the GPU are stand-ins, without an error."""
+    bundle, name = Bundle.load(rtx_bundle), "text_encoder"
+    (target,) = bundle.manifest.engines.values()
+    specs, engines, alive = bundle.component(name), [], []
+
+    def load(api: TensorRTApi, name: str, plan: Path, component: Component, *_: Any, **__: Any) -> PlainEngine:
+        engine = PlainEngine(bundle.path(component.onnx), component)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr("hypersd.engines.tensorrt.tensorrt_engine.TensorRTEngine", load)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(engines[0]()))
+    here = machine(versions={target.backend: target.version}, platforms={target.backend: target.platform})
+    assert validate_plan(api, here, bundle, name, specs, target, plans[name]) == 0.0
+    assert alive == [None]
 
 
 @pytest.fixture
