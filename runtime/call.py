@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..samplers import Plan
 from ..samplers.noise import Generators
 from .adapters import PackedSlot
 from .clock import Clock
@@ -20,7 +21,8 @@ class Call:
 
     Attributes:
         request: every decision.
-        settings: those that decide how images are computed.
+        plan: the steps that run.
+        settings: the operations that make the images.
         tokenized: the prompts, after the negative ones if they are encoded.
         images: images on the host, one or as many as prompts of each, by the name of the image function's input:
             control images [N, 3, H, W] in 0..1, an init image and a mask (:mod:`.starts`).
@@ -31,6 +33,7 @@ class Call:
     """
 
     request: Request
+    plan: Plan
     settings: GenerationSettings
     tokenized: TokenizedTexts
     images: Mapping[str, Tensor]

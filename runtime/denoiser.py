@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engines.lora_slot import LORA
-from ..samplers import Plan
+from ..samplers.step import as_number
 from .controlled_unet import ControlledUnet
 from .request import GenerationSettings
 from .text import TextEmbeddings
@@ -28,7 +28,6 @@ class Denoiser:
         controls: Mapping[str, Tensor],
         extra_channels: Tensor | None,
         settings: GenerationSettings,
-        plan: Plan,
         inputs: Mapping[str, Tensor],
     ) -> None:
         self.unet = unet
@@ -37,23 +36,26 @@ class Denoiser:
         self.extra_channels = extra_channels
         if extra_channels is not None and settings.is_guided:
             self.extra_channels = torch.cat([extra_channels, extra_channels])
-        self.steps = {step.t: i for i, step in enumerate(plan)}
-        self.timesteps = inputs["timesteps"]
+        self.guidance_scale = inputs.get("guidance_scale")
         self.scales = {name: inputs["conditioning_scales"][i, :1] for i, name in enumerate(settings.controlnets)}
         self.lora = inputs.get(LORA)
         self.feeds: dict[str, Tensor] = {"encoder_hidden_states": embeddings.hidden_states}
         if embeddings.text_embeds is not None and "time_ids" in inputs:
             self.feeds["text_embeds"] = embeddings.text_embeds
-            self.feeds["time_ids"] = inputs["time_ids"]
+            self.feeds["time_ids"] = inputs["time_ids"].repeat(len(embeddings.text_embeds), 1)
+        self._active = iter(settings.controls)
 
-    def __call__(self, sample: Tensor, t: int) -> Tensor:
-        """The UNet's output [B, 4, h, w] at timestep ``t``; it may be the engine's buffer."""
+    def __call__(self, sample: Tensor, t: Tensor) -> Tensor:
+        """The UNet's output [B, 4, h, w] at timestep ``t`` [1]; it may be the engine's buffer.
+
+        Call it once for each step, in their order.
+        """
         rows = torch.cat([sample, sample]) if self.settings.is_guided else sample.contiguous()
-        step = self.steps[t]
-        feeds = {"sample": rows, "timestep": self.timesteps[step, :1], **self.feeds}
-        active, own = self.settings.controls[step], (self.extra_channels, self.lora)
-        output = self.unet.run(feeds, active, self.controls, self.scales, *own)
-        if not self.settings.is_guided:
+        feeds = {"sample": rows, "timestep": t, **self.feeds}
+        own = self.extra_channels, self.lora
+        output = self.unet.run(feeds, next(self._active), self.controls, self.scales, *own)
+        if self.guidance_scale is None:
             return output
         negative, positive = output.chunk(2)
-        return negative + self.settings.guidance_scale * (positive - negative)
+        difference = positive - negative
+        return negative + (difference * as_number(self.guidance_scale)).to(difference.dtype)

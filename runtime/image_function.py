@@ -7,6 +7,7 @@ CUDA graph. Values of the host come in as tensors, which ``make_constants`` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ from ..families import find_family
 from ..samplers import Plan, Sampler
 from ..samplers.loop import draw_noise, sample
 from ..samplers.noise import Generators
+from ..samplers.step import stacked_coefficients
 from .adapters import PackedSlot
 from .batching import run_rows
+from .call import Call
 from .controlled_unet import ControlledUnet
 from .denoiser import Denoiser
 from .image_encoder import make_encoder
 from .pixels import to_pixels
-from .request import GenerationSettings, Request
-from .starts import Start, make_start
+from .request import GenerationSettings, Request, has_zeroed_negatives
+from .starts import NOISE_LEVELS, Start, make_start
 from .text import TextConditioner, TextEmbeddings, TokenizedTexts
 from .tiling import least_latents, tiled_decode
 
@@ -33,6 +36,9 @@ from .tiling import least_latents, tiled_decode
 NUMBER_ROW = 64
 NOISE = "noise_"  # and the step's number: an input for every step that takes noise
 CONDITION = "controlnet_cond/"  # and the ControlNet's name: its control images
+# Inputs without a row for each image; the others have a row for each, or one for each init or control image.
+SHARED = {"timesteps", "coefficients", "guidance_scale", "conditioning_scales", "time_ids", NOISE_LEVELS, LORA}
+PER_HALF = {"prompt_embeds", "pooled_prompt_embeds"}  # with guidance the negative prompts' rows come first
 
 
 class ImageFunction:
@@ -66,27 +72,32 @@ class ImageFunction:
         self.image_encoder = make_encoder(manifest, engines, TORCH_DTYPES[self.unet.inputs["sample"].dtype])
         self.vae_tile = vae_tile
 
-    def plan(self, settings: GenerationSettings) -> Plan:
-        """The sampler's steps."""
-        steps = settings.num_inference_steps, settings.timesteps
-        return self.sampler.plan(*steps, settings.eta, settings.spread)[settings.first_step :]
+    def make_constants(self, call: Call) -> dict[str, Tensor]:
+        """The inputs that follow from the call's request alone, on the device, all float32 but for ``time_ids``.
 
-    def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
-        """The inputs that follow from the request alone, on the device.
-
-        ``timesteps`` [steps, 64] float32, a row of one value each; for SDXL ``time_ids`` [B, 6], the size conditioning:
-        original size, crop corner and target size (Podell et al., section 2.2), B twice the images with guidance;
-        with ControlNets ``conditioning_scales`` [ControlNets, 64] float32, a row of one value for each that acts.
+        ``timesteps`` [steps, 64], a row of one value each; ``coefficients`` [steps, N], the sampler's; with guidance
+        ``guidance_scale`` [1]; for runs from an image ``noise_levels`` [steps, 2]; with ControlNets
+        ``conditioning_scales`` [ControlNets, 64], a row of one value for each that acts; for SDXL ``time_ids`` [1, 6],
+        the size conditioning: original size, crop corner and target size (Podell et al., section 2.2).
         """
-        constants = {"timesteps": self._rows_of([step.t for step in self.plan(settings)])}
-        if settings.controlnets:
+        request, timesteps = call.request, [int(step.t) for step in call.plan]
+        constants = {
+            "timesteps": self._rows_of(timesteps),
+            "coefficients": stacked_coefficients(call.plan).to(self.unet.device),
+        }
+        if request.is_guided:
+            constants["guidance_scale"] = torch.tensor([request.guidance_scale]).to(self.unet.device)
+        if request.starts_from != "noise":
+            dtype = TORCH_DTYPES[self.unet.inputs["sample"].dtype]
+            levels = torch.stack([self.sampler.noise_level(t, dtype) for t in timesteps])
+            constants[NOISE_LEVELS] = levels.to(self.unet.device)
+        if call.settings.controlnets:
             scales = {control.name: control.conditioning_scale for control in request.controls}
-            constants["conditioning_scales"] = self._rows_of([scales[name] for name in settings.controlnets])
+            constants["conditioning_scales"] = self._rows_of([scales[name] for name in call.settings.controlnets])
         if (spec := self.unet.inputs.get("time_ids")) is not None:
             assert self.family.size_conditioning is not None
             row = self.family.size_conditioning(request.height, request.width)
-            ids = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype])
-            constants["time_ids"] = ids.repeat(request.batch * (2 if settings.is_guided else 1), 1).to(self.unet.device)
+            constants["time_ids"] = torch.tensor([row], dtype=TORCH_DTYPES[spec.dtype]).to(self.unet.device)
         return constants
 
     def _rows_of(self, numbers: Sequence[float]) -> Tensor:
@@ -94,10 +105,10 @@ class ImageFunction:
         rows = torch.tensor(numbers, dtype=torch.float32).unsqueeze(1).repeat(1, NUMBER_ROW)
         return rows.to(self.unet.device)
 
-    def draw_noise(self, settings: GenerationSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+    def draw_noise(self, plan: Plan, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
         dtype = TORCH_DTYPES[self.unet.outputs["out_sample"].dtype]
-        noises = draw_noise(latents, self.plan(settings), generator=generator, output_dtype=dtype)
+        noises = draw_noise(latents, plan, generator=generator, output_dtype=dtype)
         return {f"{NOISE}{i}": noise for i, noise in enumerate(noises) if noise is not None}
 
     def generate(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,31 +129,31 @@ class ImageFunction:
         """The contents of the UNet's LoRA slot as ``lora``, if it has one."""
         return {LORA: slot.tensors["unet"]} if "unet" in slot.tensors else {}
 
-    def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
+    def text_inputs(self, request: Request, tokenized: TokenizedTexts) -> dict[str, Tensor]:
         """The inputs that follow from the prompts: their embeddings under diffusers' names."""
-        return self.embed(settings, tokenized).named()
+        return self.embed(request, tokenized).named()
 
-    def embed(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> TextEmbeddings:
+    def embed(self, request: Request, tokenized: TokenizedTexts) -> TextEmbeddings:
         """One row an image; with guidance first those of the negative prompts, as diffusers orders them.
 
         ``tokenized`` has a text for each prompt, after those of the negative prompts if they are encoded.
         """
-        encoded, count = self.text.encode(tokenized), settings.prompts
+        encoded, count = self.text.encode(tokenized), len(request.prompts)
 
         def repeat(rows: Tensor) -> Tensor:
-            repeats = settings.images_per_prompt
+            repeats = request.num_images_per_prompt
             return rows if repeats == 1 else rows.repeat_interleave(repeats, dim=0)
 
         positive = encoded.map(lambda rows: repeat(rows[-count:]))
-        if not settings.is_guided:
+        if not request.is_guided:
             return positive
-        if settings.zeroed_negatives:
+        if has_zeroed_negatives(self.manifest, request):
             return positive.map(torch.zeros_like).cat(positive)
         return encoded.map(lambda rows: repeat(rows[:count])).cat(positive)
 
     def embed_controls(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The control images as the ControlNets that act see them, [B, C, h, w], by name: once for all steps."""
-        images = settings.prompts * settings.images_per_prompt
+        images = len(inputs["latents"])
         return {
             name: self.controlled_unet.embed(name, inputs[f"{CONDITION}{name}"], images, settings.is_guided)
             for name in settings.controlnets
@@ -150,7 +161,7 @@ class ImageFunction:
 
     def start(self, settings: GenerationSettings, inputs: Mapping[str, Tensor]) -> Start:
         """The first latents, for which an init image is encoded."""
-        return make_start(settings, inputs, self.image_encoder, self.sampler, self.plan(settings))
+        return make_start(settings, inputs, self.image_encoder)
 
     def denoise(
         self,
@@ -161,19 +172,21 @@ class ImageFunction:
         inputs: Mapping[str, Tensor],
         *,
         generator: Generators = None,
-        callback: Callable[[Denoiser, int, int, Tensor], Tensor | None] | None = None,
+        callback: Callable[[Denoiser, int, Tensor], Tensor | None] | None = None,
     ) -> Tensor:
         """Finished latents [B, 4, h, w]; with a ``generator`` noise is drawn step by step, else it is in ``inputs``.
 
         ``embeddings``, ``controls`` and ``start`` are the results of ``embed``, ``embed_controls`` and ``start``.
-        ``callback(denoiser, step, timestep, latents)`` is called after every step and may return other latents.
+        ``callback(denoiser, step, latents)`` is called after every step and may return other latents.
         """
-        plan = self.plan(settings)
-        denoiser = Denoiser(self.controlled_unet, embeddings, controls, start.extra_channels, settings, plan, inputs)
+        timesteps = [row[:1] for row in inputs["timesteps"]]
+        plan = self.sampler.steps_from(timesteps, inputs["coefficients"], settings.noisy)
+        denoiser = Denoiser(self.controlled_unet, embeddings, controls, start.extra_channels, settings, inputs)
 
-        def after_step(i: int, t: int, latents: Tensor) -> Tensor:
-            latents = start.restore(self.sampler, plan, i, latents)
-            replaced = callback and callback(denoiser, i, t, latents)
+        def after_step(i: int, _: Any, latents: Tensor) -> Tensor:
+            if NOISE_LEVELS in inputs:
+                latents = start.restore(inputs[NOISE_LEVELS], i, latents)
+            replaced = callback and callback(denoiser, i, latents)
             return latents if replaced is None else replaced
 
         return sample(

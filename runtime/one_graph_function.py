@@ -14,11 +14,12 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.specs import OneGraph
 from ..errors import RequestError
 from ..families import find_family
-from ..samplers import Sampler
+from ..samplers import Plan
 from ..samplers.loop import draw_noise
 from ..samplers.noise import Generators
 from .adapters import PackedSlot
 from .batching import run_rows
+from .call import Call
 from .params import Params
 from .request import GenerationSettings, Request
 from .text import TokenizedTexts
@@ -77,13 +78,12 @@ def _misfits(one_graph: OneGraph, params: Params) -> list[str]:
 class OneGraphFunction:
     """A one-graph as a function of tensors, beside :class:`.image_function.ImageFunction` of all components."""
 
-    def __init__(self, manifest: Manifest, name: str, engine: Engine, sampler: Sampler) -> None:
+    def __init__(self, manifest: Manifest, name: str, engine: Engine) -> None:
         self.engine = engine
-        self.sampler = sampler
         self.encoders = find_family(manifest.family).encoder_names
         self.dtype: torch.dtype = TORCH_DTYPES[engine.inputs[LATENTS].dtype]
 
-    def make_constants(self, request: Request, settings: GenerationSettings) -> dict[str, Tensor]:
+    def make_constants(self, call: Call) -> dict[str, Tensor]:
         """No inputs: the graph holds its constants."""
         return {}
 
@@ -91,18 +91,17 @@ class OneGraphFunction:
         """The contents of the components' LoRA slots, by the graph's input."""
         return {lora_input(component): tensor for component, tensor in slot.tensors.items()}
 
-    def text_inputs(self, settings: GenerationSettings, tokenized: TokenizedTexts) -> dict[str, Tensor]:
+    def text_inputs(self, request: Request, tokenized: TokenizedTexts) -> dict[str, Tensor]:
         """Token ids, int64 [B, 77], for each text encoder's input, a row for each image."""
         return {
             input_ids(encoder): torch.cat([tokenized.input_ids[text][encoder] for text in tokenized.texts])
-            .repeat_interleave(settings.images_per_prompt, dim=0)
+            .repeat_interleave(request.num_images_per_prompt, dim=0)
             .to(self.engine.device)
             for encoder in self.encoders
         }
 
-    def draw_noise(self, settings: GenerationSettings, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
+    def draw_noise(self, plan: Plan, latents: Tensor, generator: Generators) -> dict[str, Tensor]:
         """The inputs ``noise_0`` and so on, [B, 4, h, w] each, for the steps that take noise."""
-        plan = self.sampler.plan(settings.num_inference_steps, settings.timesteps, settings.eta)
         noises = draw_noise(latents, plan, generator=generator)
         return {noise_input(i): noise for i, noise in enumerate(noises) if noise is not None}
 

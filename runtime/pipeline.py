@@ -25,6 +25,7 @@ from ..samplers import make_sampler
 from ..samplers.noise import Generators, make_generators, random_seed
 from .adapter import Adapter
 from .adapters import Adapters, ChosenAdapter, PackedSlot
+from .buckets import buckets
 from .call import Call
 from .clock import Clock
 from .controls import PerControlNet, images_by_name, make_conditions
@@ -33,7 +34,7 @@ from .image_function import CONDITION
 from .init_images import crop_images, make_init_images
 from .one_graph_function import fixed_params
 from .params import Params, decide
-from .request import GenerationSettings, Request, make_settings
+from .request import GenerationSettings, Request, has_zeroed_negatives, make_plan, make_settings
 from .runner import AfterStep, make_one_graph_runner, make_runner
 from .stream import Stream
 from .text import ClipTokenizer, TextEmbeddings, TokenizedTexts, load_tokenizers
@@ -99,7 +100,7 @@ class Pipeline:
             self._runner = make_runner(manifest, engines, tokenizers, self.sampler, capture, vae_tile)
         else:
             engine = engines[one_graph]
-            self._runner = make_one_graph_runner(manifest, one_graph, engine, tokenizers, self.sampler)
+            self._runner = make_one_graph_runner(manifest, one_graph, engine, tokenizers)
         self.device, self.dtype = self._runner.device, self._runner.dtype
         slots = manifest.lora_slot.components if manifest.lora_slot else []
         with self._turn("making the LoRA slot"):
@@ -186,6 +187,13 @@ class Pipeline:
     def is_graphed(self) -> bool:
         """Whether calls without a callback may run as one CUDA graph for the whole image."""
         return isinstance(self._runner.whole, GraphedFunction)
+
+    def graph_batches(self, most: int) -> list[int]:
+        """The batches at which calls of 1 to ``most`` images run as CUDA graphs; empty where they do not.
+
+        A batch of 3 runs as one of 4, for example, and shares its graph: each of these is worth a warm-up.
+        """
+        return buckets(most, self._runner.padded_up_to) if self.is_graphed else []
 
     @property
     def recorded_graphs(self) -> list[bool]:
@@ -281,10 +289,11 @@ class Pipeline:
         _check_callback_tensors(callback_on_step_end_tensor_inputs)
         request, clock = self.decide(params), Clock()
         generator, used_seed = _random_numbers(request, params.generator)
-        settings = make_settings(self.manifest, request, params.output_type)
+        plan = make_plan(self.sampler, request)
+        settings = make_settings(self.manifest, request, plan, params.output_type)
         with clock.stage("tokenize"):
             slot = self._pack(request.adapters)
-            tokenized = self._tokenize(request, settings, slot)
+            tokenized = self._tokenize(request, slot)
         images, crop = {}, None
         if params.control_image is not None or request.starts_from != "noise":
             with clock.stage("prepare"):
@@ -293,7 +302,7 @@ class Pipeline:
         after_step = None
         if callback_on_step_end is not None:
             after_step = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        call = Call(request, settings, tokenized, images, generator, params.latents, slot, clock)
+        call = Call(request, plan, settings, tokenized, images, generator, params.latents, slot, clock)
         generated = self._runner.run(call, after_step)
         if crop is not None:
             generated = [crop.paste(image) for image in generated]
@@ -394,10 +403,10 @@ class Pipeline:
         with self._turn("filling the LoRA slot"):
             return self._adapters.pack(adapters)
 
-    def _tokenize(self, request: Request, settings: GenerationSettings, slot: PackedSlot) -> TokenizedTexts:
+    def _tokenize(self, request: Request, slot: PackedSlot) -> TokenizedTexts:
         """The negative prompts, if the text encoders have to see them, then the prompts."""
         negatives: tuple[str, ...] = ()
-        if settings.is_guided and not settings.zeroed_negatives:
+        if request.is_guided and not has_zeroed_negatives(self.manifest, request):
             negatives = request.negative_prompts or ("",) * len(request.prompts)
         return self._runner.text.tokenize([*negatives, *request.prompts], slot)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..engines import Manifest
 from ..families import find_family
+from ..samplers import Plan, Sampler
 from .adapters import ChosenAdapter
 from .controls import Control
 
@@ -67,36 +68,28 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """All that decides how images are computed, besides the inputs and their shapes: the key of a CUDA graph.
+    """The operations that make an image, and their order: with the inputs' shapes, the key of a CUDA graph.
+
+    Numbers are not among them: timesteps, the sampler's coefficients (and with them ``eta`` and ``strength``), guidance
+    scale and ControlNets' scales are tensors among the inputs.
 
     Attributes:
-        prompts: their number; each makes ``images_per_prompt`` images.
-        guidance_scale: 0 without guidance, else above 1.
-        zeroed_negatives: zeros instead of the embeddings of negative prompts.
-        num_inference_steps: None with ``timesteps``, and the other way round.
+        noisy: for every step that runs, whether it adds fresh noise.
+        is_guided: whether the denoiser runs on each image twice.
         output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
         controls: for every step the names of the ControlNets that act on it.
         starts_from: ``"noise"``, ``"image"`` or ``"mask"``.
         is_inpainting: whether the UNet has channels for a mask.
         starts_as_noise: whether nothing of the init image is in the first latents.
-        spread: the part of the schedule that the steps are spread over, above 0 to 1.
-        first_step: number of steps that are left out at the beginning.
     """
 
-    prompts: int
-    images_per_prompt: int
-    guidance_scale: float
-    zeroed_negatives: bool
-    num_inference_steps: int | None
-    timesteps: tuple[int, ...] | None
-    eta: float
+    noisy: tuple[bool, ...]
+    is_guided: bool
     output_type: str
     controls: tuple[tuple[str, ...], ...]
     starts_from: StartsFrom
     is_inpainting: bool
     starts_as_noise: bool
-    spread: float
-    first_step: int
 
     @property
     def encodes_image(self) -> bool:
@@ -106,27 +99,27 @@ class GenerationSettings:
         return self.starts_from == "image"
 
     @property
-    def is_guided(self) -> bool:
-        return self.guidance_scale > 0
-
-    @property
     def controlnets(self) -> tuple[str, ...]:
         """The ControlNets that act on some step."""
         return tuple(dict.fromkeys(name for names in self.controls for name in names))
 
 
-def make_settings(manifest: Manifest, request: Request, output_type: str) -> GenerationSettings:
-    """The settings of a request; its other values are inputs."""
-    # Zeros stand for no negative prompt where the base was trained with them.
-    zeroed = find_family(manifest.family).has_zeroed_negatives and manifest.force_zeros_for_empty_prompt
+def make_plan(sampler: Sampler, request: Request) -> Plan:
+    """The steps of a request that run.
+
+    Raises:
+        RequestError: the sampler has no such steps.
+    """
+    spread = request.strength if request.keep_steps else 1.0
+    plan = sampler.plan(request.num_inference_steps, request.timesteps, request.eta, spread)
+    return plan[request.first_step :]
+
+
+def make_settings(manifest: Manifest, request: Request, plan: Plan, output_type: str) -> GenerationSettings:
+    """The settings of a request; ``plan`` is the one of :func:`make_plan`."""
     return GenerationSettings(
-        prompts=len(request.prompts),
-        images_per_prompt=request.num_images_per_prompt,
-        guidance_scale=request.guidance_scale if request.is_guided else 0.0,
-        zeroed_negatives=request.is_guided and zeroed and request.negative_prompts is None,
-        num_inference_steps=request.num_inference_steps,
-        timesteps=request.timesteps,
-        eta=request.eta,
+        noisy=tuple(step.noisy for step in plan),
+        is_guided=request.is_guided,
         output_type=output_type,
         controls=tuple(
             tuple(control.name for control in request.controls if control.is_active(step, request.steps))
@@ -136,6 +129,10 @@ def make_settings(manifest: Manifest, request: Request, output_type: str) -> Gen
         is_inpainting=manifest.is_inpainting,
         # As in diffusers: its image-to-image pipelines add noise to the image even then.
         starts_as_noise=request.starts_from == "noise" or (request.starts_from == "mask" and request.strength == 1),
-        spread=request.strength if request.keep_steps else 1.0,
-        first_step=request.first_step,
     )
+
+
+def has_zeroed_negatives(manifest: Manifest, request: Request) -> bool:
+    """Whether zeros stand for the embeddings of negative prompts: none were given, and the base was trained so."""
+    zeroed = find_family(manifest.family).has_zeroed_negatives and manifest.force_zeros_for_empty_prompt
+    return request.is_guided and zeroed and request.negative_prompts is None

@@ -18,6 +18,7 @@ from ..engines.engine import TORCH_DTYPES
 from ..engines.staged_engines import StagedEngines
 from ..errors import RequestError
 from ..samplers import Sampler
+from .buckets import bucket, padded
 from .call import Call
 from .clock import Steps
 from .controlled_unet import without_residuals
@@ -30,6 +31,7 @@ from .starts import START_IMAGES, draw, latents_shape
 from .text import ClipTokenizer, TextConditioner
 
 AfterStep = Callable[[Denoiser, int, int, Tensor], "Tensor | None"]
+KEPT_GRAPHS = 16  # four batch sizes of four kinds of call, such as two numbers of steps with and without guidance
 WholeImage = Callable[[GenerationSettings, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -46,6 +48,7 @@ class Runner:
         dtype: that of its latents.
         has_turns: whether calls share memory that they have to take turns for, as they do on a GPU.
         release: called at the end of each turn, while the others still wait.
+        padded_up_to: the largest batch whose rows are padded for ``whole``; 0 for none: on a CPU they take time.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Runner:
         dtype: torch.dtype,
         has_turns: bool,
         release: Callable[[], None] | None = None,
+        padded_up_to: int = 0,
     ) -> None:
         self.manifest = manifest
         self.function = function
@@ -68,6 +72,7 @@ class Runner:
         self.whole = whole
         self.device = device
         self.dtype = dtype
+        self.padded_up_to = padded_up_to
         self._turns = Turns(device) if has_turns else None
         self._release = release
 
@@ -108,29 +113,37 @@ class Runner:
     def _at_once(self, whole: WholeImage, call: Call, caller: torch.cuda.Stream | None) -> Any:
         """Draw the random numbers here, in the same order as stage by stage, and run the whole image."""
         with call.clock.stage("generate"):
-            inputs = {**self._inputs(call), **self.function.text_inputs(call.settings, call.tokenized)}
-            inputs |= self.function.draw_noise(call.settings, inputs["latents"], call.generator)
-            output = whole(call.settings, inputs)["output"]
+            inputs = {**self._inputs(call), **self.function.text_inputs(call.request, call.tokenized)}
+            inputs |= self.function.draw_noise(call.plan, inputs["latents"], call.generator)
+            output = self._run_padded(whole, call, inputs)
             if call.settings.output_type in ("pt", "latent"):
                 return hand_out(output.clone(), caller)  # the graph's own memory stays here
             pixels = self._to_host(output)
         with call.clock.stage("convert"):
             return self._images(pixels, call.settings.output_type)
 
+    def _run_padded(self, whole: WholeImage, call: Call, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The output's rows of the call's own images."""
+        images = call.request.batch
+        if self.padded_up_to:
+            rows = bucket(images, self.padded_up_to)
+            inputs = padded(inputs, images, rows, call.settings.is_guided)
+        return whole(call.settings, inputs)["output"][:images]
+
     def _by_stages(self, call: Call, after_step: AfterStep | None, caller: torch.cuda.Stream | None) -> Any:
         """Run one stage after the other; on a GPU each is waited for, so that its time is its own."""
         function, settings, clock = self.by_stages(), call.settings, call.clock
         with clock.stage("encode", self.device):
             inputs = self._inputs(call)
-            embeddings = function.embed(settings, call.tokenized)
+            embeddings = function.embed(call.request, call.tokenized)
             controls = function.embed_controls(settings, inputs)
         with clock.stage("encode_image", self.device) if settings.starts_from != "noise" else nullcontext():
             start = function.start(settings, inputs)
         with clock.stage("denoise", self.device):
             steps = Steps(self.device)
 
-            def callback(denoiser: Denoiser, i: int, t: int, latents: Tensor) -> Tensor | None:
-                replaced = after_step and after_step(denoiser, i, t, latents)
+            def callback(denoiser: Denoiser, i: int, latents: Tensor) -> Tensor | None:
+                replaced = after_step and after_step(denoiser, i, int(call.plan[i].t), latents)
                 steps.mark()
                 return replaced
 
@@ -156,7 +169,7 @@ class Runner:
             **{name: image.to(self.device) for name, image in call.images.items() if name in START_IMAGES},
             **{name: image.to(**where) for name, image in call.images.items() if name not in START_IMAGES},
             **draw(call, encoder, latents_shape(self.manifest, call.request), **where),
-            **self.function.make_constants(call.request, call.settings),
+            **self.function.make_constants(call),
             **self.function.lora_inputs(call.slot),
         }
 
@@ -199,19 +212,21 @@ def make_runner(
         stages,
         text=text,
         stages=stages,
-        whole=GraphedFunction(whole.generate, capture) if is_graphed else None,
+        whole=GraphedFunction(whole.generate, capture, KEPT_GRAPHS) if is_graphed else None,
         device=unet.device,
         dtype=TORCH_DTYPES[unet.inputs["sample"].dtype],
         has_turns=is_graphed or unet.device.type == "cuda" or isinstance(engines, StagedEngines),
         release=engines.release if isinstance(engines, StagedEngines) else None,
+        has_turns=is_graphed or unet.device.type == "cuda",
+        padded_up_to=manifest.shapes.batch.max if is_graphed else 0,
     )
 
 
 def make_one_graph_runner(
-    manifest: Manifest, name: str, engine: Engine, tokenizers: Mapping[str, ClipTokenizer], sampler: Sampler
+    manifest: Manifest, name: str, engine: Engine, tokenizers: Mapping[str, ClipTokenizer]
 ) -> Runner:
     """A runner of a one-graph."""
-    function = OneGraphFunction(manifest, name, engine, sampler)
+    function = OneGraphFunction(manifest, name, engine)
     return Runner(
         manifest,
         function,

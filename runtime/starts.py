@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..engines import Manifest
 from ..errors import RequestError
-from ..samplers import Plan, Sampler
 from ..samplers.noise import randn
+from ..samplers.step import add_noise
 from .call import Call
 from .image_encoder import ImageEncoder, repeated
 from .image_tensors import from_bytes
@@ -21,6 +21,7 @@ from .request import GenerationSettings, Request
 # 0..1; the mask, bytes [M, 1, H, W], 1 where the image is repainted; and the noise of the encoder's samples of the
 # image and of the image without its masked part.
 IMAGE, MASK, IMAGE_NOISE, MASKED_IMAGE_NOISE = "image", "mask", "image_noise", "masked_image_noise"
+NOISE_LEVELS = "noise_levels"  # [steps, 2] float32, of every step (:meth:`..samplers.Sampler.noise_level`)
 START_IMAGES = (IMAGE, MASK)  # in their own types: normalized before they are rounded to the latents' type
 
 
@@ -43,23 +44,20 @@ class Start:
     mask: Tensor | None = None
     extra_channels: Tensor | None = None
 
-    def restore(self, sampler: Sampler, plan: Plan, i: int, latents: Tensor) -> Tensor:
-        """The latents after step ``i`` of the plan, with those of the init image where the mask keeps it."""
+    def restore(self, levels: Tensor, i: int, latents: Tensor) -> Tensor:
+        """The latents after step ``i``, with those of the init image where the mask keeps it.
+
+        ``levels`` [steps, 2] are the noise levels of all steps.
+        """
         if self.image_latents is None or self.mask is None:
             return latents
         kept = self.image_latents
-        if i + 1 < len(plan):
-            kept = sampler.add_noise(kept, self.noise, plan[i + 1].t)
+        if i + 1 < len(levels):
+            kept = add_noise(kept, self.noise, levels[i + 1])
         return (1 - self.mask) * kept + self.mask * latents
 
 
-def make_start(
-    settings: GenerationSettings,
-    inputs: Mapping[str, Tensor],
-    encoder: ImageEncoder | None,
-    sampler: Sampler,
-    plan: Plan,
-) -> Start:
+def make_start(settings: GenerationSettings, inputs: Mapping[str, Tensor], encoder: ImageEncoder | None) -> Start:
     """The start of a run from its inputs, a function of tensors: the draws are among them (:func:`draw`)."""
     noise = inputs["latents"]
     if settings.starts_from == "noise" or encoder is None:
@@ -69,7 +67,7 @@ def make_start(
         image_latents = encoder.latents(encoder.parameters(image), inputs.get(IMAGE_NOISE), batch)
     latents = noise
     if image_latents is not None and not settings.starts_as_noise:
-        latents = sampler.add_noise(image_latents, noise, plan[0].t)
+        latents = add_noise(image_latents, noise, inputs[NOISE_LEVELS][0])
     if settings.starts_from == "image":
         return Start(latents, noise)
     full_mask = inputs[MASK].to(noise.dtype)

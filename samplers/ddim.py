@@ -13,13 +13,35 @@ from torch import Tensor
 from ..errors import RequestError
 from .numbers import whole_number
 from .sampler import Sampler
-from .step import Step
+from .step import Step, scaled
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DDIMStep(Step):
+    """From t to the previous timestep: eq. 12."""
+
+    coefficients: ClassVar = (*Step.coefficients, "signal_prev", "direction", "sigma")
+
+    signal_prev: Tensor  # sqrt(alpha_prev)
+    direction: Tensor  # sqrt(1 - alpha_prev - sigma^2)
+    sigma: Tensor
+
+    def __call__(self, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> Tensor:
+        x0, epsilon = self.predict_x0(model_output, sample), self.predict_epsilon(model_output, sample)
+        prev = scaled(self.signal_prev, x0) + scaled(self.direction, epsilon)
+        return prev if noise is None else prev + scaled(self.sigma, noise)
+
+    @staticmethod
+    def noise_dtype(latents: torch.dtype, output: torch.dtype) -> torch.dtype:
+        """The dtype of the denoiser's output."""
+        return output
 
 
 class DDIM(Sampler):
     """DDIM with any spacing of its timesteps; Hyper-SD's checkpoints of 2, 4 and 8 steps need trailing ones."""
 
     kind = "ddim"
+    step = DDIMStep
     defaults: ClassVar = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": True}
     scheduler_class = "DDIMScheduler"
     scheduler_settings: ClassVar = {"timestep_spacing": "trailing"}
@@ -57,29 +79,9 @@ class DDIM(Sampler):
             sigma = eta * variance.sqrt()
             yield DDIMStep(
                 **self.common(t, alphas),
-                clip=self.config.clip_sample_range if self.config.clip_sample else None,
                 noisy=eta > 0,
                 signal_prev=prev.sqrt(),
                 # Zero up to rounding when eta is 1 and alpha 0; below it, diffusers' root is nan.
                 direction=(1 - prev - sigma**2).clamp(min=0).sqrt(),
                 sigma=sigma,
             )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DDIMStep(Step):
-    """From t to the previous timestep: eq. 12."""
-
-    signal_prev: Tensor  # sqrt(alpha_prev)
-    direction: Tensor  # sqrt(1 - alpha_prev - sigma^2)
-    sigma: Tensor
-
-    def __call__(self, model_output: Tensor, sample: Tensor, noise: Tensor | None) -> Tensor:
-        x0, epsilon = self.predict_x0(model_output, sample), self.predict_epsilon(model_output, sample)
-        prev = self.signal_prev * x0 + self.direction * epsilon
-        return prev if noise is None else prev + self.sigma * noise
-
-    @staticmethod
-    def noise_dtype(latents: torch.dtype, output: torch.dtype) -> torch.dtype:
-        """The dtype of the denoiser's output."""
-        return output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from ..errors import RequestError
 from .noise import Generators, randn
 from .sampler import Plan
 
-Denoise = Callable[[Tensor, int], Tensor]
-Callback = Callable[[int, int, Tensor], Tensor | None]
+Denoise = Callable[[Tensor, Any], Tensor]
+Callback = Callable[[int, Any, Tensor], Tensor | None]
 
 
 def sample(
@@ -27,8 +28,8 @@ def sample(
     """Finished latents [B, 4, h, w] from `latents` of that shape at the first step's noise level, left untouched.
 
     Args:
-        denoise: `denoise(sample, t)` returns the denoiser's output, [B, 4, h, w]. It may be the same buffer every
-            time: it is read before the next call and never kept.
+        denoise: `denoise(sample, t)` with the step's `t` returns the denoiser's output, [B, 4, h, w]. It may be the
+            same buffer every time: it is read before the next call and never kept.
         latents: unit-variance noise, for a whole plan.
         plan: the steps to run, the sampler's plan or the last steps of one.
         generator: the source of the steps' noise. It should be the one that drew `latents`: diffusers' images come

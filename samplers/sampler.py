@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import RequestError
@@ -26,6 +27,7 @@ class Sampler(ABC):
         config: the constants of the schedule.
         kind: its name in manifests.
         default_eta: its `eta` where none is given.
+        step: the class of its steps.
         defaults: the constants whose defaults in diffusers differ from those of `SchedulerConfig`.
         scheduler_class: diffusers' scheduler.
         scheduler_settings: the constants that Hyper-SD's model card sets for it, whatever the base's are.
@@ -34,6 +36,7 @@ class Sampler(ABC):
     config: SchedulerConfig
     kind: ClassVar[str]
     default_eta: ClassVar[float] = 0.0
+    step: ClassVar[type[Step]]
     defaults: ClassVar[Mapping[str, Any]] = {}
     scheduler_class: ClassVar[str]
     scheduler_settings: ClassVar[Mapping[str, Any]] = {}
@@ -90,21 +93,45 @@ class Sampler(ABC):
         span = int(self.config.num_train_timesteps * strength)
         return _plan(self, tuple(self.timesteps(num_inference_steps, timesteps, strength)), eta, span)
 
-    def add_noise(self, sample: Tensor, noise: Tensor, t: int) -> Tensor:
-        """`sample` at the noise level of timestep `t`: DDPM, arXiv:2006.11239, eq. 4.
+    def steps_from(self, timesteps: Sequence[Tensor], coefficients: Tensor, noisy: Sequence[bool]) -> Plan:
+        """A plan whose numbers are tensors, so that one recording of its arithmetic serves every plan of its form.
 
-        `sample` and `noise` are tensors of one shape and dtype. The coefficients are rounded to that dtype first, as in
-        diffusers.
+        Args:
+            timesteps: [1] float32 for each step.
+            coefficients: those of a plan (`stacked_coefficients`), on the device of the latents.
+            noisy: whether each step adds fresh noise.
         """
-        alpha = _alphas(self.config)[t].to(sample.dtype)
-        return alpha**0.5 * sample + (1 - alpha) ** 0.5 * noise
+        return tuple(
+            self.step(
+                t=t,
+                prediction_type=self.config.prediction_type,
+                clip=self.clip,
+                noisy=adds_noise,
+                **dict(zip(self.step.coefficients, row.split(1), strict=True)),
+            )
+            for t, row, adds_noise in zip(timesteps, coefficients, noisy, strict=True)
+        )
+
+    @property
+    def clip(self) -> float | None:
+        """Bound on the predicted image; None for none."""
+        return self.config.clip_sample_range if self.config.clip_sample else None
+
+    def noise_level(self, t: int, dtype: torch.dtype) -> Tensor:
+        """The shares of image and noise at timestep `t`, [2] float32 on the CPU, for `add_noise` to latents of `dtype`.
+
+        They are rounded to that dtype, as in diffusers.
+        """
+        alpha = _alphas(self.config)[t].to(dtype)
+        return torch.stack([alpha**0.5, (1 - alpha) ** 0.5]).float()
 
     def common(self, t: int, alphas: Tensor) -> dict[str, Any]:
-        """The coefficients that every step has."""
+        """The fields that every step has, but for `noisy`."""
         alpha = alphas[t]
         return {
             "t": t,
             "prediction_type": self.config.prediction_type,
+            "clip": self.clip,
             "signal": alpha.sqrt(),
             "spread": (1 - alpha).sqrt(),
         }

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 
 from PIL import Image
 
+from ..engines.cuda.graphs import WARM_UPS
 from ..runtime import Pipeline
 from ..runtime.control_images import preprocess
 from ..runtime.image_files import blurred, fit, to_rgb
@@ -81,10 +82,15 @@ def images_at_once(pipe: Pipeline) -> int:
     return batch.min if pipe.device.type == "cpu" else batch.max
 
 
-def warm_up(pipe: Pipeline) -> None:
-    """Generate until a call costs as much as later ones: on a GPU the third call with equal settings is recorded."""
-    for i in range(3 if pipe.device.type == "cuda" else 1):
-        pipe.generate(Params(prompt="warm-up", seed=i))
+def warm_up(pipe: Pipeline, max_batch: int) -> None:
+    """Generate until calls of up to ``max_batch`` images cost as much as later ones.
+
+    On a GPU every batch that the images of the default settings can run at gets its CUDA graph.
+    """
+    batches = pipe.graph_batches(min(max_batch, images_at_once(pipe)))
+    for images in batches or [1]:
+        for i in range(WARM_UPS + 1 if batches else 1):
+            pipe.generate(Params(prompt="warm-up", num_images_per_prompt=images, seed=i))
 
 
 def keep_prompts_out_of_the_log() -> None:

@@ -58,7 +58,7 @@ class Worker(threading.Thread):
         try:
             pipelines = self._load()
             for pipe in pipelines.values():
-                warm_up(pipe)
+                warm_up(pipe, self._max_batch)
             self.pipelines = pipelines
         except BaseException as error:  # wait_ready raises it
             self.failure = error

@@ -55,6 +55,7 @@ class GatedPipeline:
         shapes = msgspec.structs.replace(pipe.manifest.shapes, batch=at_once)
         self.manifest = msgspec.structs.replace(pipe.manifest, shapes=shapes)
         self.choice, self.device, self.decide = pipe.choice, pipe.device, pipe.decide
+        self.graph_batches = pipe.graph_batches
         self.calls: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()

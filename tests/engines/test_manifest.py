@@ -16,7 +16,7 @@ from hypersd.engines.manifest import SCHEMA_VERSION, Manifest, check_relative, d
 from hypersd.engines.specs import Range, TensorSpec, dim_range
 from hypersd.errors import BundleError, UserError
 from hypersd.runtime.params import Params, decide
-from hypersd.runtime.request import make_settings
+from hypersd.runtime.request import make_plan, make_settings
 from hypersd.samplers import make_sampler
 from hypersd.samplers.schedule import SchedulerConfig
 
@@ -646,8 +646,9 @@ def use(raw: bytes) -> None:
         manifest = decode(raw, WHERE)
         sampler = make_sampler(manifest.sampler.kind, **manifest.scheduler)
         request = decide(manifest, Params(prompt="a cat"))
-        make_settings(manifest, request, "pil")
-        assert len(sampler.plan(request.num_inference_steps, request.timesteps, request.eta)) == request.steps
+        plan = make_plan(sampler, request)
+        make_settings(manifest, request, plan, "pil")
+        assert len(plan) == request.steps
     except UserError as error:
         assert "\n" not in str(error)
         assert len(str(error)) < 1000

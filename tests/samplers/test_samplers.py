@@ -23,6 +23,7 @@ from hypersd.samplers import Sampler, make_sampler
 from hypersd.samplers.loop import draw_noise, sample
 from hypersd.samplers.noise import randn
 from hypersd.samplers.schedule import alphas_cumprod
+from hypersd.samplers.step import stacked_coefficients
 
 SCHEDULERS: dict[str, Any] = {"ddim": DDIMScheduler, "tcd": TCDScheduler, "lcm": LCMScheduler}
 KINDS = list(SCHEDULERS)
@@ -121,6 +122,30 @@ def test_seed_for_seed(kind: str, eta: float | None, base: str, prediction_type:
     for n in range(1, 17):
         config = {**CONFIGS[base], "prediction_type": prediction_type}
         assert_same_image(kind, config, dtype=dtype, seed=n, num_inference_steps=n, eta=eta)
+
+
+@given(
+    kind_eta=st.sampled_from(KIND_ETA),
+    config=st.sampled_from(list(CONFIGS.values())),
+    prediction_type=st.sampled_from(["epsilon", "sample", "v_prediction"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    n=st.integers(1, 8),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_plan_of_tensors_gives_the_same_bits(
+    kind_eta: tuple[str, float | None], config: dict[str, Any], prediction_type: str, dtype: torch.dtype, n: int
+) -> None:
+    """Protects recorded graphs, whose coefficients are inputs."""
+    kind, eta = kind_eta
+    sampler = make_sampler(kind, **{**config, **({} if config is ZERO_SNR else {"prediction_type": prediction_type})})
+    plan = sampler.plan(n, eta=eta)
+    timesteps, noisy = [torch.tensor([float(step.t)]) for step in plan], [step.noisy for step in plan]
+    of_tensors = sampler.steps_from(timesteps, stacked_coefficients(plan), noisy)
+    latents = torch.randn(SHAPE, generator=seeded()).to(dtype)
+    images = [sample(denoise, latents, each, generator=seeded(n)) for each in (plan, of_tensors)]
+    assert images[0].isfinite().all()
+    assert images[0].dtype == images[1].dtype
+    assert torch.equal(*images)
 
 
 @pytest.mark.parametrize("base", ["diffusers-default", "stable-diffusion", "trailing"])
