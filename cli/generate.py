@@ -6,7 +6,7 @@ Writes PNG files that contain their settings, and with --count above 1 a contact
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .lora_options import add_lora_options, check_lora_options, load_loras
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..engines import Bundle, Manifest
+    from ..engines import Bundle
     from ..runtime import Pipeline
     from ..runtime.params import Params
     from ..runtime.pipeline import PipelineOutput
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     metadata = {**(init.metadata if init else {}), **(controls.metadata() if controls else {})}
     if metadata:
         metadata["resize_mode"] = given["resize_mode"]
-    images = _generate_all(pipe.manifest, lambda i: _generate_one(pipe, args, i, given), metadata, args)
+    images = _generate_all(pipe, lambda i: _generate_one(pipe, args, i, given), metadata, args)
     if args.count > 1:
         _write_sheet(images, args)
 
@@ -138,7 +138,7 @@ def _params(args: argparse.Namespace, index: int = 0, **given: Any) -> Params:
 
 
 def _generate_all(
-    manifest: Manifest,
+    pipe: Pipeline,
     generate_one: Callable[[int], PipelineOutput],
     given: Mapping[str, Any],
     args: argparse.Namespace,
@@ -151,21 +151,40 @@ def _generate_all(
     from .console import err, out
     from .image_output import numbered, write_png
 
-    console, images, is_guided, idle = out(), [], False, []
+    console, images, is_guided, idle, seconds = out(), [], False, [], []
     for i in range(args.count):
         result = generate_one(i)
         path = numbered(args.output, i, args.count)
-        metadata = {**image_metadata(manifest, result.request, args.seed + i), **given}
+        metadata = {**image_metadata(pipe.manifest, result.request, args.seed + i), **given}
         write_png(path, result.images[0], metadata)
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in result.timings.items())
         console.print(f"{path}  seed {args.seed + i}; seconds: {stages}", markup=False, soft_wrap=True)
         images.append(result.images[0])
+        seconds.append(result.timings["total"])
         is_guided, idle = result.request.is_guided, _idle_controls(result.request)
+    if args.count > 1:
+        _say(_costs(seconds, pipe.is_graphed))
     if args.negative_prompt and not is_guided:
         err().print("the negative prompt has no effect: --guidance-scale is 1 or less", markup=False)
     for name in idle:
         err().print(f"{name} has no effect: no step lies between its start and its end", markup=False)
     return images
+
+
+def _costs(seconds: Sequence[float], is_graphed: bool) -> str:
+    """Seconds of the first images, which prepare what all others use, and of those."""
+    from statistics import median
+
+    from ..engines.cuda.graphs import WARM_UPS
+
+    begin = WARM_UPS + 1 if is_graphed else 1
+    first = ", ".join(f"{each:.3f}" for each in seconds[:begin])
+    line = f"seconds of an image: the first {first}"
+    if is_graphed:
+        line += " (then its CUDA graph is recorded)"
+    if later := seconds[begin:]:
+        line += f"; later ones {median(later):.3f}"
+    return line
 
 
 def _idle_controls(request: Request) -> list[str]:
