@@ -86,10 +86,10 @@ def test_init_images_and_masks_of_each_prompt_are_padded(sd15_bundle: Path) -> N
     *pipes, capture = make_pipes(sd15_bundle, largest=8)
     images = [Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5 + i), 20).convert("RGB") for i in range(3)]
     words = {"num_inference_steps": 2, "strength": 0.5, "num_images_per_prompt": 2, "output_type": "np"}
-    for seeds in ([7], list(range(6))):
+    for seed in (7, list(range(6))):
         for _ in range(WARM_UPS + 1):
             for image, mask in ((images, None), (images[0], Image.linear_gradient("L"))):
-                call = {"prompt": PROMPTS[:3], "seed": seeds, "image": image, "mask_image": mask, **words}
+                call = {"prompt": PROMPTS[:3], "seed": seed, "image": image, "mask_image": mask, **words}
                 ours, theirs = (pipe(**call).images for pipe in pipes)
                 assert np.array_equal(ours, theirs)
     assert capture.image_captures >= 2
