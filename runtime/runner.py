@@ -217,7 +217,6 @@ def make_runner(
         dtype=TORCH_DTYPES[unet.inputs["sample"].dtype],
         has_turns=is_graphed or unet.device.type == "cuda" or isinstance(engines, StagedEngines),
         release=engines.release if isinstance(engines, StagedEngines) else None,
-        has_turns=is_graphed or unet.device.type == "cuda",
         padded_up_to=manifest.shapes.batch.max if is_graphed else 0,
     )
 

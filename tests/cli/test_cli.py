@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,11 +79,15 @@ def test_generate_reads_the_manifest_once(sd15_bundle: Path, tmp_path: Path, mon
     assert reads.count("bundle.json") == 1
 
 
-def test_count_makes_a_contact_sheet_of_single_images(sd15_bundle: Path, tmp_path: Path) -> None:
+def test_count_makes_a_contact_sheet_of_single_images(
+    sd15_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Image i of --count is the image of seed SEED+i alone; the sheet shows all."""
     several, alone = tmp_path / "several.png", tmp_path / "alone.png"
     assert main(["generate", str(sd15_bundle), "a cat", "--seed", "3", "--count", "3", "-o", str(several)]) == 0
+    assert re.search(r"the first \d+\.\d{3}; later ones \d+\.\d{3}\n", capsys.readouterr().err)
     assert main(["generate", str(sd15_bundle), "a cat", "--seed", "5", "-o", str(alone)]) == 0
+    assert "the first" not in capsys.readouterr().err
     names = sorted(path.name for path in tmp_path.glob("several*"))
     assert names == ["several-0.png", "several-1.png", "several-2.png", "several-sheet.png"]
     last = Image.open(tmp_path / "several-2.png")
