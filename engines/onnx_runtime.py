@@ -22,6 +22,7 @@ from .cuda.capture import retain
 from .cuda.device import is_out_of_memory, out_of_memory
 from .cuda.streams import claim_stream
 from .engine import check_feeds, check_graph
+from .external_data import check_external_data
 from .lowering import Dialect, lower, with_resolved_weights
 from .mapped_files import release_pages
 from .specs import Component
@@ -143,6 +144,7 @@ class OnnxRuntimeEngine:
         threads: int | None = None,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
+        _check_places(path, component)
         self.name = name
         self.inputs = component.inputs
         self.outputs = component.outputs
@@ -407,6 +409,7 @@ class PlainEngine:
     capturable = False
 
     def __init__(self, path: Path, component: Component) -> None:
+        _check_places(path, component)
         self.inputs = component.inputs
         self.outputs = component.outputs
         self.device = torch.device("cpu")
@@ -420,6 +423,12 @@ class PlainEngine:
         except Exception as error:  # onnxruntime's exceptions share no base class but this
             raise EngineError(f"ONNX Runtime failed: {one_line(error)}") from error
         return {name: torch.from_numpy(np.asarray(output)) for name, output in zip(names, outputs, strict=True)}
+
+
+def _check_places(path: Path, component: Component) -> None:
+    """Check the places of weights where ONNX Runtime does not: before 1.24 it reads whichever file a graph names."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+        check_external_data(path, component)
 
 
 def _open_session(

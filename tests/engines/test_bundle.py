@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 from onnx.external_data_helper import set_external_data
 
@@ -324,6 +325,8 @@ def test_relocated_weights_inside_the_folder_load(bundle: Path) -> None:
     """The control of the tests below: the way they edit a graph is sound, only the place is at fault there."""
     shutil.copy(bundle / DATA, bundle / "text_encoder/secret")
     relocate(bundle, "secret")
+    record(bundle, "text_encoder/secret")
+    edit(bundle, lambda manifest: manifest["components"]["text_encoder"]["files"].append("text_encoder/secret"))
     Pipeline.load(bundle)
 
 
@@ -350,6 +353,17 @@ def test_graphs_that_read_outside_the_bundle_are_rejected(bundle: Path, kind: st
         shutil.copy(secret, bundle / "secret")
     relocate(bundle, locations[kind])
     refusal(lambda: Pipeline.load(bundle))
+
+
+def test_an_onnx_runtime_that_follows_any_place_is_not_given_such_graphs(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime 1.23, the last for Python 3.10, would read the file outside; 1.24 and newer reject it themselves."""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.23.2")
+    Pipeline.load(bundle, "onnxruntime")
+    shutil.copy(bundle / DATA, bundle / "secret")
+    relocate(bundle, "../secret")
+    assert "expected a file of its component" in refusal(lambda: Pipeline.load(bundle, "onnxruntime"))
 
 
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
