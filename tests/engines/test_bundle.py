@@ -363,7 +363,7 @@ def test_an_onnx_runtime_that_follows_any_place_is_not_given_such_graphs(
     Pipeline.load(bundle, "onnxruntime")
     shutil.copy(bundle / DATA, bundle / "secret")
     relocate(bundle, "../secret")
-    assert "expected a file of its component" in refusal(lambda: Pipeline.load(bundle, "onnxruntime"))
+    assert "expected a file of its own component" in refusal(lambda: Pipeline.load(bundle, "onnxruntime"))
 
 
 @pytest.mark.parametrize("side", ["inputs", "outputs"])

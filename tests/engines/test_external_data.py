@@ -81,5 +81,5 @@ def test_a_graph_reads_its_own_files_alone(sd15_bundle: Path, tmp_path: Path) ->
                 entry.value = "../unet/model.onnx_data"
     strange = tmp_path / "model.onnx"
     strange.write_bytes(model.SerializeToString())
-    with pytest.raises(BundleError, match="expected a file of its component"):
+    with pytest.raises(BundleError, match="expected a file of its own component"):
         check_external_data(strange, component)
