@@ -82,12 +82,13 @@ def images_at_once(pipe: Pipeline) -> int:
     return batch.min if pipe.device.type == "cpu" else batch.max
 
 
-def warm_up(pipe: Pipeline, max_batch: int) -> None:
-    """Generate until calls of up to ``max_batch`` images cost as much as later ones.
+def warm_up(pipe: Pipeline, max_batch: int | None = None) -> None:
+    """Generate until calls of up to ``max_batch`` images, or all that one can make, cost as much as later ones.
 
     On a GPU every batch that the images of the default settings can run at gets its CUDA graph.
     """
-    batches = pipe.graph_batches(min(max_batch, images_at_once(pipe)))
+    most = images_at_once(pipe) if max_batch is None else min(max_batch, images_at_once(pipe))
+    batches = pipe.graph_batches(most)
     for images in batches or [1]:
         for i in range(WARM_UPS + 1 if batches else 1):
             pipe.generate(Params(prompt="warm-up", num_images_per_prompt=images, seed=i))

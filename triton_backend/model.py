@@ -55,7 +55,7 @@ class Model:
             slot_of(self.pipe.manifest)
             self._loras.join({self.name: self.pipe})
             self._loras.watch()
-        warm_up(self.pipe, images_at_once(self.pipe))
+        warm_up(self.pipe)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer every request with its images and seeds, or with its error."""

@@ -320,7 +320,7 @@ def test_the_repositorys_own_file_and_path(sd15_bundle: Path, tmp_path: Path) ->
 def test_an_instance_is_loaded_on_its_own_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loaded = []
     monkeypatch.setattr(triton_model.Pipeline, "load", lambda *args: loaded.append(args))
-    monkeypatch.setattr(triton_model, "warm_up", lambda pipe, most: None)
+    monkeypatch.setattr(triton_model, "warm_up", lambda pipe: None)
     for kind, device in (("GPU", "1"), ("CPU", "0")):
         TritonPythonModel().initialize(arguments(tmp_path, {"bundle": "b", "backend": "tensorrt"}, kind, device))
     assert loaded == [(tmp_path / "b", "tensorrt", "cuda:1"), (tmp_path / "b", "tensorrt", "cpu")]
