@@ -282,7 +282,7 @@ def test_one_engine_that_cannot_be_recorded_is_enough(sd15_bundle: Path) -> None
 def test_a_failed_recording_is_a_warning_and_the_images_are_right(sd15_bundle: Path) -> None:
     """It is shown at the call of the pipeline, once; with callbacks, for every network."""
 
-    def fail(work: Any) -> Any:
+    def fail(work: Any, _memory: Any) -> Any:
         raise EngineError("CUDA graph: recording failed (no), expected work that only enqueues")
 
     graphed, plain, _ = make_pipes(sd15_bundle, capture=fail)
