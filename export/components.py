@@ -33,9 +33,8 @@ class ComponentModule:
 
     @property
     def ranges(self) -> dict[str, Range]:
-        """Every dimension that varies by itself, by name."""
-        specs = [*self.inputs.values(), *self.outputs.values()]
-        dims = [dim for spec in specs for dim in spec.shape if isinstance(dim, Range)]
+        """Every dimension of the inputs that varies by itself, by name; the outputs' follow from them."""
+        dims = [dim for spec in self.inputs.values() for dim in spec.shape if isinstance(dim, Range)]
         return {dim.name: dim for dim in dims if not dim.is_halved}
 
     def random_inputs(self, extents: dict[str, int], seed: int) -> list[Tensor]:

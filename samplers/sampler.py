@@ -120,10 +120,9 @@ class Sampler(ABC):
     def noise_level(self, t: int, dtype: torch.dtype) -> Tensor:
         """The shares of image and noise at timestep `t`, [2] float32 on the CPU, for `add_noise` to latents of `dtype`.
 
-        They are rounded to that dtype, as in diffusers.
+        They are rounded to that dtype, as in diffusers. Do not write to the result.
         """
-        alpha = _alphas(self.config)[t].to(dtype)
-        return torch.stack([alpha**0.5, (1 - alpha) ** 0.5]).float()
+        return _noise_level(self.config, t, dtype)
 
     def common(self, t: int, alphas: Tensor) -> dict[str, Any]:
         """The fields that every step has, but for `noisy`."""
@@ -149,3 +148,9 @@ def _plan(sampler: Sampler, timesteps: tuple[int, ...], eta: float, span: int) -
 
 
 _alphas = lru_cache(maxsize=32)(alphas_cumprod)
+
+
+@lru_cache(maxsize=1024)  # timesteps of a schedule
+def _noise_level(config: SchedulerConfig, t: int, dtype: torch.dtype) -> Tensor:
+    alpha = _alphas(config)[t].to(dtype)
+    return torch.stack([alpha**0.5, (1 - alpha) ** 0.5]).float()

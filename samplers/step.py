@@ -6,8 +6,8 @@ Every operation stands in diffusers' order, so results are the same to the bit i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -106,6 +106,7 @@ def add_noise(sample: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     return scaled(level[:1], sample) + scaled(level[1:], noise)
 
 
-def stacked_coefficients(plan: Sequence[Step]) -> Tensor:
-    """The coefficients of a plan's steps, [steps, coefficients] float32 on the CPU."""
+@lru_cache(maxsize=64)
+def stacked_coefficients(plan: tuple[Step, ...]) -> Tensor:
+    """The coefficients of a plan's steps, [steps, coefficients] float32 on the CPU; do not write to it."""
     return torch.stack([torch.stack([getattr(step, name) for name in step.coefficients]) for step in plan])

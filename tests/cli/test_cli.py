@@ -285,7 +285,7 @@ def test_a_damaged_bundle(sd15_bundle: Path, tmp_path: Path, fails: Callable[...
         (["--batch", "0"], "1 to 64"),
         (["--dynamic", "depth=1:2:3"], "MIN:OPT:MAX"),
         (["--dynamic", "height=128:64:256"], "MIN <= OPT <= MAX"),
-        (["--precision", "int8"], "fp16"),
+        (["--precision", "int4"], "fp16"),
         (["--lora-scale", "nan"], "lora_scale"),
         (["--base", "no/such/folder"], "--base"),
         (["--lora", "missing.safetensors"], "--lora"),

@@ -296,7 +296,7 @@ def test_tiny_decoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> N
     files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], dtype.itemsize)
     check_outputs(files[0], cases, FP32 if dtype == torch.float32 else PRECISIONS["fp16"])
-    assert [tuple(case.expected[0].shape) for case in cases] == [(1, 3, 64, 64), (3, 3, 96, 64)]
+    assert [tuple(case.expected[0].shape) for case in cases] == [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 96, 64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -309,7 +309,7 @@ def test_tiny_encoder(dtype: torch.dtype, tiny_repos: Path, tmp_path: Path) -> N
     files = trace(component, tmp_path / "model.onnx")
     check_graph(files[0], dtype.itemsize)
     check_outputs(files[0], cases, FP32 if dtype == torch.float32 else PRECISIONS["fp16"])
-    assert [tuple(case.expected[0].shape) for case in cases] == [(1, 4, 8, 8), (3, 4, 8, 12)]
+    assert [tuple(case.expected[0].shape) for case in cases] == [(1, 4, 8, 8), (3, 4, 8, 8), (1, 4, 8, 12)]
 
 
 # --- a small component, to see the checks fail -----------------------------------------------------------------------
@@ -456,11 +456,13 @@ def test_a_file_that_is_no_onnx(content: bytes | None, copied: tuple[list[Case],
 
 
 def test_cases_are_both_ends_of_every_range() -> None:
-    """All dimensions at their smallest, all at their largest; one case if nothing varies."""
+    """All dimensions at their smallest, then each at its largest; one case if nothing varies."""
     ranged = reference_cases(small_component(span("batch", 1, 3), span(H, 2, 5), 4))
-    assert [case.extents for case in ranged] == [{"batch": 1, H: 2}, {"batch": 3, H: 5}]
-    assert [tuple(case.inputs["sample"].shape) for case in ranged] == [(1, WIDTH, 2, 4), (3, WIDTH, 5, 4)]
-    assert [tuple(case.expected[0].shape) for case in ranged] == [(1, WIDTH, 2, 4), (3, WIDTH, 5, 4)]
+    usual = {name: extent.opt for name, extent in small_component(span("batch", 1, 3), span(H, 2, 5), 4).ranges.items()}
+    assert [case.extents for case in ranged] == [{"batch": 1, H: 2}, {**usual, "batch": 3}, {**usual, H: 5}]
+    shapes = [(1, WIDTH, 2, 4), (3, WIDTH, usual[H], 4), (usual["batch"], WIDTH, 5, 4)]
+    assert [tuple(case.inputs["sample"].shape) for case in ranged] == shapes
+    assert [tuple(case.expected[0].shape) for case in ranged] == shapes
     assert len(reference_cases(small_component(1, 5, 4))) == 1
 
 
