@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
+
+from unpacked_wheels import output, run_beside, unpacked_wheel
 
 OUT = Path(__file__).parents[1] / "tests" / "assets" / "operators"
 DISTRIBUTION = "onnxruntime-gpu"
@@ -41,16 +40,9 @@ print("KERNELS" + json.dumps([(k.op_name, k.provider, k.version_range, k.type_co
 
 def record_wheel(version: str) -> dict[str, Any]:
     """The kernels of a version's wheel, for operators of ONNX's own domain."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        subprocess.run([*pip, f"{DISTRIBUTION}=={version}"], check=True)
-        with zipfile.ZipFile(next(root.glob("*.whl"))) as wheel:
-            wheel.extractall(root)
+    with unpacked_wheel(DISTRIBUTION, version) as root:
         write_empty_libraries(root / "onnxruntime" / "capi", root)
-        env = {**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder}
-        asked = subprocess.run([sys.executable, "-c", ASK], env=env, check=True, capture_output=True, text=True)
-        kernels = json.loads(asked.stdout.partition("KERNELS")[2])
+        kernels = json.loads(run_beside(root, sys.executable, "-c", ASK).partition("KERNELS")[2])
     return {
         "runtime": DISTRIBUTION,
         "version": version,
@@ -79,7 +71,9 @@ def merged(kernels: Any) -> dict[str, list[list[Any]]]:
 def write_empty_libraries(capi: Path, folder: Path) -> None:
     """Write the libraries of CUDA and TensorRT that the providers load: each of their functions does nothing."""
     providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
-    needed = sorted({name for path in providers for name in re.findall(r"\[(lib(?:cu|nv)[^]]+)]", dynamic(path))})
+    needed = sorted(
+        {name for path in providers for name in re.findall(r"\[(lib(?:cu|nv)[^]]+)]", output("readelf", "-d", path))}
+    )
     symbols = sorted({symbol for path in providers for symbol in undefined(path)})
     for library in needed:
         own = [symbol.partition("@")[0] for symbol in symbols if symbol.endswith(f"@{library}")]
@@ -95,13 +89,8 @@ def write_empty_libraries(capi: Path, folder: Path) -> None:
         )
 
 
-def dynamic(library: Path) -> str:
-    return subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
-
-
 def undefined(library: Path) -> list[str]:
-    done = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
-    return [line.split()[-1] for line in done.stdout.splitlines()]
+    return [line.split()[-1] for line in output("nm", "-D", "--undefined-only", library).splitlines()]
 
 
 def record_rtx() -> dict[str, Any]:

@@ -17,15 +17,14 @@ import argparse
 import ctypes
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from unpacked_wheels import output, run_beside, unpacked_wheel
 
 OUT = Path(__file__).parents[1] / "tests" / "assets" / "tensorrt_api"
 DISTRIBUTION = "tensorrt-cu12-bindings"
@@ -128,20 +127,9 @@ def signatures(name: str, doc: str) -> Iterator[str]:
 
 def record_wheel(version: str) -> dict[str, Any]:
     """Record the bindings wheel of a version, with empty libraries beside it."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        subprocess.run([*pip, f"{DISTRIBUTION}=={version}"], check=True)
-        with zipfile.ZipFile(next(root.glob("*.whl"))) as wheel:
-            wheel.extractall(root)
+    with unpacked_wheel(DISTRIBUTION, version) as root:
         write_empty_libraries(root / "tensorrt_bindings" / "tensorrt.so", root)
-        done = subprocess.run(
-            [sys.executable, __file__, "--module", "tensorrt_bindings"],
-            env={**os.environ, "LD_LIBRARY_PATH": folder, "PYTHONPATH": folder},
-            check=True,
-            capture_output=True,
-        )
-        return json.loads(done.stdout)
+        return json.loads(run_beside(root, sys.executable, __file__, "--module", "tensorrt_bindings"))
 
 
 def write_empty_libraries(bindings: Path, folder: Path) -> None:
@@ -158,10 +146,6 @@ def write_empty_libraries(bindings: Path, folder: Path) -> None:
             text=True,
             check=True,
         )
-
-
-def output(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # the program

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from waiting import wait_until
 
 from hypersd.engines import worker_process
-from hypersd.engines.bundle import Bundle
 from hypersd.engines.specs import TensorSpec
 from hypersd.engines.tensorrt.build_process import POLYGRAPHY_SWITCH, SECONDS_TO_STOP, BuildJob, run_build
 from hypersd.errors import EngineError, UserError
@@ -56,21 +55,6 @@ def test_the_users_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pyte
     job = small_job(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert run_build(job, lambda fraction, detail: None).host_memory > 0
-
-
-@pytest.fixture
-def long_job(sdxl_dynamic_bundle: Path, tmp_path: Path) -> BuildJob:
-    """A UNet with ranges: seconds of work, so that there is time to do something to the build."""
-    bundle = Bundle.load(sdxl_dynamic_bundle)
-    specs = bundle.manifest.components["unet"]
-    return BuildJob(
-        backend="tensorrt-rtx",
-        component="unet",
-        onnx=str(bundle.path(specs.onnx)),
-        plan=str(tmp_path / "unet.plan"),
-        inputs=specs.inputs,
-        outputs=specs.outputs,
-    )
 
 
 @pytest.fixture
@@ -176,12 +160,12 @@ def test_an_error_that_the_user_can_fix_is_a_user_error(tmp_path: Path) -> None:
         (signal.SIGSEGV, "it was ended by SIGSEGV"),
     ],
 )
-def test_a_process_that_dies(number: int, message: str, long_job: BuildJob, workers: list[subprocess.Popen]) -> None:
+def test_a_process_that_dies(number: int, message: str, unet_job: BuildJob, workers: list[subprocess.Popen]) -> None:
     """Killed by the system for its memory, or crashed: one line with the component, and half a plan is removed."""
     with pytest.raises(EngineError, match=rf"^unet: the process that built the engine died: {message}") as caught:
-        run_build(long_job, once(lambda: os.kill(workers[0].pid, number)))
+        run_build(unet_job, once(lambda: os.kill(workers[0].pid, number)))
     assert "\n" not in str(caught.value)
-    assert not Path(long_job.plan).exists()
+    assert not Path(unet_job.plan).exists()
 
 
 def test_a_process_that_cannot_even_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +181,7 @@ def test_a_process_that_cannot_even_start(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_exception_of_the_caller_ends_the_build(
-    error: type[BaseException], long_job: BuildJob, workers: list[subprocess.Popen]
+    error: type[BaseException], unet_job: BuildJob, workers: list[subprocess.Popen]
 ) -> None:
     """Ctrl-C, or a bug in what shows the progress: it comes out, the process is gone, and there is no plan."""
 
@@ -205,10 +189,10 @@ def test_an_exception_of_the_caller_ends_the_build(
         raise error
 
     with pytest.raises(error):
-        run_build(long_job, once(fail))
+        run_build(unet_job, once(fail))
     assert workers[0].returncode is not None
     assert not is_alive(workers[0].pid)
-    assert not Path(long_job.plan).exists()
+    assert not Path(unet_job.plan).exists()
 
 
 def start_worker(job: BuildJob, program: Sequence[str] = WORKER) -> subprocess.Popen:
@@ -228,16 +212,16 @@ def start_worker(job: BuildJob, program: Sequence[str] = WORKER) -> subprocess.P
     return worker
 
 
-def test_closing_stdin_stops_the_build(long_job: BuildJob) -> None:
+def test_closing_stdin_stops_the_build(unet_job: BuildJob) -> None:
     """It ends by itself in seconds, says that it was cancelled if it came to that, and takes its half plan with it."""
-    worker = start_worker(long_job)
+    worker = start_worker(unet_job)
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.close()
     events = worker.stdout.read().splitlines()
     assert worker.wait(SECONDS_TO_END) in (0, 1)
     assert not any(b'"Built"' in event for event in events)
-    assert not Path(long_job.plan).exists()
+    assert not Path(unet_job.plan).exists()
 
 
 def test_ctrl_c_is_the_parents_to_handle(tmp_path: Path) -> None:
@@ -249,9 +233,9 @@ def test_ctrl_c_is_the_parents_to_handle(tmp_path: Path) -> None:
     assert worker.wait(SECONDS_TO_END) == 0
 
 
-def test_a_worker_does_not_outlive_its_parent(long_job: BuildJob, tmp_path: Path) -> None:
+def test_a_worker_does_not_outlive_its_parent(unet_job: BuildJob, tmp_path: Path) -> None:
     """A parent that is killed cannot say anything: the build must not run on, holding gigabytes."""
-    (tmp_path / "job.json").write_bytes(msgspec.json.encode(long_job))
+    (tmp_path / "job.json").write_bytes(msgspec.json.encode(unet_job))
     program = f"""if True:
         import msgspec, subprocess
         from hypersd.engines.tensorrt.build_process import BuildJob, run_build
@@ -268,7 +252,7 @@ def test_a_worker_does_not_outlive_its_parent(long_job: BuildJob, tmp_path: Path
     parent.kill()
     parent.wait()
     wait_until(lambda: not is_alive(worker))
-    assert not Path(long_job.plan).exists()
+    assert not Path(unet_job.plan).exists()
 
 
 def test_a_build_too_deep_to_listen_is_ended(tmp_path: Path) -> None:
