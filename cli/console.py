@@ -290,7 +290,7 @@ def _backend(choice: Choice) -> str:
     from ..engines.tensorrt.api import TITLES
 
     precision = PRECISIONS[choice.manifest.precision]
-    weights = ", UNet's linear layers in int8" if precision.storage == "int8" else ""
+    weights = f", UNet's linear layers in {precision.storage}" if precision.is_compact else ""
     if choice.precision is not None:
         from ..engines.openvino.library import openvino_version
 

@@ -15,11 +15,11 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..errors import BundleError, DeviceError, EngineError, RequestError, one_line, warn_user
+from ..errors import BundleError, DeviceError, EngineError, one_line, warn_user
 from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.capture import retain
-from .cuda.device import is_out_of_memory, out_of_memory
+from .cuda.device import find_device, is_out_of_memory, out_of_memory
 from .cuda.streams import claim_stream
 from .engine import check_feeds, check_graph
 from .external_data import check_external_data
@@ -60,26 +60,19 @@ def ort_version() -> str:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` becomes the first CUDA device if both torch and ONNX Runtime can use it, else the CPU."""
+    """``"auto"`` becomes the first CUDA device if both torch and ONNX Runtime can use it, else the CPU.
+
+    Raises:
+        RequestError: there is no such kind of device (:func:`hypersd.engines.cuda.device.find_device`).
+        DeviceError: torch or ONNX Runtime cannot use it.
+    """
     has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if str(device) == "auto":
-        return torch.device("cuda", 0) if has_cuda and torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise RequestError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda":
-        raise RequestError(f"device {device.type!r}: ONNX Runtime runs on cpu or cuda here")
-    if not has_cuda:
+        return find_device("cuda" if has_cuda and torch.cuda.is_available() else "cpu")
+    found = find_device(device)
+    if found.type == "cuda" and not has_cuda:
         raise DeviceError(f"the installed onnxruntime {ort.__version__} has no CUDA provider: {CUDA_HINT}")
-    if not torch.cuda.is_available():
-        raise DeviceError("torch finds no CUDA device: check the driver, or use device='cpu'")
-    index, count = device.index or 0, torch.cuda.device_count()
-    if index >= count:
-        raise DeviceError(f"no CUDA device {index}: this machine has {count}, counted from 0")
-    return torch.device("cuda", index)
+    return found
 
 
 class _Binding:

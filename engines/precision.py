@@ -25,16 +25,12 @@ class Precision:
         compute: type of the activations, and of the weights that are not stored in fewer bits.
         tolerance: the largest error allowed, as a fraction of the reference's largest value, and the root mean square
             of the error allowed, as a fraction of the reference's.
-        compute_capability: the least GPU that TensorRT runs it on; None if every GPU does.
-        needs_calibration: whether activations must be measured before weights can be stored.
     """
 
     name: PrecisionName
     storage: Literal["float16", "float32", "int8"]
     compute: Literal["float16", "float32"]
     tolerance: tuple[float, float]
-    compute_capability: str | None = None
-    needs_calibration: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -47,6 +43,11 @@ class Precision:
         import torch
 
         return getattr(torch, self.compute)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the UNet's linear layers are stored in fewer bits than are computed in."""
+        return self.storage != self.compute
 
     @property
     def plain(self) -> Precision:

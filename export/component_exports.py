@@ -161,7 +161,7 @@ class _Exports:
 
         def load() -> ComponentModule:
             loaded = load_unet(part, self.precision.dtype, self._fusion("unet"))
-            if self.precision.storage == "int8":
+            if self.precision.is_compact:
                 round_linear_weights(loaded)
             return self._slotted("unet", loaded, make(loaded, self.shapes, guided, self._scale))
 

@@ -278,6 +278,15 @@ def demo_canny_bundle(shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_int8_bundle(shared_folder: Path) -> Path:
+    """The demonstration checkpoint in int8. Do not write to it."""
+    from hypersd.export import ExportOptions, export_bundle
+
+    root = shared_folder / "demo" / "demo15-int8"
+    return export_bundle("Hyper-Demo15-1step-lora", root, ExportOptions(precision="int8")).root
+
+
+@pytest.fixture(scope="session")
 def export_demo_slotted(shared_folder: Path) -> Callable[[str], Path]:
     """``export_demo_slotted(name)``: a demonstration checkpoint with room for both styles, fp32. Do not write to it."""
     from hypersd.export import ExportOptions, export_bundle

@@ -1,4 +1,4 @@
-"""A CUDA device as a whole: one capture at a time, memory that is given back, and the words for too little of it."""
+"""A CUDA device as a whole: its name, one capture at a time, memory that is given back, and the words for too little."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ...errors import EngineError, one_line
+from ...errors import DeviceError, EngineError, RequestError, one_line
 
 # torch: "only one capture may be underway at a time in the process". Nothing in this package waits for a whole device
 # or frees its memory without this lock: either would invalidate a capture of another thread. Engines hold locks of
@@ -23,6 +23,29 @@ _OUT_OF_MEMORY = re.compile(
     r"CUDA error: out of memory|CUDA failure 2: out of memory|_STATUS_ALLOC_FAILED"
     r"|Failed to allocate memory for requested buffer|Available memory of \d+ is smaller than requested bytes"
 )
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """The CPU, or a CUDA device that this machine has and torch can use; ``"cuda"`` is the first.
+
+    Raises:
+        RequestError: torch knows no such name, or it is a device of another kind.
+        DeviceError: torch finds no CUDA device, or fewer.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise RequestError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
+    if found.type == "cpu":
+        return found
+    if found.type != "cuda":
+        raise RequestError(f"device {found.type!r}: images are generated on cpu or cuda here")
+    if not torch.cuda.is_available():
+        raise DeviceError("torch finds no CUDA device: check the driver, or use device='cpu'")
+    index, count = found.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise DeviceError(f"no CUDA device {index}: this machine has {count}, counted from 0")
+    return torch.device("cuda", index)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -53,7 +53,7 @@ CUDA_TYPES = {
     "UINT8": "uint8",
     "INT8": "int8",
 }
-SD15 = "Hyper-SD15-1step-lora"
+SD15, SDXL = "Hyper-SD15-1step-lora", "Hyper-SDXL-1step-Unet"
 
 
 def dialect_of(name: str) -> Dialect | None:
@@ -151,19 +151,18 @@ def bundle_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if kind == "one-graph":
             return Bundle.load(one_graph())
         if kind.startswith("export_"):
-            return Bundle.load(request.getfixturevalue(kind)(SD15))
+            return Bundle.load(request.getfixturevalue(kind)(SDXL if kind == "export_slotted" else SD15))
         return Bundle.load(request.getfixturevalue(kind))
 
     return load
 
 
 KINDS = [
-    "sd15_bundle",
-    "sdxl_bundle",
-    "sdxl_dynamic_bundle",  # in float16, with a ControlNet
     "export_controlled",
-    "export_slotted",
-    "sd15_tiny_vae_bundle",
+    "export_slotted",  # SDXL, with a LoRA slot in all its networks
+    "sdxl_dynamic_bundle",  # in float16, with a ControlNet
+    "sd15_tiny_vae_bundle",  # ranges of shapes in float32
+    "demo_int8_bundle",
     "one-graph",
 ]
 

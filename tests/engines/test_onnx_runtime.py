@@ -429,6 +429,7 @@ def test_cuda_without_its_provider_says_what_to_install(monkeypatch: pytest.Monk
     """The commonest mistake, the CPU build of onnxruntime on a GPU machine, is never a silent fall back to the CPU."""
     monkeypatch.setattr(module.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cuda", "cuda:1", torch.device("cuda")):
         with pytest.raises(DeviceError, match="onnxruntime-gpu") as caught:
             resolve_device(device)

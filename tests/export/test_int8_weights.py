@@ -19,17 +19,7 @@ from hypersd.engines.load import choose
 from hypersd.export.graph_weights import read_graph
 from hypersd.export.int8_weights import INT8, SCALE, round_linear_weights
 
-CHECKPOINT = "Hyper-Demo15-1step-lora"
 PROMPT = "a red circle on a blue background"
-
-
-@pytest.fixture(scope="module")
-def int8_bundle(bundles_folder: Path) -> Path:
-    """The demonstration checkpoint in int8."""
-    from hypersd.export import ExportOptions, export_bundle
-
-    root = bundles_folder / f"{CHECKPOINT}-int8"
-    return export_bundle(CHECKPOINT, root, ExportOptions(precision="int8")).root
 
 
 def linear(weight: torch.Tensor) -> nn.Linear:
@@ -70,9 +60,9 @@ def test_a_layer_without_weights_stays_without() -> None:
     assert not layer.weight.any()
 
 
-def test_only_the_unets_linear_layers_are_stored_in_8_bits(int8_bundle: Path) -> None:
+def test_only_the_unets_linear_layers_are_stored_in_8_bits(demo_int8_bundle: Path) -> None:
     """Each weight is dequantized from a byte; the other components are those of an fp16 bundle."""
-    bundle = Bundle.load(int8_bundle)
+    bundle = Bundle.load(demo_int8_bundle)
     graphs = {
         name: onnx.load(str(bundle.path(component.onnx)), load_external_data=False).graph
         for name, component in bundle.manifest.components.items()
@@ -86,11 +76,11 @@ def test_only_the_unets_linear_layers_are_stored_in_8_bits(int8_bundle: Path) ->
     assert not [t for t in unet.initializer if t.data_type == onnx.TensorProto.FLOAT16 and len(t.dims) == 2]
 
 
-def test_images_are_nearly_those_of_float32(int8_bundle: Path, demo_bundle: Path) -> None:
+def test_images_are_nearly_those_of_float32(demo_int8_bundle: Path, demo_bundle: Path) -> None:
     """On both libraries for CPUs; the score of the demonstration stays (benchmarks/README.md)."""
     theirs = pixels(demo_bundle, "onnxruntime")
     for backend in ("onnxruntime", "openvino"):
-        assert 36 < peak_signal_to_noise(pixels(int8_bundle, backend) - theirs) < 80, backend
+        assert 36 < peak_signal_to_noise(pixels(demo_int8_bundle, backend) - theirs) < 80, backend
 
 
 def pixels(bundle: Path, backend: str) -> np.ndarray:
@@ -98,20 +88,20 @@ def pixels(bundle: Path, backend: str) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
-def test_int8_is_half_precision_to_the_choice_of_a_backend(int8_bundle: Path) -> None:
-    assert choose(Bundle.load(int8_bundle), "auto", "cpu").backend == "openvino"
+def test_int8_is_half_precision_to_the_choice_of_a_backend(demo_int8_bundle: Path) -> None:
+    assert choose(Bundle.load(demo_int8_bundle), "auto", "cpu").backend == "openvino"
 
 
-def test_a_graph_goes_to_rounded_weights_only(int8_bundle: Path) -> None:
+def test_a_graph_goes_to_rounded_weights_only(demo_int8_bundle: Path) -> None:
     """A module without weights in 8 bits must not take the graph that reads them."""
-    bundle = Bundle.load(int8_bundle)
+    bundle = Bundle.load(demo_int8_bundle)
     content = bundle.path(bundle.manifest.components["unet"].onnx).read_bytes()
     assert read_graph(content, linear(torch.zeros(2, 2))) is None
 
 
-def test_tensorrt_rtx_parses_it(int8_bundle: Path) -> None:
+def test_tensorrt_rtx_parses_it(demo_int8_bundle: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    bundle = Bundle.load(int8_bundle)
+    bundle = Bundle.load(demo_int8_bundle)
     builder = trt.Builder(logger := trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

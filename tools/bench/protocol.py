@@ -98,12 +98,18 @@ class Runner(Protocol):
 
 
 def resolve_device(device: str) -> Any:
-    """The ``torch.device`` of a name; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
+    """The ``torch.device`` of a name; ``"auto"`` is the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     import torch
 
+    from ...engines.cuda.device import find_device
+
     if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return find_device(device)
+    return find_device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: Any) -> str:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from hypersd.engines import Bundle
-from hypersd.errors import RequestError
+from hypersd.errors import DeviceError, RequestError
 from hypersd.runtime.params import Params
 from hypersd.tools.bench import diffusers_contender, hypersd_contender
 from hypersd.tools.bench.contender import Context
 from hypersd.tools.bench.contenders import CONTENDERS, find_contender
 from hypersd.tools.bench.figures import compare_images
-from hypersd.tools.bench.protocol import Settings, TimedImage
+from hypersd.tools.bench.protocol import Settings, TimedImage, resolve_device
 from hypersd.tools.bench.session import BenchOptions, image, make_requests
 from hypersd.tools.bench.timed_pipeline import StageClock, TimedPipeline
 from hypersd.tools.one_graph import add_one_graph
@@ -138,6 +138,18 @@ def test_a_rival_on_a_gpu_is_not_waited_for_between_stages(monkeypatch: pytest.M
     assert not waits
     assert clock.stages() == dict.fromkeys(["text encoders", "step 1", "step 2", "decode"], 0.001)
     assert waits == [device]
+
+
+def test_devices_that_a_rival_cannot_use_are_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hypersd tells them: torch's own words would come after minutes, from the first kernel on the device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(DeviceError, match=r"^no CUDA device 7: this machine has 2, counted from 0$"):
+        resolve_device("cuda:7")
+    with pytest.raises(RequestError, match="^device 'gpu' is not known: expected auto, cpu, cuda or cuda:N$"):
+        resolve_device("gpu")
 
 
 @pytest.mark.usefixtures("diffusers_noise")
