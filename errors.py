@@ -62,6 +62,10 @@ class EngineError(HyperSDError):
     """An engine failed, or received inputs that it does not accept."""
 
 
+class DeviceMemoryError(EngineError):
+    """The device's memory is exhausted: smaller images need less, and fewer at a time."""
+
+
 class DeviceError(EngineError, UserError):
     """The requested device does not exist, or the installed packages cannot use it."""
 

@@ -38,6 +38,11 @@ class ByShapes(Generic[T]):
             self._values.move_to_end(key)
             return self._values[key]
 
+    def find(self, key: Hashable) -> T | None:
+        """The value of ``key``, if there is one; that is no use of it."""
+        with self._lock:
+            return self._values.get(key)
+
     def values(self) -> list[T]:
         """All values, the least recently used one first."""
         with self._lock:

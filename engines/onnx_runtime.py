@@ -19,7 +19,7 @@ from ..errors import BundleError, DeviceError, EngineError, one_line, warn_user
 from .by_shapes import ByShapes, ByThread
 from .cores import available_cores
 from .cuda.capture import retain
-from .cuda.device import find_device, is_out_of_memory, out_of_memory
+from .cuda.device import find_device, is_out_of_memory, one_capture, out_of_memory
 from .cuda.streams import claim_stream
 from .engine import check_feeds, check_graph
 from .external_data import check_external_data
@@ -361,12 +361,15 @@ def _open_cuda_session(
     With ``recordable`` ONNX Runtime's own graphs are enabled, although none is made (see ``_cuda_run_options``): it
     then rejects graphs that copy between host and device, and releases no host memory by a callback on the stream. A
     callback would be recorded, and free the same memory again at every launch (microsoft/onnxruntime#15002, #32081).
+
+    No graph is captured meanwhile: the CUDA provider's constructor waits for the whole device.
     """
     cuda = {"device_id": str(device.index or 0), "user_compute_stream": str(stream.cuda_stream)}
     if recordable:
         cuda["enable_cuda_graph"] = "1"
     try:
-        session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], content)
+        with one_capture:
+            session = _open_session(path, options, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], content)
     except BundleError as error:
         if is_out_of_memory(error):
             raise out_of_memory(f"the weights of {path} did not fit", device) from error

@@ -17,14 +17,13 @@ import torch
 
 from ...errors import EngineError, one_line
 from .device import one_capture
-from .streams import claim_stream
 
 T = TypeVar("T")
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Any], "GraphMemory"], tuple[Replay, Any]]
 
 _recording = threading.local()
-_broken: list[object] = []  # graphs whose capture torch could not end; its allocator may still point at them
+_broken: list[object] = []  # graphs whose capture torch did not end: its allocators may still point at them
 
 
 class GraphMemory:
@@ -77,7 +76,7 @@ def retained() -> Iterator[list[object]]:
 
 
 def capture_cuda_graph(work: Callable[[], T], memory: GraphMemory) -> tuple[Replay, T]:
-    """Record the work that ``work`` enqueues on the current stream.
+    """Record the work that ``work`` enqueues on the current stream, which is not the default stream.
 
     Nothing is computed until the first launch. Memory that torch allocates inside belongs to the graph and lives as
     long as the returned function; ``work`` must have run before, so that nothing else has to be allocated. A launch
@@ -92,41 +91,28 @@ def capture_cuda_graph(work: Callable[[], T], memory: GraphMemory) -> tuple[Repl
         A function that launches the graph, and the result of ``work``.
 
     Raises:
-        EngineError: something inside cannot be recorded. The current stream is unchanged and usable.
+        EngineError: ``work`` failed, or something inside cannot be recorded. The current stream is unchanged and
+            usable.
     """
     with one_capture:
         pool = memory.pool()
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
-            # thread_local: other threads may allocate and synchronise their own streams.
-            with _capture_stream() as stream, _no_collection():
+            # The outer block restores the stream after a capture that fails to end. thread_local: other threads may
+            # allocate and synchronise their own streams.
+            with torch.cuda.stream(stream), _no_collection():
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     result = work()
         except Exception as error:
-            memory.leave_pool()
-            _abandon(graph, pool)
+            if not _was_ended(pool):
+                memory.leave_pool()
+                _broken.append(graph)
             raise EngineError(
                 f"CUDA graph: recording failed ({one_line(_first_cause(error))}), expected work that only enqueues"
             ) from error
         memory.add(graph)
     return graph.replay, result
-
-
-@contextlib.contextmanager
-def _capture_stream() -> Iterator[torch.cuda.Stream]:
-    """The current stream; in place of the default stream, which cannot be recorded, one that is ordered with it.
-
-    Also restores the current stream after a capture that fails to end and leaves its own.
-    """
-    current = torch.cuda.current_stream()
-    is_default = current == torch.cuda.default_stream()
-    stream = claim_stream() if is_default else current
-    if is_default:
-        stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield stream
-    if is_default:
-        current.wait_stream(stream)
 
 
 @contextlib.contextmanager
@@ -145,16 +131,19 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-    """Clean up after a capture that was invalidated and so could not be ended.
+def _was_ended(pool: Any) -> bool:
+    """Whether torch ended the capture of a recording that failed, as it does unless the capture was invalidated.
 
-    Torch's allocator still routes requests to the graph's pool: stop that, and keep the graph alive in case it fails.
+    Else its allocator still routes requests to the graph's pool: that is stopped here. True only if it is known.
     """
-    _broken.append(graph)
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # a private name: a newer torch may lack it
-    if end is not None:
-        with contextlib.suppress(RuntimeError):  # there is nothing to end if the capture was ended after all
-            end(torch.cuda.current_device(), pool)
+    if end is None:
+        return False
+    try:
+        end(torch.cuda.current_device(), pool)
+    except RuntimeError:  # it does not record into the pool
+        return True
+    return False
 
 
 def _first_cause(error: BaseException) -> BaseException:

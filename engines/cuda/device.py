@@ -1,4 +1,4 @@
-"""A CUDA device as a whole: its name, one capture at a time, memory that is given back, and the words for too little."""
+"""A CUDA device as a whole: its name, one capture at a time, memory that is given back, words for too little of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from contextlib import contextmanager
 
 import torch
 
-from ...errors import DeviceError, EngineError, RequestError, one_line
+from ...errors import DeviceError, DeviceMemoryError, RequestError, one_line
 
-# torch: "only one capture may be underway at a time in the process". Nothing in this package waits for a whole device
-# or frees its memory without this lock: either would invalidate a capture of another thread. Engines hold locks of
-# their own while they are captured, so never wait for this one with an engine's lock held.
+# torch: "only one capture may be underway at a time in the process". A wait for the whole device, or memory that is
+# freed there, may invalidate a capture of another thread. So this lock is also held while ONNX Runtime makes a session
+# (it waits for the device), a late engine or a graph is released, and torch's cache is emptied. Two releases are not
+# under it: that of a TensorRT context which the ninth set of shapes on a stream pushes out, because its engine's lock
+# is held then, and captures take engines' locks after this one; and that of a pipeline, which happens wherever the last
+# reference to it goes. If a capture is spoiled, a GraphWarning says so and that kind of call runs without a graph.
+# For the same reason never wait for this lock with a lock held that a capture takes, as engines' are.
 one_capture = threading.Lock()
 
 REMEDY = "generate smaller images or fewer at a time, or free the device"
@@ -49,13 +53,13 @@ def find_device(device: str | torch.device) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or ONNX Runtime says that memory is exhausted."""
-    return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+    """Whether an error says that the device's memory is exhausted: torch's, ONNX Runtime's or this package's own."""
+    return isinstance(error, torch.OutOfMemoryError | DeviceMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def out_of_memory(needed: str, device: torch.device) -> EngineError:
+def out_of_memory(needed: str, device: torch.device) -> DeviceMemoryError:
     """The error of a full device, with the memory that was needed and the memory that is free."""
-    return EngineError(
+    return DeviceMemoryError(
         f"out of device memory: {needed}, {free_memory(device) / 1e9:.2f} GB are free on {device}: {REMEDY}"
     )
 
@@ -68,7 +72,7 @@ def out_of_memory_in_words(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise EngineError(f"out of device memory, {doing} ({one_line(error)}): {REMEDY}") from error
+        raise DeviceMemoryError(f"out of device memory, {doing} ({one_line(error)}): {REMEDY}") from error
 
 
 def free_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from ...errors import one_line, warn_user
 from ..by_shapes import KEPT, ByShapes
 from ..engine import Engine, EngineWrapper
 from .capture import Capture, GraphMemory, Replay, capture_cuda_graph, retained
+from .device import one_capture
 
 Work = Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -38,14 +39,22 @@ class _Entry:
             torch.cuda.current_stream(device) for device in {t.device for t in inputs.values() if t.is_cuda}
         ]
 
-    def finish(self) -> None:
-        """Wait for the last run before the entry is dropped; a wait for the device would spoil another's capture."""
-        for stream in self.streams:
+    def release(self) -> None:
+        """Free the graph and its memory after its last run, during no capture of another thread."""
+        for stream in self.streams:  # a wait for the device would spoil another's capture
             stream.synchronize()
+        with one_capture:
+            self.replay, self.outputs, self.inputs = None, {}, {}
+            self.kept.clear()
 
     def load(self, inputs: Mapping[str, Tensor]) -> None:
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
+
+
+def _kind(key: Hashable, inputs: Mapping[str, Tensor]) -> Hashable:
+    """Equal for calls that share a graph."""
+    return (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
 
 
 class GraphedFunction:
@@ -53,8 +62,8 @@ class GraphedFunction:
 
     ``work(key, inputs)`` returns named tensors. It must depend on nothing but the values of ``inputs``, ``key`` and
     constants, because it runs only a few times: the first calls run it directly, the next one records it, and later
-    ones replay the recording. It must enqueue on the current stream, draw no random numbers, copy nothing from the host
-    and wait for nothing.
+    ones replay the recording. It must enqueue on the current stream, which cannot be the default one, draw no random
+    numbers, copy nothing from the host and wait for nothing.
 
     Work that cannot be recorded runs directly at every call; the first such failure is a :class:`GraphWarning`.
 
@@ -68,7 +77,7 @@ class GraphedFunction:
         self._work = work
         self._capture = capture_cuda_graph if capture is None else capture
         self._memory = GraphMemory()
-        self._entries = ByShapes(_Entry.finish, kept)
+        self._entries = ByShapes(_Entry.release, kept)
         self._has_warned = False
 
     def __call__(self, key: Hashable, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -77,8 +86,7 @@ class GraphedFunction:
         They lie in memory that the next call overwrites, whatever its key, and that is freed with the graph. Copy them
         to keep them longer.
         """
-        whole_key = (key, *((name, t.dtype, t.shape, t.device) for name, t in sorted(inputs.items())))
-        entry = self._entries.get(whole_key, lambda: _Entry(inputs))
+        entry = self._entries.get(_kind(key, inputs), lambda: _Entry(inputs))
         entry.load(inputs)
         if entry.replay is None and entry.is_recordable and entry.runs >= WARM_UPS:
             self._record(key, entry)
@@ -88,6 +96,11 @@ class GraphedFunction:
             return outputs
         entry.replay()
         return entry.outputs
+
+    def can_record(self, key: Hashable, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether such calls have a graph or may get one: as far as is known, none of their recordings has failed."""
+        entry = self._entries.find(_kind(key, inputs))
+        return entry is None or entry.is_recordable
 
     @property
     def recorded(self) -> list[bool]:

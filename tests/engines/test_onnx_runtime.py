@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypersd.engines import Bundle
 from hypersd.engines import onnx_runtime as module
 from hypersd.engines.by_shapes import KEPT
+from hypersd.engines.cuda.device import one_capture
 from hypersd.engines.cuda.graphs import GraphedFunction
 from hypersd.engines.load import choose
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, available_cores, resolve_device
@@ -496,6 +497,7 @@ def record_sessions(
 
     class Session:
         def __init__(self, graph: str | bytes, options: Any, **arguments: Any) -> None:
+            assert one_capture.locked(), "the CUDA provider waits for the whole device, which spoils a capture"
             calls.append({"graph": graph, "options": options, **arguments})
             is_taken = takes_lowered and isinstance(graph, bytes)
             if error and not is_taken and "enable_cuda_graph" in arguments["providers"][0][1]:

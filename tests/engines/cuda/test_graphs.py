@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hypersd.engines.cuda import capture as cuda_capture
 from hypersd.engines.cuda.capture import GraphMemory, capture_cuda_graph, retain
+from hypersd.engines.cuda.device import one_capture
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning
 from hypersd.errors import EngineError
 
@@ -219,6 +220,24 @@ def test_a_graph_is_dropped_when_its_stream_is_done(monkeypatch: pytest.MonkeyPa
     assert len(waited) == 1
 
 
+def test_a_graph_is_freed_during_no_capture() -> None:
+    """Its memory, and an engine's context that it kept alone, are the device's: the lock of captures is held."""
+    held: list[bool] = []
+
+    def work(key: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        owner = Owner()
+        weakref.finalize(owner, lambda: held.append(one_capture.locked()))
+        retain(owner)
+        return {"out": inputs["x"] * key}
+
+    graphed = GraphedFunction(work, StandInCapture(), kept=1)
+    for _ in range(WARM_UPS + 1):
+        graphed(1, {"x": torch.ones(2)})
+    held.clear()  # those of runs that no recording keeps
+    graphed(2, {"x": torch.ones(2)})
+    assert held[0]
+
+
 # Failures
 
 
@@ -394,7 +413,10 @@ class FakeGraph:
 
 
 class FakeGraphs:
-    """Stand-ins for torch's capture on a machine without CUDA: ``fails`` invalidates it, as an illegal call does."""
+    """Stand-ins for torch's capture on a machine without CUDA: ``fails`` invalidates it, as an illegal call does.
+
+    Its allocator then still records, as that of torch before 2.13, until it is told to end.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.fails = fails
@@ -403,14 +425,24 @@ class FakeGraphs:
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
-        monkeypatch.setattr(cuda_capture, "_capture_stream", lambda: nullcontext(None))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
 
     @contextmanager
     def capture(self, graph: Any, pool: Any, **_: Any) -> Iterator[None]:
         self.pools.append(pool)
-        yield
-        if self.fails:
-            raise RuntimeError("capture was invalidated")
+        try:
+            yield
+        finally:
+            if self.fails:
+                raise RuntimeError("capture was invalidated")
+
+    def end(self, device: int, pool: Any) -> None:
+        """Torch's ``_cuda_endAllocateToPool``."""
+        if not self.fails:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
 
 def test_a_torch_without_the_private_function_fails_with_the_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +491,38 @@ def test_after_a_failed_recording_another_pool_is_taken(monkeypatch: pytest.Monk
     first, failed, *later = fake.pools
     assert first == failed
     assert len({first, *later}) == 2
+    assert kept is not again
+
+
+@pytest.mark.parametrize(("invalid", "has_end"), [(False, True), (True, True), (True, False)])
+def test_only_a_graph_whose_capture_was_not_ended_is_kept(
+    invalid: bool, has_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's allocator may point at it. Work that fails, as for want of memory, leaves no graph and no other pool."""
+    fake, memory = FakeGraphs(monkeypatch), GraphMemory()
+    monkeypatch.setattr(cuda_capture, "_broken", [])
+    if not has_end:
+        monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    made: list[weakref.ref[FakeGraph]] = []
+
+    def make() -> FakeGraph:
+        graph = FakeGraph()
+        made.append(weakref.ref(graph))
+        return graph
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    kept, _ = capture_cuda_graph(lambda: None, memory)
+    fake.fails = invalid
+    with pytest.raises(EngineError, match=r"recording failed \(CUDA out of memory"):
+        capture_cuda_graph(fail, memory)
+    fake.fails = False
+    again, _ = capture_cuda_graph(lambda: None, memory)
+    gc.collect()
+    assert [graph() is not None for graph in made] == [True, invalid, True]
+    assert (fake.pools[0] != fake.pools[2]) == invalid
     assert kept is not again
 
 
