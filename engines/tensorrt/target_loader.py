@@ -68,10 +68,10 @@ def late_target(
     def load(component: str) -> TensorRTEngine:
         memory = ActivationMemory(device)
         engine = plans.load(component, memory)
-        compiled = engine.runtime_cache()
-        if compiled and compiled not in plans.caches[component].contents():
+        if engine.api.is_rtx and engine.runtime_cache() not in plans.caches[component].contents():
             plans.run_first(engine)
             memory.drop_blocks()
+            release_cached_memory(device)
         return engine
 
     return {

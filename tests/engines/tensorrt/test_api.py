@@ -574,12 +574,34 @@ def test_memory_of_a_first_run_is_given_back(engine_of: StandIn, made: Any, monk
     target_loader.load_target(made, "made", {"unet": SPECS}, CPU, Silent())
     assert len(engine_of.called("IExecutionContext.execute_async_v3")) == 1
     assert alive == [0]
+    late = target_loader.late_target(made, "made", {"unet": SPECS}, CPU)["unet"]
+    late.run({"sample": aligned(1, 16)})
+    assert alive == [0], "the kernels were kept, so nothing ran before"
 
 
-def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
+def test_memory_of_a_late_engines_first_run_is_given_back(
     engine_of: StandIn, api: TensorRTApi, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a release the engine and its activations go; RTX's kernels are compiled and kept at the first load alone."""
+    """Before the run that loads it, after one that compiled RTX's kernels."""
+    runs: list[int] = []
+    execute = "IExecutionContext.execute_async_v3"
+    monkeypatch.setattr(
+        target_loader, "release_cached_memory", lambda device: runs.append(len(engine_of.called(execute)))
+    )
+    target_loader.late_target(made, "made", {"unet": SPECS}, CPU)["unet"].run({"sample": aligned(1, 16)})
+    assert runs == [1] * api.is_rtx
+
+
+@pytest.mark.parametrize("empty", [b"", b"header"])
+def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
+    empty: bytes, engine_of: StandIn, api: TensorRTApi, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a release the engine and its activations go; RTX's kernels are compiled and kept at the first load alone.
+
+    A cache without kernels may be no bytes, or a header.
+    """
+    execute = "IExecutionContext.execute_async_v3"
+    engine_of.behaviour["IRuntimeCache.serialize"] = lambda _: b"kernels" if engine_of.called(execute) else empty
     late = target_loader.late_target(made, "made", {"unet": SPECS}, CPU)["unet"]
     assert not engine_of.called("Runtime.deserialize_cuda_engine")
     loaded: list[weakref.ref[Any]] = []
@@ -595,7 +617,7 @@ def test_a_target_in_low_memory_loads_a_plan_when_it_is_needed(
         for _ in range(2):
             assert late.run({"sample": aligned(1, 16)})["out"].shape == (1, 16)
         assert len(loaded) == load
-        runs = len(engine_of.called("IExecutionContext.execute_async_v3"))
+        runs = len(engine_of.called(execute))
         assert runs == 2 * load + api.is_rtx
         late.release()
         assert loaded[-1]() is None
