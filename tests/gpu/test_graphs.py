@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
-from hypersd.engines.by_shapes import KEPT
 from hypersd.engines.cuda.capture import capture_cuda_graph
 from hypersd.engines.cuda.graphs import WARM_UPS, GraphedFunction, GraphWarning
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine, resolve_device
+from hypersd.engines.specs import Range
 from hypersd.errors import DeviceError
+from hypersd.runtime.runner import KEPT_GRAPHS
 from hypersd.runtime.text import load_tokenizers
 
 pytestmark = [
@@ -35,8 +37,10 @@ pytestmark = [
 PROMPTS = ["a photo of a cat", "blue dog", "", "red cat"]
 
 
-def load(root: Path) -> tuple[Pipeline, Pipeline]:
+def load(root: Path, largest: int | None = None) -> tuple[Pipeline, Pipeline]:
     """A pipeline that records and one that does not, on the same engines: ONNX Runtime's CUDA provider.
+
+    They are as for a bundle whose largest batch is ``largest``, if that is given.
 
     The same, because cuDNN chooses its algorithms by timing them: another session may compute other bits.
     """
@@ -47,9 +51,12 @@ def load(root: Path) -> tuple[Pipeline, Pipeline]:
     bundle = Bundle.load(root)
     engines = load_engines(bundle, "onnxruntime", "cuda")
     assert all(engine.capturable for engine in engines.values()), "ONNX Runtime would not record a network"
-    tokenizers = load_tokenizers(bundle)
-    graphed = Pipeline(bundle.manifest, engines, tokenizers, capture=capture_cuda_graph)
-    return graphed, Pipeline(bundle.manifest, engines, tokenizers, capture=None)
+    tokenizers, manifest = load_tokenizers(bundle), bundle.manifest
+    if largest is not None:
+        batch = Range(name="batch", min=1, opt=1, max=largest)
+        manifest = msgspec.structs.replace(manifest, shapes=msgspec.structs.replace(manifest.shapes, batch=batch))
+    graphed = Pipeline(manifest, engines, tokenizers, capture=capture_cuda_graph)
+    return graphed, Pipeline(manifest, engines, tokenizers, capture=None)
 
 
 def assert_recorded(pipe: Pipeline, graphs: int | None = None) -> None:
@@ -66,23 +73,29 @@ def images_of(pipe: Pipeline, prompt: str, **arguments: Any) -> np.ndarray:
     return images.cpu().numpy() if isinstance(images, Tensor) else images
 
 
+def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Images [N, H, W, 3] in 0..1 of other kernels: no image is off by more than rounding may come to."""
+    assert ours.shape == theirs.shape
+    assert np.sqrt(((ours - theirs) ** 2).mean(axis=(1, 2, 3))).max() <= 0.03  # 30 dB
+
+
 # Recording itself, without any engine
 
 
 def test_a_replay_computes_what_the_work_does() -> None:
-    """Torch operations alone, from the default stream and from another."""
+    """Torch operations alone."""
 
     def work(key: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"out": torch.tanh(inputs["x"] * key).sum(dim=-1)}
 
-    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
-        with torch.cuda.stream(stream):
-            graphed = GraphedFunction(work)
-            for i in range(WARM_UPS + 4):
-                x = torch.randn(64, 32, device="cuda")
-                assert torch.equal(graphed(3, {"x": x})["out"], work(3, {"x": x})["out"])
-                assert torch.cuda.current_stream() == stream, f"call {i}"
-            assert graphed.recorded == [True]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graphed = GraphedFunction(work)
+        for i in range(WARM_UPS + 4):
+            x = torch.randn(64, 32, device="cuda")
+            assert torch.equal(graphed(3, {"x": x})["out"], work(3, {"x": x})["out"])
+            assert torch.cuda.current_stream() == stream, f"call {i}"
+        assert graphed.recorded == [True]
 
 
 def test_a_failed_recording_leaves_torch_and_the_function_usable() -> None:
@@ -135,6 +148,52 @@ def test_graphs_draw_the_same_bits_as_step_by_step(family: str, request: pytest.
             ours, theirs = (images_of(pipe, PROMPTS[i % 4], seed=i, **call) for pipe in (graphed, plain))
             assert np.array_equal(ours, theirs), f"round {i}, {call}"
     assert_recorded(graphed, len(calls))
+
+
+def test_numbers_are_inputs_of_a_graph(sd15_bundle: Path) -> None:
+    """Eta, guidance scale and timesteps change under one graph, to the bit."""
+    graphed, plain = load(sd15_bundle)
+    for i in range(WARM_UPS + 4):
+        for steps in ({"num_inference_steps": 3}, {"timesteps": [999 - i, 500 + i, 20]}):
+            call = {
+                "seed": i,
+                "eta": 0.1 + 0.1 * i,
+                "guidance_scale": 2.0 + i,
+                "force": True,
+                "output_type": "np",
+                **steps,
+            }
+            assert np.array_equal(*(images_of(pipe, PROMPTS[0], **call) for pipe in (graphed, plain))), call
+    assert_recorded(graphed, 1)
+
+
+def test_a_padded_batch_is_the_cpus(sd15_bundle: Path) -> None:
+    """Three images of a bundle for four share the graph of four, and are those that the CPU generates."""
+    graphed, _ = load(sd15_bundle, largest=4)
+    on_cpu = Pipeline.load(sd15_bundle, "onnxruntime", "cpu")
+    for i in range(WARM_UPS + 2):
+        for images in (3, 4):
+            call = {"prompt": PROMPTS[:images], "seed": [i + n for n in range(images)], "output_type": "np"}
+            assert_alike(*(images_of(pipe, num_inference_steps=2, **call) for pipe in (graphed, on_cpu)))
+    assert_recorded(graphed, 1)
+
+
+def test_low_memory_generates_the_same_and_disturbs_no_recording(sd15_bundle: Path, sdxl_bundle: Path) -> None:
+    """Each of its stages makes and frees sessions, which wait for the whole device, while another pipeline records."""
+    graphed, plain = load(sd15_bundle)
+    low, usual = (Pipeline.load(sdxl_bundle, "onnxruntime", "cuda", low_memory=each) for each in (True, False))
+    call: dict[str, Any] = {"num_inference_steps": 1, "output_type": "np"}
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(lambda: [images_of(low, PROMPTS[i % 4], seed=i, **call) for i in range(8)])
+        for n in range(1, KEPT_GRAPHS + 1):
+            words = {"num_inference_steps": n, "seed": n, "force": True, "output_type": "np"}
+            expected = images_of(plain, PROMPTS[0], **words)
+            for _ in range(WARM_UPS + 2):
+                assert np.array_equal(images_of(graphed, PROMPTS[0], **words), expected)
+        images = made.result(300)
+    assert_recorded(graphed, KEPT_GRAPHS)
+    for i, image in enumerate(images):
+        assert_alike(image, images_of(usual, PROMPTS[i % 4], seed=i, **call))
 
 
 def test_control_images_are_inputs_of_a_graph(sdxl_dynamic_bundle: Path) -> None:
@@ -196,18 +255,22 @@ def test_a_thread_for_every_call_gets_to_the_graph_and_makes_no_buffers(sd15_bun
                 drawn = pool.submit(images_of, graphed, PROMPTS[0], seed=0, num_inference_steps=2, **call).result(60)
             assert np.array_equal(drawn, expected)
         torch.cuda.synchronize()
-        used.append(torch.cuda.memory_allocated())
+        used.append((torch.cuda.memory_allocated(), -torch.cuda.mem_get_info()[0]))
     assert_recorded(graphed, 1)
-    assert used[-1] == used[WARM_UPS + 3]
-    for engine in graphed.engines.values():
+    (ours, all_), (ours_before, all_before) = used[-1], used[WARM_UPS + 3]
+    assert ours == ours_before
+    assert all_ - all_before < 32 << 20, "ONNX Runtime's handles of cuBLAS and cuDNN are not torch's memory"
+    for name, engine in graphed.engines.items():
         assert isinstance(engine, OnnxRuntimeEngine)
-        assert len(engine._of_stream) == 2, "the two pipelines'"
+        if name != "vae_encoder":  # nothing was given to encode
+            assert len(engine._of_stream) == 2, "the two pipelines'"
 
 
 def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
     """More kinds than are kept: graphs are dropped with their memory and made again, and the images stay right."""
     graphed, plain = load(sd15_bundle)
-    kinds: list[dict[str, Any]] = [{"num_inference_steps": n, "eta": 1.0, "force": True} for n in range(1, 13)]
+    numbers = range(1, KEPT_GRAPHS + 5)
+    kinds: list[dict[str, Any]] = [{"num_inference_steps": n, "eta": 1.0, "force": True} for n in numbers]
     expected = [images_of(plain, PROMPTS[0], seed=n, **kind) for n, kind in enumerate(kinds)]
     used = []
     for _ in range(3):
@@ -217,7 +280,7 @@ def test_many_kinds_of_call_replace_one_another(sd15_bundle: Path) -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert used[2] <= used[1] + (1 << 20)
-    assert_recorded(graphed, KEPT)
+    assert_recorded(graphed, KEPT_GRAPHS)
 
 
 def test_two_pipelines_and_two_threads_draw_what_they_draw_alone(sd15_bundle: Path, sdxl_bundle: Path) -> None:

@@ -128,6 +128,15 @@ def test_a_controlnet_beside_the_unet(backend: str, sdxl_dynamic_bundle: Path, t
         assert_draws_as_the_cpu(root, backend, num_inference_steps=8, control_image=image, **control)
 
 
+def test_low_memory_draws_the_same(pipe, built, backend: str) -> None:
+    from hypersd import Pipeline
+
+    low = Pipeline.load(built(pipe.manifest.checkpoint), backend=backend, low_memory=True)
+    for seed in range(2):
+        images = [each("a cat", num_inference_steps=2, seed=seed, output_type="np").images for each in (pipe, low)]
+        assert psnr(*images) >= PSNR, seed
+
+
 def test_many_calls_take_no_more_device_memory(pipe) -> None:
     """Of the whole device, so that TensorRT's own allocations count too."""
     import torch
