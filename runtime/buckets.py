@@ -10,18 +10,14 @@ from torch import Tensor
 from .image_encoder import repeated
 from .image_function import PER_HALF, SHARED
 
-SIZES = 1, 2, 4, 8
-
 
 def bucket(images: int, largest: int) -> int:
-    """The number of rows at which a graph of ``images`` images runs.
+    """The number of rows at which a graph of ``images`` images runs: the next power of two.
 
-    ``largest`` is the bundle's largest batch. Above it the components run several times, and above the last bucket rows
-    would be many: such a batch runs in its own size.
+    ``largest`` is the bundle's largest batch, and takes the place of a larger power. Above it the components run
+    several times, for which more rows would be many: such a batch runs in its own size.
     """
-    if images > min(largest, SIZES[-1]):
-        return images
-    return min(largest, next(size for size in SIZES if size >= images))
+    return images if images > largest else min(largest, 1 << (images - 1).bit_length())
 
 
 def buckets(most: int, largest: int) -> list[int]:
@@ -38,7 +34,7 @@ def padded(inputs: Mapping[str, Tensor], images: int, rows: int, is_guided: bool
 
     def pad(tensor: Tensor) -> Tensor:
         every = repeated(tensor, images)
-        return torch.cat([every, every[-1:].expand(rows - images, *every.shape[1:])]) if rows > images else every
+        return torch.cat([every, every[-1:].expand(rows - images, *every.shape[1:])])
 
     def pad_input(name: str, tensor: Tensor) -> Tensor:
         if name in SHARED or (len(tensor) == 1 and images > 1):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engines import Engine, Manifest
 from ..engines.cuda.capture import Capture
-from ..engines.cuda.device import out_of_memory_in_words
+from ..engines.cuda.device import is_out_of_memory, out_of_memory_in_words
 from ..engines.cuda.graphs import GraphedEngine, GraphedFunction
 from ..engines.cuda.turns import Turns, hand_out
 from ..engines.engine import TORCH_DTYPES
@@ -31,7 +31,7 @@ from .starts import START_IMAGES, draw, latents_shape
 from .text import ClipTokenizer, TextConditioner
 
 AfterStep = Callable[[Denoiser, int, int, Tensor], "Tensor | None"]
-KEPT_GRAPHS = 16  # four batch sizes of four kinds of call, such as two numbers of steps with and without guidance
+KEPT_GRAPHS = 16  # such as four kinds of call in batches of up to 8 images, which run in four sizes
 WholeImage = Callable[[GenerationSettings, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
@@ -48,7 +48,8 @@ class Runner:
         dtype: that of its latents.
         has_turns: whether calls share memory that they have to take turns for, as they do on a GPU.
         release: called at the end of each turn, while the others still wait.
-        padded_up_to: the largest batch whose rows are padded for ``whole``; 0 for none: on a CPU they take time.
+        padded_up_to: the largest batch whose rows are padded for graphs; 0 where no graph runs: padding would only cost
+            time.
     """
 
     def __init__(
@@ -78,8 +79,13 @@ class Runner:
 
     @contextmanager
     def turn(self) -> Iterator[torch.cuda.Stream | None]:
-        """Wait for this runner's other calls, and keep them waiting; gives the caller's stream on a GPU."""
-        with nullcontext() if self._turns is None else self._turns.turn() as caller:
+        """Wait for this runner's other calls, and keep them waiting; gives the caller's stream on a GPU.
+
+        Tensors that are kept for later calls are no inference tensors, which could be written only in the inference
+        mode that this caller may be in, and the next one not.
+        """
+        taken = nullcontext() if self._turns is None else self._turns.turn()
+        with taken as caller, torch.inference_mode(False), torch.no_grad():  # the first of the two enables gradients
             try:
                 yield caller
             finally:
@@ -123,12 +129,21 @@ class Runner:
             return self._images(pixels, call.settings.output_type)
 
     def _run_padded(self, whole: WholeImage, call: Call, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The output's rows of the call's own images."""
-        images = call.request.batch
-        if self.padded_up_to:
-            rows = bucket(images, self.padded_up_to)
-            inputs = padded(inputs, images, rows, call.settings.is_guided)
-        return whole(call.settings, inputs)["output"][:images]
+        """The output's rows of the call's own images.
+
+        Rows are added for a graph alone: not if such a call cannot be recorded or has no memory for them.
+        """
+        settings, images = call.settings, call.request.batch
+        rows = bucket(images, self.padded_up_to) if self.padded_up_to else images
+        if rows > images and isinstance(whole, GraphedFunction):
+            try:
+                more = padded(inputs, images, rows, settings.is_guided)
+                if whole.can_record(settings, more):
+                    return whole(settings, more)["output"][:images]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+        return whole(settings, inputs)["output"]
 
     def _by_stages(self, call: Call, after_step: AfterStep | None, caller: torch.cuda.Stream | None) -> Any:
         """Run one stage after the other; on a GPU each is waited for, so that its time is its own."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Hashable, Sequence
 
 from PIL import Image
 
 from ..engines.cuda.graphs import WARM_UPS
+from ..errors import DeviceMemoryError, one_line
 from ..runtime import Pipeline
 from ..runtime.control_images import preprocess
 from ..runtime.image_files import blurred, fit, to_rgb
@@ -18,6 +20,8 @@ from ..runtime.request import Request
 from ..runtime.text import TruncationWarning
 from .job_queue import Job
 from .service_request import ServiceRequest
+
+LOG = logging.getLogger(__name__)
 
 
 def make_jobs(pipe: Pipeline, service_request: ServiceRequest) -> list[Job]:
@@ -85,13 +89,30 @@ def images_at_once(pipe: Pipeline) -> int:
 def warm_up(pipe: Pipeline, max_batch: int | None = None) -> None:
     """Generate until calls of up to ``max_batch`` images, or all that one can make, cost as much as later ones.
 
-    On a GPU every batch that the images of the default settings can run at gets its CUDA graph.
+    On a GPU every batch that the images of the default settings can run at gets its CUDA graph, up to the first that
+    the device's memory is too small for. Calls that fail for that reason are repeated image by image.
+
+    Raises:
+        EngineError: an engine failed, or the device's memory is too small for one image.
     """
     most = images_at_once(pipe) if max_batch is None else min(max_batch, images_at_once(pipe))
-    batches = pipe.graph_batches(most)
+    batches, fitting = pipe.graph_batches(most), 0
     for images in batches or [1]:
-        for i in range(WARM_UPS + 1 if batches else 1):
-            pipe.generate(Params(prompt="warm-up", num_images_per_prompt=images, seed=i))
+        try:
+            for i in range(WARM_UPS + 1 if batches else 1):
+                pipe.generate(Params(prompt="warm-up", num_images_per_prompt=images, seed=i))
+        except DeviceMemoryError as error:
+            if images == 1:
+                raise
+            LOG.warning(
+                "no memory for %s images at once, which will be tried and then generated one by one: --max-batch %s "
+                "(Triton: max_batch_size) avoids that (%s)",
+                images,
+                fitting,
+                one_line(error),
+            )
+            return
+        fitting = images
 
 
 def keep_prompts_out_of_the_log() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from capture_stand_in import Capturable, StandInCapture
 from counting import load_engines
 from hypothesis import given
@@ -21,7 +22,11 @@ from hypersd import Pipeline
 from hypersd.engines import Bundle
 from hypersd.engines.cuda.graphs import WARM_UPS
 from hypersd.engines.specs import Range
-from hypersd.runtime.buckets import SIZES, bucket, buckets
+from hypersd.errors import DeviceMemoryError, EngineError
+from hypersd.runtime.buckets import bucket, buckets
+from hypersd.runtime.image_function import ImageFunction
+from hypersd.runtime.params import Params
+from hypersd.runtime.runner import KEPT_GRAPHS
 from hypersd.runtime.text import load_tokenizers
 from hypersd.serve import calls
 
@@ -49,14 +54,14 @@ def assert_same(pipes: tuple[Pipeline, Pipeline], images: int, **words: Any) -> 
     assert np.array_equal(ours, theirs), f"{images}, {words}"
 
 
-@given(images=st.integers(1, 40), largest=st.integers(1, 40))
+@given(images=st.integers(1, 70), largest=st.integers(1, 70))
 def test_a_bucket_is_no_smaller_than_the_batch_nor_larger_than_the_bundle(images: int, largest: int) -> None:
+    """A warm-up of a bundle for 70 images leaves room for a second kind of call among the graphs that are kept."""
     rows = bucket(images, largest)
     assert images <= rows <= max(images, largest)
-    assert rows in (*SIZES, largest, images)
-    assert len(buckets(min(largest, SIZES[-1]), largest)) <= len(SIZES)
-    if images <= min(largest, SIZES[-1]):
-        assert rows < 2 * images or rows == 1
+    assert rows < 2 * images
+    assert (rows & (rows - 1)) == 0 or rows in (largest, images)
+    assert len(buckets(min(images, largest), largest)) <= KEPT_GRAPHS // 2
 
 
 @pytest.mark.parametrize(("family", "guidance"), [("sd15", 0.0), ("sdxl", 4.0)])
@@ -105,3 +110,83 @@ def test_a_service_records_every_batch_before_it_is_ready(sd15_bundle: Path, mon
         assert capture.image_replays == replays + 1
     assert capture.image_captures == 3
     assert graphed.recorded_graphs == [True] * 3
+
+
+def test_a_warm_up_ends_at_the_first_batch_without_memory(
+    sd15_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The service starts, and generates such batches image by image; one image must fit. The full device is a fake."""
+    pipe, _, _ = make_pipes(sd15_bundle, largest=8)
+    tried: list[int] = []
+    monkeypatch.setattr(calls, "images_at_once", lambda pipe: 8)
+    for fitting in (2, 0):
+
+        def generate(params: Params, fitting: int = fitting) -> None:
+            tried.append(params.num_images_per_prompt)
+            if params.num_images_per_prompt > fitting:
+                raise DeviceMemoryError("out of device memory,\ngenerating")
+
+        monkeypatch.setattr(pipe, "generate", generate)
+        if fitting:
+            calls.warm_up(pipe)
+        else:
+            with pytest.raises(DeviceMemoryError):
+                calls.warm_up(pipe)
+    assert tried == [1, 1, 1, 2, 2, 2, 4, 1]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no memory for 4 images at once")
+    assert "--max-batch 2 (" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+@pytest.fixture
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every run of a whole image."""
+    rows: list[int] = []
+    generate = ImageFunction.generate
+
+    def watched(self: ImageFunction, settings: Any, inputs: Any) -> Any:
+        rows.append(len(inputs["latents"]))
+        return generate(self, settings, inputs)
+
+    monkeypatch.setattr(ImageFunction, "generate", watched)
+    return rows
+
+
+def test_a_batch_that_fits_without_added_rows_is_generated(
+    sd15_bundle: Path, rows_run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for three images and not for four, which is a fake; the noise is drawn once."""
+    generate = ImageFunction.generate
+
+    def in_little_memory(self: ImageFunction, settings: Any, inputs: Any) -> Any:
+        outputs = generate(self, settings, inputs)
+        if len(inputs["latents"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return outputs
+
+    monkeypatch.setattr(ImageFunction, "generate", in_little_memory)
+    graphed, plain, _ = make_pipes(sd15_bundle, largest=4)
+    assert_same((graphed, plain), 3, num_inference_steps=2, eta=1.0)
+    assert rows_run == [4, 3]
+    with pytest.raises(DeviceMemoryError, match="generating 4 of 64x64"):
+        graphed(PROMPTS[:4])
+
+
+@pytest.mark.filterwarnings("ignore::hypersd.engines.cuda.graphs.GraphWarning")
+def test_rows_are_not_added_where_nothing_can_be_recorded(
+    sd15_bundle: Path, rows_run: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would cost time at every call."""
+
+    def fail(*_: Any) -> Any:
+        raise EngineError("CUDA graph: recording failed")
+
+    monkeypatch.setattr(StandInCapture, "__call__", fail)
+    graphed, plain, _ = make_pipes(sd15_bundle, largest=4)
+    for _ in range(WARM_UPS + 1):
+        assert_same((graphed, plain), 3)
+    assert set(rows_run) == {4}
+    rows_run.clear()
+    assert_same((graphed, plain), 3)
+    assert rows_run == [3]

@@ -99,6 +99,23 @@ def test_images_are_those_of_the_plain_pipeline(family: str, request: pytest.Fix
     assert capture.image_captures == len(calls), "a negative prompt is no key, also where zeros stand for one"
 
 
+def test_a_first_call_may_be_in_inference_mode(sd15_bundle: Path) -> None:
+    """What is kept of it, buffers and embeddings, serves calls outside; results are tensors like any other."""
+    graphed, plain, capture = make_pipes(sd15_bundle)
+    calls: list[dict[str, Any]] = [
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 1, "callback_on_step_end": lambda *_: None},
+        {"num_inference_steps": 1, "output_type": "pt"},
+    ]
+    with torch.inference_mode():
+        assert_same(graphed, plain, calls, rounds=1)
+        encoded = graphed.encode_prompt([PROMPT])
+    assert_same(graphed, plain, calls)
+    assert capture.image_captures == 2
+    assert not encoded.hidden_states.is_inference()
+    assert not graphed(PROMPT, **calls[2]).images.is_inference()
+
+
 def test_sizes_and_guidance_of_a_ranged_bundle(sdxl_dynamic_bundle: Path) -> None:
     """fp16, DDIM, sizes and batches that change: each shape is recorded apart, and the size conditioning follows it."""
     graphed, plain, capture = make_pipes(sdxl_dynamic_bundle)

@@ -148,7 +148,7 @@ def test_devices_that_a_rival_cannot_use_are_told_in_words(monkeypatch: pytest.M
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(DeviceError, match=r"^no CUDA device 7: this machine has 2, counted from 0$"):
         resolve_device("cuda:7")
-    with pytest.raises(RequestError, match="^device 'gpu' is not known: expected auto, cpu, cuda or cuda:N$"):
+    with pytest.raises(RequestError, match=r"^device 'gpu' is not known: expected auto, cpu, cuda or cuda:N$"):
         resolve_device("gpu")
 
 
