@@ -24,6 +24,8 @@ from hypersd.serve import server
 from hypersd.serve.service import LocalService
 from hypersd.serve.settings import ServeSettings
 
+GENERATIONS = "/v1/images/generations"
+
 
 def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
     """An image as the bytes of a file."""

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from live_page import CHROMIUM, FAKE_CAMERA, OFFLINE, PATIENCE, Server
 from PIL import Image
-from stand_in_service import GatedPipeline, RunningServer, StandInService, file_of
+from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, file_of
 
 from hypersd import Pipeline
 from hypersd.serve.service import LocalService
@@ -25,6 +26,13 @@ SMALL_BODY = 1 << 20
 @pytest.fixture(scope="session")
 def demo_pipe(demo_canny_bundle: Path) -> Pipeline:
     return Pipeline.load(demo_canny_bundle, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def net(demo_pipe: Pipeline) -> str:
+    """The ControlNet's name."""
+    (name,) = demo_pipe.manifest.controlnets
+    return name
 
 
 @pytest.fixture
@@ -75,6 +83,12 @@ def demo_server(demo_canny_bundle: Path, demo_bundle: Path) -> Iterator[RunningS
     with RunningServer(service, settings) as server:
         service.wait_ready()
         yield server
+
+
+@pytest.fixture(scope="module")
+def client(demo_server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=demo_server.url, timeout=LONG) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,12 +25,6 @@ from hypersd.serve.schemas import GenerationRequest
 EDITS = "/v1/images/edits"
 PROMPT = "a red circle and a blue square"
 USUAL = {"prompt": PROMPT, "seed": 5, "steps": 4}
-
-
-@pytest.fixture(scope="module")
-def client(demo_server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=demo_server.url, timeout=LONG) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

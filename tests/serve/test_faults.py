@@ -17,12 +17,11 @@ import httpx
 import pytest
 from PIL import Image
 from serve_sockets import answer, dial, error_of, exchange, head, until_closed, whole
-from stand_in_service import LONG, GatedPipeline, RunningServer, StandInService, file_of, wait_until
+from stand_in_service import GENERATIONS, LONG, GatedPipeline, RunningServer, StandInService, file_of, wait_until
 
 from hypersd.serve.image_codec import decode_image
 from hypersd.serve.settings import ServeSettings
 
-GENERATIONS = "/v1/images/generations"
 BODY = json.dumps({"prompt": "a cat"}).encode()
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import requests
 from serve_sockets import answer, dial, error_of, exchange, head, statuses, until_closed, whole
-from stand_in_service import LONG, GatedPipeline, RunningServer, wait_until
+from stand_in_service import GENERATIONS, LONG, GatedPipeline, RunningServer, wait_until
 from starlette.types import Message
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -26,7 +26,6 @@ from hypersd.serve import guard, server
 from hypersd.serve.metrics import Metrics
 from hypersd.serve.settings import ServeSettings
 
-GENERATIONS = "/v1/images/generations"
 TOKEN = "sesame"
 BODY = json.dumps({"prompt": "a cat"}).encode()
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from lora_writers import write_slot_lora
 from PIL import Image
-from stand_in_service import LONG, GatedPipeline, RunningServer, file_of, wait_until
+from stand_in_service import GENERATIONS, LONG, GatedPipeline, RunningServer, file_of, wait_until
 from websockets.sync.client import connect
 
 from hypersd import Pipeline
@@ -26,7 +26,6 @@ from hypersd.serve.lora_folder import LoraFolder
 from hypersd.serve.service import LocalService
 from hypersd.serve.settings import ServeSettings
 
-GENERATIONS = "/v1/images/generations"
 BODY: dict[str, Any] = {"prompt": "a photo of a cat", "seed": 3}
 
 
