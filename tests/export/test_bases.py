@@ -24,18 +24,8 @@ from hypersd.samplers import make_sampler
 from hypersd.samplers.schedule import alphas_cumprod
 
 from .fake_hub import BASES, FakeHub
-from .test_sources import (
-    ENTRIES,
-    FAMILIES,
-    _renamed,
-    assert_same,
-    find,
-    ldm_vae,
-    load,
-    one_line,
-    precisions,
-    single_file,
-)
+from .ldm_checkpoints import ldm_vae, rename, single_file
+from .tiny_sources import ENTRIES, FAMILIES, assert_same, find, load, one_line, precisions
 
 PREFIX = {"sd15": "cond_stage_model.transformer.x", "sdxl": "conditioner.embedders.1.model.x"}
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -404,7 +394,7 @@ def ldm_controlnet(net: Any) -> dict[str, Tensor]:
     places |= {"mid_block.resnets.1": "middle_block.2"}
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
               "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
-    return {_renamed(name, places, resnet): tensor for name, tensor in net.state_dict().items()}
+    return {rename(name, places, resnet): tensor for name, tensor in net.state_dict().items()}
 
 
 @pytest.mark.parametrize(

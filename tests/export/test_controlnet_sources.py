@@ -32,7 +32,8 @@ from hypersd.export.models import load_controlnet
 from hypersd.export.shapes import ShapeOptions, image_shapes
 from hypersd.export.sources import SourceOptions, Sources, find_sources
 
-from .test_sources import BASES, COMMIT, DEMO15, DEMOXL, ENTRIES, FAMILIES, FakeHub, assert_same, find, one_line
+from .fake_hub import BASES, COMMIT, FakeHub
+from .tiny_sources import DEMO15, DEMOXL, ENTRIES, FAMILIES, assert_same, find, one_line
 
 CANNY = {"sd15": "lllyasviel/control_v11p_sd15_canny", "sdxl": "diffusers/controlnet-canny-sdxl-1.0"}
 UNETS = {"sd15": sd15_unet, "sdxl": sdxl_unet}

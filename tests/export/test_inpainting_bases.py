@@ -24,7 +24,7 @@ from hypersd.export.sources import SourceOptions, find_sources
 from hypersd.runtime.params import Params
 from hypersd.tools.one_graph import add_one_graph
 
-from .test_sources import find, one_line
+from .tiny_sources import find, one_line
 
 NAMES = pytest.mark.parametrize("name", ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora"])
 Options = Callable[..., SourceOptions]

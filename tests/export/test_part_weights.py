@@ -21,7 +21,7 @@ from hypersd.export.libraries import quiet
 from hypersd.export.part_weights import open_part
 from hypersd.export.repositories import LocalFolder
 
-from .test_sources import assert_same, one_line
+from .tiny_sources import assert_same, one_line
 
 # part, class and place of every kind of component
 KINDS: dict[str, tuple[str, Any, str]] = {

@@ -24,7 +24,8 @@ from hypersd.export.models import check_sources, load_vae
 from hypersd.export.sources import SourceOptions, Sources
 from hypersd.tools.reference import load_reference
 
-from .test_sources import find, ldm_vae, load, one_line
+from .ldm_checkpoints import ldm_vae
+from .tiny_sources import find, load, one_line
 
 NAME = "Hyper-SD15-1step-lora"
 
