@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.load(args.bundle)
     options = dataclasses.replace(options, shapes=choose_shapes(bundle.manifest, spans))
     builder = find_builder(args.backend)
-    builder.check(options)
+    builder.check(options, bundle.manifest.precision)
     try:
         bundle = build_engines(bundle, args.backend, options, StageLines())
     except KeyboardInterrupt:
@@ -129,16 +129,16 @@ class Builder:
     api: TensorRTApi
     machine: Machine
 
-    def check(self, options: BuildOptions) -> None:
-        """Reject options that cannot be built here, before any time is spent.
+    def check(self, options: BuildOptions, precision: str) -> None:
+        """Reject options that cannot be built here for a bundle of this precision, before any time is spent.
 
         Raises:
-            RequestError: an option is not supported by the backend, or out of range.
+            RequestError: an option is not supported by the backend or for such a bundle, or out of range.
             DeviceError: a GPU is needed.
         """
         from ..engines.tensorrt.build_options import check_options
 
-        check_options(self.api, options, self.machine)
+        check_options(self.api, options, self.machine, precision)
 
     def target(self, bundle: Bundle, options: BuildOptions) -> str:
         """The name of the target that these options build."""

@@ -244,8 +244,7 @@ def say_loaded(pipe: Pipeline, seconds: float, notes: list[str], auto: bool) -> 
     one_graph = f", {pipe.one_graph}" if pipe.one_graph else ""
     line = f"{pipe.manifest.checkpoint} on {_where(pipe)} with {_backend(choice)}{one_graph}, loaded in {seconds:.2f} s"
     if compiled := [note for note in notes if note.startswith("compiled for this GPU")]:
-        unkept = "; " in compiled[0]
-        line += f"; kernels {compiled[0]}" + ("" if unkept else ": the next load is quicker")
+        line += f"; kernels {compiled[0]}"
     if pipe.is_low_memory:
         line += "; components are loaded when they are needed"
     is_slow = choice.backend == "onnxruntime" and pipe.device.type == "cpu" and not pipe.one_graph

@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     _check_one_graphs(checkpoint, args)
     _check_triton(args)
     began = time.perf_counter()
-    builder, why_none = _find_builder(args.backend, build_options)
+    builder, why_none = _find_builder(args.backend, build_options, args.precision)
     from ..export.exporter import export_bundle
 
     progress = StageLines()
@@ -267,7 +267,7 @@ def _slot_options(args: argparse.Namespace) -> SlotOptions | None:
     return None
 
 
-def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, str]:
+def _find_builder(backend: str, options: BuildOptions, precision: str) -> tuple[Builder | None, str]:
     """The builder, or the reason why there is none; impossible options are rejected before the export takes minutes."""
     from ..errors import DeviceError
     from .build import find_builder
@@ -280,7 +280,7 @@ def _find_builder(backend: str, options: BuildOptions) -> tuple[Builder | None, 
         if backend != "auto":
             raise
         return None, str(error)
-    builder.check(options)
+    builder.check(options, precision)
     return builder, ""
 
 

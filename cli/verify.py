@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times (default: two)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     parser.add_argument("--steps", type=int, metavar="N", help="default: the checkpoint's own")
-    parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16 and bf16")
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help="default: 60 for fp32, 30 for fp16, bf16 and int8")
     add_backend(parser, "as for `hypersd generate` (default: auto)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the pairs (default: BUNDLE-verify)")
 

@@ -23,7 +23,7 @@ from .progress import Progress, Silent
 from .specs import Component, EngineTarget
 from .staged_engines import StagedEngines
 from .tensorrt.api import TITLES, load_api
-from .tensorrt.machine import Machine, this_machine, why_not_target
+from .tensorrt.machine import Machine, this_machine, why_not_memory, why_not_target
 from .tensorrt.targets import target_name
 from .vocabulary import BACKENDS, ONNX_BACKENDS, TENSORRT_BACKENDS
 
@@ -53,16 +53,18 @@ def choose(
     device: str = "auto",
     target: str | None = None,
     precision: str | None = None,
+    low_memory: bool = False,
 ) -> Choice:
     """Choose a backend for a bundle.
 
     Args:
         bundle: the opened bundle.
-        backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else, for an fp16 bundle
-            on a CPU, OpenVINO if it is installed, else ONNX Runtime.
+        backend: one of :data:`BACKENDS`; ``"auto"`` takes TensorRT plans that can run here, else, for a bundle in half
+            precision on a CPU, OpenVINO if it is installed, else ONNX Runtime.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for the first CUDA device if there is one.
         target: a target of the bundle by its name, or by a part of the name that no other target has.
         precision: the one for OpenVINO, ``"fp32"`` or ``"bf16"``; by default bf16 where the processor has it.
+        low_memory: whether one stage's engines will be loaded at a time (:func:`load_choice`).
 
     Raises:
         RequestError: the backend, the target or the precision is not known, or they do not go together.
@@ -87,7 +89,7 @@ def choose(
             "expected auto, cuda or cuda:N"
         )
     machine = this_machine(device)
-    reasons = {name: why_not(bundle, name, machine) for name in targets}
+    reasons = {name: why_not(bundle, name, machine, low_memory) for name in targets}
     runnable = [name for name, reason in reasons.items() if reason is None]
     passed_over = {name: reason for name, reason in reasons.items() if reason is not None}
     if runnable:
@@ -167,12 +169,14 @@ def _is_cuda(device: str | torch.device) -> bool:
         raise RequestError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N") from error
 
 
-def why_not(bundle: Bundle, name: str, machine: Machine) -> str | None:
+def why_not(bundle: Bundle, name: str, machine: Machine, low_memory: bool = False) -> str | None:
     """All reasons why a target of a bundle cannot run here; None if it can."""
     target = bundle.manifest.engines[name]
     broken = [plan.file for plan in target.plans.values() if not bundle.is_whole(plan)]
     reasons = [why_not_target(target, bundle.manifest, machine)]
     fits = reasons[0] is None
+    if fits:
+        reasons.append(why_not_memory(target, machine, low_memory))
     if name != target_name(target, bundle.manifest):
         reasons.append("its name does not match its entry in the manifest, which was changed by hand")
     if fits:

@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineError
+from ..errors import BundleError, DeviceError, EngineError, one_line
 
 if TYPE_CHECKING:
     import onnx
 
+DEQUANTIZE = "DequantizeLinear"
 # Operators of our graphs, expanded or not, and the opset since which they mean the same: later ones take more types, or
 # have attributes more, whose defaults are what the operator did before.
 UNCHANGED_SINCE = dict.fromkeys(
@@ -23,7 +24,7 @@ UNCHANGED_SINCE = dict.fromkeys(
         *("Reshape", "Resize", "Round", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
     ),
     18,
-) | {"DequantizeLinear": 19}  # before, its scales are float32
+) | {DEQUANTIZE: 19}  # before, its scales are float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +47,40 @@ def lower(path: Path, dialect: Dialect) -> bytes:
     requires the package ``onnx``.
 
     Raises:
-        EngineError: an operator means something else in that opset.
+        BundleError: the file cannot be read as an ONNX file.
+        EngineError: an operator means something else in that opset, or ``onnx`` is not installed.
     """
-    import onnx
+    model = read_graph(path)
     import onnx.inliner
 
-    model = onnx.load(str(path), load_external_data=False)
     functions = [("", operator) for operator in sorted(dialect.lacks)]
     model = onnx.inliner.inline_selected_functions(model, functions, inline_schema_functions=True)
     opset = next(entry for entry in model.opset_import if not entry.domain)
     if opset.version > dialect.opset:
+        if dialect.opset < UNCHANGED_SINCE[DEQUANTIZE]:
+            _multiply_scales(model.graph, path)
         for node in model.graph.node:
             _restate(node, opset.version, dialect.opset, path)
         opset.version = dialect.opset
     return model.SerializeToString()
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The model of an ONNX file, without the weights that lie beside it.
+
+    Raises:
+        BundleError: it cannot be read as an ONNX file.
+        DeviceError: ``onnx`` is not installed.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ModuleNotFoundError as error:
+        raise DeviceError(f"{path} has to be rewritten for what is installed here: pip install onnx") from error
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise BundleError(f"{path} cannot be read as an ONNX file ({one_line(error)}): export it again") from error
 
 
 def with_resolved_weights(content: bytes, path: Path) -> tuple[bytes, Path]:
@@ -80,6 +101,36 @@ def with_resolved_weights(content: bytes, path: Path) -> tuple[bytes, Path]:
     for entry in entries:
         entry.value = files[entry.value].relative_to(folder).as_posix()
     return model.SerializeToString(), folder
+
+
+def _multiply_scales(graph: onnx.GraphProto, path: Path) -> None:
+    """Write 8-bit weights times the scale of each row as a product, in place of ``DequantizeLinear``.
+
+    Raises:
+        EngineError: it dequantizes something else than a matrix by its rows.
+    """
+    from onnx import helper
+
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type != DEQUANTIZE:
+            nodes.append(node)
+            continue
+        weight, scale, *zero_point = (tensors.get(name) for name in node.input)
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if zero_point or weight is None or scale is None or (len(weight.dims), attributes) != (2, {"axis": 0}):
+            raise EngineError(f"{path}: {DEQUANTIZE} is of a matrix and its rows' scales alone in opsets before 19")
+        product = node.output[0]
+        factor, axes, column = (f"{product}/{part}" for part in ("weight", "axes", "scale"))
+        nodes += [
+            helper.make_node("Cast", [weight.name], [factor], to=scale.data_type),
+            helper.make_node("Constant", [], [axes], value_ints=[1]),
+            helper.make_node("Unsqueeze", [scale.name, axes], [column]),
+            helper.make_node("Mul", [factor, column], [product]),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _restate(node: onnx.NodeProto, newer: int, older: int, path: Path) -> None:

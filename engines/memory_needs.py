@@ -45,7 +45,7 @@ def estimated_needs(manifest: Manifest, bytes_per_weight: int | None) -> dict[st
     for name, component in manifest.components.items():
         stored = _bytes_per_weight(component)
         held = bytes_per_weight or stored
-        if name == "unet" and precision != precision.plain:
+        if name == "unet" and precision.is_compact:
             if held > stored:
                 return None
             held = stored  # as in the file

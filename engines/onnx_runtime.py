@@ -37,7 +37,8 @@ CUDA_DIALECT = Dialect(opset=18, lacks=frozenset({"Attention", "Gelu", "GroupNor
 ALL_KERNELS_SINCE = (1, 27)  # the first version with CUDA kernels for our graphs as they are
 # Operators of our graphs without such a kernel in 1.23, which cannot tell which nodes it runs on the CPU.
 SILENT_VERSIONS_LACK = (
-    *("Attention", "Cast", "Conv", "Cos", "Reshape", "Resize", "Shape", "Sin", "Squeeze", "Transpose", "Unsqueeze"),
+    *("Attention", "Cast", "Conv", "Cos", "DequantizeLinear", "Reshape", "Resize", "Shape", "Sin", "Squeeze"),
+    *("Transpose", "Unsqueeze"),
 )
 # Options of a stored model. Smaller weights stay in the graph: the text encoder's mask has an odd size and would
 # misalign the others.
@@ -302,9 +303,9 @@ def _make_cuda_session(
 def _lowered(path: Path, options: ort.SessionOptions) -> bytes | None:
     """The graph in operators that have had CUDA kernels for long; ``options`` learn where its weights lie.
 
-    None if this version has kernels for all, if the operators cannot say it (8-bit weights), or without ``onnx``.
+    None if this version has kernels for all, if the operators cannot say it, or without ``onnx``.
     """
-    if _has_all_kernels() or importlib.util.find_spec("onnx") is None:
+    if _has_all_kernels():
         return None
     try:
         content, folder = with_resolved_weights(lower(path, CUDA_DIALECT), path)

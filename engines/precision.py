@@ -1,6 +1,7 @@
 """Precisions of a bundle: what weights are stored in, what is computed in, and how exact the result must be.
 
-A new precision is one entry of :data:`PRECISIONS`, and a graph pass in ``export/passes.py`` if its format needs one.
+A new precision is one entry of :data:`PRECISIONS`, its name in :data:`PrecisionName`, a threshold of images in
+``engines/compare.py``, and a graph pass in ``export/passes.py`` if its format needs one.
 """
 
 from __future__ import annotations

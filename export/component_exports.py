@@ -32,7 +32,7 @@ from .models import VaeHalf, is_tiny, load_controlnet, load_text_encoder, load_u
 from .sources import Sources, pixels_per_latent
 from .trace import OPSET
 
-EXPORTER_VERSION = 4  # raise it when the exporter makes another graph or other specs from the same inputs
+EXPORTER_VERSION = 5  # raise it when the exporter makes another graph or other specs from the same inputs
 TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 

@@ -95,7 +95,8 @@ def find_sources(
     Args:
         checkpoint: which of the Hyper-SD files.
         options: replacements of the checkpoint's own base, file or VAE, and its ControlNets.
-        precision: ``"fp16"`` or ``"fp32"``; published SDXL in fp16 takes the repaired VAE.
+        precision: a name of :data:`hypersd.engines.precision.PRECISIONS`; published SDXL takes the repaired VAE unless
+            it is ``"fp32"``.
         progress: told about downloads.
 
     Raises:

@@ -24,8 +24,9 @@ from unpacked_wheels import output, run_beside, unpacked_wheel
 
 OUT = Path(__file__).parents[1] / "tests" / "assets" / "operators"
 DISTRIBUTION = "onnxruntime-gpu"
-# The last for Python 3.10, the last without Attention, the first with it, the first with all, and the newest.
-VERSIONS = ("1.23.2", "1.24.4", "1.25.0", "1.27.0", "1.31.1")
+# The last for Python 3.10, the last without Attention, the first and the last with it and without Sin and Cos, the first
+# with all, and the newest.
+VERSIONS = ("1.23.2", "1.24.4", "1.25.0", "1.26.0", "1.27.0", "1.31.1")
 CC = ("cc", "-shared", "-fPIC", "-w", "-x", "c", "-")
 LAST = 2**31 - 1  # the end of a range of opsets that has none
 NEEDED_SINCE = 18  # opsets before it are never asked for
@@ -41,11 +42,12 @@ print("KERNELS" + json.dumps([(k.op_name, k.provider, k.version_range, k.type_co
 def record_wheel(version: str) -> dict[str, Any]:
     """The kernels of a version's wheel, for operators of ONNX's own domain."""
     with unpacked_wheel(DISTRIBUTION, version) as root:
-        write_empty_libraries(root / "onnxruntime" / "capi", root)
+        libraries = write_empty_libraries(root / "onnxruntime" / "capi", root)
         kernels = json.loads(run_beside(root, sys.executable, "-c", ASK).partition("KERNELS")[2])
     return {
         "runtime": DISTRIBUTION,
         "version": version,
+        "cuda": next(int(version) for version in re.findall(r"libcudart\.so\.(\d+)", " ".join(libraries))),
         "source": "onnxruntime_pybind11_state.get_all_opkernel_def() of the wheel",
         "cpu": sorted({name for name, provider, *_ in kernels if provider == "CPUExecutionProvider"}),
         "operators": merged(entry for entry in kernels if entry[1] == "CUDAExecutionProvider"),
@@ -68,8 +70,12 @@ def merged(kernels: Any) -> dict[str, list[list[Any]]]:
     }
 
 
-def write_empty_libraries(capi: Path, folder: Path) -> None:
-    """Write the libraries of CUDA and TensorRT that the providers load: each of their functions does nothing."""
+def write_empty_libraries(capi: Path, folder: Path) -> list[str]:
+    """Write the libraries of CUDA and TensorRT that the providers load: each of their functions does nothing.
+
+    Returns:
+        The names of the libraries, as the providers ask for them.
+    """
     providers = [capi / f"libonnxruntime_providers_{name}.so" for name in ("cuda", "tensorrt")]
     needed = sorted(
         {name for path in providers for name in re.findall(r"\[(lib(?:cu|nv)[^]]+)]", output("readelf", "-d", path))}
@@ -87,6 +93,7 @@ def write_empty_libraries(capi: Path, folder: Path) -> None:
             text=True,
             check=True,
         )
+    return needed
 
 
 def undefined(library: Path) -> list[str]:

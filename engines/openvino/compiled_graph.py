@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ANGLES, STORED = "angles.xml", "model.xml"
 # Inputs that share a scale where OpenVINO rounds activations to 8 bits, to multiply them with int8 weights: a step of
-# SD1.5 at 512x512 takes 1.90 s (Zen 4), with OpenVINO's own 32 1.97 s, without rounding 2.14 s, in bfloat16 2.05 s.
+# SD1.5 at 512x512 takes 1.91 s (Zen 4), with OpenVINO's own 32 1.97 s, without rounding 2.14 s, in bfloat16 2.08 s.
 GROUP_SIZE = 128
 
 

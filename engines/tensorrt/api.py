@@ -1,7 +1,7 @@
 """The only module that imports TensorRT and TensorRT-RTX, and the only one that knows their differences.
 
 ``tensorrt`` (10.3 or newer, and 11) and ``tensorrt_rtx`` (1.7 or newer) have nearly one Python interface. A missing
-feature is detected by its class or method, not by the version number.
+feature is detected by its class or method; only what a parser takes follows from the release (:data:`DIALECTS`).
 """
 
 from __future__ import annotations

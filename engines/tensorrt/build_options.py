@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...errors import DeviceError, RequestError
 from ..manifest import Manifest
+from ..precision import PRECISIONS
 from ..specs import EngineTarget, ImageShapes
 from ..vocabulary import OPTIMIZATION_LEVELS, TENSORRT_BACKENDS, TensorRTBackend
 from .api import TensorRTApi, pip_line
@@ -60,11 +61,17 @@ def why_chosen(machine: Machine) -> str:
     return f"as installed; this machine has a {machine.gpu.name}"
 
 
-def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine) -> None:
-    """Reject options that the backend or this machine does not support, before the slow work starts.
+def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine, precision: str) -> None:
+    """Reject options that the backend, this machine or a bundle does not support, before the slow work starts.
+
+    Args:
+        api: the backend.
+        options: those that were asked for.
+        machine: this one.
+        precision: the bundle's.
 
     Raises:
-        RequestError: an option is out of range.
+        RequestError: an option is out of range, or not for such a bundle.
         DeviceError: a GPU is needed.
     """
     level = options.optimization_level
@@ -79,6 +86,8 @@ def check_options(api: TensorRTApi, options: BuildOptions, machine: Machine) -> 
             raise RequestError(f"compute capability {capability!r} is not known to {api}: expected {', '.join(known)}")
     if api.is_rtx and options.timing_cache is not None:
         raise RequestError(f"{api} times no kernels when it builds: leave the timing cache out")
+    if options.stripped and api.is_rtx and PRECISIONS[precision].is_compact:
+        raise RequestError(f"{api} keeps {precision} weights in its plans: build them without --strip-weights")
     if machine.gpu is None and not api.is_rtx:
         raise DeviceError(f"{api} needs a GPU to build ({machine.no_gpu}): {pip_line('tensorrt-rtx')} needs none")
 

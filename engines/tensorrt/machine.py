@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from ..manifest import Manifest
+from ..memory_needs import need_of_all, need_of_largest_stage, target_needs
 from ..specs import EngineTarget
 from ..vocabulary import TENSORRT_BACKENDS
 from .api import TITLES, installed_version, pip_line
@@ -149,11 +150,29 @@ def why_not_target(target: EngineTarget, manifest: Manifest, machine: Machine) -
     for name, plan in target.plans.items():
         if plan.onnx != (onnx := onnx_hash(manifest, name)):
             return f"{name} was built from ONNX {plan.onnx[:12]}…, the bundle has {onnx[:12]}…: {build}"
-    needed = memory_needed(target)
-    if needed is not None and needed > machine.gpu.total_memory:
-        have = f"{machine.gpu.name} has {machine.gpu.total_memory / 1e9:.1f} GB"
-        return f"needs {needed / 1e9:.1f} GB of device memory, {have}: generate smaller images or fewer at a time"
     return None
+
+
+def why_not_memory(target: EngineTarget, machine: Machine, low_memory: bool) -> str | None:
+    """The reason why a target's engines do not fit into the GPU's memory; None if they do, or if it is not known.
+
+    Args:
+        target: the engines.
+        machine: with a GPU.
+        low_memory: whether one stage's engines are loaded at a time.
+    """
+    needs = target_needs(target)
+    if not needs:
+        return None
+    assert machine.gpu is not None
+    memory, in_stages = machine.gpu.total_memory, need_of_largest_stage(needs)
+    needed = in_stages if low_memory else need_of_all(needs)
+    if needed <= memory:
+        return None
+    remedy = "generate smaller images or fewer at a time"
+    if in_stages <= memory:
+        remedy += f", or in low memory ({in_stages / 1e9:.1f} GB)"
+    return f"needs {needed / 1e9:.1f} GB of device memory, {machine.gpu.name} has {memory / 1e9:.1f} GB: {remedy}"
 
 
 def why_not_gpu(target: EngineTarget, machine: Machine) -> str | None:
@@ -167,14 +186,3 @@ def why_not_gpu(target: EngineTarget, machine: Machine) -> str | None:
     if not target.compute_capabilities and float(machine.gpu.compute_capability) < PORTABLE_FROM:
         return f"portable engines run on compute capability {PORTABLE_FROM} or newer, {has}"
     return None
-
-
-def memory_needed(target: EngineTarget) -> int | None:
-    """Device memory in bytes: all weights, and the activations of the component with the most, whose block all share.
-
-    None if TensorRT did not report them.
-    """
-    plans = target.plans.values()
-    if not plans or any(plan.weights_memory is None or plan.activation_memory is None for plan in plans):
-        return None
-    return sum(plan.weights_memory or 0 for plan in plans) + max(plan.activation_memory or 0 for plan in plans)

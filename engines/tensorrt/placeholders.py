@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError
+from ...errors import BundleError, EngineError
+from ..lowering import read_graph
 
 if TYPE_CHECKING:
     from .api import TensorRTApi
@@ -43,9 +44,9 @@ class MappedWeights:
     """
 
     def __init__(self, onnx: Path) -> None:
-        from onnx import TensorProto, load
+        from onnx import TensorProto
 
-        model = load(str(onnx), load_external_data=False)
+        model = read_graph(onnx)
         self.graph: bytes = model.SerializeToString()
         self.names: dict[tuple[int, int], str] = {}
         self._files: dict[str, mmap.mmap] = {}
@@ -92,6 +93,9 @@ def replace_weights(api: TensorRTApi, network: Any, weights: MappedWeights) -> i
 
     Returns:
         The number of placeholders, each under the name of its weights in the ONNX file.
+
+    Raises:
+        EngineError: TensorRT rejects one, without which the plan could not be refitted.
     """
     layers = list(_typed_layers(api, network))
     readers = defaultdict(list)
@@ -114,8 +118,13 @@ def replace_weights(api: TensorRTApi, network: Any, weights: MappedWeights) -> i
         new = _with_placeholders(api, network, layer, names)
         for part, name in names.items():
             old = getattr(layer, part)
-            network.set_weights_name(api.trt.Weights(_dtype(api, old), old.ctypes.data, old.size), f"unused {name}")
-            count += network.set_weights_name(getattr(new, part), name)
+            unused = api.trt.Weights(_dtype(api, old), old.ctypes.data, old.size)
+            if not (
+                network.set_weights_name(unused, f"unused {name}")
+                and network.set_weights_name(getattr(new, part), name)
+            ):
+                raise EngineError(f"{api} takes no placeholder for {name}: build with the weights in the plan")
+            count += 1
         for reader, i in readers[output]:
             reader.set_input(i, new.get_output(0))
     return count

@@ -54,9 +54,9 @@ class RuntimeCache:
             if self.own is not None:
                 with contextlib.suppress(OSError):
                     self.own.unlink(missing_ok=True)  # it is read first
-            return "compiled for this GPU"
+            return "compiled for this GPU: the next load is quicker"
         if self.own is not None and _is_written(self.own, content):
-            return f"compiled for this GPU; kept in {self.own.parent}"
+            return f"compiled for this GPU and kept in {self.own.parent}: the next load is quicker"
         folders = filter(None, (self.beside.parent, self.own and self.own.parent))
         return f"compiled for this GPU at every load: cannot write {' or '.join(map(str, folders))}"
 

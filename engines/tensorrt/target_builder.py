@@ -10,6 +10,7 @@ import msgspec
 
 from ...errors import BundleError, DiskFullError, EngineError, RequestError, disk_errors
 from ..bundle import Bundle, write_manifest
+from ..external_data import check_external_data
 from ..files import cache_folder, link_or_copy, lock_file, sha256_file, whole_file
 from ..image_shapes import narrowed
 from ..manifest import ENGINES_FOLDER, MANIFEST_NAME, FileRecord
@@ -59,7 +60,7 @@ def build_engines(
     api = load_api(chosen)
     if backend == "auto":
         progress.note(f"engines: {api}, {why_chosen(machine)}")
-    check_options(api, options, machine)
+    check_options(api, options, machine, bundle.manifest.precision)
     return _Build(bundle, api, options, machine, progress).run()
 
 
@@ -157,6 +158,7 @@ class _Build:
         with whole_file(path, is_locked=True) as unfinished, build as stage:
             for onnx in specs.files:  # an altered file would be recorded as this one
                 bundle.check_file(onnx, hashes=True)
+            check_external_data(bundle.path(specs.onnx), specs)
             built = run_build(self._job(bundle, component, specs, target, unfinished), self.progress.update)
             error = self._validate(bundle, component, specs, target, unfinished)
             record = FileRecord(size=unfinished.stat().st_size, sha256=sha256_file(unfinished))

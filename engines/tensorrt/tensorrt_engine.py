@@ -17,6 +17,7 @@ from ..by_shapes import ByShapes
 from ..cuda.capture import retain
 from ..cuda.device import free_memory, out_of_memory
 from ..engine import TORCH_DTYPES, check_feeds
+from ..external_data import check_external_data
 from ..image_shapes import extents_of
 from ..specs import Component, TensorSpec
 from .activation_memory import ActivationMemory
@@ -119,6 +120,7 @@ class TensorRTEngine:
             self._engine = self._deserialize()
             check_engine(api, self._engine, plan, component)
             if onnx is not None:
+                check_external_data(onnx, component)
                 api.refit(self._engine, onnx, self._logger)
             self._cache = api.create_runtime_cache(self._engine, cached)
         memory.require(self._engine.device_memory_size_v2)

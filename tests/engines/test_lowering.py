@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx.numpy_helper
 import onnxruntime
 import pytest
 import record_operators
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from hypersd.engines.bundle import Bundle
@@ -203,6 +206,7 @@ def test_versions_lack_what_is_lowered_for_them(sd15_bundle: Path) -> None:
         },
         "onnxruntime-gpu-1.24.4": {"Attention", "Resize", "Sin", "Cos"},
         "onnxruntime-gpu-1.25.0": {"Sin", "Cos"},
+        "onnxruntime-gpu-1.26.0": {"Sin", "Cos"},
         "onnxruntime-gpu-1.27.0": set(),
         "onnxruntime-gpu-1.31.1": set(),
     }
@@ -272,6 +276,46 @@ def test_the_weights_stay_where_they_are(sd15_bundle: Path) -> None:
     assert {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"} == {
         weights.name
     }
+
+
+def write_dequantized(path: Path, weight: np.ndarray, scale: np.ndarray, axis: int = 0) -> Path:
+    """A graph whose output is a matrix of 8-bit weights, dequantized."""
+    dtype = helper.np_dtype_to_tensor_dtype(scale.dtype)
+    node = helper.make_node("DequantizeLinear", ["weight_int8", "weight_scale"], ["weight"], axis=axis)
+    output = helper.make_tensor_value_info("weight", dtype, weight.shape)
+    tensors = {"weight_int8": weight, "weight_scale": scale}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph([node], "g", [], [output], initializers)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    return path
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from([np.float16, np.float32]),
+)
+def test_weights_of_8_bits_are_the_same_products_in_an_older_opset(
+    rows: int, columns: int, seed: int, dtype: type, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """To the bit: a product of the type that is computed in is rounded once."""
+    generator = np.random.default_rng(seed)
+    weight = generator.integers(-127, 128, (rows, columns), dtype=np.int8)
+    scale = (2.0 ** generator.uniform(-14, 2, rows)).astype(dtype)
+    path = write_dequantized(tmp_path_factory.getbasetemp() / "dequantized.onnx", weight, scale)
+    (expected,) = run(path, {})
+    path.write_bytes(lower(path, Dialect(opset=18)))
+    onnx.checker.check_model(str(path), full_check=True)
+    assert "DequantizeLinear" not in {node.op_type for node in onnx.load(path).graph.node}
+    (product,) = run(path, {})
+    assert np.array_equal(product, expected)
+
+
+def test_other_scales_than_a_rows_are_not_rewritten(tmp_path: Path) -> None:
+    path = write_dequantized(tmp_path / "model.onnx", np.ones((2, 3), np.int8), np.ones(3, np.float16), axis=1)
+    with pytest.raises(EngineError, match="DequantizeLinear is of a matrix and its rows' scales alone"):
+        lower(path, Dialect(opset=18))
 
 
 def write_node(folder: Path, operator: str, **attributes: Any) -> Path:

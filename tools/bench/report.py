@@ -102,7 +102,7 @@ class Entry:
 
     Attributes:
         how: the backend, in a few words.
-        precision: of its components' computations: ``fp32``, ``fp16`` or ``bf16``.
+        precision: as in :class:`.protocol.Facts`.
         host_memory: the largest resident size of its process, from its start to its last image; resident pages of
             mapped weight files are included.
         resting_memory: the resident size after its last image, likewise; None in reports of earlier versions.

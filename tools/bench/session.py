@@ -73,7 +73,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Pro
             range for the bundle.
         ContenderError: all contenders failed.
     """
-    requests = make_requests(bundle.manifest, options)
+    requests, precision = make_requests(bundle.manifest, options), bundle.manifest.precision
     contenders, left_out = choose_contenders(bundle, options.device, options.contenders, options.pythons)
     entrants = [Entrant(contender) for contender in contenders]
     with contextlib.ExitStack() as stack:
@@ -92,11 +92,11 @@ def run_bench(bundle: Bundle, options: BenchOptions, command: str, progress: Pro
         hypersd=__version__,
         bundle=str(bundle.root),
         checkpoint=bundle.manifest.checkpoint,
-        precision=bundle.manifest.precision,
+        precision=precision,
         images=_image_facts(requests, options, warmup),
         host=this_host(),
         contenders=[entrant.entry() for entrant in entrants],
-        comparisons=[_compare(entrants, *pair) for pair in zip(requests, taken, strict=True)],
+        comparisons=[_compare(entrants, precision, *pair) for pair in zip(requests, taken, strict=True)],
         notes=[*([RANDOM_WEIGHTS] if bundle.manifest.random_weights else []), *left_out],
     )
 
@@ -198,15 +198,15 @@ def why_no_room(bundle: Bundle, free: int | None, holds_halves: bool = False) ->
     )
 
 
-def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, Taken]) -> StepsTable:
-    """The rows of one number of steps."""
+def _compare(entrants: Sequence[Entrant], precision: str, request: Request, taken: Mapping[str, Taken]) -> StepsTable:
+    """The rows of one number of steps of a bundle in a precision."""
     ours = taken[entrants[0].name]
     rows = [
         Row(
             contender=entrant.name,
             warmup=taken[entrant.name].warmup,
             samples=taken[entrant.name].samples,
-            sameness=_sameness(entrants[0], ours, entrant, taken[entrant.name]),
+            sameness=_sameness(entrants[0], ours, entrant, taken[entrant.name], precision),
             summary=summarize(taken[entrant.name].samples, ours.samples),
         )
         for entrant in entrants
@@ -214,10 +214,11 @@ def _compare(entrants: Sequence[Entrant], request: Request, taken: Mapping[str, 
     return StepsTable(steps=request.steps, rows=rows)
 
 
-def _sameness(us: Entrant, ours: Taken, them: Entrant, theirs: Taken) -> Sameness | None:
+def _sameness(us: Entrant, ours: Taken, them: Entrant, theirs: Taken, stored: str) -> Sameness | None:
+    """The images' sameness; weights are rounded to the precision that they are stored in, whichever computes."""
     if us is them or ours.pixels is None or theirs.pixels is None:
         return None
-    return compare_images(ours.pixels, theirs.pixels, {us.precision or "", them.precision or ""})
+    return compare_images(ours.pixels, theirs.pixels, {us.precision or "", them.precision or "", stored})
 
 
 def _image_facts(requests: Sequence[Request], options: BenchOptions, warmup: int) -> ImageFacts:

@@ -8,13 +8,13 @@ import msgspec
 import pytest
 import torch
 
-from hypersd.engines.specs import EngineTarget, Plan
+from hypersd.engines.specs import EngineTarget
 from hypersd.engines.tensorrt import machine as module
 from hypersd.engines.tensorrt.machine import (
     Machine,
-    memory_needed,
     this_machine,
     why_not_backend,
+    why_not_memory,
     why_not_target,
 )
 from hypersd.engines.tensorrt.targets import onnx_hash, this_platform
@@ -34,6 +34,10 @@ def with_unet(plan_changes: dict[str, Any]) -> EngineTarget:
     made = whole()
     plan = msgspec.structs.replace(made.plans["unet"], **plan_changes)
     return msgspec.structs.replace(made, plans={**made.plans, "unet": plan})
+
+
+def on_gpu(memory: int) -> Machine:
+    return machine(gpu=gpu(name="MX450", total_memory=memory))
 
 
 def without_unet() -> EngineTarget:
@@ -104,11 +108,6 @@ TARGET_REASONS: dict[str, tuple[EngineTarget, Machine, list[str]]] = {
         machine(),
         ["unet", "f" * 12, onnx_hash(BUNDLE, "unet")[:12], "hypersd build"],
     ),
-    "memory": (
-        whole(),
-        machine(gpu=gpu(name="MX450", total_memory=5 * GIB - 1)),
-        ["needs 5.4 GB", "MX450 has 5.4 GB", "smaller images"],
-    ),
 }
 
 
@@ -130,14 +129,25 @@ def test_one_of_several_capabilities_is_enough() -> None:
 
 def test_memory_is_all_weights_and_one_block_of_activations() -> None:
     """The engines share the activations' block; where TensorRT did not say, nothing is rejected on a guess."""
-    assert memory_needed(whole()) == 3 * GIB + 2 * GIB
-    assert memory_needed(with_unet({"activation_memory": 7 * GIB})) == 3 * GIB + 7 * GIB
-    assert memory_needed(target()) is None
-    silent = with_unet({"weights_memory": None})
-    assert memory_needed(silent) is None
-    assert why_not_target(silent, BUNDLE, machine(gpu=gpu(total_memory=1))) is None
-    assert why_not_target(whole(), BUNDLE, machine(gpu=gpu(total_memory=5 * GIB))) is None
-    assert isinstance(silent.plans["unet"], Plan)
+    large = with_unet({"activation_memory": 7 * GIB})
+    for made, needed in ((whole(), 3 * GIB + 2 * GIB), (large, 3 * GIB + 7 * GIB)):
+        assert why_not_memory(made, on_gpu(needed), low_memory=False) is None
+        assert why_not_memory(made, on_gpu(needed - 1), low_memory=False) is not None
+    for made in (target(), with_unet({"weights_memory": None})):
+        assert why_not_memory(made, on_gpu(1), low_memory=False) is None
+
+
+def test_in_low_memory_the_largest_stage_has_to_fit() -> None:
+    """A GPU that is too small for all engines at once is named, with the memory that they need one after another."""
+    reason = why_not_memory(whole(), on_gpu(3 * GIB), low_memory=False)
+    assert reason == (
+        "needs 5.4 GB of device memory, MX450 has 3.2 GB: generate smaller images or fewer at a time, "
+        "or in low memory (3.2 GB)"
+    )
+    assert why_not_memory(whole(), on_gpu(3 * GIB), low_memory=True) is None
+    reason = why_not_memory(whole(), on_gpu(3 * GIB - 1), low_memory=True)
+    assert reason is not None
+    assert reason.endswith("generate smaller images or fewer at a time")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from hypersd.engines.tensorrt.runtime_cache import RuntimeCache, find_runtime_cache
 
+KEPT = "compiled for this GPU: the next load is quicker"
 SHA, VERSION, GPU = "0123456789abcdef" * 4, "1.7.1.116", "NVIDIA GeForce RTX 4090"
 
 
@@ -56,7 +57,7 @@ def test_kernels_are_kept_beside_the_plan(bundle: Path, own_folder: Path) -> Non
     cache = cache_of(bundle)
     assert list(cache.contents()) == []
     for content in (b"kernels" * 1000, b"fewer", b"\x00\xff"):
-        assert cache.keep(content) == "compiled for this GPU"
+        assert cache.keep(content) == KEPT
         assert list(cache.contents()) == [content]
     assert cache.keep(b"\x00\xff") == "compiled at an earlier load"
     assert cache.keep(b"") == ""
@@ -69,7 +70,7 @@ def test_kernels_of_other_bytes_are_replaced(bundle: Path, own_folder: Path, old
     """Whatever the length of the old content."""
     cache = cache_of(bundle)
     cache.beside.write_bytes(old)
-    assert cache.keep(b"kernels") == "compiled for this GPU"
+    assert cache.keep(b"kernels") == KEPT
     assert list(cache.contents()) == [b"kernels"]
 
 
@@ -77,7 +78,7 @@ def test_a_read_only_bundle_is_compiled_once(read_only: Callable[..., Path], own
     """The container's command mounts bundles so: the kernels are in the user's folder at the next load."""
     folder = read_only()
     note = cache_of(folder).keep(b"kernels")
-    assert note == f"compiled for this GPU; kept in {own_folder / 'kernels'}"
+    assert note == f"compiled for this GPU and kept in {own_folder / 'kernels'}: the next load is quicker"
     assert list(cache_of(folder).contents()) == [b"kernels"]
     assert cache_of(folder).keep(b"kernels") == "compiled at an earlier load"
     assert len(files_below(own_folder)) == 1
@@ -100,7 +101,7 @@ def test_the_users_kernels_go_when_the_bundle_holds_newer_ones(bundle: Path, own
     assert cache.own is not None
     cache.own.parent.mkdir(parents=True)
     cache.own.write_bytes(b"old")
-    assert cache.keep(b"kernels") == "compiled for this GPU"
+    assert cache.keep(b"kernels") == KEPT
     assert list(cache.contents()) == [b"kernels"]
 
 
@@ -139,7 +140,7 @@ def test_a_user_without_a_home_can_load(bundle: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     cache = cache_of(bundle)
     assert cache.own is None
-    assert cache.keep(b"kernels") == "compiled for this GPU"
+    assert cache.keep(b"kernels") == KEPT
 
 
 def test_a_full_disk_keeps_the_old_kernels(mount_disk: Callable[[str], Path], tmp_path: Path, monkeypatch) -> None:

@@ -469,11 +469,20 @@ def test_auto_takes_what_can_build_here() -> None:
 def test_tensorrt_builds_for_its_own_gpu_alone() -> None:
     """The backend that takes no compute capability, as far as a stand-in shows it."""
     api = TensorRTApi("tensorrt", types.SimpleNamespace(__version__="10.16.1.11"))
-    check_options(api, BuildOptions(stripped=True), machine(gpu=gpu()))
+    check_options(api, BuildOptions(stripped=True), machine(gpu=gpu()), "int8")
     asked = BuildOptions(compute_capabilities=("8.9",))
-    assert "this machine's GPU only" in refusal(RequestError, lambda: check_options(api, asked, machine()))
+    assert "this machine's GPU only" in refusal(RequestError, lambda: check_options(api, asked, machine(), "fp16"))
     no_gpu = machine(gpu=None, no_gpu="no CUDA device: a fake")
-    assert "a fake" in refusal(DeviceError, lambda: check_options(api, BuildOptions(), no_gpu))
+    assert "a fake" in refusal(DeviceError, lambda: check_options(api, BuildOptions(), no_gpu, "fp16"))
+
+
+def test_rtx_leaves_no_weights_of_8_bits_out() -> None:
+    """Its plan would be called one without weights and have most of them."""
+    api = TensorRTApi("tensorrt-rtx", types.SimpleNamespace(__version__="1.7.1.116"))
+    check_options(api, BuildOptions(stripped=True), machine(), "fp16")
+    check_options(api, BuildOptions(), machine(), "int8")
+    reason = refusal(RequestError, lambda: check_options(api, BuildOptions(stripped=True), machine(), "int8"))
+    assert "keeps int8 weights in its plans: build them without --strip-weights" in reason
 
 
 # Disks
