@@ -130,8 +130,8 @@ class Pipeline:
             bundle: the folder that ``hypersd export`` wrote, or ``owner/name`` of a bundle on the Hub (with a revision:
                 ``owner/name@revision``), or a loaded bundle.
             backend: ``"tensorrt"``, ``"tensorrt-rtx"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` takes TensorRT
-                engines of the bundle that can run here, else, for a bundle in half precision on a CPU, OpenVINO if it is
-                installed, else ONNX Runtime; :attr:`choice` says which and why.
+                engines of the bundle that can run here, else, for a bundle in half precision on a CPU, OpenVINO if it
+                is installed, else ONNX Runtime; :attr:`choice` says which and why.
             device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
             target: which of the bundle's TensorRT engines, by the name that ``hypersd info`` shows or a part of it.
             progress: reports long work; TensorRT-RTX compiles its kernels at the first load on a machine.

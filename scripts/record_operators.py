@@ -24,8 +24,8 @@ from unpacked_wheels import output, run_beside, unpacked_wheel
 
 OUT = Path(__file__).parents[1] / "tests" / "assets" / "operators"
 DISTRIBUTION = "onnxruntime-gpu"
-# The last for Python 3.10, the last without Attention, the first and the last with it and without Sin and Cos, the first
-# with all, and the newest.
+# The last for Python 3.10, the last without Attention, the first and the last with it but without Sin and Cos, the
+# first with all, and the newest.
 VERSIONS = ("1.23.2", "1.24.4", "1.25.0", "1.26.0", "1.27.0", "1.31.1")
 CC = ("cc", "-shared", "-fPIC", "-w", "-x", "c", "-")
 LAST = 2**31 - 1  # the end of a range of opsets that has none

@@ -193,9 +193,7 @@ class _Build:
         if self.job.timing_cache and (path := Path(self.job.timing_cache)).is_file():
             cache = config.create_timing_cache(path.read_bytes())
             if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-                self.notes.append(
-                    f"the timing cache {path} is damaged, or of another TensorRT or GPU: it is written anew"
-                )
+                self.notes.append(f"the timing cache {path} is damaged, or not of this TensorRT and GPU: written anew")
 
     def _save_timing_cache(self, config: Any, path: Path) -> None:
         """Keep kernel timings for the next build; a failure is a note, since the plan itself is good."""
