@@ -73,8 +73,8 @@ class Facts:
     """Facts about a contender that are known once it is loaded.
 
     Attributes:
-        precision: of the components' computations: ``fp32``, ``fp16`` or ``bf16``; ``int8`` of an int8 bundle on ONNX Runtime
-            or TensorRT.
+        precision: of the components' computations: ``fp32``, ``fp16`` or ``bf16``; ``int8`` of an int8 bundle on ONNX
+            Runtime or TensorRT.
         device: ``cpu``, or a CUDA device with its name.
         how: the backend, in a few words.
         packages: the distributions whose versions are reported.

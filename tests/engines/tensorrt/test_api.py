@@ -377,6 +377,25 @@ def test_kernel_timings_are_read_where_no_lock_can_be_written(imported: StandIn,
 
 
 @pytest.mark.parametrize("version", PLAIN[:1])
+@pytest.mark.parametrize("reply", [{"create": None}, {"set": False}], ids=["damaged", "of another GPU"])
+def test_kernel_timings_that_are_rejected_are_made_anew(reply: dict, imported: StandIn, job: BuildJob) -> None:
+    """The build goes on without them, and says so."""
+    assert job.timing_cache is not None
+    Path(job.timing_cache).parent.mkdir()
+    Path(job.timing_cache).write_bytes(b"old timings")
+    create = imported.behaviour["IBuilderConfig.create_timing_cache"]
+    imported.behaviour |= {
+        "IBuilderConfig.create_timing_cache": lambda config, content: (
+            create(config) if "create" not in reply or not content else reply["create"]
+        ),
+        "IBuilderConfig.set_timing_cache": lambda *_: reply.get("set", True),
+    }
+    (note,) = [note for note in build_plan(job, lambda fraction, detail: True).notes if "timing cache" in note]
+    assert note.endswith("is damaged, or not of this TensorRT and GPU: written anew")
+    assert Path(job.timing_cache).read_bytes() == b"timings"
+
+
+@pytest.mark.parametrize("version", PLAIN[:1])
 def test_a_build_takes_the_cores_that_are_available(
     imported: StandIn, job: BuildJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,14 @@ def test_another_image_is_marked_and_not_hidden(bench, stand_in) -> None:
     assert "250" in line
 
 
+def test_images_of_rounded_weights_are_judged_as_such(contenders, stand_in, copy_bundle, sd15_bundle: Path) -> None:
+    """An int8 bundle on a library that computes in float32 has not the images of float32 weights."""
+    contenders(stand_in(grey=0), stand_in("level", grey=1))
+    bundle = copy_bundle(sd15_bundle, precision="int8")
+    report = run_bench(bundle, BenchOptions(), "hypersd bench BUNDLE", Silent())
+    assert [row.sameness and row.sameness.verdict for row in report.comparisons[0].rows] == [None, "close"]
+
+
 def test_the_report_survives_json(bench, stand_in) -> None:
     """A written report holds all that was measured, failures and equal images included; no value becomes null."""
     report = bench(stand_in(), stand_in("b"), stand_in("c", raises_at=2), rounds=2, steps=[1, 2])
