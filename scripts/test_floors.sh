@@ -75,8 +75,8 @@ done
 "$FLOORS/export/bin/python" -m pip install -q --disable-pip-version-check --no-deps -e .
 floors "$EXTRAS,export" >"$FLOORS/export.txt"
 {
-    grep -vE '^(torch|diffusers)==' "$FLOORS/export.txt"
-    floors "" | grep '^torch=='
+    floors "$EXTRAS"
+    floors export | grep -vE '^(torch|diffusers|huggingface-hub)=='
     echo "diffusers==$REFERENCE"
 } >"$FLOORS/runtime.txt"
 # The exporter's libraries are what the runtime's tests compare with.
