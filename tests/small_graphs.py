@@ -37,6 +37,16 @@ def write_add(path: Path) -> Component:
     return write_graph(path, nodes, {"a": (ROWS, COLUMNS), "b": (COLUMNS, ROWS)}, {"out": (ROWS, COLUMNS)})
 
 
+def write_attention(folder: Path) -> Path:
+    """A file with one Attention node."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 4, 8]) for name in "qkv"]
+    result = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 2, 4, 8])
+    graph = helper.make_graph([helper.make_node("Attention", [*"qkv"], ["out"])], "g", inputs, [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
 def component(inputs: dict[str, Any], outputs: dict[str, Any]) -> Component:
     def specs(shapes: dict[str, Any]) -> dict[str, TensorSpec]:
         return {name: TensorSpec(dtype="float32", shape=shape) for name, shape in shapes.items()}

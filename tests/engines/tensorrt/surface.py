@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 RECORDINGS = sorted((Path(__file__).parents[2] / "assets" / "tensorrt_api").glob("*.json"))
+VERSIONS = {recording.stem: recording for recording in RECORDINGS}
+RTX = [name for name in VERSIONS if name.startswith("tensorrt_rtx")]
+PLAIN = [name for name in VERSIONS if name not in RTX]
 PLAN = b"the plan"
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # by name: TensorRT's name of the type, and the shape
