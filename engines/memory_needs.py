@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from .manifest import Manifest
 from .precision import COMPUTE_BYTES, PRECISIONS
 from .specs import Component, EngineTarget
-from .staged_engines import stage_of
+from .stages import stage_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def need_of_all(needs: Needs) -> int:
 
 
 def need_of_largest_stage(needs: Needs) -> int:
-    """Bytes with one stage loaded at a time (:mod:`.staged_engines`), all ControlNets included."""
+    """Bytes with one stage loaded at a time (:mod:`.stages`), all ControlNets included."""
     stages = {stage_of(name) for name in needs}
     return max(
         _sum({name: need for name, need in needs.items() if stage_of(name) == stage}, lambda need: need.total)

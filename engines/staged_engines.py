@@ -9,18 +9,7 @@ from torch import Tensor
 
 from .engine import Engine, EngineWrapper
 from .late_engine import LateEngine
-
-TEXT, DENOISE = "text", "denoise"
-
-
-def stage_of(component: str) -> str:
-    """The components that are loaded together have one stage: the text encoders, and the UNet with its ControlNets.
-
-    ControlNets run beside the UNet in every step. SDXL's text encoders have a third of its UNet's weights together, so
-    they do not raise the peak, and several prompts run them in turn. All others are a stage of their own.
-    """
-    kind = component.partition("/")[0]
-    return TEXT if kind.startswith("text_encoder") else DENOISE if kind in ("unet", "controlnet") else component
+from .stages import stage_of
 
 
 class StagedEngines(Mapping[str, Engine]):

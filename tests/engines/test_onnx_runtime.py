@@ -586,7 +586,7 @@ def test_nodes_on_the_cpu_are_a_warning(
     record_sessions(monkeypatch, NOT_ALL_ON_THE_GPU, on_cpu=on_cpu)
     monkeypatch.setattr(module.ort, "__version__", version)
     if not has_onnx:
-        monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "onnx", None)  # neither found nor imported
     with pytest.warns(module.CpuNodesWarning, match=rf": {remedy}$") as caught:
         module._make_cuda_session(path, torch.device("cuda", 0), 1, SomeStream())
     (message,) = [str(warning.message) for warning in caught]
