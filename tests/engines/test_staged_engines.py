@@ -185,7 +185,7 @@ MEASURE = """if True:
 
     path, backend, width = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     spec = TensorSpec(dtype="float32", shape=(64, width))
-    component = Component(inputs={"x": spec}, outputs={"y": spec}, files=("net.onnx",), key="0" * 64)
+    component = Component(inputs={"x": spec}, outputs={"y": spec}, files=("net.onnx", "net.onnx_data"), key="0" * 64)
     if backend == "onnxruntime":
         from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
         load = lambda: OnnxRuntimeEngine("net", path, component, torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from hypersd.engines.engine import Engine
 from hypersd.engines.files import link_or_copy
 from hypersd.engines.onnx_runtime import OnnxRuntimeEngine
 from hypersd.engines.stored_models import VARIABLE, StoredModel, StoredModelWarning, find_stored_model
+
+IS_OLD = tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24)
 
 CPU = torch.device("cpu")
 
@@ -77,11 +80,11 @@ def models(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
 
 
-def assert_same(ours: Engine, theirs: Engine) -> None:
+def assert_same(ours: Engine, theirs: Engine, tolerance: float = 0.0) -> None:
     feeds = random_feeds(ours.inputs, seed=0)
     expected = theirs.run(feeds)
     for name, tensor in ours.run(feeds).items():
-        assert torch.equal(tensor, expected[name]), name
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance)
         assert tensor.isfinite().all()
         assert tensor.float().std() > 0, "a constant output would prove nothing"
 
@@ -148,7 +151,7 @@ def test_another_number_of_threads_takes_the_same_model(
     """Processes on one and on two cores would otherwise throw away each other's models."""
     engines = [unet(number) for number in threads]
     assert hows(opened) == ["stores", "stored", "stored"]
-    assert_same(*engines)
+    assert_same(*engines, tolerance=1e-5 if IS_OLD else 0.0)  # where another number of threads rounds otherwise
 
 
 # Packed weights
@@ -355,7 +358,8 @@ def test_a_damaged_bundle_is_rejected_as_ever(
 ) -> None:
     """The error is the bundle's own, and nothing is stored."""
     (tmp_path / "bundle" / "unet" / "model.onnx").write_bytes(b"not a model")
-    with pytest.warns(StoredModelWarning), pytest.raises(module.BundleError, match=r"bundle.unet.model\.onnx cannot"):
+    warns = contextlib.nullcontext() if IS_OLD else pytest.warns(StoredModelWarning)  # its file is read before
+    with warns, pytest.raises(module.BundleError, match=r"bundle.unet.model\.onnx cannot"):
         unet()
     assert models(folder) == []
 
