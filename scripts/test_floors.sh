@@ -7,8 +7,8 @@
 # The floors are read from pyproject.toml. There are two environments, because an export needs a newer torch than the
 # runtime:
 #   export    torch's floor in the extra `export`: the exporter's tests and all others below, which export their bundles
-#   runtime   torch's floor in the dependencies: the same tests but the exporter's, on those bundles; a test that would
-#             export one of its own is skipped
+#   runtime   torch's floor in the dependencies: the same tests but the exporter's and those of LoRA files, on those
+#             bundles; a test that would export one of its own is skipped
 # TensorRT's tests are left out: the floors of polygraphy and tensorrt-rtx are what constraints.txt pins.
 # They lie in $FLOORS (default: build/floors), take about 14 GB where pip finds only torch's CUDA builds, and are kept:
 # a second run installs nothing. PYTEST_ADDOPTS is passed on to pytest, such as "-n 2 --dist worksteal".
@@ -19,8 +19,8 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 PYTHON="${1:-python3.10}"
 FLOORS="${FLOORS:-$ROOT/build/floors}"
 EXTRAS=serve,hub,control,video,openvino # all that the tests below use and that installs without a GPU
-ROOMS=(tests/runtime tests/engines tests/samplers tests/families tests/weights tests/serve tests/video)
-EXPORTER=(tests/export tests/test_parity.py)
+ROOMS=(tests/runtime tests/engines tests/samplers tests/families tests/serve tests/video)
+EXPORTER=(tests/export tests/weights tests/test_parity.py) # peft, which tests/weights compare with, fails on torch 2.4
 REFERENCE=0.36.0 # the newest diffusers that imports on torch 2.4: the runtime's tests compare with it
 
 # floors EXTRA,EXTRA: the lowest versions of the package with these extras, as constraints of pip; of several floors of a
