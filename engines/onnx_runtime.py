@@ -35,6 +35,7 @@ NOT_RECORDABLE = "cannot use the graph capture feature"
 # The ONNX that the CUDA provider has had kernels for since 1.23; tests/assets/operators lists them by version.
 CUDA_DIALECT = Dialect(opset=18, lacks=frozenset({"Attention", "Gelu", "GroupNormalization"}))
 ALL_KERNELS_SINCE = (1, 27)  # the first version with CUDA kernels for our graphs as they are
+READS_HALF_SCALES_SINCE = (1, 28)  # before, its optimization of weights in 8 bits with float16 scales fails
 # Operators of our graphs without such a kernel in 1.23, which cannot tell which nodes it runs on the CPU.
 SILENT_VERSIONS_LACK = (
     *("Attention", "Cast", "Conv", "Cos", "DequantizeLinear", "Reshape", "Resize", "Shape", "Sin", "Squeeze"),
@@ -220,6 +221,8 @@ def _session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 4  # errors are raised; a log would repeat them
     # Every session has threads of its own: spinning threads take the cores from the next session and from torch.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if _release() < READS_HALF_SCALES_SINCE:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
@@ -316,7 +319,11 @@ def _lowered(path: Path, options: ort.SessionOptions) -> bytes | None:
 
 
 def _has_all_kernels() -> bool:
-    return tuple(int(part) for part in ort.__version__.split(".")[:2]) >= ALL_KERNELS_SINCE
+    return _release() >= ALL_KERNELS_SINCE
+
+
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in ort.__version__.split(".")[:2])
 
 
 def _warn_of_cpu_nodes(path: Path, session: ort.InferenceSession, *, is_lowered: bool) -> None:

@@ -77,7 +77,7 @@ def hows(opened: list[tuple[Path, str]]) -> list[str]:
 
 def models(folder: Path) -> list[Path]:
     """The content of the folder without locks."""
-    return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
+    return sorted(path for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
 
 
 def assert_same(ours: Engine, theirs: Engine, tolerance: float = 0.0) -> None:

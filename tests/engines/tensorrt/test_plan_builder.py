@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,13 @@ def test_weights_that_are_cut_off_are_rejected(tmp_path: Path) -> None:
         build(job)
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
-@pytest.mark.parametrize("bundle", ["sd15_bundle", "sdxl_dynamic_bundle"])
+@pytest.mark.parametrize(
+    ("bundle", "component"),
+    [
+        *product(["sd15_bundle", "sdxl_dynamic_bundle"], ["text_encoder", "unet", "vae_decoder"]),
+        *product(["sdxl_dynamic_bundle"], ["controlnet/canny", "controlnet_cond_embedding/canny", "vae_encoder"]),
+    ],
+)
 def test_the_networks_of_a_bundle_build(
     bundle: str, component: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
