@@ -119,6 +119,8 @@ def signatures(name: str, doc: str) -> Iterator[str]:
     for line in overloads or [first]:
         if line.startswith(f"{name}(self"):
             line = re.sub(r"\b\w+_bindings\.\w+\.", "", line)
+            # Python 3.12 and 3.13 have names of their own for what older ones take from typing_extensions.
+            line = re.sub(r"\b(?:collections\.abc|types)\.(Buffer|CapsuleType)\b", r"typing_extensions.\1", line)
             yield re.sub(rf"^{name}\(self(: \w+)?(, )?", "(", line)
 
 
