@@ -431,7 +431,7 @@ class PlainEngine:
 
 def _check_places(path: Path, component: Component) -> None:
     """Check the places of weights where ONNX Runtime does not: before 1.24 it reads whichever file a graph names."""
-    if tuple(map(int, ort.__version__.split(".")[:2])) < (1, 24):
+    if _release() < (1, 24):
         check_external_data(path, component)
 
 

@@ -29,16 +29,22 @@ OPEN_CLIP = {
 }  # fmt: skip
 
 
-def ldm_unet(unet: Any) -> dict[str, Tensor]:
-    """A diffusers UNet under the original Stable Diffusion's names."""
-    layers = unet.config.layers_per_block
-    places: dict[str, str] = dict(UNET_ENDS)
-    for i, block in enumerate(unet.down_blocks):
+def ldm_down_blocks(net: Any) -> dict[str, str]:
+    """The original names of the down blocks of a UNet or ControlNet, by diffusers'."""
+    layers, places = net.config.layers_per_block, {}
+    for i, block in enumerate(net.down_blocks):
         for j in range(layers):
             places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{(layers + 1) * i + j + 1}.0"
             places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{(layers + 1) * i + j + 1}.1"
         if block.downsamplers:
             places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(layers + 1) * (i + 1)}.0.op"
+    return places
+
+
+def ldm_unet(unet: Any) -> dict[str, Tensor]:
+    """A diffusers UNet under the original Stable Diffusion's names."""
+    layers = unet.config.layers_per_block
+    places = UNET_ENDS | ldm_down_blocks(unet)
     for i, block in enumerate(unet.up_blocks):
         for j in range(layers + 1):
             places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{(layers + 1) * i + j}.0"

@@ -24,7 +24,7 @@ from hypersd.samplers import make_sampler
 from hypersd.samplers.schedule import alphas_cumprod
 
 from .fake_hub import BASES, FakeHub
-from .ldm_checkpoints import ldm_vae, rename, single_file
+from .ldm_checkpoints import ldm_down_blocks, ldm_vae, rename, single_file
 from .tiny_sources import ENTRIES, FAMILIES, assert_same, find, load, one_line, precisions
 
 PREFIX = {"sd15": "cond_stage_model.transformer.x", "sdxl": "conditioner.embedders.1.model.x"}
@@ -377,19 +377,12 @@ def test_files_that_are_no_vae(kind: str, tiny_repos: Path, tmp_path: Path) -> N
 
 def ldm_controlnet(net: Any) -> dict[str, Tensor]:
     """A ControlNet under the names of its first repository (lllyasviel/ControlNet)."""
-    layers, places = net.config.layers_per_block, {}
-    hint = "controlnet_cond_embedding"
+    places, hint = ldm_down_blocks(net), "controlnet_cond_embedding"
     places |= {f"{hint}.conv_in": "input_hint_block.0", f"{hint}.conv_out": "input_hint_block.14"}
     places |= {f"{hint}.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(6)}
     places |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
     places |= {"conv_in": "input_blocks.0.0", "controlnet_mid_block": "middle_block_out.0"}
     places |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(len(net.controlnet_down_blocks))}
-    for i, block in enumerate(net.down_blocks):
-        for j in range(layers):
-            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{(layers + 1) * i + j + 1}.0"
-            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{(layers + 1) * i + j + 1}.1"
-        if block.downsamplers:
-            places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{(layers + 1) * (i + 1)}.0.op"
     places |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
     places |= {"mid_block.resnets.1": "middle_block.2"}
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",

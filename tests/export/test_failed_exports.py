@@ -257,32 +257,12 @@ def test_finished_ones_need_no_space(run: Run, cheap: Any, tmp_path: Path, monke
     Bundle.load(tmp_path / "same", hashes=True)
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """``mount(kilobytes)``: a file system of that size."""
-    disks: list[Path] = []
-
-    def make(kilobytes: int) -> Path:
-        disk = tmp_path / f"disk{len(disks)}"
-        disk.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting a tmpfs is not permitted here: {done.stderr.strip()}")
-        disks.append(disk)
-        return disk
-
-    yield make
-    for disk in disks:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("kilobytes", [96, 360])
 def test_the_disk_fills_up_for_real(
-    kilobytes: int, mount: Callable[[int], Path], run: Run, monkeypatch: pytest.MonkeyPatch
+    kilobytes: int, mount_disk: Callable[[str], Path], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real tracing onto a tmpfs that fills up at the first or the second component: one line, and nothing is left."""
-    disk = mount(kilobytes)
+    disk = mount_disk(f"{kilobytes}k")
     monkeypatch.setattr("hypersd.export.exporter.check_space", lambda *_: None)
     with pytest.raises(DiskFullError) as error:
         run(out=f"{disk.name}/out")

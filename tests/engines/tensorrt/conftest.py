@@ -11,22 +11,14 @@ from hypersd.engines import Bundle
 from hypersd.engines.tensorrt.api import TensorRTApi
 from hypersd.engines.tensorrt.build_process import BuildJob
 
+from .bundle_jobs import component_job
 from .surface import VERSIONS, StandIn
 
 
 @pytest.fixture
 def unet_job(sdxl_dynamic_bundle: Path, tmp_path: Path) -> BuildJob:
     """A UNet with ranges, as export writes it: seconds of work, so that there is time to do something to the build."""
-    bundle = Bundle.load(sdxl_dynamic_bundle)
-    specs = bundle.component("unet")
-    return BuildJob(
-        backend="tensorrt-rtx",
-        component="unet",
-        onnx=str(bundle.path(specs.onnx)),
-        plan=str(tmp_path / "unet.plan"),
-        inputs=specs.inputs,
-        outputs=specs.outputs,
-    )
+    return component_job(Bundle.load(sdxl_dynamic_bundle), "unet", tmp_path / "unet.plan")
 
 
 @pytest.fixture(params=VERSIONS)

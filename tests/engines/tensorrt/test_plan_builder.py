@@ -20,6 +20,7 @@ from hypersd.engines.tensorrt.plan_builder import BuildCancelledError, _Build, b
 from hypersd.engines.tensorrt.validate import _check_file
 from hypersd.errors import BundleError, EngineError
 
+from .bundle_jobs import component_job
 from .polygraphy_switch import polygraphy_for
 
 pytest.importorskip("tensorrt_rtx")
@@ -195,18 +196,9 @@ def test_a_plan_with_all_of_its_weights_is_not_called_one_without(tmp_path: Path
 def test_the_unet_of_a_bundle_builds_without_weights(sd15_tiny_vae_bundle: Path, tmp_path: Path) -> None:
     """As export writes it, with ranges."""
     bundle = Bundle.load(sd15_tiny_vae_bundle)
-    unet = bundle.component("unet")
-    job = BuildJob(
-        backend="tensorrt-rtx",
-        component="unet",
-        onnx=str(bundle.path(unet.onnx)),
-        plan=str(tmp_path / "plan"),
-        inputs=unet.inputs,
-        outputs=unet.outputs,
-        stripped=True,
-    )
+    job = component_job(bundle, "unet", tmp_path / "plan", stripped=True)
     build(job)
-    _check_file(load_api("tensorrt-rtx"), Path(job.plan), unet)
+    _check_file(load_api("tensorrt-rtx"), Path(job.plan), bundle.component("unet"))
 
 
 def test_weights_that_are_cut_off_are_rejected(tmp_path: Path) -> None:
@@ -233,14 +225,7 @@ def test_the_networks_of_a_bundle_build(
     """As export writes them, in fp32 and fixed, in fp16 and ranged: TensorRT's parser takes every operator."""
     opened = Bundle.load(request.getfixturevalue(bundle))
     specs = opened.manifest.components[component]
-    job = BuildJob(
-        backend="tensorrt-rtx",
-        component=component,
-        onnx=str(opened.path(specs.onnx)),
-        plan=str(tmp_path / "plan"),
-        inputs=specs.inputs,
-        outputs=specs.outputs,
-    )
+    job = component_job(opened, component, tmp_path / "plan")
     built = build(job)
     _check_file(load_api("tensorrt-rtx"), Path(job.plan), specs)
     weights = sum(opened.manifest.files[file].size for file in specs.files)
