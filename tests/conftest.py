@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloading import read_torchlib_once
 
 os.environ["HF_HUB_OFFLINE"] = (
     "1"  # nothing here may reach for the network; tests of the Hub start processes of their own
@@ -25,6 +26,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+gc.set_threshold(20_000)  # a trace makes millions of objects that last as long as it does
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -55,18 +57,6 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
         frozen_modules = len(sys.modules)
     read_torchlib_once()
-
-
-def read_torchlib_once() -> None:
-    """Keep the table of operators of torch's exporter, which each trace would read from the source of 600 functions.
-
-    That is a quarter of what the trace of a tiny network takes. Exports in processes of their own do read it each time.
-    """
-    registration = sys.modules.get("torch.onnx._internal.exporter._registration")
-    registry = getattr(registration, "ONNXRegistry", None)
-    read = getattr(registry, "from_torchlib", None)
-    if read is not None and not hasattr(read, "cache_info"):
-        registry.from_torchlib = staticmethod(functools.cache(read))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -211,18 +201,24 @@ def export_inpainting(bundles_folder: Path, inpainting_options) -> Callable[[str
 
 @pytest.fixture(scope="session")
 def batch_of_three_bundle(bundles_folder: Path, source_options) -> Path:
-    """A tiny SD1.5 in fp32 whose components take three images at a time. Do not write to it."""
+    """A tiny SD1.5 in fp32 without image encoder, whose components take three images at a time. Do not write to it."""
     from hypersd.export import ExportOptions, ShapeOptions, export_bundle
 
     name = "Hyper-SD15-1step-lora"
-    options = ExportOptions(sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3))
+    options = ExportOptions(
+        sources=source_options(name), precision="fp32", shapes=ShapeOptions(batch=3), text_only=True
+    )
     return export_bundle(name, bundles_folder / f"{name}-batch3", options).root
 
 
 @pytest.fixture(scope="session")
 def sd15_tiny_vae_bundle(bundles_folder: Path, tiny_repos: Path, source_options) -> Path:
-    """SD1.5 in fp32 with TAESD's decoder, 1 or 2 images a run, 64 to 96 pixels high. Do not write to it."""
+    """SD1.5 in fp32 with TAESD's decoder and a LoRA slot, 1 or 2 images a run, 64 to 96 pixels high.
+
+    Do not write to it.
+    """
     from hypersd.export import ExportOptions, ShapeOptions, export_bundle
+    from hypersd.export.lora_slot import SlotOptions
 
     name = "Hyper-SD15-1step-lora"
     options = ExportOptions(
@@ -230,6 +226,7 @@ def sd15_tiny_vae_bundle(bundles_folder: Path, tiny_repos: Path, source_options)
         shapes=ShapeOptions(dynamic={"batch": (1, 1, 2), "height": (64, 64, 96)}),
         precision="fp32",
         text_only=True,
+        lora_slot=SlotOptions(rank=4, with_text=True),
     )
     return export_bundle(name, bundles_folder / f"{name}-dynamic", options).root
 
@@ -242,6 +239,14 @@ def sd15_bundle(export_tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def sdxl_bundle(export_tiny: Callable[[str], Path]) -> Path:
     return export_tiny("Hyper-SDXL-1step-lora")
+
+
+@pytest.fixture(scope="session")
+def load_pipeline() -> Callable[..., Any]:
+    """``load_pipeline(bundle, backend)``: a bundle's pipeline, loaded once a session. Load no adapters into it."""
+    from hypersd import Pipeline
+
+    return functools.cache(Pipeline.load)
 
 
 @pytest.fixture(scope="session")

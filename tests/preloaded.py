@@ -2,8 +2,8 @@
 
 `start` and `run` do what `subprocess.Popen` and `subprocess.run` do with ``[sys.executable, *words]`` and text. All of
 the command is real but the imports: process, signals, folder, environment, streams, exit code. The package itself is
-not imported beforehand, nor are libraries that read variables of the environment when they are (huggingface_hub,
-transformers, diffusers). Each command has a test with a fresh process besides (tests/cli).
+not imported beforehand, nor are the libraries of the Hub for a command with other variables of theirs, which they read
+when they are imported. Each command has a test with a fresh process besides (tests/cli).
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ from typing import IO, Any
 PROGRAM = Path(__file__).with_name("preloading.py")
 LIBRARIES = (
     "numpy", "PIL.Image", "rich.console", "rich.progress", "safetensors.torch", "tokenizers",
-    "torch", "torch._dynamo", "torch.export", "torch.onnx", "onnx", "onnx_ir", "onnxscript",
+    "torch", "torch._dynamo", "torch.export", "torch.onnx._internal.exporter._registration",
+    "onnx", "onnx_ir", "onnxscript",
 )  # fmt: skip
+HUB_LIBRARIES = (
+    "transformers.models.clip.modeling_clip", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.autoencoders.autoencoder_tiny", "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.controlnets.controlnet",
+)  # fmt: skip
+READ_BY_HUB_LIBRARIES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "DIFFUSERS_", "XDG_", "HOME")  # when imported
 READ_AT_START = ("OMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTHON", "LD_", "MALLOC_")  # by Python or these libraries
 
 
 @functools.cache
-def _server() -> socket.socket:
-    """The socket of a process with the libraries, which ends with this one."""
+def _server(*libraries: str) -> socket.socket:
+    """The socket of a process with these libraries, which ends with this one."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, str(PROGRAM), str(theirs.fileno()), *LIBRARIES]
+    command = [sys.executable, str(PROGRAM), str(theirs.fileno()), *libraries]
     subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
     theirs.close()
     return ours
@@ -47,6 +54,7 @@ class Process:
         changed = {name for name in env.keys() | os.environ.keys() if env.get(name) != os.environ.get(name)}
         read_at_start = {name for name in changed if name.startswith(READ_AT_START)}
         assert not read_at_start, f"{read_at_start} act at the start of a process: start a fresh one"
+        hub = () if any(name.startswith(READ_BY_HUB_LIBRARIES) for name in changed) else HUB_LIBRARIES
         self.args, self.returncode = words, None
         self.stdin, stdin = _open(streams["stdin"], 0)
         self.stdout, stdout = _open(streams["stdout"], 1)
@@ -55,7 +63,7 @@ class Process:
         )
         self._link, link = socket.socketpair()
         descriptors = [link.detach(), stdin, stdout, stderr]
-        socket.send_fds(_server(), [b"."], descriptors)
+        socket.send_fds(_server(*LIBRARIES, *hub), [b"."], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         cores = list(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -49,8 +49,8 @@ def photograph(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture
-def load(export_controlled: Callable[[str], Path]) -> Callable[[str], Pipeline]:
-    return lambda name: Pipeline.load(export_controlled(name))
+def load(export_controlled: Callable[[str], Path], load_pipeline: Callable[..., Pipeline]) -> Callable[[str], Pipeline]:
+    return lambda name: load_pipeline(export_controlled(name))
 
 
 def generate_theirs(pipe: Any, **call: Any) -> np.ndarray:
@@ -132,9 +132,11 @@ def test_control_shows(name: str, load) -> None:
             assert np.abs(source - later).max() > 2 * TOLERANCE
 
 
-def test_guidance_sizes_and_batches_of_a_ranged_bundle(sdxl_dynamic_bundle: Path, controlled_reference) -> None:
+def test_guidance_sizes_and_batches_of_a_ranged_bundle(
+    sdxl_dynamic_bundle: Path, load_pipeline: Callable[..., Pipeline], controlled_reference
+) -> None:
     """With classifier-free guidance the ControlNet sees both halves; sizes and batches follow the call's; in fp16."""
-    pipe = Pipeline.load(sdxl_dynamic_bundle)
+    pipe = load_pipeline(sdxl_dynamic_bundle)
     judge = controlled_reference("Hyper-SDXL-8steps-CFG-lora", "canny")
     calls: list[dict[str, Any]] = [
         {"height": 64, "width": 64, "guidance_scale": 5.0, "negative_prompt": "red dog"},

@@ -43,10 +43,13 @@ def generate_both(pipe: Pipeline, reference: Any, **arguments: Any) -> tuple[np.
 
 @pytest.mark.parametrize("name", [checkpoint.name for checkpoint in CHECKPOINTS])
 def test_every_checkpoint_generates_diffusers_image(
-    name: str, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
+    name: str,
+    export_tiny: Callable[[str], Path],
+    load_pipeline: Callable[..., Pipeline],
+    reference: Callable[[str], Any],
 ) -> None:
     """The whole path of every row: LoRA, fusing, tracing, text, sampler and decoder change no image."""
-    pipe, judge = Pipeline.load(export_tiny(name)), reference(name)
+    pipe, judge = load_pipeline(export_tiny(name)), reference(name)
     for call in card_calls(name):
         ours, theirs = generate_both(pipe, judge, prompt=PROMPT, **call)
         assert np.abs(ours - theirs).max() < TOLERANCE, call
@@ -54,18 +57,22 @@ def test_every_checkpoint_generates_diffusers_image(
 
 
 @pytest.mark.parametrize("name", [checkpoint.name for checkpoint in CHECKPOINTS])
-def test_recommended_settings_are_the_model_cards(name: str, export_tiny: Callable[[str], Path]) -> None:
+def test_recommended_settings_are_the_model_cards(
+    name: str, export_tiny: Callable[[str], Path], load_pipeline: Callable[..., Pipeline]
+) -> None:
     """A call with nothing but a prompt uses the card's settings."""
-    pipe = Pipeline.load(export_tiny(name))
+    pipe = load_pipeline(export_tiny(name))
     call = card_calls(name)[0]
     plain = pipe(PROMPT, seed=SEED, output_type="np").images
     explicit = pipe(PROMPT, seed=SEED, output_type="np", **call).images
     assert np.array_equal(plain, explicit)
 
 
-def test_images_depend_on_prompt_seed_and_lora(export_tiny: Callable[[str], Path]) -> None:
+def test_images_depend_on_prompt_seed_and_lora(
+    export_tiny: Callable[[str], Path], load_pipeline: Callable[..., Pipeline]
+) -> None:
     """The tolerance is far below what a wrong prompt, seed or LoRA changes: parity above can fail."""
-    one, other = (Pipeline.load(export_tiny(f"Hyper-SD15-{n}steps-lora")) for n in (2, 4))
+    one, other = (load_pipeline(export_tiny(f"Hyper-SD15-{n}steps-lora")) for n in (2, 4))
     image = one(PROMPT, seed=SEED, output_type="np").images
     changed = [
         one("red dog", seed=SEED, output_type="np"),
@@ -79,30 +86,39 @@ def test_images_depend_on_prompt_seed_and_lora(export_tiny: Callable[[str], Path
 @pytest.mark.parametrize("name", ["Hyper-SD15-8steps-CFG-lora", "Hyper-SDXL-8steps-CFG-lora"])
 @pytest.mark.parametrize("negative", [None, "", "red dog"])
 def test_guidance_and_negative_prompts(
-    name: str, negative: str | None, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
+    name: str,
+    negative: str | None,
+    export_tiny: Callable[[str], Path],
+    load_pipeline: Callable[..., Pipeline],
+    reference: Callable[[str], Any],
 ) -> None:
     """Negative prompts condition as in diffusers; without one SDXL's zeros and SD1.5's empty text differ."""
     arguments = {"prompt": PROMPT, "negative_prompt": negative, "num_inference_steps": 8, "guidance_scale": 7.0}
-    ours, theirs = generate_both(Pipeline.load(export_tiny(name)), reference(name), **arguments, eta=0.0)
+    ours, theirs = generate_both(load_pipeline(export_tiny(name)), reference(name), **arguments, eta=0.0)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["Hyper-SD15-1step-lora", "Hyper-SDXL-1step-lora"])
 def test_lists_of_prompts_and_several_images_each(
-    name: str, export_tiny: Callable[[str], Path], reference: Callable[[str], Any]
+    name: str,
+    export_tiny: Callable[[str], Path],
+    load_pipeline: Callable[..., Pipeline],
+    reference: Callable[[str], Any],
 ) -> None:
     """Images come in diffusers' order and from its noise, also when a fixed batch of 1 makes it several runs."""
     arguments = {"prompt": [PROMPT, "blue dog"], "num_images_per_prompt": 2, "num_inference_steps": 4}
     ours, theirs = generate_both(
-        Pipeline.load(export_tiny(name)), reference(name), **arguments, guidance_scale=0.0, eta=0.5
+        load_pipeline(export_tiny(name)), reference(name), **arguments, guidance_scale=0.0, eta=0.5
     )
     assert ours.shape == (4, 64, 64, 3)
     assert np.abs(ours - theirs).max() < TOLERANCE
 
 
-def test_a_float32_decoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, reference: Callable[[str], Any]) -> None:
+def test_a_float32_decoder_in_a_half_precision_bundle(
+    sdxl_mixed_bundle: Path, load_pipeline: Callable[..., Pipeline], reference: Callable[[str], Any]
+) -> None:
     """SDXL's own VAE stays float32, and gets the latents as diffusers gives them to it: cast, then scaled."""
-    pipe, judge = Pipeline.load(sdxl_mixed_bundle, "onnxruntime"), reference("Hyper-SDXL-1step-lora")
+    pipe, judge = load_pipeline(sdxl_mixed_bundle, "onnxruntime"), reference("Hyper-SDXL-1step-lora")
     assert pipe.engines["vae_decoder"].inputs["latent_sample"].dtype == "float32"
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED)).half()
     with torch.no_grad():
@@ -110,9 +126,11 @@ def test_a_float32_decoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, r
     assert (pipe.decode(latents) - expected).abs().max() < 1e-5
 
 
-def test_dynamic_fp16_bundle_at_odd_sizes(sdxl_dynamic_bundle: Path, reference: Callable[[str], Any]) -> None:
+def test_dynamic_fp16_bundle_at_odd_sizes(
+    sdxl_dynamic_bundle: Path, load_pipeline: Callable[..., Pipeline], reference: Callable[[str], Any]
+) -> None:
     """One fp16 bundle serves every multiple of 8 in its range, guided, at half precision's own error."""
-    pipe, judge = Pipeline.load(sdxl_dynamic_bundle, "onnxruntime"), reference("Hyper-SDXL-8steps-CFG-lora")
+    pipe, judge = load_pipeline(sdxl_dynamic_bundle, "onnxruntime"), reference("Hyper-SDXL-8steps-CFG-lora")
     for height, width, count in [(64, 64, 1), (104, 72, 2), (88, 96, 1)]:
         arguments = {"height": height, "width": width, "num_images_per_prompt": count}
         latents = torch.randn(count, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(SEED))

@@ -18,7 +18,7 @@ from hypersd.engines.at_rest import AtRest
 from hypersd.engines.mapped_files import release_pages
 from hypersd.engines.openvino.library import has_native_bf16
 
-WIDTH, LAYERS, ROWS = 2048, 16, 8192  # 67 million weights, and layers whose outputs take 34 MB
+WIDTH, LAYERS, ROWS = 4096, 4, 4096  # 67 million weights, and layers whose outputs take 34 MB
 HALVES = 2 * WIDTH * WIDTH * LAYERS / 1e6  # MB of the weights in two bytes each
 
 MEASURE = """if True:

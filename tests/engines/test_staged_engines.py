@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from small_graphs import component
@@ -84,6 +84,7 @@ def test_the_engines_that_exist_are_of_the_stage_that_ran_last(runs: list[str | 
         assert len(shelf.loads) == loads
 
 
+@settings(max_examples=40)  # each starts threads
 @given(lists=st.lists(RUNS, min_size=2, max_size=4))
 def test_threads_never_see_two_stages(lists: list[list[str | None]]) -> None:
     """Whatever they run beside each other; a load asserts that the engine does not exist already."""

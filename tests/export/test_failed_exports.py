@@ -157,7 +157,7 @@ def test_signals_in_the_middle_of_a_trace(
 def test_two_at_once(tiny_repos: Path, tmp_path: Path) -> None:
     """Two processes on one output: both end well, one says that it waits, and each component is traced once."""
     out, log = tmp_path / "out", tmp_path / "log"
-    command = ("-c", SLOW_CLI, str(log), "1.5", *cli_arguments(tiny_repos, ONE, out))
+    command = ("-c", SLOW_CLI, str(log), "0.5", *cli_arguments(tiny_repos, ONE, out))
     processes = [start(*command), start(*command)]
     with ended(*processes):
         outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -246,9 +246,11 @@ def test_threads_leave_the_warning_filters_alone(sdxl_bundle: Path) -> None:
 PROMPTS = ["a photo of a cat", "", LONG, "猫 🐈 e\u0301!", "A RED dog, and the blue cat"]
 
 
-def test_sd15_embeddings_are_diffusers(sd15_bundle: Path, reference: Callable[[str], Any]) -> None:
+def test_sd15_embeddings_are_diffusers(
+    sd15_bundle: Path, load_pipeline: Callable[..., Pipeline], reference: Callable[[str], Any]
+) -> None:
     """The hidden state that the UNet consumes, for several prompts at once."""
-    pipe, judge = Pipeline.load(sd15_bundle), reference("Hyper-SD15-1step-lora")
+    pipe, judge = load_pipeline(sd15_bundle), reference("Hyper-SD15-1step-lora")
     with torch.no_grad():
         expected, _ = judge.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)
     actual = encode(pipe, PROMPTS)
@@ -257,9 +259,11 @@ def test_sd15_embeddings_are_diffusers(sd15_bundle: Path, reference: Callable[[s
     torch.testing.assert_close(actual.hidden_states, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_sdxl_embeddings_are_diffusers(sdxl_bundle: Path, reference: Callable[[str], Any]) -> None:
+def test_sdxl_embeddings_are_diffusers(
+    sdxl_bundle: Path, load_pipeline: Callable[..., Pipeline], reference: Callable[[str], Any]
+) -> None:
     """Both penultimate hidden states side by side, and the second encoder's pooled projection."""
-    pipe, judge = Pipeline.load(sdxl_bundle), reference("Hyper-SDXL-1step-lora")
+    pipe, judge = load_pipeline(sdxl_bundle), reference("Hyper-SDXL-1step-lora")
     with torch.no_grad():
         expected, _, pooled, _ = judge.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
     actual = encode(pipe, PROMPTS)
