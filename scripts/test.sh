@@ -32,6 +32,8 @@ check_workflows() {
 
 check_shell() { git ls-files -z '*.sh' .ci/run | xargs -0 .venv/bin/shellcheck -x; }
 
+# The tests start a few hundred processes: without bytecode each of them would compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 set_up export,dev,tensorrt-rtx,openvino,train-demo,ray,video,docs
 
 if (($# == 0)); then

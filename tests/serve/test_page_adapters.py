@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from live_page import Server, needs_chromium, settled, shown
 from lora_writers import write_slot_lora
+from waiting import wait_until
 
 from hypersd import Pipeline
 from hypersd.engines import Bundle
@@ -40,14 +42,22 @@ def lora_server(bundle: Path, folder: Path) -> Iterator[Server]:
     server.end()
 
 
+def offered(server: Server) -> list[str]:
+    """The names of the LoRAs that the service offers."""
+    with urllib.request.urlopen(f"{server.url}v1/models", timeout=30) as answer:
+        (card,) = json.load(answer)["data"]
+    return [adapter["name"] for adapter in card.get("adapters") or []]
+
+
 @pytest.fixture
-def write(bundle: Path, folder: Path) -> Iterator[Callable[..., Path]]:
+def write(bundle: Path, folder: Path, lora_server: Server) -> Iterator[Callable[..., Path]]:
     """``write(name, seed)``: a LoRA in the service's folder until the test ends."""
     slot = Bundle.load(bundle).manifest.lora_slot
     assert slot is not None
     yield lambda name, seed=0: write_slot_lora(slot, folder / f"{name}.safetensors", seed)
     for file in folder.iterdir():
         file.unlink()
+    wait_until(lambda: not offered(lora_server))
 
 
 def slider(page: Any, name: str) -> Any:
