@@ -237,8 +237,10 @@ def test_controlnets_and_init_images_take_the_slot_too(
     calls: dict[str, dict[str, Any]] = {
         "ControlNet": controlled,
         "Img2Img": started,
-        "ControlNetInpaint": {**started, **controlled, "mask_image": Image.linear_gradient("L").resize((64, 64))},
-    }
+        "ControlNetInpaint": {
+            **started, **controlled, "mask_image": Image.linear_gradient("L").resize((64, 64)), "guidance_scale": 3.0,
+        },
+    }  # fmt: skip
     controlnet = controlled_reference(name, "canny").controlnet
     for kind, call in calls.items():
         image = ours(pipe, name, {"one": 1.0}, **call)
