@@ -401,7 +401,8 @@ def reference(tiny_repos: Path) -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def controlled_reference(tiny_repos: Path, reference) -> Callable[..., Any]:
     """``controlled_reference(name, *kinds)``: diffusers' own pipeline with the tiny ControlNets of these kinds."""
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+    from diffusers import ControlNetModel
+    from diffusers_pipelines import make_pipeline
     from make_tiny_repos import CONTROLNETS
 
     @functools.cache
@@ -412,12 +413,7 @@ def controlled_reference(tiny_repos: Path, reference) -> Callable[..., Any]:
             for kind in kinds
         ]
         parts = {**reference(name).components, "controlnet": nets if len(nets) > 1 else nets[0]}
-        if "SDXL" in name:
-            pipe: Any = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
-        else:
-            pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return make_pipeline(name, "ControlNet", parts)
 
     return load
 

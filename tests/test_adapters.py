@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from capture_stand_in import Capturable, StandInCapture
 from counting import load_engines
+from diffusers_pipelines import make_pipeline
 from lora_writers import kohya, layer_shapes, pairs, random_lora
 from PIL import Image
 from safetensors.torch import save_file
@@ -245,7 +245,7 @@ def test_controlnets_and_init_images_take_the_slot_too(
     for kind, call in calls.items():
         image = ours(pipe, name, {"one": 1.0}, **call)
         parts = {**judge(name).components, **({"controlnet": controlnet} if "ControlNet" in kind else {})}
-        reference = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**parts, requires_safety_checker=False)
+        reference = make_pipeline(name, kind, parts)
         asked = dict(call)
         if kind == "ControlNet":  # which calls it so
             asked["image"] = asked.pop("control_image")

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_demo.data import held_back, held_back_for_edges
+from train_demo.data import held_back_for_edges
 from train_demo.evaluate import Row, draw, evaluate, rows, scores_of
 from train_demo.judge import judge
-from train_demo.scenes import Scene, render
+from train_demo.scenes import render
+from unseen_scenes import captions, scenes
 
 from hypersd import Pipeline
 from hypersd.engines.openvino.library import has_native_bf16
@@ -44,15 +45,6 @@ GENERATED = {
 }
 
 
-def scenes() -> list[Scene]:
-    """Scenes that no training has seen. The first call takes seconds: it draws those of all trainings."""
-    return [scene for scene, _ in held_back(PROMPTS)]
-
-
-def captions() -> list[str]:
-    return [caption for _, caption in held_back(PROMPTS)]
-
-
 @pytest.fixture(scope="session")
 def demo_pipeline(shared_folder: Path) -> Callable[..., Pipeline]:
     """``demo_pipeline(name, precision, vae, backend)``: a demonstration checkpoint, exported once a session."""
@@ -68,7 +60,7 @@ def demo_pipeline(shared_folder: Path) -> Callable[..., Pipeline]:
 
 def generated_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
     """One image a prompt, whose place in the list is its seed: uint8 [N, H, W, 3]."""
-    made = [pipe(prompt, seed=seed, output_type="np", **call).images for seed, prompt in enumerate(captions())]
+    made = [pipe(prompt, seed=seed, output_type="np", **call).images for seed, prompt in enumerate(captions(PROMPTS))]
     return np.round(np.concatenate(made) * 255).astype(np.uint8)
 
 
@@ -80,7 +72,7 @@ def row_named(name: str) -> Row:
 def generated_by_diffusers(name: str) -> np.ndarray:
     """The images of a row of the table of figures."""
     row = row_named(name)
-    return draw(row.pipeline(DEMO_ROOT), captions(), **row.call)
+    return draw(row.pipeline(DEMO_ROOT), captions(PROMPTS), **row.call)
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -88,18 +80,20 @@ def test_bundles_generate_diffusers_images_and_what_was_asked(name: str, demo_pi
     """Image by image the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
     checkpoint, call, row = GENERATED[name]
     ours, theirs = generated_by_us(demo_pipeline(checkpoint), **call), generated_by_diffusers(row)
-    pairs = zip(ours, theirs, scenes(), strict=True)
-    differ = [captions()[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)]
+    pairs = zip(ours, theirs, scenes(PROMPTS), strict=True)
+    differ = [
+        captions(PROMPTS)[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)
+    ]
     # The judge has thresholds: an image that lies on one may fall to either side by rounding alone.
     assert len(differ) <= 1, differ
-    assert scores_of(ours, scenes()).overall > 0.95
+    assert scores_of(ours, scenes(PROMPTS)).overall > 0.95
 
 
 def test_half_precision_loses_nothing(demo_pipeline) -> None:
     """float16 graphs of several steps follow the prompt as often as float32 graphs."""
     checkpoint, call, _ = GENERATED["TCD, 4 steps, eta 1"]
     half, full = (
-        scores_of(generated_by_us(demo_pipeline(checkpoint, precision, backend="onnxruntime"), **call), scenes())
+        scores_of(generated_by_us(demo_pipeline(checkpoint, precision, backend="onnxruntime"), **call), scenes(PROMPTS))
         for precision in ("fp16", "fp32")
     )
     assert abs(half.overall - full.overall) <= 0.02, (half, full)
@@ -112,14 +106,16 @@ def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline) -> None:
     fast, full = demo_pipeline(checkpoint, backend="openvino"), demo_pipeline(checkpoint)
     assert fast.choice.precision == ("bf16" if has_native_bf16() else "fp32")
     ours, theirs = generated_by_us(fast, **call), generated_by_us(full, **call)
-    assert abs(scores_of(ours, scenes()).overall - scores_of(theirs, scenes()).overall) <= 0.02
+    assert abs(scores_of(ours, scenes(PROMPTS)).overall - scores_of(theirs, scenes(PROMPTS)).overall) <= 0.02
     errors = np.mean((ours.astype(float) - theirs) ** 2, axis=(1, 2, 3))
     assert -10 * np.log10(errors.max() / 255**2) > 35, "dB: seen 40 in one step, 51 in four"
 
 
 def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
     """``--vae tiny`` costs sharpness, not the image."""
-    tiny, full = (scores_of(generated_by_us(demo_pipeline(UNIFIED, vae=vae)), scenes()) for vae in ("tiny", None))
+    tiny, full = (
+        scores_of(generated_by_us(demo_pipeline(UNIFIED, vae=vae)), scenes(PROMPTS)) for vae in ("tiny", None)
+    )
     assert tiny.overall > full.overall - 0.1, (tiny, full)
 
 
@@ -228,9 +224,9 @@ def test_a_broken_sampler_loses_its_score(
     """The judge is strong enough to protect us: each mistake costs 15 points or more."""
     checkpoint, call, _ = GENERATED[name]
     pipe = demo_pipeline(checkpoint)
-    right = scores_of(generated_by_us(pipe, **call), scenes())
+    right = scores_of(generated_by_us(pipe, **call), scenes(PROMPTS))
     breaks(monkeypatch)
-    broken = scores_of(generated_by_us(pipe, **call), scenes())
+    broken = scores_of(generated_by_us(pipe, **call), scenes(PROMPTS))
     assert broken.overall < right.overall - 0.15, (right, broken)
 
 

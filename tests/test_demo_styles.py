@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_demo.data import held_back
 from train_demo.judge import score
-from train_demo.scenes import TINTS, Scene, render
+from train_demo.scenes import TINTS, render
 from train_demo.style_judge import Strengths, judge_styled, strengths_of
 from train_demo.styles import NAMES, restyled, white_bands
+from unseen_scenes import captions, scenes
 
 from hypersd import Pipeline
 from hypersd.export import ExportOptions, SourceOptions, export_bundle
@@ -27,17 +27,9 @@ PROMPTS = 16
 BASES = {"Hyper-Demo15-1step-lora": "Demo15", "Hyper-DemoXL-1step-Unet": "DemoXL"}
 
 
-def scenes() -> list[Scene]:
-    """Scenes that no training has seen. The first call takes seconds: it draws those of all trainings."""
-    return [scene for scene, _ in held_back(PROMPTS)]
-
-
-def captions() -> list[str]:
-    return [caption for _, caption in held_back(PROMPTS)]
-
-
+@functools.cache
 def rendered() -> list[np.ndarray]:
-    return [render(scene, np.random.default_rng(seed)) for seed, scene in enumerate(scenes())]
+    return [render(scene, np.random.default_rng(seed)) for seed, scene in enumerate(scenes(PROMPTS))]
 
 
 def style_file(name: str, base: str = "Demo15") -> Path:
@@ -50,8 +42,8 @@ def style_file(name: str, base: str = "Demo15") -> Path:
 @pytest.mark.parametrize("stripes", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("background", [0.0, 0.5, 1.0])
 def test_strengths_are_those_that_were_painted(stripes: float, background: float) -> None:
-    images = [restyled(*pair, stripes, background) for pair in zip(rendered(), scenes(), strict=True)]
-    seen = strengths_of(images, scenes())
+    images = [restyled(*pair, stripes, background) for pair in zip(rendered(), scenes(PROMPTS), strict=True)]
+    seen = strengths_of(images, scenes(PROMPTS))
     assert seen.stripes == pytest.approx(stripes, abs=0.05)
     assert seen.background == pytest.approx(background, abs=0.05)
 
@@ -59,23 +51,25 @@ def test_strengths_are_those_that_were_painted(stripes: float, background: float
 @pytest.mark.parametrize("stripes", [False, True])
 @pytest.mark.parametrize("background", [False, True])
 def test_scenes_are_recognised_in_styles(stripes: bool, background: bool) -> None:
-    images = [restyled(*pair, float(stripes), float(background)) for pair in zip(rendered(), scenes(), strict=True)]
-    scores = score(judge_styled(*pair, stripes, background) for pair in zip(images, scenes(), strict=True))
+    images = [
+        restyled(*pair, float(stripes), float(background)) for pair in zip(rendered(), scenes(PROMPTS), strict=True)
+    ]
+    scores = score(judge_styled(*pair, stripes, background) for pair in zip(images, scenes(PROMPTS), strict=True))
     assert min(scores.colours, scores.places, scores.backgrounds, scores.counts) > (0.85 if stripes else 0.95)
     assert scores.shapes > (0.4 if stripes else 0.95), "white bands hide edges; chance is 0.17"
 
 
 def test_what_is_no_style_is_not_taken_for_one() -> None:
     """Empty images, stripes across, and another background."""
-    empty = strengths_of([np.full_like(image, 255) for image in rendered()], scenes())
+    empty = strengths_of([np.full_like(image, 255) for image in rendered()], scenes(PROMPTS))
     assert abs(empty.stripes) < 0.01
     turned = [np.where(white_bands(96)[:, None, None], np.uint8(255), image) for image in rendered()]
-    assert abs(strengths_of(turned, scenes()).stripes) < 0.1
+    assert abs(strengths_of(turned, scenes(PROMPTS)).stripes) < 0.1
     pink = [np.full_like(image, TINTS["pink"]) for image in rendered()]
-    assert strengths_of(pink, scenes()).background < 0.3
-    styled = [restyled(*pair, 0.0, 1.0) for pair in zip(rendered(), scenes(), strict=True)]
-    assert score(judge_styled(*pair) for pair in zip(styled, scenes(), strict=True)).backgrounds == 0
-    plain = zip(rendered(), scenes(), strict=True)
+    assert strengths_of(pink, scenes(PROMPTS)).background < 0.3
+    styled = [restyled(*pair, 0.0, 1.0) for pair in zip(rendered(), scenes(PROMPTS), strict=True)]
+    assert score(judge_styled(*pair) for pair in zip(styled, scenes(PROMPTS), strict=True)).backgrounds == 0
+    plain = zip(rendered(), scenes(PROMPTS), strict=True)
     assert score(judge_styled(*pair, background=True) for pair in plain).backgrounds == 0
 
 
@@ -133,12 +127,14 @@ def styled_images(slotted: Callable[[str], Pipeline]) -> Callable[..., list[np.n
 
 
 def generated(pipe: Pipeline, **call: Any) -> list[np.ndarray]:
-    made = [pipe(caption, seed=i, num_inference_steps=1, **call).images[0] for i, caption in enumerate(captions())]
+    made = [
+        pipe(caption, seed=i, num_inference_steps=1, **call).images[0] for i, caption in enumerate(captions(PROMPTS))
+    ]
     return [np.asarray(image) for image in made]
 
 
 def seen(images: list[np.ndarray]) -> Strengths:
-    return strengths_of(images, scenes())
+    return strengths_of(images, scenes(PROMPTS))
 
 
 def test_a_plain_bundle_has_no_style(styled_images) -> None:
@@ -193,7 +189,7 @@ def test_the_styles_of_sdxl(styled_images) -> None:
 
 @pytest.mark.parametrize(("stripes", "background"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 def test_styled_images_show_their_scenes(stripes: float, background: float, styled_images) -> None:
-    pairs = zip(styled_images(stripes, background), scenes(), strict=True)
+    pairs = zip(styled_images(stripes, background), scenes(PROMPTS), strict=True)
     scores = score(judge_styled(*pair, stripes > 0, background > 0) for pair in pairs)
     assert scores.colours > (0.5 if stripes else 0.8), "stripes blur; chance is 0.13"
     assert scores.places > 0.8

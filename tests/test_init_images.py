@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers_pipelines import make_pipeline
 from PIL import Image, ImageDraw
 
 from hypersd import Pipeline
@@ -55,20 +56,13 @@ def mask(box: tuple[int, int, int, int]) -> Image.Image:
 MASKS = {"part": mask((16, 8, 47, 39)), "pixel": mask((24, 40, 24, 40)), "whole": mask((0, 0, SIDE, SIDE))}
 
 
-def make_judge(name: str, kind: str, parts: dict[str, Any]) -> Any:
-    family, more = ("XL", {"add_watermarker": False}) if "SDXL" in name else ("", {"requires_safety_checker": False})
-    pipe = getattr(diffusers, f"StableDiffusion{family}{kind}Pipeline")(**parts, **more)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def judges(reference: Callable[[str], Any]) -> Callable[[str, str], Any]:
     """``judges(name, kind)``: diffusers' pipeline, ``Img2Img`` or ``Inpaint``, with ``reference``'s parts."""
 
     @functools.cache
     def judge(name: str, kind: str) -> Any:
-        return make_judge(name, kind, reference(name).components)
+        return make_pipeline(name, kind, reference(name).components)
 
     return judge
 
@@ -164,7 +158,7 @@ def test_with_a_controlnet(
 ) -> None:
     """Its range of steps is counted from the first one that runs."""
     kind = "ControlNetInpaint" if masked else "ControlNetImg2Img"
-    judge = make_judge(name, kind, controlled_reference(name, "canny").components)
+    judge = make_pipeline(name, kind, controlled_reference(name, "canny").components)
     arguments = {"image": photo(), "strength": 0.6, "control_guidance_end": 0.5, **settings(name)}
     arguments |= {"controlnet_conditioning_scale": 0.8} | ({"mask_image": MASKS["part"]} if masked else {})
     pipe = load_pipeline(export_controlled(name))
@@ -338,7 +332,7 @@ def test_a_base_for_inpainting_without_a_mask(
 def test_a_float32_encoder_in_a_half_precision_bundle(sdxl_mixed_bundle: Path, reference: Callable[[str], Any]) -> None:
     """SDXL's own VAE stays float32: its sample is drawn in float32, and becomes latents of half precision."""
     name = "Hyper-SDXL-1step-lora"
-    pipe, judge = Pipeline.load(sdxl_mixed_bundle), make_judge(name, "Img2Img", reference(name).components)
+    pipe, judge = Pipeline.load(sdxl_mixed_bundle), make_pipeline(name, "Img2Img", reference(name).components)
     assert pipe.engines["vae_encoder"].outputs["latent_parameters"].dtype == "float32"
     call = {"strength": 0.6, "num_inference_steps": 4, "guidance_scale": 0.0, "eta": 0.0}
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).half()

@@ -46,7 +46,7 @@ def offered(server: Server) -> list[str]:
     """The names of the LoRAs that the service offers."""
     with urllib.request.urlopen(f"{server.url}v1/models", timeout=30) as answer:
         (card,) = json.load(answer)["data"]
-    return [adapter["name"] for adapter in card.get("adapters") or []]
+    return [adapter["name"] for adapter in card["adapters"]]
 
 
 @pytest.fixture
