@@ -60,9 +60,8 @@ def trace_graph(component: ComponentModule) -> Any:
         )
         assert program is not None  # None only comes back from the exporter that writes the file itself
         hide_weights(program.model, component.module)
-        program.optimize()
-    for rewrite in PASSES:
-        rewrite(program.model, component)
+        for rewrite in PASSES:
+            rewrite(program.model, component)
     return program.model
 
 
