@@ -1,4 +1,4 @@
-"""A local Ray cluster with two replicas of the demonstration checkpoint on the CPU, and batches beside them.
+"""A local Ray cluster with two replicas on the CPU, of a bundle with a LoRA slot, and batches beside them.
 
 All tests that need Ray's processes are in this file: it starts them once.
 """
@@ -37,7 +37,6 @@ from waiting import wait_until
 from hypersd import Pipeline
 from hypersd.cluster.application import app
 from hypersd.cluster.bundles import BundleShelf, share
-from hypersd.cluster.options import read_options
 from hypersd.cluster.replica import Replica
 from hypersd.runtime.params import Params
 from hypersd.serve.service_request import ServiceRequest
@@ -87,20 +86,34 @@ def ray_session() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def cluster(ray_session: dict[str, Any], demo_bundle: Path) -> Iterator[Cluster]:
+def bundle(export_slotted: Callable[[str], Path]) -> Path:
+    return export_slotted("Hyper-SD15-1step-lora")
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> Pipeline:
+    return Pipeline.load(bundle, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def loras(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LoRA, ``style``, which the pipeline has, too."""
+    assert pipeline.manifest.lora_slot is not None
+    folder = tmp_path_factory.mktemp("loras")
+    pipeline.load_lora_weights(write_slot_lora(pipeline.manifest.lora_slot, folder / "style.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_session: dict[str, Any], bundle: Path, loras: Path) -> Iterator[Cluster]:
     """The service as ``serve run`` starts it."""
     port = free_port()
     serve.start(http_options={"port": port})
-    arguments = {"bundles": demo_bundle, "num_gpus": 0, "min_replicas": 2, "max_replicas": 2}
+    arguments = {"bundles": bundle, "num_gpus": 0, "min_replicas": 2, "max_replicas": 2, "lora_folder": loras}
     serve.run(app({**arguments, "max_batch": 1, "queue": QUEUE, "timeout": 120}))
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         yield Cluster(client, Path(ray_session["session_dir"]) / "logs")
-
-
-@pytest.fixture(scope="module")
-def pipeline(demo_bundle: Path) -> Pipeline:
-    return Pipeline.load(demo_bundle, device="cpu")
 
 
 def free_port() -> int:
@@ -121,15 +134,15 @@ def all_at_once(generate: Callable[..., httpx.Response], seeds: Sequence[int], c
         return list(pool.map(lambda seed: generate(seed=seed), seeds))
 
 
-def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pipeline, demo_bundle: Path) -> None:
+def test_it_answers_as_the_service_on_one_machine(cluster: Cluster, pipeline: Pipeline, bundle: Path) -> None:
     """The same application: the same fields, errors and images, and no trace of Ray in them."""
     response = cluster.generate(seed=11)
     assert response.status_code == 200
     assert is_image_of(pipeline, image(response), PROMPT, seed=11)
-    assert [card["id"] for card in cluster.client.get("/v1/models").json()["data"]] == [demo_bundle.name]
+    assert [card["id"] for card in cluster.client.get("/v1/models").json()["data"]] == [bundle.name]
     wrong, unknown = cluster.generate(size="8x8"), cluster.generate(model="other")
     assert (wrong.status_code, unknown.status_code) == (400, 404)
-    assert re.match(r"(height|width) 8 is outside this bundle's 96", wrong.json()["error"]["message"])
+    assert re.match(r"(height|width) 8 is outside this bundle's 64", wrong.json()["error"]["message"])
     file = io.BytesIO()
     PHOTO.save(file, "PNG")
     form: dict[str, Any] = {"data": {"prompt": PROMPT, "seed": 11, "steps": 2}, "files": {"image": file.getvalue()}}
@@ -220,84 +233,50 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(cluster: Cluster, 
     assert 1 <= float(re.findall(r'failed_images_total\{error="ReplicaDied"\} (\S+)', figures)[0]) <= ONGOING
 
 
-def test_a_node_without_the_bundle_copies_it_once(cluster: Cluster, demo_bundle: Path, tmp_path: Path) -> None:
+def test_a_node_without_the_bundle_copies_it_once(cluster: Cluster, bundle: Path, tmp_path: Path) -> None:
     """Two replicas that start together on another node, which does not have the head node's folder."""
-    bundle = share(demo_bundle)
-    away = dataclasses.replace(bundle, folder=Path("/nowhere") / bundle.name)
+    shared = share(bundle)
+    away = dataclasses.replace(shared, folder=Path("/nowhere") / shared.name)
     environment = {"env_vars": {"XDG_CACHE_HOME": str(tmp_path)}}
     replica = serve.deployment(
         name="Replica", num_replicas=2, ray_actor_options={"num_cpus": 0, "runtime_env": environment}
     )(Replica)
-    shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([bundle])
+    shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([shared])
     handle = serve.run(replica.bind([away], shelf, device="cpu", queue=8, max_batch=1), name="away", route_prefix=None)
-    assert [card.id for card in handle.models.remote().result()] == [demo_bundle.name]
+    assert [card.id for card in handle.models.remote().result()] == [bundle.name]
     assert len(list((tmp_path / "hypersd/bundles").glob("*/*/bundle.json"))) == 1
     reads = len(cluster.calls("read", "away_BundleShelf"))
-    assert reads == 2 * (len(bundle.files) + 1)  # each file, which is smaller than a message, and its end
+    assert reads == 2 * (len(shared.files) + 1)  # each file, which is smaller than a message, and its end
     serve.delete("away")
 
 
-@pytest.fixture(scope="module")
-def slotted(export_slotted: Callable[[str], Path]) -> Pipeline:
-    return Pipeline.load(export_slotted("Hyper-SD15-1step-lora"), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def loras(slotted: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a LoRA, ``style``, which the pipeline has, too."""
-    assert slotted.manifest.lora_slot is not None
-    folder = tmp_path_factory.mktemp("loras")
-    slotted.load_lora_weights(write_slot_lora(slotted.manifest.lora_slot, folder / "style.safetensors"))
-    return folder
-
-
-def test_replicas_offer_the_loras_of_a_folder(
-    cluster: Cluster, slotted: Pipeline, loras: Path, export_slotted: Callable[[str], Path]
-) -> None:
+def test_replicas_offer_the_loras_of_a_folder(cluster: Cluster, pipeline: Pipeline, bundle: Path, loras: Path) -> None:
     """They find new files by themselves; what comes back does not carry the file's contents."""
-    bundle = share(export_slotted("Hyper-SD15-1step-lora"))
-    options = read_options({"bundles": bundle.folder, "num_gpus": 0, "lora_folder": loras})
-    replica = serve.deployment(name="Replica", ray_actor_options={"num_cpus": 0})(Replica)
-    shelf = serve.deployment(name="BundleShelf", ray_actor_options={"num_cpus": 0})(BundleShelf).bind([bundle])
-    bound = replica.bind([bundle], shelf, device="cpu", queue=8, max_batch=1, loras=options.loras)
-    handle = serve.run(bound, name="loras", route_prefix=None)
+    handle = serve.get_deployment_handle("Replica", "default")
 
-    def names() -> list[str]:
-        return [adapter.name for adapter in handle.models.remote().result()[0].adapters]
+    def names() -> list[list[str]]:
+        """The LoRAs that some replicas know."""
+        answers = [handle.models.remote() for _ in range(8)]
+        return [[adapter.name for adapter in answer.result()[0].adapters] for answer in answers]
 
-    assert names() == ["style"]
+    assert names() == [["style"]] * 8
     asked = ServiceRequest(model=bundle.name, params=Params(prompt=PROMPT, seed=(3,), adapters={"style": 0.5}))
     (one,) = handle.generate.remote(asked, 60.0).result()
-    assert is_image_of(slotted, one.image, PROMPT, seed=3, adapters={"style": 0.5})
-    assert one.metadata["adapters"]["style"]["sha256"] == slotted.adapters[0].sha256
+    assert is_image_of(pipeline, one.image, PROMPT, seed=3, adapters={"style": 0.5})
+    assert one.metadata["adapters"]["style"]["sha256"] == pipeline.adapters[0].sha256
     assert len(pickle.dumps(one.request)) < 10_000
     other = dataclasses.replace(asked, params=dataclasses.replace(asked.params, adapters={"other": 1.0}))
     assert "expected some of: style" in str(handle.generate.remote(other, 60.0).result())
     shutil.copy(loras / "style.safetensors", loras / "later.safetensors")
-    wait_until(lambda: names() == ["later", "style"])
-    serve.delete("loras")
-
-
-def test_lines_of_a_batch_use_loras(
-    run_batch, slotted: Pipeline, loras: Path, export_slotted: Callable[[str], Path], tmp_path: Path
-) -> None:
-    lines = [
-        {"prompt": PROMPT, "seed": 3, "adapters": adapters} for adapters in ({"style": 0.5}, {"style": -1.0}, None)
-    ]
-    bundle = export_slotted("Hyper-SD15-1step-lora")
-    said, _ = (batch := run_batch(lines, "--lora-folder", str(loras), bundle=bundle)).communicate()
-    assert batch.returncode == 0, said
-    for i, line in enumerate(lines, start=1):
-        with Image.open(tmp_path / f"images/{i:06d}-3.png") as image:
-            assert is_image_of(slotted, image, PROMPT, seed=3, adapters=line["adapters"])
+    wait_until(lambda: names() == [["later", "style"]] * 8)
 
 
 @pytest.fixture
-def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) -> Callable[..., Any]:
+def run_batch(ray_session: dict[str, Any], bundle: Path, tmp_path: Path) -> Callable[..., Any]:
     """``run_batch(lines, *options)``: the command on these lines, into ``images`` in the test's folder."""
 
     def start(
-        lines: Sequence[dict[str, Any]], *options: str, bundle: Path = demo_bundle, fresh: bool = False
+        lines: Sequence[dict[str, Any]], *options: str, fresh: bool = False
     ) -> subprocess.Popen[str] | preloaded.Process:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(map(json.dumps, lines)))
@@ -312,21 +291,25 @@ def run_batch(ray_session: dict[str, Any], demo_bundle: Path, tmp_path: Path) ->
     return start
 
 
-def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, loras: Path, tmp_path: Path) -> None:
     """Finished images are kept, missing and changed ones generated; a line that fails stops no other."""
     lines: list[dict[str, Any]] = [{"prompt": f"{PROMPT} {i}", "steps": 4} for i in range(48)]
-    lines[40]["size"] = "64x64"  # which the bundle does not support
+    lines[40]["size"] = "96x96"  # which the bundle does not support
     lines[27] |= {"image": "photo.png", "strength": 0.5}  # a path, from the file of prompts
+    adapters = {36: {"style": 0.5}, 45: {"style": -1.0}}
+    for i, asked in adapters.items():
+        lines[i]["adapters"] = asked
+    options = ["--lora-folder", str(loras)]
     PHOTO.save(tmp_path / "photo.png")
     folder = tmp_path / "images"
-    first = run_batch(lines, "--actors", "1", fresh=True)
+    first = run_batch(lines, "--actors", "1", *options, fresh=True)
     wait_until(lambda: first.poll() is not None or len(list(folder.glob("*.png"))) >= 8)
     first.kill()
     first.communicate()
     kept = times_of(folder)  # Ray ends the killed driver's actors after it: another image may still come
 
     lines[0]["prompt"] = "a green square"
-    second = run_batch(lines, "--actors", "2")
+    second = run_batch(lines, "--actors", "2", *options)
     said, _ = second.communicate()
     assert second.returncode == 1, said
     found = re.search(r"48 images: (\d+) exist, (\d+) to generate", said)
@@ -335,7 +318,7 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     assert len(kept) - 1 <= exist < 46, said
     assert exist + missing == 48, said
     assert "1 of them again because their settings changed" in said
-    assert "prompts.jsonl line 41: height 64 is outside this bundle's 96" in said
+    assert "prompts.jsonl line 41: height 96 is outside this bundle's 64" in said
     assert "1 of 48 images failed" in said
     times = times_of(folder)
     assert {name for name in kept if times[name] != kept[name]} == {"000001-0.png"}
@@ -343,6 +326,7 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, tmp_path: Path)
     assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(times)
     for entry in listed[::9]:
         call: dict[str, Any] = {"seed": entry["seed"], "num_inference_steps": 4}
+        call["adapters"] = adapters.get(entry["line"] - 1)
         if entry["line"] == 28:
             call |= {"image": PHOTO, "strength": 0.5, "keep_steps": True}
         with Image.open(folder / entry["file"]) as image:
