@@ -26,7 +26,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-gc.set_threshold(20_000)  # a trace makes millions of objects that last as long as it does
+gc.set_threshold(100_000)  # a trace makes millions of objects that last as long as it does
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -332,24 +332,15 @@ def copy_bundle(tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def rtx_options(source_options) -> Any:
-    """The export options of `rtx_bundle`."""
-    from hypersd.export import ExportOptions
-    from hypersd.export.lora_slot import SlotOptions
-
-    slot = SlotOptions(rank=4, with_text=True)
-    return ExportOptions(sources=source_options("Hyper-SD15-1step-lora"), precision="fp16", lora_slot=slot)
-
-
-@pytest.fixture(scope="session")
-def rtx_bundle(bundles_folder: Path, rtx_options) -> Path:
-    """An fp16 SD1.5 bundle with a LoRA slot, and portable TensorRT-RTX engines of its networks. Do not write to it."""
+def rtx_bundle(bundles_folder: Path, source_options) -> Path:
+    """An fp16 SD1.5 bundle with portable TensorRT-RTX engines for every network. Do not write to it."""
     pytest.importorskip("tensorrt_rtx")
     from hypersd.engines import build_engines
-    from hypersd.export import export_bundle
+    from hypersd.export import ExportOptions, export_bundle
 
     name = "Hyper-SD15-1step-lora"
-    bundle = export_bundle(name, bundles_folder / f"{name}-rtx", rtx_options)
+    options = ExportOptions(sources=source_options(name), precision="fp16")
+    bundle = export_bundle(name, bundles_folder / f"{name}-rtx", options)
     return build_engines(bundle, "tensorrt-rtx").root
 
 

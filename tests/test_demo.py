@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from train_demo.data import held_back_for_edges
 from train_demo.evaluate import Row, draw, evaluate, rows, scores_of
-from train_demo.judge import judge
+from train_demo.judge import Scores, judge
 from train_demo.scenes import render
 from unseen_scenes import captions, scenes
 
@@ -64,6 +64,24 @@ def generated_by_us(pipe: Pipeline, **call: Any) -> np.ndarray:
     return np.round(np.concatenate(made) * 255).astype(np.uint8)
 
 
+@pytest.fixture(scope="session")
+def generated(demo_pipeline) -> Callable[[str], np.ndarray]:
+    """``generated(name)``: the images of a float32 bundle with one of these settings, made once a session."""
+
+    @functools.cache
+    def images(name: str) -> np.ndarray:
+        checkpoint, call, _ = GENERATED[name]
+        return generated_by_us(demo_pipeline(checkpoint), **call)
+
+    return images
+
+
+@pytest.fixture(scope="session")
+def score(generated) -> Callable[[str], Scores]:
+    """``score(name)``: what the judge says of these images."""
+    return functools.cache(lambda name: scores_of(generated(name), scenes(PROMPTS)))
+
+
 def row_named(name: str) -> Row:
     return next(row for row in rows() if row.name == name)
 
@@ -76,46 +94,45 @@ def generated_by_diffusers(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_bundles_generate_diffusers_images_and_what_was_asked(name: str, demo_pipeline) -> None:
+def test_bundles_generate_diffusers_images_and_what_was_asked(name: str, generated, score) -> None:
     """Image by image the judge says of the bundle's what it says of diffusers'; and it says that they are right."""
-    checkpoint, call, row = GENERATED[name]
-    ours, theirs = generated_by_us(demo_pipeline(checkpoint), **call), generated_by_diffusers(row)
+    _, _, row = GENERATED[name]
+    ours, theirs = generated(name), generated_by_diffusers(row)
     pairs = zip(ours, theirs, scenes(PROMPTS), strict=True)
     differ = [
         captions(PROMPTS)[i] for i, (our, their, scene) in enumerate(pairs) if judge(our, scene) != judge(their, scene)
     ]
     # The judge has thresholds: an image that lies on one may fall to either side by rounding alone.
     assert len(differ) <= 1, differ
-    assert scores_of(ours, scenes(PROMPTS)).overall > 0.95
+    assert score(name).overall > 0.95
 
 
-def test_half_precision_loses_nothing(demo_pipeline) -> None:
+def test_half_precision_loses_nothing(demo_pipeline, score) -> None:
     """float16 graphs of several steps follow the prompt as often as float32 graphs."""
-    checkpoint, call, _ = GENERATED["TCD, 4 steps, eta 1"]
-    half, full = (
-        scores_of(generated_by_us(demo_pipeline(checkpoint, precision, backend="onnxruntime"), **call), scenes(PROMPTS))
-        for precision in ("fp16", "fp32")
-    )
+    name = "TCD, 4 steps, eta 1"
+    checkpoint, call, _ = GENERATED[name]
+    images = generated_by_us(demo_pipeline(checkpoint, "fp16", backend="onnxruntime"), **call)
+    half, full = scores_of(images, scenes(PROMPTS)), score(name)
     assert abs(half.overall - full.overall) <= 0.02, (half, full)
 
 
 @pytest.mark.parametrize("name", ["TCD, 1 step", "TCD, 4 steps, eta 1"])
-def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline) -> None:
+def test_bfloat16_on_the_cpu_loses_nothing(name: str, demo_pipeline, generated, score) -> None:
     """OpenVINO's bfloat16 follows the prompt as often as float32; without bfloat16 it reports float32."""
     checkpoint, call, _ = GENERATED[name]
-    fast, full = demo_pipeline(checkpoint, backend="openvino"), demo_pipeline(checkpoint)
+    fast = demo_pipeline(checkpoint, backend="openvino")
     assert fast.choice.precision == ("bf16" if has_native_bf16() else "fp32")
-    ours, theirs = generated_by_us(fast, **call), generated_by_us(full, **call)
-    assert abs(scores_of(ours, scenes(PROMPTS)).overall - scores_of(theirs, scenes(PROMPTS)).overall) <= 0.02
+    ours, theirs = generated_by_us(fast, **call), generated(name)
+    assert abs(scores_of(ours, scenes(PROMPTS)).overall - score(name).overall) <= 0.02
     errors = np.mean((ours.astype(float) - theirs) ** 2, axis=(1, 2, 3))
     assert -10 * np.log10(errors.max() / 255**2) > 35, "dB: seen 40 in one step, 51 in four"
 
 
-def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline) -> None:
+def test_the_tiny_decoder_keeps_what_is_seen(demo_pipeline, score) -> None:
     """``--vae tiny`` costs sharpness, not the image."""
-    tiny, full = (
-        scores_of(generated_by_us(demo_pipeline(UNIFIED, vae=vae)), scenes(PROMPTS)) for vae in ("tiny", None)
-    )
+    name = "TCD, 1 step"
+    images = generated_by_us(demo_pipeline(UNIFIED, vae="tiny"), **GENERATED[name][1])
+    tiny, full = scores_of(images, scenes(PROMPTS)), score(name)
     assert tiny.overall > full.overall - 0.1, (tiny, full)
 
 
@@ -219,14 +236,13 @@ def first_timestep_of_tcd(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_broken_sampler_loses_its_score(
-    name: str, breaks: Callable[[pytest.MonkeyPatch], None], demo_pipeline, monkeypatch: pytest.MonkeyPatch
+    name: str, breaks: Callable[[pytest.MonkeyPatch], None], demo_pipeline, score, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The judge is strong enough to protect us: each mistake costs 15 points or more."""
     checkpoint, call, _ = GENERATED[name]
-    pipe = demo_pipeline(checkpoint)
-    right = scores_of(generated_by_us(pipe, **call), scenes(PROMPTS))
+    right = score(name)  # before it is broken
     breaks(monkeypatch)
-    broken = scores_of(generated_by_us(pipe, **call), scenes(PROMPTS))
+    broken = scores_of(generated_by_us(demo_pipeline(checkpoint), **call), scenes(PROMPTS))
     assert broken.overall < right.overall - 0.15, (right, broken)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def load_openvino(root: Path, precision: str) -> Mapping[str, Engine]:
     return load_choice(bundle, choose(bundle, "openvino", precision=precision))
 
 
+def load_unet(root: Path, precision: str) -> OpenVinoEngine:
+    bundle = Bundle.load(root)
+    unet = bundle.component("unet")
+    return OpenVinoEngine("unet", bundle.path(unet.onnx), unet, precision)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Callable[[Path], Mapping[str, Engine]]:
+    """``exact(bundle)``: its engines in float32, loaded once."""
+    return functools.cache(lambda root: load_openvino(root, "fp32"))
+
+
 def first_step_feeds(engine: Engine, seed: int) -> dict[str, Tensor]:
     """Inputs as of the first step of an image of 1024x1024: large numbers where large numbers are usual."""
     feeds = random_feeds(engine.inputs, seed)
@@ -59,11 +72,13 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 # Float32's own error lies at 1e-6 and float16's, of the weights, at 5e-4; ONNX Runtime rounds where we do not.
 @pytest.mark.parametrize(("family", "bound"), [("sd15", 1e-5), ("sdxl", 1e-5), ("sdxl_dynamic", 2e-3)])
-def test_float32_outputs_are_those_of_onnx_runtime(family: str, bound: float, request: pytest.FixtureRequest) -> None:
+def test_float32_outputs_are_those_of_onnx_runtime(
+    family: str, bound: float, exact: Callable[[Path], Mapping[str, Engine]], request: pytest.FixtureRequest
+) -> None:
     """Every network, fixed and ranged in shape, in the manifest's dtypes, on the first run and on later ones."""
     root = request.getfixturevalue(f"{family}_bundle")
     references = load_engines(Bundle.load(root), "onnxruntime", "cpu")
-    for name, engine in load_openvino(root, "fp32").items():
+    for name, engine in exact(root).items():
         for seed in (0, 1, 2):
             feeds = first_step_feeds(engine, seed)
             ours, theirs = engine.run(feeds), references[name].run(feeds)
@@ -76,13 +91,14 @@ def test_float32_outputs_are_those_of_onnx_runtime(family: str, bound: float, re
 
 @needs_bf16
 @pytest.mark.parametrize("family", ["sd15", "sdxl_dynamic"])
-def test_bfloat16_outputs_are_near_in_the_manifests_dtypes(family: str, request: pytest.FixtureRequest) -> None:
+def test_bfloat16_outputs_are_near_in_the_manifests_dtypes(
+    family: str, exact: Callable[[Path], Mapping[str, Engine]], request: pytest.FixtureRequest
+) -> None:
     """Each network rounds to 8 bits, so it is 1 % off or a little more; it must not be float32 in disguise."""
     root = request.getfixturevalue(f"{family}_bundle")
-    exact = load_openvino(root, "fp32")
     for name, engine in load_openvino(root, "bf16").items():
         feeds = first_step_feeds(engine, 0)
-        ours, theirs = engine.run(feeds), exact[name].run(feeds)
+        ours, theirs = engine.run(feeds), exact(root)[name].run(feeds)
         for key, value in theirs.items():
             assert ours[key].dtype == value.dtype
             assert 1e-3 < distance(ours[key], value) < 0.04, (name, key)
@@ -91,17 +107,20 @@ def test_bfloat16_outputs_are_near_in_the_manifests_dtypes(family: str, request:
 @needs_bf16
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_time_of_a_step_is_not_rounded_to_bfloat16(
-    family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    exact: Callable[[Path], Mapping[str, Engine]],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Timestep 999 has no bfloat16: with the angles of its embedding rounded the UNet computes for another timestep."""
     root = request.getfixturevalue(f"{family}_bundle")
-    exact, kept = (load_openvino(root, precision)["unet"] for precision in ("fp32", "bf16"))
+    right, kept = exact(root)["unet"], load_unet(root, "bf16")
     monkeypatch.setattr(compiled_graph, "take_angles", lambda model: None)
-    rounded = load_openvino(root, "bf16")["unet"]
-    feeds = first_step_feeds(exact, 0)
+    rounded = load_unet(root, "bf16")
+    feeds = first_step_feeds(right, 0)
     at_zero = {**feeds, "timestep": torch.zeros(1)}  # whose angles are 0 in any precision
-    unavoidable = distance(kept.run(at_zero)["out_sample"], exact.run(at_zero)["out_sample"])
-    far, near = (distance(net.run(feeds)["out_sample"], exact.run(feeds)["out_sample"]) for net in (rounded, kept))
+    unavoidable = distance(kept.run(at_zero)["out_sample"], right.run(at_zero)["out_sample"])
+    far, near = (distance(net.run(feeds)["out_sample"], right.run(feeds)["out_sample"]) for net in (rounded, kept))
     assert near < 2 * unavoidable
     assert far > 2 * near
 
@@ -159,7 +178,7 @@ def test_threads_share_an_engine_and_no_buffer(rest: float, sd15_bundle: Path, m
     With a short rest, memory of intermediate results is given back between their runs.
     """
     monkeypatch.setattr(openvino_engine, "REST", rest)
-    engine = load_openvino(sd15_bundle, resolve_precision(None))["unet"]
+    engine = load_unet(sd15_bundle, resolve_precision(None))
     feeds = [first_step_feeds(engine, seed) for seed in range(4)]
     expected = [engine.run(one)["out_sample"].clone() for one in feeds]
     assert not torch.allclose(expected[0], expected[1])
@@ -300,7 +319,7 @@ def test_stored_models_have_their_weights_in_float16(
 ) -> None:
     """Of float32 bundles: the same outputs at every load, and a damaged one is replaced."""
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    plain = load_openvino(sd15_bundle, "fp32")["unet"]
+    plain = load_unet(sd15_bundle, "fp32")
     assert list(tmp_path.iterdir()) == [], "float32 is computed from the bundle's own weights"
     feeds = first_step_feeds(plain, 0)
     outputs = []
@@ -308,7 +327,7 @@ def test_stored_models_have_their_weights_in_float16(
         if damage:
             [weights] = tmp_path.glob("unet-*/model.bin")
             weights.write_bytes(b"")
-        outputs.append(load_openvino(sd15_bundle, "bf16")["unet"].run(feeds)["out_sample"].clone())
+        outputs.append(load_unet(sd15_bundle, "bf16").run(feeds)["out_sample"].clone())
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert 1e-3 < distance(outputs[0], plain.run(feeds)["out_sample"]) < 0.04
     [stored] = tmp_path.glob("unet-*/model.bin")

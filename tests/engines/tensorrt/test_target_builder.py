@@ -555,13 +555,14 @@ def test_folders_that_cannot_be_written(
 # Exports of a bundle that has engines
 
 
-def test_an_export_of_a_bundle_with_engines_is_done_already(built: Path, rtx_options: ExportOptions) -> None:
+def test_an_export_of_a_bundle_with_engines_is_done_already(built: Path, source_options: Any) -> None:
     """Built engines are no other settings: the same export again keeps them; another one drops them with the bundle."""
     name = Bundle.load(built).manifest.checkpoint
+    options = ExportOptions(sources=source_options(name), precision="fp16")
     before = (built / "bundle.json").read_bytes()
-    assert export_bundle(name, built, rtx_options).manifest.engines
+    assert export_bundle(name, built, options).manifest.engines
     assert (built / "bundle.json").read_bytes() == before
-    other = dataclasses.replace(rtx_options, lora_scale=0.5)
+    other = ExportOptions(sources=source_options(name), precision="fp16", lora_scale=0.5)
     assert "--replace" in refusal(UserError, lambda: export_bundle(name, built, other))
     assert Bundle.load(built).manifest.engines
     replaced = export_bundle(name, built, dataclasses.replace(other, replace=True))
