@@ -292,7 +292,7 @@ def run_batch(ray_session: dict[str, Any], bundle: Path, tmp_path: Path) -> Call
 
 
 def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, loras: Path, tmp_path: Path) -> None:
-    """Finished images are kept, missing and changed ones generated; a line that fails stops no other."""
+    """Finished images are kept, missing and changed ones generated, LoRAs too; a line that fails stops no other."""
     lines: list[dict[str, Any]] = [{"prompt": f"{PROMPT} {i}", "steps": 4} for i in range(48)]
     lines[40]["size"] = "96x96"  # which the bundle does not support
     lines[27] |= {"image": "photo.png", "strength": 0.5}  # a path, from the file of prompts
