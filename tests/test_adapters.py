@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hypersd import Pipeline
-from hypersd.engines import Bundle
+from hypersd.engines import Bundle, build_engines
 from hypersd.engines.lora_slot import LoraSlot
 from hypersd.engines.openvino.library import is_installed
 from hypersd.export import ExportOptions, export_bundle
@@ -314,6 +314,18 @@ def test_a_one_graph_takes_the_slots_as_inputs(
     for adapters in ({"one": 1.0}, {}, {"one": -0.5}):
         images = [np.asarray(pipe(PROMPT, seed=SEED, adapters=adapters).images[0], np.int16) for pipe in (whole, parts)]
         assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_tensorrt_rtx_builds_engines_with_a_slot(bundles_folder: Path, source_options) -> None:
+    """Without a GPU: the parser and the builder take the graphs of every component."""
+    pytest.importorskip("tensorrt_rtx")
+    name = "Hyper-SD15-1step-lora"
+    options = ExportOptions(sources=source_options(name), lora_slot=SlotOptions(rank=4, with_text=True), text_only=True)
+    bundle = build_engines(export_bundle(name, bundles_folder / f"{name}-slotted-rtx", options), "tensorrt-rtx")
+    (target,) = bundle.manifest.engines.values()
+    assert target.plans.keys() == bundle.manifest.components.keys()
+    assert bundle.manifest.lora_slot is not None
+    assert bundle.manifest.lora_slot.components == ["unet", "text_encoder"]
 
 
 @pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed")

@@ -187,16 +187,11 @@ def test_engines_for_named_gpus(sd15_bundle: Path, copy, capsys: pytest.CaptureF
 
 
 def test_engines_for_a_part_of_the_images(sd15_tiny_vae_bundle: Path, copy, capsys: pytest.CaptureFixture[str]) -> None:
-    """A fixed width and a narrower height; the batch keeps the bundle's range. UNet and text encoder have slots."""
+    """A fixed width and a narrower height; the batch keeps the bundle's range."""
     bundle = copy(sd15_tiny_vae_bundle)
     words = ["--backend", "tensorrt-rtx", "--dynamic", "height=64:72:80", "width=64:64:64"]
     run(capsys, "build", bundle, *words)
-    manifest = Bundle.load(bundle).manifest
-    target = manifest.engines[target_of(bundle)]
-    assert target.plans.keys() == manifest.components.keys()
-    assert manifest.lora_slot is not None
-    assert manifest.lora_slot.components == ["unet", "text_encoder"]
-    shapes = target.shapes
+    shapes = Bundle.load(bundle).manifest.engines[target_of(bundle)].shapes
     assert [(r.min, r.opt, r.max) for r in (shapes.batch, shapes.height, shapes.width)] == [
         (1, 1, 2),
         (64, 72, 80),
@@ -324,17 +319,12 @@ def test_shapes_that_the_bundle_has_not(spans, expected: str, wide_manifest) -> 
 
 
 @pytest.mark.parametrize("command", ["build", "export"])
-def test_ctrl_c_while_building(
-    command: str, export_arguments: list[str], sd15_bundle: Path, copy, without_gpu: None
-) -> None:
-    """It ends with 130 and one line that says what is kept; the next run continues from there.
-
-    `export` is not told the backend: it builds with what is installed, and says with what.
-    """
+def test_ctrl_c_while_building(command: str, export_arguments: list[str], sd15_bundle: Path, copy) -> None:
+    """It ends with 130 and one line that says what is kept; the next run continues from there."""
     bundle = copy(sd15_bundle)
     words = {
         "build": ["build", str(bundle), "--backend", "tensorrt-rtx"],
-        "export": [*export_arguments, "--precision", "fp32", "--out", str(bundle)],
+        "export": [*export_arguments, "--precision", "fp32", "--backend", "tensorrt-rtx", "--out", str(bundle)],
     }[command]
     argv = ["-m", "hypersd.cli", *words]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -355,7 +345,6 @@ def test_ctrl_c_while_building(
     done = preloaded.run(*argv, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "text_encoder: build engine" not in done.stderr
-    assert command == "build" or "engines: TensorRT-RTX " in done.stderr
     assert Bundle.load(bundle, hashes=True).manifest.engines[target_of(bundle)].plans.keys() == NETWORKS
 
 
@@ -383,6 +372,15 @@ def test_export_with_engines(
     _, err = run(capsys, *words)
     assert "done already" in err
     assert [line.split(":")[0] for line in err.splitlines() if "build engine" in line] == ["text_encoder"]
+
+
+def test_export_takes_what_is_installed(
+    exported: list[object], capsys: pytest.CaptureFixture[str], without_gpu: None
+) -> None:
+    """The default builds, and says with what."""
+    _, err = run(capsys, *exported)
+    assert "engines: TensorRT-RTX " in err
+    assert target_of(Path(str(exported[-1]))).startswith("tensorrt-rtx-")
 
 
 def test_export_with_nothing_installed(

@@ -90,7 +90,7 @@ def test_export_from_the_hub_and_generate_offline(hub: LoopbackHub, tmp_path: Pa
     assert settings["controlnet_conditioning_scale"] == {"canny": 0.5}
     assert settings["preprocess"] == {"canny": "canny 100 200"}
     assert (tmp_path / "cat.png").read_bytes().startswith(b"\x89PNG")
-    verified = hypersd("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
+    verified = fresh("verify", f"bundles/{NAME}", "--prompt", "a cat", cwd=tmp_path, env=offline)
     assert verified.returncode == 0, verified.stderr
     assert not hub.requests, "offline means offline"
 

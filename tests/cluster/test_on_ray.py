@@ -325,8 +325,7 @@ def test_a_killed_batch_continues(run_batch, pipeline: Pipeline, loras: Path, tm
     listed = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
     assert sorted(entry["file"] for entry in listed if not entry["error"]) == sorted(times)
     for entry in listed[::9]:
-        call: dict[str, Any] = {"seed": entry["seed"], "num_inference_steps": 4}
-        call["adapters"] = adapters.get(entry["line"] - 1)
+        call = {"seed": entry["seed"], "num_inference_steps": 4, "adapters": adapters.get(entry["line"] - 1)}
         if entry["line"] == 28:
             call |= {"image": PHOTO, "strength": 0.5, "keep_steps": True}
         with Image.open(folder / entry["file"]) as image:

@@ -37,7 +37,7 @@ def test_a_soak_loses_nothing_and_memory_stays_flat(demo_bundle: Path, tmp_path:
 
     16 MB between the middle and the end is what allocators may do; a leak of one 96x96 image a request is more.
     """
-    words = ("soak", "--serve", demo_bundle, "--clients", 4, "--seconds", 10, "--most-growth-mb", 16)
+    words = ("soak", "--serve", demo_bundle, "--clients", 4, "--seconds", 15, "--most-growth-mb", 16)
     code, figures = run(tmp_path, *words)
     (level,) = figures["levels"]
     assert code == 0, figures["verdict"]
